@@ -1,0 +1,619 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * ep.h - libep, expert-parallel communication: the whole public interface.
+ *
+ * A Mixture-of-Experts layer sends each token to the few ranks that hold its experts (dispatch)
+ * and brings the experts' answers back (combine). This header is the manual of the library that
+ * does both; it is meant to be read from top to bottom. It is C99, it can be included from C++,
+ * cffi parses it, and it knows neither CUDA nor torch: a stream is a void pointer.
+ *
+ * The life of a program:
+ *
+ *     struct ep_group_config cfg = EP_GROUP_CONFIG_INIT;
+ *     cfg.num_experts = 256; cfg.max_tokens = 4096; cfg.max_topk = 8; cfg.max_row_bytes = 14336;
+ *     ep_group *group;
+ *     ep_group_create(&group, &cfg);                  // collective: all ranks meet
+ *     ep_handle *handle;
+ *     ep_handle_create(&handle, group, NULL);         // the routing of one micro-batch
+ *     ep_handle_route(handle, &routing, stream);      // from expert ids, local
+ *     ep_dispatch(handle, &dispatch_args, stream);    // collective: tokens go to their experts
+ *     ...the experts compute...
+ *     ep_combine(handle, &combine_args, stream);      // collective: answers come back, summed
+ *     ep_handle_destroy(&handle);
+ *     ep_group_destroy(&group);                       // collective
+ *
+ * Words. A *rank* is one member of a *group*. A *token* is an index into a rank's input; its
+ * bytes are a *row*. T is a rank's number of tokens, K the experts per token (top-k), E the
+ * experts of the whole layer, L the experts of one rank, R the ranks of the group. A *handle*
+ * is the routing of one micro-batch. The *arena* is the memory of a rank that its peers map.
+ *
+ * Rules that hold everywhere:
+ *   - Every function returns an ep_status unless it cannot fail. Nothing aborts, exits or traps
+ *     on a caller's argument. ep_last_error() says what was wrong, with the value and the rule.
+ *   - Outputs are set on success only, unless an argument's comment says otherwise.
+ *   - Structs start with their size. Initialise them with the EP_..._INIT macro of their name,
+ *     so that fields added later are zero, which always means "as before" or "default".
+ *   - Destroy functions take the address of the pointer, clear it, accept NULL and cannot fail.
+ *   - "Collective": every rank of the group calls it, in the same order relative to the other
+ *     collective calls of that group. Arguments that must agree are named; libep checks them and
+ *     returns EP_ERR_MISMATCH naming the field and the ranks where they do not.
+ *   - "Enqueues": with a stream the call returns once the work is queued and the memory it names
+ *     must stay valid until the stream has passed it; with stream NULL on a host group the work is
+ *     done when the call returns.
+ *   - Every wait has a deadline (ep_group_config.timeout_ms). Nothing waits for ever.
+ *   - A group may be used from several threads, one call at a time per handle; calls that are
+ *     collective must be issued in the same order on every rank, so threads have to agree on it.
+ */
+#ifndef EP_H
+#define EP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EP_VERSION_MAJOR 0
+#define EP_VERSION_MINOR 1
+#define EP_VERSION_PATCH 0
+
+/* Limits that no configuration lifts. */
+#define EP_MAX_RANKS 1024
+#define EP_MAX_TOPK 64
+#define EP_ROW_ALIGN 16 /* bytes; a row's size is a multiple of it */
+
+/* ---------------------------------------------------------------------------------------------
+ * Status
+ * ------------------------------------------------------------------------------------------ */
+
+typedef enum ep_status {
+    EP_OK = 0,
+    EP_AGAIN = 1,            /* not yet; nothing is wrong, ask again                          */
+    EP_ERR_ARG = -1,         /* an argument breaks its rule                                   */
+    EP_ERR_STATE = -2,       /* right call, wrong time (a handle used before its dispatch)    */
+    EP_ERR_CAPACITY = -3,    /* more rows than max_recv_rows or than the output holds         */
+    EP_ERR_NOMEM = -4,       /* memory could not be had, or the plan exceeds its limit        */
+    EP_ERR_TIMEOUT = -5,     /* a living peer was waited for until the deadline               */
+    EP_ERR_PEER = -6,        /* a peer's process died or left                                 */
+    EP_ERR_MISMATCH = -7,    /* the ranks disagree about something they must agree on         */
+    EP_ERR_FAULTED = -8,     /* the group has faulted before; see ep_group_fault              */
+    EP_ERR_UNSUPPORTED = -9, /* not on this machine or not in this build                      */
+    EP_ERR_SYSTEM = -10,     /* the operating system refused something                        */
+    EP_ERR_VERSION = -11,    /* a struct's size is of another version of this header          */
+    EP_ERR_INTERRUPTED =
+        -12,              /* cancelled by ep_group_abort                                   */
+    EP_ERR_INTERNAL = -13 /* a bug of libep                                                */
+} ep_status;
+
+/* The version of the library that is loaded: major * 10000 + minor * 100 + patch. */
+uint32_t ep_version(void);
+
+/* The name of a status, "EP_ERR_ARG". Never NULL; static. */
+const char *ep_status_string(ep_status status);
+
+/*
+ * What went wrong in the last libep call of this thread that returned an error: one sentence with
+ * the argument, its value and the rule, or the rank, the phase and the time waited. Never NULL;
+ * empty if nothing failed. Valid until this thread's next libep call.
+ */
+const char *ep_last_error(void);
+
+/* ---------------------------------------------------------------------------------------------
+ * Tensors
+ * ------------------------------------------------------------------------------------------ */
+
+typedef enum ep_dtype {
+    EP_DTYPE_NONE = 0,
+    EP_BF16 = 1,
+    EP_F16 = 2,
+    EP_F32 = 3,
+    EP_F8E4M3 = 4,
+    EP_F8E5M2 = 5,
+    EP_U8 = 6,  /* opaque bytes, e.g. packed FP4, UE8M0 scales; also masks (0 or not 0) */
+    EP_I16 = 7, /* 16-bit scales of any meaning */
+    EP_I32 = 8,
+    EP_I64 = 9
+} ep_dtype;
+
+/* Bytes of one element, 0 for a value that is no dtype. */
+size_t ep_dtype_bytes(ep_dtype dtype);
+
+#define EP_MAX_DIMS 4
+
+/*
+ * Memory with a shape. The tensor is borrowed: libep reads the struct during the call and the
+ * memory until the enqueued work is done, and owns neither. Strides are in elements. Where a
+ * comment says "rows contiguous", the last stride must be 1, the rows must not overlap, and each
+ * row must start at a multiple of EP_ROW_ALIGN bytes.
+ */
+struct ep_tensor {
+    uint32_t size; /* sizeof(struct ep_tensor) */
+    int32_t dtype; /* ep_dtype */
+    void *data;    /* may be NULL when a dimension is 0 */
+    int32_t ndim;  /* 1..EP_MAX_DIMS */
+    int32_t reserved;
+    int64_t shape[EP_MAX_DIMS];
+    int64_t stride[EP_MAX_DIMS];
+};
+#define EP_TENSOR_INIT                                                                         \
+    {                                                                                          \
+        sizeof(struct ep_tensor), 0, NULL, 0, 0, {0}, {                                        \
+            0                                                                                  \
+        }                                                                                      \
+    }
+
+/* Fills in a contiguous tensor of one or two dimensions; cannot fail, checked where it is used. */
+void ep_tensor_1d(struct ep_tensor *t, ep_dtype dtype, void *data, int64_t n);
+void ep_tensor_2d(struct ep_tensor *t, ep_dtype dtype, void *data, int64_t rows, int64_t cols);
+
+/* ---------------------------------------------------------------------------------------------
+ * Group
+ * ------------------------------------------------------------------------------------------ */
+
+typedef struct ep_group ep_group;
+typedef struct ep_world ep_world;
+typedef struct ep_handle ep_handle;
+typedef struct ep_stream ep_stream;
+typedef struct ep_event ep_event;
+
+#define EP_DEVICE_HOST 0 /* ranks are processes or threads, memory is ordinary memory */
+#define EP_DEVICE_CUDA 1 /* ranks own CUDA devices */
+
+/*
+ * The meeting place of ranks that are threads of one process. Created once, passed to every
+ * rank's ep_group_create, destroyed after every group made from it. Owned by the caller.
+ * EP_ERR_ARG: num_ranks outside 1..EP_MAX_RANKS. EP_ERR_NOMEM.
+ */
+ep_status ep_world_create(ep_world **out, int num_ranks);
+void ep_world_destroy(ep_world **world);
+
+/*
+ * The caller's own allgather: gathers `bytes` bytes of every rank into out[num_ranks][bytes], in
+ * rank order. Returns 0 on success. Called a few times during ep_group_create, by its thread.
+ */
+typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t bytes);
+
+/* Flags of ep_group_config. */
+#define EP_GROUP_EXPANDED_VIEW 1u /* room in the arena for expanded output as a view */
+
+/*
+ * How a group is made. Ranks meet in one of four ways, the first that is set:
+ *   world      threads of one process; rank is the caller's
+ *   allgather  the caller's communication; rank and num_ranks are the caller's
+ *   address    "host:port" where rank 0 listens; rank and num_ranks are the caller's
+ *   none       the environment of the launcher: RANK, WORLD_SIZE, MASTER_ADDR and EP_PORT (or
+ *              MASTER_PORT + 1), as set by `ep run` and torchrun, or the variables of Open MPI,
+ *              PMIx and Slurm. rank and num_ranks must be -1.
+ * Everything from `num_experts` to `timeout_ms` must agree on all ranks.
+ */
+struct ep_group_config {
+    uint32_t size;
+    uint32_t flags;    /* EP_GROUP_... */
+    int32_t device;    /* EP_DEVICE_... */
+    int32_t rank;      /* -1: from the environment */
+    int32_t num_ranks; /* -1: from the environment */
+    int32_t reserved0;
+    ep_world *world;           /* borrowed until the group is destroyed */
+    ep_allgather_fn allgather; /* used during create only */
+    void *allgather_ctx;
+    const char *address;        /* borrowed during create */
+    const char *job;            /* two jobs with different names never meet; NULL: EP_JOB or
+                                     the launcher's job id */
+    int32_t num_experts;        /* E >= 1 */
+    int32_t max_tokens;         /* per rank and operation, >= 1 */
+    int32_t max_topk;           /* 1..EP_MAX_TOPK; or 0 if every routing is a mask */
+    int32_t max_row_bytes;      /* of dispatch and of combine; a multiple of EP_ROW_ALIGN */
+    int32_t max_scale_bytes;    /* per row; 0: no scales */
+    int32_t num_slots;          /* arena views that may be alive at once; 0: 2 */
+    const int32_t *expert_rank; /* [E] the rank that holds each expert, any map; borrowed during
+                                     create. NULL: E / R experts to each rank in order, the first
+                                     E % R ranks one more */
+    int64_t max_recv_rows;      /* rows one rank can receive in one dispatch; 0: the worst case,
+                                     R * max_tokens */
+    int64_t max_expanded_rows;  /* rows of an expanded view; 0: the worst case. Only with
+                                     EP_GROUP_EXPANDED_VIEW */
+    int64_t memory_limit_bytes; /* create refuses a larger arena; 0: no limit */
+    int64_t timeout_ms;         /* how long a living peer is waited for; 0: EP_TIMEOUT_MS or
+                                     100000; at least 100 */
+    int32_t num_workers;        /* host: threads that run a rank's kernels, CUDA: SMs; 0: the
+                                     library's choice. May differ between ranks */
+    int32_t mask_routing;       /* not 0: handles may be routed by a mask (memory for up to R
+                                     destinations per token instead of min(R, K)) */
+};
+#define EP_GROUP_CONFIG_INIT                                                                   \
+    {                                                                                          \
+        sizeof(struct ep_group_config), 0, 0, -1, -1, 0, NULL, NULL, NULL, NULL, NULL, 0, 0,   \
+            0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, 0                                                 \
+    }
+
+/* What a configuration costs, to the byte, before anything is allocated. */
+struct ep_plan_info {
+    uint32_t size;
+    int32_t num_channels;      /* parts in which a rank's tokens travel */
+    int64_t control_bytes;     /* of the arena: words by which ranks talk */
+    int64_t recv_bytes;        /* of the arena: received rows, all slots */
+    int64_t sidecar_bytes;     /* of the arena: ids, weights, scales of received rows */
+    int64_t combine_bytes;     /* of the arena: answers on their way back */
+    int64_t expanded_bytes;    /* of the arena: expanded views, all slots */
+    int64_t arena_bytes;       /* the sum of the above, rounded up to whole pages */
+    int64_t local_bytes;       /* ordinary memory of a rank for tables and num_workers workers
+                                   (0: one), without handles */
+    int64_t handle_bytes;      /* ordinary memory of each handle */
+    int64_t max_recv_rows;     /* as resolved */
+    int64_t max_expanded_rows; /* as resolved, 0 without EP_GROUP_EXPANDED_VIEW */
+    int64_t max_combine_rows;  /* answers one rank can receive */
+    int64_t sidecar_row_bytes; /* stride of a row's sidecar */
+};
+#define EP_PLAN_INFO_INIT                                                                      \
+    { sizeof(struct ep_plan_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/*
+ * Computes the plan of a configuration whose num_ranks is set (rank and the way to meet are not
+ * looked at). Local, pure, not blocking. EP_ERR_ARG: a field breaks its rule.
+ * EP_ERR_NOMEM: the arena would exceed memory_limit_bytes; the message says which field to lower;
+ * *info is filled in all the same.
+ */
+ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *info);
+
+/*
+ * Creates a group. Collective and blocking. On failure *out is untouched and nothing is left.
+ * EP_ERR_ARG, EP_ERR_VERSION: the configuration. EP_ERR_MISMATCH: ranks differ in a field that
+ * must agree (all ranks get it). EP_ERR_TIMEOUT: not all ranks came; the message names the
+ * missing. EP_ERR_SYSTEM: e.g. the address is in use. EP_ERR_NOMEM. EP_ERR_PEER: a rank failed or
+ * died while the group formed. EP_ERR_UNSUPPORTED: the device or topology is not available; the
+ * message says what is missing and how to get it.
+ */
+ep_status ep_group_create(ep_group **out, const struct ep_group_config *config);
+
+/*
+ * Destroys a group and frees all it owns. Collective, blocking: waits until the peers are done
+ * with this rank's memory, but not longer than the timeout, and not at all after a fault. Handles,
+ * streams and events of the group must have been destroyed before. Safe after any fault.
+ */
+void ep_group_destroy(ep_group **group);
+
+/* Local, not blocking; 0 or -1 for NULL. */
+int ep_group_rank(const ep_group *group);
+int ep_group_num_ranks(const ep_group *group);
+int ep_group_num_local_experts(const ep_group *group);
+
+/* The plan the group was made with. Local. EP_ERR_ARG, EP_ERR_VERSION. */
+ep_status ep_group_plan(const ep_group *group, struct ep_plan_info *info);
+
+/*
+ * Ends every wait of this group, here and at the peers, with EP_ERR_INTERRUPTED. Local, not
+ * blocking, callable from any thread (not from a signal handler). The group is faulted after it.
+ */
+ep_status ep_group_abort(ep_group *group);
+
+/* What ended a group. `status` is EP_OK while nothing has. */
+struct ep_fault {
+    uint32_t size;
+    int32_t status;    /* ep_status of the first fault */
+    int32_t rank;      /* the rank that died, is late or disagrees; -1: none in particular */
+    int32_t reporter;  /* the rank that noticed first */
+    int32_t operation; /* EP_OP_... in which it was noticed */
+    uint32_t epoch;    /* number of that operation in the group, from 1 */
+    int64_t waited_ms; /* how long the reporter had waited */
+    char phase[32];    /* what it waited for: "ready", "counts", "bases", "rows", "answers" */
+    char message[256]; /* one sentence */
+};
+#define EP_FAULT_INIT                                                                          \
+    {                                                                                          \
+        sizeof(struct ep_fault), 0, 0, 0, 0, 0, 0, {0}, {                                      \
+            0                                                                                  \
+        }                                                                                      \
+    }
+
+#define EP_OP_NONE 0
+#define EP_OP_DISPATCH 1
+#define EP_OP_COMBINE 2
+
+/*
+ * The group's fault, if any. Local, not blocking, callable at any time from any thread: a poll.
+ * After a fault every operation returns EP_ERR_FAULTED; the group can only be destroyed.
+ */
+ep_status ep_group_fault(ep_group *group, struct ep_fault *fault);
+
+/* Sums since the group was created, of operations that have finished. */
+struct ep_group_stats {
+    uint32_t size;
+    uint32_t reserved;
+    uint64_t num_dispatches;
+    uint64_t num_combines;
+    uint64_t rows_sent;         /* dispatch: rows that left for any rank, this one included */
+    uint64_t rows_received;     /* dispatch */
+    uint64_t remote_bytes_sent; /* payload to other ranks, dispatch and combine */
+    uint64_t local_bytes_sent;  /* payload to this rank itself */
+    uint64_t wait_ns;     /* time this rank's kernels waited for peers, summed over warps */
+    uint64_t dispatch_ns; /* time inside dispatch kernels, one operation at a time */
+    uint64_t combine_ns;  /* time inside combine kernels */
+};
+#define EP_GROUP_STATS_INIT                                                                    \
+    { sizeof(struct ep_group_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/* Local, not blocking. */
+ep_status ep_group_stats(ep_group *group, struct ep_group_stats *stats);
+
+/* ---------------------------------------------------------------------------------------------
+ * Streams and events of host groups
+ *
+ * A host group has the same asynchrony as a GPU: work is queued on streams, runs in order on
+ * each, and streams are ordered among each other by events. A CUDA group takes CUstream instead.
+ * ------------------------------------------------------------------------------------------ */
+
+/* Creates a stream: one thread that runs what is queued, in order. Local.
+ * EP_ERR_UNSUPPORTED: the group is not a host group. EP_ERR_NOMEM, EP_ERR_SYSTEM. */
+ep_status ep_stream_create(ep_stream **out, ep_group *group);
+
+/* Waits for the queued work, then frees the stream. */
+void ep_stream_destroy(ep_stream **stream);
+
+/* Queues a call of fn(arg). Local, not blocking. */
+ep_status ep_stream_run(ep_stream *stream, void (*fn)(void *arg), void *arg);
+
+/*
+ * Blocks until all that was queued so far has run. Returns the first error of the operations
+ * queued since the last synchronisation, with its text in ep_last_error().
+ */
+ep_status ep_stream_sync(ep_stream *stream);
+
+/* An event marks a point in a stream. Created unrecorded, which counts as passed. Local. */
+ep_status ep_event_create(ep_event **out, ep_group *group);
+void ep_event_destroy(ep_event **event);
+/* Marks the end of what is queued on `stream` now; may be called again. Not blocking. */
+ep_status ep_event_record(ep_event *event, ep_stream *stream);
+/* EP_OK: passed; EP_AGAIN: not yet. Not blocking. */
+ep_status ep_event_query(ep_event *event);
+/* Blocks the caller until the event has passed. */
+ep_status ep_event_sync(ep_event *event);
+/* What is queued on `stream` after this call runs after the event has passed. Not blocking. */
+ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
+
+/* ---------------------------------------------------------------------------------------------
+ * Routing: handle and layout
+ * ------------------------------------------------------------------------------------------ */
+
+/* What a handle must be able to hold; zero means the group's maximum. */
+struct ep_handle_config {
+    uint32_t size;
+    int32_t max_tokens; /* at most the group's */
+    int32_t max_topk;   /* at most the group's */
+    uint32_t flags;     /* EP_HANDLE_... */
+};
+#define EP_HANDLE_CONFIG_INIT                                                                  \
+    { sizeof(struct ep_handle_config), 0, 0, 0 }
+
+/* Count an id outside 0..E-1 as not selected instead of as an error. */
+#define EP_HANDLE_LENIENT_IDS 1u
+
+/*
+ * Creates a handle: memory for the routing of one micro-batch, allocated here and never later.
+ * Local, but handles must be created in the same order on every rank (an operation names its
+ * handle by number, and ranks that name different handles are told so). config may be NULL. Any
+ * number of handles may be alive. The group must outlive the handle.
+ */
+ep_status ep_handle_create(ep_handle **out, ep_group *group,
+                           const struct ep_handle_config *config);
+
+/* Waits for the operations that use the handle, then frees it. Local. */
+void ep_handle_destroy(ep_handle **handle);
+
+/*
+ * Where the tokens of this rank go. Set topk_ids, or token_in_rank, not both.
+ *   topk_ids       [T][K] EP_I32 or EP_I64, any strides. Global expert ids; -1 = not selected.
+ *                  An expert named twice by a token counts twice for that expert; the row still
+ *                  travels once per rank.
+ *   token_in_rank  [T][R] EP_U8, any strides: not 0 = the token goes to that rank. Needs
+ *                  mask_routing in the group's configuration; gives no expert counts and no
+ *                  expanded output.
+ */
+struct ep_routing {
+    uint32_t size;
+    uint32_t reserved;
+    const struct ep_tensor *topk_ids;
+    const struct ep_tensor *token_in_rank;
+};
+#define EP_ROUTING_INIT                                                                        \
+    { sizeof(struct ep_routing), 0, NULL, NULL }
+
+/*
+ * Computes the routing of a micro-batch into the handle, which may have been routed before.
+ * Local; enqueues on `stream`. The ids are copied: they may change once the stream has passed.
+ * EP_ERR_ARG: shape, type, T over max_tokens; or an id outside 0..E-1 (and not -1): the message
+ * names token and k. The ids are looked at by the enqueued work: with stream NULL the error is
+ * returned here and the handle is left unrouted; with a stream it is returned by ep_stream_sync,
+ * and the operations queued behind it treat that id as -1, so that peers are not kept waiting and
+ * nothing is written out of bounds.
+ * EP_ERR_STATE: an operation between begin and finish uses the handle.
+ */
+ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, void *stream);
+
+/*
+ * The local counts of a routed handle, as tensors. Each may be NULL.
+ *   tokens_per_rank    [R] EP_I32: tokens with at least one expert on that rank
+ *   tokens_per_node    [N] EP_I32: the same per node; N = ep_group_num_nodes()
+ *   tokens_per_expert  [E] EP_I32: selections of each expert
+ *   token_in_rank      [T][R] EP_U8: 1 where the token goes to the rank
+ *   channel_prefix     [R][C] EP_I32: rows for that rank in channels 0..c; C = num_channels of
+ *                      the plan
+ */
+struct ep_layout {
+    uint32_t size;
+    uint32_t reserved;
+    struct ep_tensor *tokens_per_rank;
+    struct ep_tensor *tokens_per_node;
+    struct ep_tensor *tokens_per_expert;
+    struct ep_tensor *token_in_rank;
+    struct ep_tensor *channel_prefix;
+};
+#define EP_LAYOUT_INIT                                                                         \
+    { sizeof(struct ep_layout), 0, NULL, NULL, NULL, NULL, NULL }
+
+/* Nodes of the group: sets of ranks that share load and store. Local. */
+int ep_group_num_nodes(const ep_group *group);
+
+/* Writes the layout of a routed handle. Local; enqueues on `stream`. All outputs contiguous.
+ * EP_ERR_STATE: the handle is not routed. EP_ERR_ARG: type or shape of an output. */
+ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, void *stream);
+
+/*
+ * What arrived. Blocks until the counts of the handle's last uncached dispatch are known here
+ * (not until its rows are). Each pointer may be NULL.
+ *   rows             rows this rank receives: one per (source rank, token) that selected it
+ *   rows_per_source  [R]
+ *   rows_per_expert  [L] selections of each local expert, all sources
+ * EP_ERR_STATE: the handle was not dispatched since it was routed.
+ */
+ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_source,
+                           int32_t *rows_per_expert);
+
+/* ---------------------------------------------------------------------------------------------
+ * Dispatch
+ * ------------------------------------------------------------------------------------------ */
+
+/*
+ * Row order of the output:
+ *   compact   one row per (token, this rank), by source rank, then token. Two runs give the same
+ *             bytes: no row's place depends on timing.
+ *   expanded  one row per (token, selection of a local expert), grouped by local expert in
+ *             ascending id; within it by source rank, token, k. The group of expert e starts at
+ *             expert_offsets[e], a multiple of `alignment`.
+ */
+#define EP_DISPATCH_EXPANDED 1u
+/* recv_x becomes a view of the arena (zero-copy): libep fills in the tensor. The view is valid,
+ * and may be written by its owner, until num_slots further dispatches were issued. */
+#define EP_DISPATCH_ARENA 2u
+/* Expanded: rows between the end of an expert's group and the next start are zeroed. */
+#define EP_DISPATCH_ZERO_GAPS 4u
+/* recv_scales is [rows][S] with stride[0] == 1 and stride[1] * element a multiple of 16 bytes. */
+#define EP_DISPATCH_SCALES_COLUMN_MAJOR 8u
+
+/*
+ * Inputs, of this rank's T tokens:
+ *   x             [T][H], rows contiguous, any dtype; H * element a multiple of EP_ROW_ALIGN
+ *   scales        [T][S] of a 1-, 2- or 4-byte dtype, any strides; or NULL
+ *   topk_weights  [T][K] EP_F32, any strides; or NULL
+ * Outputs, whose first dimension N is the caller's capacity in rows, the same for all of them:
+ *   recv_x             [N][H], rows contiguous, dtype of x; with EP_DISPATCH_ARENA set by libep
+ *                      ([rows][H]; with a stream, [max rows][H])
+ *   recv_scales        [N][S] dtype of scales, row-major contiguous or column-major as flagged
+ *   recv_topk_ids      [N][K] EP_I32 or EP_I64: compact only. Index of the expert among this
+ *                      rank's experts, -1 where the selection is another rank's. Rows past the
+ *                      last received one are filled with -1
+ *   recv_topk_weights  compact [N][K], expanded [N]; EP_F32. 0 where the id is -1, in gaps and
+ *                      past the last row
+ *   recv_source        [N][2] EP_I32: source rank and token. Rows past the last: -1
+ *   expert_counts      [L] EP_I32: rows of each local expert (selections)
+ *   expert_offsets     [L+1] EP_I32: expanded: start of each group, last: end of the output
+ *   num_rows           [1] EP_I32: rows received (compact) or end of the output (expanded)
+ * A dispatch that fails once it is under way leaves counts, offsets and num_rows 0, ids and
+ * sources -1, so that work queued behind it stays in bounds.
+ * Any output may be NULL. All of x's row bytes, K, scale bytes, and whether topk_weights is given
+ * must agree on all ranks; T, the output form, alignment and outputs are each rank's own.
+ */
+struct ep_dispatch_args {
+    uint32_t size;
+    uint32_t flags;      /* EP_DISPATCH_... */
+    int32_t alignment;   /* of expert groups, in rows; 0: 1 */
+    int32_t num_workers; /* of this call; 0: the group's */
+    const struct ep_tensor *x;
+    const struct ep_tensor *scales;
+    const struct ep_tensor *topk_weights;
+    struct ep_tensor *recv_x;
+    struct ep_tensor *recv_scales;
+    struct ep_tensor *recv_topk_ids;
+    struct ep_tensor *recv_topk_weights;
+    struct ep_tensor *recv_source;
+    struct ep_tensor *expert_counts;
+    struct ep_tensor *expert_offsets;
+    struct ep_tensor *num_rows;
+};
+#define EP_DISPATCH_ARGS_INIT                                                                  \
+    {                                                                                          \
+        sizeof(struct ep_dispatch_args), 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL,    \
+            NULL, NULL, NULL, NULL                                                             \
+    }
+
+/*
+ * Sends this rank's rows to the ranks of their experts and receives those of the others.
+ * Collective; enqueues on `stream`. The first dispatch after ep_handle_route exchanges counts;
+ * later ones on the same handle are "cached" and skip that (all ranks alike).
+ * EP_ERR_ARG: type, shape, stride, alignment, overlap of input and output; before anything is
+ * sent. EP_ERR_STATE: handle not routed. EP_ERR_CAPACITY: more rows arrive somewhere than
+ * max_recv_rows (returned on all ranks, nothing was sent), or here than the outputs hold (nothing
+ * past them is written; the other ranks succeed); the message says how many rows are needed; the
+ * group goes on. EP_ERR_MISMATCH, EP_ERR_TIMEOUT, EP_ERR_PEER, EP_ERR_FAULTED: see
+ * ep_group_fault. With a stream, what is found by the enqueued work is returned by
+ * ep_stream_sync and by the next call on the group.
+ */
+ep_status ep_dispatch(ep_handle *handle, const struct ep_dispatch_args *args, void *stream);
+
+/*
+ * The same in two steps, for output of exactly the right size: begin sends (it looks at the
+ * inputs only), ep_handle_counts says how many rows come, finish receives into the outputs
+ * (it looks at the outputs, flags and alignment only). Other operations of the group may not be
+ * issued in between. Not capturable in a CUDA graph.
+ */
+ep_status ep_dispatch_begin(ep_handle *handle, const struct ep_dispatch_args *args,
+                            void *stream);
+ep_status ep_dispatch_finish(ep_handle *handle, const struct ep_dispatch_args *args,
+                             void *stream);
+
+/*
+ * The arena memory of the handle's last dispatch as a tensor of another type: the place for
+ * experts to write their answers for a zero-copy combine. [max rows][cols]; compact slot, or with
+ * EP_DISPATCH_EXPANDED in `flags` the expanded one. Same lifetime as the view of the dispatch.
+ */
+ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int64_t cols,
+                          struct ep_tensor *view);
+
+/* ---------------------------------------------------------------------------------------------
+ * Combine
+ * ------------------------------------------------------------------------------------------ */
+
+/*
+ *   x             [n][H] EP_BF16, EP_F16 or EP_F32, rows contiguous: one row per row of the
+ *                 handle's last dispatch, in its form (compact or expanded) and order. n at least
+ *                 the rows received; rows past them are not read. A view of the arena or ordinary
+ *                 memory
+ *   weights       [n] EP_F32 or NULL: row i of x counts weights[i] times
+ *   topk_weights  [n][K] (compact) or [n] (expanded) EP_F32, or NULL: sent back alongside
+ *   bias          [T][H] dtype of x, rows contiguous, each or both NULL: added once per token
+ *   out           [T][H] dtype of x, rows contiguous; must not overlap x or bias
+ *   out_topk_weights  [T][K] EP_F32: sum over the ranks of what they sent back per selection
+ *
+ * out[t] = round(0 + bias0 + bias1 + sum over ranks r that t was sent to, ascending, of y_r), added
+ * in that order in float32, from 0 on, and rounded once to nearest even. y_r is the row of x; where it is
+ * weighted or expanded, y_r is that rank's own sum (over k ascending, each row times its weight,
+ * float32, from 0 on) rounded once to the dtype. A token that was sent nowhere yields its biases, or zeros.
+ */
+struct ep_combine_args {
+    uint32_t size;
+    uint32_t flags;      /* 0 */
+    int32_t num_workers; /* of this call; 0: the group's */
+    int32_t reserved;
+    const struct ep_tensor *x;
+    const struct ep_tensor *weights;
+    const struct ep_tensor *topk_weights;
+    const struct ep_tensor *bias[2];
+    struct ep_tensor *out;
+    struct ep_tensor *out_topk_weights;
+};
+#define EP_COMBINE_ARGS_INIT                                                                   \
+    { sizeof(struct ep_combine_args), 0, 0, 0, NULL, NULL, NULL, {NULL, NULL}, NULL, NULL }
+
+/*
+ * Brings the experts' answers back and sums them per token. Collective; enqueues on `stream`.
+ * A handle may be combined any number of times after its dispatch. The backward of a dispatch is
+ * a combine, the backward of a combine is a cached dispatch. H, dtype and whether topk_weights is
+ * given must agree on all ranks. Errors as for ep_dispatch.
+ */
+ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,36 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# fuzz.sh: runs each libFuzzer program of build/fuzz for FUZZ_SECONDS (60) on its corpus
+# tests/corpus/NAME. New inputs stay in build/fuzz/corpus; a crash is left in build/fuzz.
+# fuzz.sh replay: feeds the corpus, and FUZZ_MUTANTS (2000) seeded mutants of it, to the
+# programs of build/san. Last line: "fuzz: N passed, N failed, N skipped".
+cd "$(dirname "$0")/.." || exit 1
+mkdir -p build/logs
+passed=0
+failed=0
+for src in tests/fuzz_*.c; do
+    [ -e "$src" ] || continue
+    name=$(basename "$src" .c)
+    corpus=tests/corpus/$name
+    log=build/logs/$name.txt
+    if [ "$1" = replay ]; then
+        # shellcheck disable=SC2046
+        timeout -k 5 120 "build/san/tests/$name" "${FUZZ_MUTANTS:-2000}" \
+            $(ls "$corpus"/* 2>/dev/null) >"$log" 2>&1 </dev/null
+    else
+        mkdir -p "build/fuzz/corpus/$name" "$corpus"
+        "build/fuzz/tests/$name" -max_total_time="${FUZZ_SECONDS:-60}" -timeout=10 \
+            -artifact_prefix="build/fuzz/$name-" "build/fuzz/corpus/$name" "$corpus" \
+            >"$log" 2>&1 </dev/null
+    fi
+    if [ $? = 0 ]; then
+        echo "$name: $(tail -1 "$log")"
+        passed=$((passed + 1))
+    else
+        tail -15 "$log"
+        echo "$name: FAILED, see $log"
+        failed=$((failed + 1))
+    fi
+done
+echo "fuzz: $passed passed, $failed failed, 0 skipped"
+[ $failed = 0 ]

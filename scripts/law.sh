@@ -1,0 +1,186 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# law.sh [--self-test] [ROOT]: the layer law of ARCHITECTURE.md, read from the #includes, and
+# who alone may touch the environment, stderr, clocks, assembly and atomics.
+#
+#   L0 src/base   L1 src/cu boot mem net   L2 src/run proxy   L3 src/ep
+# A directory includes its own files, src/base, and the <dir>.h of lower layers; kernel/abi.h
+# may be included from src/. kernel/ includes kernel/ only; tools/ ep.h and src/base/base.h;
+# examples/ ep.h. The self-test plants violations in a copy: each must be caught.
+self_test=
+[ "$1" = --self-test ] && self_test=1 && shift
+root=${1:-$(dirname "$0")/..}
+cd "$root" || exit 1
+
+# FILE:LINE:TEXT of every line without comments; literals are emptied, but not in #include.
+code_of() {
+    awk '
+    FNR == 1 { in_comment = 0 }
+    {
+        s = $0; out = ""; n = length(s); include = (s ~ /^[ \t]*#[ \t]*include/)
+        for (i = 1; i <= n; i++) {
+            c = substr(s, i, 1); two = substr(s, i, 2)
+            if (in_comment) {
+                if (two == "*/") { in_comment = 0; i++; out = out " " }
+            } else if (two == "/*") { in_comment = 1; i++ }
+            else if (two == "//") break
+            else if (!include && (c == "\"" || c == "\047")) {
+                q = c
+                for (i++; i <= n && substr(s, i, 1) != q; i++)
+                    if (substr(s, i, 1) == "\\") i++
+                out = out q q
+            } else out = out c
+        }
+        if (out ~ /[^ \t]/) print FILENAME ":" FNR ":" out
+    }' "$@" </dev/null
+}
+
+law() {
+    files=$(find include src kernel tools examples -name '*.[ch]' 2>/dev/null | LC_ALL=C sort)
+    [ -n "$files" ] || { echo "law: no sources"; return 1; }
+    # shellcheck disable=SC2086
+    code_of $files | awk '
+    BEGIN {
+        layer["base"] = 0; layer["cu"] = 1; layer["boot"] = 1; layer["mem"] = 1
+        layer["net"] = 1; layer["run"] = 2; layer["proxy"] = 2; layer["ep"] = 3
+    }
+    function bad(why) { print file ":" line ": " why; wrong = 1 }
+    # An include of a file beside the including one, or of a path that begins with its dir.
+    function own(dir) { return inc !~ /\// || index(inc, dir "/") == 1 }
+    function check_include() {
+        angle = code ~ /include[ \t]*</
+        inc = code; sub(/^[^"<]*["<]/, "", inc); sub(/[">].*/, "", inc)
+        if (file ~ /^include\//) {
+            if (inc != "stddef.h" && inc != "stdint.h")
+                bad("ep.h includes " inc "; only stddef.h and stdint.h are allowed")
+        } else if (file ~ /^src\//) {
+            if (angle) {
+                if (inc ~ /cuda|nvrtc/) bad("CUDA headers are not used: " inc)
+                if (inc ~ /^rdma\// && dir != "net") bad("libfabric belongs to src/net: " inc)
+                return
+            }
+            if (inc == "ep.h" || inc == "include/ep.h" || inc == "kernel/abi.h") return
+            if (inc ~ /^kernel\//) {
+                if (dir == "run" && inc ~ /^kernel\/lang/) return
+                bad("src may include only kernel/abi.h of kernel/: " inc)
+                return
+            }
+            if (dir == "" || own("src/" dir)) return
+            other = inc; sub(/^src\//, "", other); rest = other
+            sub(/\/.*/, "", other); sub(/^[^\/]*\//, "", rest)
+            if (inc !~ /^src\// || !(other in layer)) bad("unknown include " inc)
+            else if (other == "base") return
+            else if (layer[other] >= layer[dir])
+                bad("src/" dir " (L" layer[dir] ") must not include src/" other " (L" \
+                    layer[other] "): " inc)
+            else if (rest != other ".h")
+                bad("of src/" other " only " other ".h is for others: " inc)
+        } else if (file ~ /^kernel\//) {
+            if (angle) {
+                if (file !~ /^kernel\/(lang_host|abi|lang)\.h$/)
+                    bad("kernels know no system header: " inc)
+            } else if (inc !~ /^kernel\// && !(inc == "ep.h" && file ~ /abi\.h$/))
+                bad("kernel/ includes only \"kernel/...\": " inc)
+        } else if (file ~ /^tools\//) {
+            if (!angle && inc ~ /\// && inc !~ /^tools\// && inc != "src/base/base.h")
+                bad("tools/ includes ep.h and src/base/base.h only: " inc)
+        } else if (file ~ /^examples\//) {
+            if (!angle && inc != "ep.h") bad("examples include ep.h only: " inc)
+        }
+    }
+    {
+        split($0, part, ":"); file = part[1]; line = part[2]
+        code = substr($0, length(file) + length(line) + 3)
+        dir = ""
+        if (file ~ /^src\/[^\/]*\//) {
+            dir = file; sub(/^src\//, "", dir); sub(/\/.*/, "", dir)
+            if (!(dir in layer)) bad("src/" dir " has no layer; add it to scripts/law.sh")
+        }
+        if (code ~ /^[ \t]*#[ \t]*include/) { check_include(); next }
+        word = "[^A-Za-z0-9_]"
+        padded = " " code " "
+        if (file !~ /^examples\// && file != "src/base/opt.c" &&
+            padded ~ word "(secure_)?getenv[ \t]*\\(")
+            bad("only src/base/opt.c reads the environment")
+        if (file ~ /^(src|kernel)\// && file != "src/base/log.c" &&
+            (padded ~ word "(stderr|STDERR_FILENO)" word || padded ~ word "perror[ \t]*\\(" ||
+             padded ~ word "(write|dprintf)[ \t]*\\([ \t]*2[ \t]*,"))
+            bad("only src/base/log.c writes to stderr")
+        if (file ~ /^(src|kernel)\// && file != "src/base/time.c" &&
+            file !~ /^kernel\/lang_/ &&
+            (padded ~ word "(clock_gettime|gettimeofday|timespec_get|__?rdtscp?)[ \t]*\\(" ||
+             padded ~ word "(time[ \t]*\\([ \t]*(NULL|0|&)|clock[ \t]*\\([ \t]*\\))"))
+            bad("only src/base/time.c reads a clock")
+        if (file !~ /^kernel\/lang_/ && file !~ /^examples\// &&
+            (padded ~ word "(asm|__asm|__asm__)" word || padded ~ /__atomic_|__sync_|__nv_atomic/))
+            bad("assembly and builtin atomics belong to kernel/lang_*.h")
+        if (file ~ /^kernel\/.*\.k\.c$/ && padded ~ word "(_Atomic|volatile)" word)
+            bad("kernels hand off through the language, not _Atomic or volatile")
+    }
+    END { exit wrong }'
+}
+
+if [ -z "$self_test" ]; then
+    law && echo "ok: the layer law holds" && exit 0
+    exit 1
+fi
+
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+mkdir -p "$tmp/src" "$tmp/kernel" "$tmp/tools" "$tmp/examples"
+for d in include src kernel tools examples; do
+    [ -d $d ] && cp -r $d "$tmp/"
+done
+cd "$tmp" || exit 1
+if ! law >clean.txt; then
+    cat clean.txt
+    echo "law self-test: the tree itself breaks the law"
+    exit 1
+fi
+planted=0
+plant() { # plant FILE LINE-OF-CODE: must be caught, and named by file
+    mkdir -p "$(dirname "$1")"
+    [ -e "$1" ] && cp "$1" saved || rm -f saved
+    printf '%s\n' "$2" >>"$1"
+    if law >caught.txt; then
+        echo "law self-test: not caught in $1: $2"
+        exit 1
+    fi
+    grep -q "^$1:" caught.txt || { echo "law self-test: $1 not named"; exit 1; }
+    if [ -e saved ]; then mv saved "$1"; else rm "$1"; fi
+    planted=$((planted + 1))
+}
+spare() { # spare FILE LINE-OF-CODE: must not be caught
+    mkdir -p "$(dirname "$1")"
+    printf '%s\n' "$2" >>"$1"
+    law >caught.txt || { cat caught.txt; echo "law self-test: wrongly caught: $2"; exit 1; }
+    rm "$1"
+    planted=$((planted + 1))
+}
+plant include/ep.h '#include <cuda.h>'
+plant src/base/zz.c '#include "src/boot/boot.h"'
+plant src/mem/zz.c '#include "src/boot/boot.h"'
+plant src/run/zz.c '#include "src/proxy/proxy.h"'
+plant src/run/zz.c '#include "src/ep/ep.h"'
+plant src/ep/zz.c '#include "src/mem/map.h"'
+plant src/ep/zz.c '#include "kernel/lang.h"'
+plant src/zz/zz.c 'int x;'
+plant kernel/zz.k.c '#include <stdint.h>'
+plant kernel/zz.k.c '#include "src/base/base.h"'
+plant kernel/zz.k.c 'static volatile int x;'
+plant tools/zz.c '#include "src/run/run.h"'
+plant examples/zz.c '#include "src/base/base.h"'
+plant src/ep/zz.c 'const char *x = getenv("HOME");'
+plant tools/zz.c 'const char *x = getenv("HOME");'
+plant src/ep/zz.c '/* a */ fprintf(stderr, "x"); /* b */'
+plant src/ep/zz.c 'write(2, "x", 1);'
+plant src/ep/zz.c 'clock_gettime(CLOCK_MONOTONIC, &now);'
+plant src/ep/zz.c '__asm__ volatile("" ::: "memory");'
+plant src/run/zz.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
+plant kernel/zz.k.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
+spare src/ep/zz.c '/* getenv("X"), __atomic_load_n and stderr in a comment */ // asm'
+spare src/ep/zz.c 'const char *x = "getenv( stderr asm clock_gettime(";'
+spare src/ep/zz.c '#include "src/mem/mem.h"'
+spare src/run/zz.c '#include "kernel/abi.h"'
+spare tools/zz.c '#include "src/base/base.h"'
+echo "ok: law self-test, $planted plants"

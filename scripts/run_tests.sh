@@ -1,0 +1,158 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# run_tests.sh [VARIANT [TEST...]]: runs the test programs of a variant ("" is the plain one)
+# under prove, each under a hard limit, and counts their test points.
+# The last line is "VARIANT: N passed, N failed, N skipped"; build/logs/VARIANT holds it all.
+# With --one PROGRAM it is what prove calls for each program.
+cd "$(dirname "$0")/.." || exit 1
+
+if [ "$1" = --one ]; then
+    prog=$2
+    name=$(basename "$prog")
+    out=$TAP_LOGS/$name.tap
+    err=$TAP_LOGS/$name.err
+    limit=$((${TAP_TIMEOUT:-120} * ${TAP_TIMEOUT_SCALE:-1}))
+    case $prog in
+    *.sh) set -- sh "$prog" ;;
+    *.py) set -- python3 "$prog" ;;
+    *) set -- $TAP_PREFIX "$prog" ;;
+    esac
+    start=$(date +%s)
+    timeout -k 5 "$limit" "$@" >"$out" 2>"$err" </dev/null
+    rc=$?
+    took=$(($(date +%s) - start))
+    why=
+    plan=$(sed -n 's/^1\.\.\([0-9]*\).*/\1/p' "$out" | head -1)
+    points=$(grep -cE '^(not )?ok\>' "$out")
+    if grep -q '^Bail out!' "$out"; then
+        why=$(grep '^Bail out!' "$out" | head -1)
+    elif [ $rc = 124 ] || [ $rc = 137 ]; then
+        why="killed after $limit s"
+    elif [ -z "$plan" ]; then
+        why="ended with status $rc before its plan"
+    elif [ "$plan" != "$points" ]; then
+        why="planned $plan test points, gave $points"
+    elif [ $rc != 0 ] && ! grep -q '^not ok' "$out"; then
+        why="ended with status $rc although no test point failed"
+    elif grep -Eq '(WARNING|ERROR): [A-Za-z]+Sanitizer|runtime error:' "$err"; then
+        why="a sanitizer reported"
+    else
+        # A warning that the test did not announce fails it.
+        sed -n 's/^# expect-log: //p' "$out" >"$out.expect"
+        if [ -s "$out.expect" ]; then
+            surprise=$(grep -E '^libep: (warn|error):' "$err" | grep -v -F -f "$out.expect")
+        else
+            surprise=$(grep -E '^libep: (warn|error):' "$err")
+        fi
+        rm -f "$out.expect"
+        [ -z "$surprise" ] || why="logged: $(echo "$surprise" | head -1)"
+    fi
+    # TODO points count as skipped; what the program did not number is one more point.
+    awk -v why="$why" '
+        /^not ok/ && !/# TODO/ { failed++; next }
+        /^(not )?ok.*# (SKIP|TODO)/ { skipped++; next }
+        /^ok/ { passed++ }
+        /^1\.\.0/ { skipped++ }
+        END { print passed + 0, failed + (why != ""), skipped + 0 }' "$out" >"$TAP_LOGS/$name.sum"
+    # What prove sees: the program's own TAP, and the verdict above through the status. One
+    # program that bails out must not keep prove from running the others.
+    sed 's/^Bail out!/# &/' "$out"
+    if [ -n "$why" ]; then
+        echo "# $name: $why"
+        echo "$name: $why" >"$TAP_LOGS/$name.why"
+        tail -20 "$err" | sed 's/^/# /'
+        [ $rc != 0 ] || rc=1
+    fi
+    echo "$took $name" >>"$TAP_LOGS/times"
+    exit $rc
+fi
+
+variant=$1
+[ $# -gt 0 ] && shift
+dir=build${variant:+/$variant}
+TAP_BUILD=$dir
+TAP_LOGS=build/logs/${variant:-plain}
+rm -rf "$TAP_LOGS"
+mkdir -p "$TAP_LOGS"
+: >"$TAP_LOGS/times"
+case $variant in
+tsan)
+    TAP_TIMEOUT_SCALE=${TAP_TIMEOUT_SCALE:-5}
+    # Older runtimes want the usual address layout.
+    if setarch "$(uname -m)" -R true 2>/dev/null; then
+        TAP_PREFIX="setarch $(uname -m) -R"
+    fi
+    ;;
+asan | ubsan | san | cov) TAP_TIMEOUT_SCALE=${TAP_TIMEOUT_SCALE:-4} ;;
+esac
+TSAN_OPTIONS="halt_on_error=0:second_deadlock_stack=1:${TSAN_OPTIONS:-}"
+ASAN_OPTIONS="abort_on_error=0:detect_stack_use_after_return=1:${ASAN_OPTIONS:-}"
+UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
+export TAP_BUILD TAP_LOGS TAP_TIMEOUT_SCALE TAP_PREFIX TSAN_OPTIONS ASAN_OPTIONS UBSAN_OPTIONS
+
+tests=
+if [ $# -gt 0 ]; then
+    for t in "$@"; do
+        [ -x "$dir/tests/$t" ] && tests="$tests $dir/tests/$t" || tests="$tests tests/$t"
+    done
+else
+    for src in tests/t_*.c; do
+        [ -e "$src" ] && tests="$tests $dir/tests/$(basename "$src" .c)"
+    done
+    if [ -z "$variant" ]; then
+        for t in tests/t_*.sh python/tests/t_*.py; do
+            [ -e "$t" ] && tests="$tests $t"
+        done
+    fi
+fi
+if [ -z "$tests" ]; then
+    echo "${variant:-plain}: 0 passed, 0 failed, 0 skipped"
+    exit 0
+fi
+rc=0
+# A program that was not built is a failure of its own.
+built=
+for t in $tests; do
+    if [ -e "$t" ]; then
+        built="$built $t"
+    else
+        echo "$t was not built" | tee "$TAP_LOGS/$(basename "$t").why"
+        echo 0 1 0 >"$TAP_LOGS/$(basename "$t").sum"
+    fi
+done
+tests=$built
+if [ -z "$tests" ]; then
+    :
+elif command -v prove >/dev/null; then
+    # shellcheck disable=SC2086
+    prove ${TAP_JOBS:+-j "$TAP_JOBS"} --exec "scripts/run_tests.sh --one" $tests \
+        >>"$TAP_LOGS/prove.txt" 2>&1 || rc=1
+else
+    for t in $tests; do
+        scripts/run_tests.sh --one "$t" >>"$TAP_LOGS/prove.txt" 2>&1 || rc=1
+    done
+fi
+for t in $tests; do
+    [ -e "$TAP_LOGS/$(basename "$t").sum" ] || echo 0 1 0 >"$TAP_LOGS/$(basename "$t").sum"
+done
+for sum in "$TAP_LOGS"/*.sum; do
+    read -r _ failed _ <"$sum"
+    [ "$failed" = 0 ] && continue
+    name=$(basename "$sum" .sum)
+    [ -e "$TAP_LOGS/$name.tap" ] || continue
+    echo "---- $name: failed; all of it in $TAP_LOGS/$name.tap and .err"
+    [ -e "$TAP_LOGS/$name.why" ] && cat "$TAP_LOGS/$name.why"
+    grep -n -A4 '^not ok' "$TAP_LOGS/$name.tap" | head -20
+    tail -8 "$TAP_LOGS/$name.tap"
+    tail -12 "$TAP_LOGS/$name.err"
+done
+# Prove also checks plans and numbering; if only it complains, its words are shown.
+if [ $rc != 0 ] && ! grep -qv '^[0-9]* 0 ' "$TAP_LOGS"/*.sum -h; then
+    tail -20 "$TAP_LOGS/prove.txt"
+    echo 0 1 0 >"$TAP_LOGS/prove.sum"
+fi
+cat "$TAP_LOGS"/*.tap 2>/dev/null | grep '# SKIP' | sed 's/.*# SKIP/skip:/' | sort | uniq -c
+sort -rn "$TAP_LOGS/times" | awk '$1 >= 10 { print "slow: " $2 ", " $1 " s" }' | head -5
+cat "$TAP_LOGS"/*.sum | awk -v name="${variant:-plain}" '
+    { p += $1; f += $2; s += $3 }
+    END { printf "%s: %d passed, %d failed, %d skipped\n", name, p, f, s; exit f > 0 }'

@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Allocation with two counters: how many were asked for, and how many are still out.
+ *
+ * Owns the process's fault injector: EP_TEST_ALLOC_FAIL=n makes the n-th request fail, which is
+ * how tests walk every error path; the live count is how they see that none leaks. Runs on any
+ * thread. Memory is zeroed and starts on its own cache line.
+ * Must not report errors: the caller knows what the memory was for.
+ */
+#include "base.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ALIGN_BYTES ((size_t)64)
+
+static _Atomic uint64_t num_asked;
+static _Atomic int64_t num_live;
+
+bool epi_alloc_should_fail(void) {
+    uint64_t nth = atomic_fetch_add(&num_asked, 1) + 1;
+    return nth == (uint64_t)epi_opt_int(EPI_OPT_TEST_ALLOC_FAIL);
+}
+
+uint64_t epi_alloc_count(void) {
+    return atomic_load(&num_asked);
+}
+
+int64_t epi_alloc_live(void) {
+    return atomic_load(&num_live);
+}
+
+void *epi_alloc(size_t bytes) {
+    if (epi_alloc_should_fail() || bytes > PTRDIFF_MAX - ALIGN_BYTES) {
+        return NULL;
+    }
+    size_t padded_bytes = (bytes + ALIGN_BYTES - 1) & ~(ALIGN_BYTES - 1);
+    if (padded_bytes == 0) {
+        padded_bytes = ALIGN_BYTES;
+    }
+    void *p = aligned_alloc(ALIGN_BYTES, padded_bytes);
+    if (p != NULL) {
+        memset(p, 0, padded_bytes);
+        atomic_fetch_add(&num_live, 1);
+    }
+    return p;
+}
+
+void *epi_alloc_array(size_t num, size_t item_bytes) {
+    if (item_bytes != 0 && num > SIZE_MAX / item_bytes) {
+        return NULL;
+    }
+    return epi_alloc(num * item_bytes);
+}
+
+char *epi_strdup(const char *text) {
+    size_t bytes = strlen(text) + 1;
+    char *copy = epi_alloc(bytes);
+    if (copy != NULL) {
+        memcpy(copy, text, bytes);
+    }
+    return copy;
+}
+
+void epi_free(void *p) {
+    if (p != NULL) {
+        atomic_fetch_sub(&num_live, 1);
+        free(p);
+    }
+}

@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The one header of layer 0: status and error text, log, knobs, time, allocation, threads.
+ * Every other directory may include it; it includes nothing of theirs but the public ep.h.
+ *
+ * Threads: everything here may be called from any thread at any time, unless said otherwise.
+ * Must not: block (except epi_sleep_ns), depend on any other directory, or keep state that a
+ * test cannot see (the allocation counters are readable, the log level can be reloaded).
+ */
+#ifndef EPI_BASE_H
+#define EPI_BASE_H
+
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "ep.h"
+
+#define EPI_PRINTF(fmt_at, args_at) __attribute__((format(printf, fmt_at, args_at)))
+
+/* ---- status.c: the calling thread's error text ------------------------------------------- */
+
+#define EPI_ERROR_TEXT_BYTES 512
+
+/* Stores the text for ep_last_error() and returns `st`, so that `return epi_fail(...)` reads
+ * well. Never allocates. An argument may be epi_error_text() itself: text can be wrapped. */
+ep_status epi_fail(ep_status st, const char *fmt, ...) EPI_PRINTF(2, 3);
+void epi_clear_error(void);
+const char *epi_error_text(void); /* "" when there is none; the calling thread's own buffer */
+
+/* snprintf for texts that may be cut: the compiler need not warn, the end is marked "...". */
+void epi_format(char *out, size_t out_bytes, const char *fmt, ...) EPI_PRINTF(3, 4);
+
+/* ---- log.c ------------------------------------------------------------------------------- */
+
+enum epi_log_level { EPI_LOG_ERROR, EPI_LOG_WARN, EPI_LOG_INFO, EPI_LOG_DEBUG };
+
+/* One line, one write(2), to stderr. Control characters in the text become '?'. */
+void epi_log(enum epi_log_level level, const char *fmt, ...) EPI_PRINTF(2, 3);
+bool epi_log_enabled(enum epi_log_level level);
+void epi_log_set_rank(int rank); /* the calling thread's tag; -1 is none */
+int epi_log_rank(void);
+void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per process */
+
+/* ---- opt.c: the environment -------------------------------------------------------------- */
+
+/*
+ * The one table of knobs: X(id, kind, default, min, max, choices, doc), variable EP_<id>.
+ *   INT     min <= value <= max, decimal or 0x
+ *   BOOL    1 0 true false yes no on off
+ *   STR     min <= strlen(value) <= max
+ *   CHOICE  one of `choices`; epi_opt_int gives its index
+ * An empty variable counts as unset. A default of NULL (STR only) means "no value".
+ */
+#define EPI_OPTS(X)                                                                            \
+    X(LOG, CHOICE, "warn", 0, 0, "error|warn|info|debug", "what is logged to stderr")          \
+    X(TIMEOUT_MS, INT, "100000", 100, 86400000, NULL,                                          \
+      "how long a wait for a living peer may last, in milliseconds")                           \
+    X(PORT, INT, "0", 0, 65535, NULL, "rendezvous port of rank 0; 0 means MASTER_PORT + 1")    \
+    X(JOB, STR, NULL, 1, 200, NULL, "name of the job; two jobs of different names never meet") \
+    X(WORKERS, INT, "0", 0, 1024, NULL, "host worker threads per rank; 0 chooses")             \
+    X(TEST_ALLOC_FAIL, INT, "0", 0, INT64_MAX, NULL,                                           \
+      "for tests: the n-th allocation of the process fails; 0 is off")
+
+#define EPI_OPT_ENUM(id, kind, def, min, max, choices, doc) EPI_OPT_##id,
+enum epi_opt { EPI_OPTS(EPI_OPT_ENUM) EPI_OPT_COUNT };
+#undef EPI_OPT_ENUM
+
+enum epi_opt_kind {
+    EPI_OPT_KIND_INT,
+    EPI_OPT_KIND_BOOL,
+    EPI_OPT_KIND_STR,
+    EPI_OPT_KIND_CHOICE
+};
+
+struct epi_opt_info {
+    const char *name;
+    const char *doc;
+    const char *default_text; /* "" when there is no default */
+    char rule[128];           /* what a value must look like, for people */
+    char value[256];          /* the value in force, "" when none */
+    bool set;                 /* the variable is in the environment */
+    bool valid;               /* false: it is set and malformed, so the default is in force */
+};
+
+/* Read the environment on every call. A malformed value is replaced by the default and logged
+ * once per value. epi_opt_int is for INT, BOOL (0, 1) and CHOICE (index). */
+int64_t epi_opt_int(enum epi_opt opt);
+const char *epi_opt_str(enum epi_opt opt); /* NULL when unset and without a default */
+bool epi_opt_is_set(enum epi_opt opt);
+
+/* For `ep env`. The result belongs to the calling thread and lasts until its next call;
+ * NULL when `index` is out of range. */
+size_t epi_opt_count(void);
+const struct epi_opt_info *epi_opt_info(size_t index);
+
+/* A variable that is not ours: only those listed in opt.c (launchers, HOME); NULL when unset,
+ * empty or not listed. */
+const char *epi_env(const char *name);
+
+/* ---- time.c ------------------------------------------------------------------------------ */
+
+#define EPI_NS_PER_US INT64_C(1000)
+#define EPI_NS_PER_MS INT64_C(1000000)
+#define EPI_NS_PER_S INT64_C(1000000000)
+
+struct epi_deadline {
+    int64_t at_ns; /* on the clock of epi_now_ns; INT64_MAX is never */
+};
+
+int64_t epi_now_ns(void);
+struct epi_deadline epi_deadline_after(int64_t ns); /* saturates; negative is already expired */
+struct epi_deadline epi_deadline_never(void);
+struct epi_deadline epi_deadline_min(struct epi_deadline a, struct epi_deadline b);
+bool epi_deadline_expired(struct epi_deadline d);
+int64_t epi_deadline_left_ns(struct epi_deadline d); /* >= 0 */
+int epi_deadline_left_ms(struct epi_deadline d);     /* for poll: rounded up, 0..INT_MAX */
+void epi_sleep_ns(int64_t ns);                       /* the whole time, whatever signals come */
+
+/* A condition variable for epi_cond_wait: it counts on the clock of epi_now_ns. 0 or errno. */
+int epi_cond_init(pthread_cond_t *cond);
+/* False when the deadline has passed; may wake early, as condition variables do. */
+bool epi_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, struct epi_deadline d);
+
+/* ---- alloc.c ----------------------------------------------------------------------------- */
+
+/* Zeroed, 64-byte aligned; NULL on failure, which the caller reports. 0 bytes is a valid,
+ * unique allocation. */
+void *epi_alloc(size_t bytes);
+void *epi_alloc_array(size_t num, size_t item_bytes); /* NULL also when the product overflows */
+char *epi_strdup(const char *text);
+void epi_free(void *p); /* NULL is fine */
+
+/* Counts one allocation and says whether EP_TEST_ALLOC_FAIL wants it to fail. epi_alloc asks
+ * by itself; call it before mmap, memfd_create, socket and the like. */
+bool epi_alloc_should_fail(void);
+uint64_t epi_alloc_count(void); /* allocations asked for so far, the injected one included */
+int64_t epi_alloc_live(void);   /* epi_alloc'ed and not yet freed */
+
+/* ---- thread.c ---------------------------------------------------------------------------- */
+
+/* 0 or an errno value. The new thread takes no asynchronous signals: those are the caller's
+ * threads' business. `name` is cut to 15 characters. Asks epi_alloc_should_fail. */
+int epi_thread_start(pthread_t *thread, void *(*run)(void *), void *arg, const char *name);
+
+#endif

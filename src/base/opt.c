@@ -1,0 +1,237 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The environment: the knobs of EPI_OPTS, and the few foreign variables launchers set.
+ *
+ * Owns the parsing rules and the memory of which malformed values were already reported. Runs
+ * on any thread; values are read anew on every call, so a program (or a test) may change them
+ * until the object that uses them is created. The only file that calls getenv.
+ * Must not silently ignore a value: a malformed one is named, with its rule, in one warning.
+ */
+#include "base.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+
+struct opt_row {
+    const char *name;
+    enum epi_opt_kind kind;
+    const char *def;
+    int64_t min;
+    int64_t max;
+    const char *choices;
+    const char *doc;
+};
+
+#define OPT_ROW(id, kind, def, min, max, choices, doc)                                         \
+    {"EP_" #id, EPI_OPT_KIND_##kind, def, min, max, choices, doc},
+static const struct opt_row rows[EPI_OPT_COUNT] = {EPI_OPTS(OPT_ROW)};
+#undef OPT_ROW
+
+/* The hash of the last malformed value reported per knob: one line per value, not per call. */
+static _Atomic uint64_t reported[EPI_OPT_COUNT];
+
+static const char *const foreign_names[] = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "OMPI_MCA_ess_base_jobid",
+    "OMPI_MCA_orte_hnp_uri",
+    "PMIX_RANK",
+    "PMIX_SIZE",
+    "PMIX_NAMESPACE",
+    "PMI_RANK",
+    "PMI_SIZE",
+    "PMI_JOBID",
+    "MPI_LOCALNRANKS",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NODELIST",
+    "SLURM_NODELIST",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_ID",
+    "SLURM_JOBID",
+    "SLURM_STEP_ID",
+    "SLURM_STEPID",
+    "SLURM_STEP_NUM_NODES",
+    "SLURM_NNODES",
+    "HOME",
+    "XDG_CACHE_HOME",
+};
+
+static bool parse_int(const struct opt_row *row, const char *text, int64_t *out) {
+    char *end = NULL;
+    errno = 0;
+    long long value = strtoll(text, &end, strncasecmp(text, "0x", 2) == 0 ? 16 : 10);
+    if (errno != 0 || end == text || *end != '\0' || value < row->min || value > row->max) {
+        return false;
+    }
+    *out = value;
+    return true;
+}
+
+static bool parse_bool(const char *text, int64_t *out) {
+    static const char *const words[] = {"0", "1", "false", "true", "no", "yes", "off", "on"};
+    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++) {
+        if (strcasecmp(text, words[i]) == 0) {
+            *out = (int64_t)(i & 1);
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool parse_choice(const char *choices, const char *text, int64_t *out) {
+    size_t text_len = strlen(text);
+    int64_t index = 0;
+    for (const char *p = choices;; index++) {
+        size_t len = strcspn(p, "|");
+        if (len == text_len && strncasecmp(p, text, len) == 0) {
+            *out = index;
+            return true;
+        }
+        if (p[len] == '\0') {
+            return false;
+        }
+        p += len + 1;
+    }
+}
+
+static bool parse(const struct opt_row *row, const char *text, int64_t *out) {
+    *out = 0;
+    switch (row->kind) {
+    case EPI_OPT_KIND_INT:
+        return parse_int(row, text, out);
+    case EPI_OPT_KIND_BOOL:
+        return parse_bool(text, out);
+    case EPI_OPT_KIND_CHOICE:
+        return parse_choice(row->choices, text, out);
+    case EPI_OPT_KIND_STR:
+        return (int64_t)strlen(text) >= row->min && (int64_t)strlen(text) <= row->max;
+    }
+    return false;
+}
+
+static void describe_rule(const struct opt_row *row, char *out, size_t bytes) {
+    switch (row->kind) {
+    case EPI_OPT_KIND_INT:
+        if (row->max == INT64_MAX) {
+            snprintf(out, bytes, "an integer of at least %" PRId64, row->min);
+        } else {
+            snprintf(out, bytes, "an integer in %" PRId64 "..%" PRId64, row->min, row->max);
+        }
+        break;
+    case EPI_OPT_KIND_BOOL:
+        snprintf(out, bytes, "1, 0, true, false, yes, no, on or off");
+        break;
+    case EPI_OPT_KIND_CHOICE:
+        snprintf(out, bytes, "one of %s", row->choices);
+        break;
+    case EPI_OPT_KIND_STR:
+        snprintf(out, bytes, "%" PRId64 "..%" PRId64 " characters", row->min, row->max);
+        break;
+    }
+}
+
+static uint64_t hash_text(const char *text) {
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    for (; *text != '\0'; text++) {
+        hash = (hash ^ (unsigned char)*text) * UINT64_C(0x100000001b3);
+    }
+    return hash | 1; /* never 0: that is "nothing reported yet" */
+}
+
+static const char *env_text(const char *name) {
+    const char *text = getenv(name);
+    return text != NULL && text[0] != '\0' ? text : NULL;
+}
+
+static void report(enum epi_opt opt, const char *text) {
+    const struct opt_row *row = &rows[opt];
+    uint64_t hash = hash_text(text);
+    if (atomic_exchange(&reported[opt], hash) == hash) {
+        return;
+    }
+    char rule[128];
+    describe_rule(row, rule, sizeof rule);
+    epi_log(EPI_LOG_WARN, "%s=\"%.64s\" is ignored: it must be %s; using %s", row->name, text,
+            rule, row->def != NULL ? row->def : "no value");
+}
+
+/* The text in force and its number; NULL when there is neither a value nor a default. */
+static const char *effective(enum epi_opt opt, int64_t *number) {
+    const struct opt_row *row = &rows[opt];
+    *number = 0;
+    const char *text = env_text(row->name);
+    if (text != NULL) {
+        if (parse(row, text, number)) {
+            return text;
+        }
+        report(opt, text);
+    }
+    if (row->def != NULL) {
+        (void)parse(row, row->def, number);
+    }
+    return row->def;
+}
+
+int64_t epi_opt_int(enum epi_opt opt) {
+    int64_t number = 0;
+    (void)effective(opt, &number);
+    return number;
+}
+
+const char *epi_opt_str(enum epi_opt opt) {
+    int64_t number = 0;
+    return effective(opt, &number);
+}
+
+bool epi_opt_is_set(enum epi_opt opt) {
+    return env_text(rows[opt].name) != NULL;
+}
+
+size_t epi_opt_count(void) {
+    return EPI_OPT_COUNT;
+}
+
+const struct epi_opt_info *epi_opt_info(size_t index) {
+    static _Thread_local struct epi_opt_info info;
+    if (index >= EPI_OPT_COUNT) {
+        return NULL;
+    }
+    const struct opt_row *row = &rows[index];
+    const char *text = env_text(row->name);
+    int64_t number = 0;
+    info.name = row->name;
+    info.doc = row->doc;
+    info.default_text = row->def != NULL ? row->def : "";
+    describe_rule(row, info.rule, sizeof info.rule);
+    info.set = text != NULL;
+    info.valid = text == NULL || parse(row, text, &number);
+    const char *value = info.set && info.valid ? text : info.default_text;
+    snprintf(info.value, sizeof info.value, "%s", value);
+    return &info;
+}
+
+const char *epi_env(const char *name) {
+    for (size_t i = 0; i < sizeof foreign_names / sizeof foreign_names[0]; i++) {
+        if (strcmp(name, foreign_names[i]) == 0) {
+            return env_text(name);
+        }
+    }
+    epi_log(EPI_LOG_ERROR, "internal: variable %s is not in the list of opt.c", name);
+    return NULL;
+}
