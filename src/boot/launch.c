@@ -1,0 +1,246 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Reads what launchers leave in the environment: torchrun and `ep run`, Open MPI, PMIx, PMI
+ * (MPICH, Intel MPI) and Slurm.
+ *
+ * Owns the order in which they are believed and the names of their variables. Runs on the
+ * creating thread. Every value is checked here, so the rest of boot works with numbers.
+ * Must not guess: what is missing or malformed is named, together with what to set.
+ */
+#include "launch.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Ports derived from the job: below the range from which Linux picks ports by itself. */
+#define DERIVED_PORT_FIRST 20000
+#define DERIVED_PORT_COUNT 12000
+
+struct source {
+    const char *name;
+    const char *rank;
+    const char *size[3]; /* the first that is set */
+    const char *guard;   /* only believed when this is set too; NULL: always */
+};
+
+static const struct source sources[] = {
+    {"RANK and WORLD_SIZE", "RANK", {"WORLD_SIZE"}, NULL},
+    {"Open MPI", "OMPI_COMM_WORLD_RANK", {"OMPI_COMM_WORLD_SIZE"}, NULL},
+    /* PMIx hands out the size by a call, not by a variable; under Slurm there is one. */
+    {"PMIx", "PMIX_RANK", {"PMIX_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"}, NULL},
+    {"PMI", "PMI_RANK", {"PMI_SIZE"}, NULL},
+    {"Slurm", "SLURM_PROCID", {"SLURM_STEP_NUM_TASKS"}, NULL},
+    /* A batch script sees SLURM_PROCID=0 and SLURM_NTASKS although no task was launched; only
+     * within a step do they speak of this process. */
+    {"Slurm", "SLURM_PROCID", {"SLURM_NTASKS"}, "SLURM_STEP_ID"},
+};
+
+static ep_status read_number(const char *name, const char *text, long min, long max, int *out) {
+    char *end = NULL;
+    long value = strtol(text, &end, 10);
+    if (end == text || *end != '\0' || value < min || value > max) {
+        return epi_fail(EP_ERR_ARG, "%s=\"%.40s\": it must be an integer in %ld..%ld", name,
+                        text, min, max);
+    }
+    *out = (int)value;
+    return EP_OK;
+}
+
+static const char *first_set(const char *const *names, size_t num, const char **name) {
+    for (size_t i = 0; i < num && names[i] != NULL; i++) {
+        const char *text = epi_env(names[i]);
+        if (text != NULL) {
+            *name = names[i];
+            return text;
+        }
+    }
+    return NULL;
+}
+
+static ep_status read_identity(struct epi_launch *out, const char **from) {
+    const char *half = NULL;
+    for (size_t i = 0; i < sizeof sources / sizeof sources[0]; i++) {
+        const struct source *s = &sources[i];
+        const char *size_name = NULL;
+        const char *rank = epi_env(s->rank);
+        const char *size = first_set(s->size, 3, &size_name);
+        if (rank == NULL || (s->guard != NULL && epi_env(s->guard) == NULL)) {
+            continue;
+        }
+        if (size == NULL) {
+            half = half == NULL ? s->rank : half;
+            continue;
+        }
+        ep_status st = read_number(size_name, size, 1, EP_MAX_RANKS, &out->num_ranks);
+        if (st == EP_OK) {
+            st = read_number(s->rank, rank, 0, out->num_ranks - 1, &out->rank);
+        }
+        *from = s->name;
+        return st;
+    }
+    if (half != NULL) {
+        return epi_fail(EP_ERR_ARG,
+                        "%s is set, but nothing says how many ranks there are; set RANK and "
+                        "WORLD_SIZE, or start the program with `ep run`",
+                        half);
+    }
+    return epi_fail(EP_ERR_ARG, "the environment does not say which rank this is; start the "
+                                "program with `ep run -n N program`, torchrun, mpirun or srun, "
+                                "or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT");
+}
+
+bool epi_launch_first_host(const char *list, char *out, size_t out_bytes) {
+    size_t prefix = strcspn(list, "[,");
+    const char *number = "";
+    size_t number_len = 0;
+    if (list[prefix] == '[') {
+        number = list + prefix + 1;
+        number_len = strcspn(number, "-,]");
+        const char *close = strchr(number, ']');
+        if (number_len == 0 || close == NULL) {
+            return false;
+        }
+        /* A suffix or a second bracket ("r[1-2]n[3-4]") follows for every host alike. */
+        const char *rest = close + 1;
+        if (*rest != '\0' && *rest != ',') {
+            char tail[256];
+            int len = snprintf(out, out_bytes, "%.*s%.*s", (int)prefix, list, (int)number_len,
+                               number);
+            return len > 0 && (size_t)len < out_bytes &&
+                   epi_launch_first_host(rest, tail, sizeof tail) &&
+                   (size_t)snprintf(out + len, out_bytes - (size_t)len, "%s", tail) <
+                       out_bytes - (size_t)len;
+        }
+    }
+    int len = snprintf(out, out_bytes, "%.*s%.*s", (int)prefix, list, (int)number_len, number);
+    return len > 0 && (size_t)len < out_bytes;
+}
+
+static bool equals_size(const char *name, int num) {
+    const char *text = epi_env(name);
+    return text != NULL && strtol(text, NULL, 10) == num;
+}
+
+static bool is_all_local(int num_ranks) {
+    static const char *const node_counts[] = {"SLURM_STEP_NUM_NODES", "SLURM_NNODES"};
+    const char *name = NULL;
+    const char *nodes = first_set(node_counts, 2, &name);
+    return num_ranks == 1 || equals_size("LOCAL_WORLD_SIZE", num_ranks) ||
+           equals_size("OMPI_COMM_WORLD_LOCAL_SIZE", num_ranks) ||
+           equals_size("MPI_LOCALNRANKS", num_ranks) ||
+           (nodes != NULL && strcmp(nodes, "1") == 0);
+}
+
+static ep_status read_host(struct epi_launch *out, const char **from) {
+    static const char *const lists[] = {"SLURM_STEP_NODELIST", "SLURM_NODELIST",
+                                        "SLURM_JOB_NODELIST"};
+    const char *host = epi_env("MASTER_ADDR");
+    if (host != NULL) {
+        *from = "MASTER_ADDR";
+        if (strlen(host) >= sizeof out->host) {
+            return epi_fail(EP_ERR_ARG, "MASTER_ADDR is longer than %zu characters",
+                            sizeof out->host - 1);
+        }
+        epi_format(out->host, sizeof out->host, "%s", host);
+        return EP_OK;
+    }
+    if (is_all_local(out->num_ranks)) {
+        *from = "all ranks are on this host";
+        epi_format(out->host, sizeof out->host, "127.0.0.1");
+        return EP_OK;
+    }
+    const char *list = first_set(lists, 3, from);
+    if (list == NULL) {
+        return epi_fail(EP_ERR_ARG, "MASTER_ADDR is not set: it must name the host of rank 0");
+    }
+    if (!epi_launch_first_host(list, out->host, sizeof out->host)) {
+        return epi_fail(EP_ERR_ARG,
+                        "%s=\"%.80s\" is not understood; set MASTER_ADDR to the host "
+                        "of rank 0",
+                        *from, list);
+    }
+    return EP_OK;
+}
+
+static ep_status read_port(const struct epi_job *job, struct epi_launch *out,
+                           const char **from) {
+    int64_t port = epi_opt_int(EPI_OPT_PORT);
+    const char *master = epi_env("MASTER_PORT");
+    *from = "EP_PORT";
+    if (port == 0 && master != NULL) {
+        /* MASTER_PORT itself belongs to the launcher's own store. */
+        int value = 0;
+        ep_status st = read_number("MASTER_PORT", master, 1, 65534, &value);
+        if (st != EP_OK) {
+            return st;
+        }
+        port = value + 1;
+        *from = "MASTER_PORT + 1";
+    }
+    if (port == 0) {
+        port = DERIVED_PORT_FIRST + (int64_t)(job->id % DERIVED_PORT_COUNT);
+        *from = "derived from the job";
+    }
+    out->port = (int)port;
+    return EP_OK;
+}
+
+ep_status epi_launch_read(const struct epi_job *job, struct epi_launch *out) {
+    const char *who = "";
+    const char *host = "";
+    const char *port = "";
+    ep_status st = read_identity(out, &who);
+    if (st == EP_OK) {
+        st = read_host(out, &host);
+    }
+    if (st == EP_OK) {
+        st = read_port(job, out, &port);
+    }
+    if (st == EP_OK) {
+        epi_log(EPI_LOG_INFO, "rank %d of %d from %s; rank 0 at %s (%s) port %d (%s); job: %s",
+                out->rank, out->num_ranks, who, out->host, host, out->port, port, job->from);
+    }
+    return st;
+}
+
+uint64_t epi_launch_mix(uint64_t hash, const char *text) {
+    hash = hash == 0 ? UINT64_C(0xcbf29ce484222325) : hash;
+    for (; *text != '\0'; text++) {
+        hash = (hash ^ (unsigned char)*text) * UINT64_C(0x100000001b3);
+    }
+    return hash;
+}
+
+void epi_launch_job(const char *name, struct epi_job *out) {
+    static const char *const ids[][2] = {
+        {"TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"},
+        {"PMIX_NAMESPACE", NULL},
+        {"OMPI_MCA_ess_base_jobid", NULL},
+        {"PMI_JOBID", NULL},
+        {"SLURM_JOB_ID", "SLURM_STEP_ID"},
+        {"SLURM_JOBID", "SLURM_STEPID"},
+    };
+    const char *given = name != NULL ? name : epi_opt_str(EPI_OPT_JOB);
+    out->id = epi_launch_mix(0, "libep");
+    out->is_named = true;
+    if (given != NULL) {
+        out->id = epi_launch_mix(epi_launch_mix(out->id, "job="), given);
+        epi_format(out->from, sizeof out->from, "%s", name != NULL ? "given" : "EP_JOB");
+        return;
+    }
+    for (size_t i = 0; i < sizeof ids / sizeof ids[0]; i++) {
+        const char *first = epi_env(ids[i][0]);
+        if (first != NULL) {
+            const char *second = ids[i][1] != NULL ? epi_env(ids[i][1]) : NULL;
+            out->id = epi_launch_mix(epi_launch_mix(out->id, ids[i][0]), first);
+            out->id = epi_launch_mix(out->id, second != NULL ? second : "");
+            epi_format(out->from, sizeof out->from, "%s", ids[i][0]);
+            /* torchrun's static rendezvous calls every job "none". */
+            out->is_named = strcmp(first, "none") != 0;
+            return;
+        }
+    }
+    out->is_named = false;
+    epi_format(out->from, sizeof out->from, "unnamed");
+}

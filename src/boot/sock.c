@@ -1,0 +1,360 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Sockets as the rendezvous needs them.
+ *
+ * Owns the process-wide set of our descriptors. It exists for fork(): a child (a data loader,
+ * say) would inherit the connections and keep them open after its parent was killed, and the
+ * death would go unnoticed; so the child closes them. Runs on any thread.
+ * Must not block, except epi_addr_resolve when a name server is slow, nor set TCP_USER_TIMEOUT:
+ * it also fires when the peer has merely stopped reading, which a stopped process does.
+ */
+#include "sock.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <ifaddrs.h>
+#include <linux/sockios.h>
+#include <net/if.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+/* ---- the set of our descriptors ---------------------------------------------------------- */
+
+#define MAX_TRACKED_FDS                                                                        \
+    65536 /* a descriptor above that is served, but not closed in children */
+
+static pthread_mutex_t track_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_once_t track_once = PTHREAD_ONCE_INIT;
+static uint8_t tracked[MAX_TRACKED_FDS / 8];
+
+static void before_fork(void) {
+    pthread_mutex_lock(&track_lock);
+}
+
+static void after_fork_parent(void) {
+    pthread_mutex_unlock(&track_lock);
+}
+
+static void after_fork_child(void) {
+    for (int i = 0; i < (int)sizeof tracked; i++) {
+        for (int bit = 0; tracked[i] != 0 && bit < 8; bit++) {
+            if (tracked[i] & 1u << bit) {
+                close(i * 8 + bit);
+            }
+        }
+        tracked[i] = 0;
+    }
+    pthread_mutex_unlock(&track_lock);
+}
+
+static void track_init(void) {
+    (void)pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+}
+
+static void track_begin(void) {
+    pthread_once(&track_once, track_init);
+    pthread_mutex_lock(&track_lock);
+}
+
+/* Opening happens between track_begin and track_end, so that no fork falls in between.
+ * Hands through fd, or makes it -errno. */
+static int track_end(int fd) {
+    int result = fd >= 0 ? fd : -errno;
+    if (fd >= 0 && fd < MAX_TRACKED_FDS) {
+        tracked[fd / 8] |= (uint8_t)(1u << fd % 8);
+    }
+    pthread_mutex_unlock(&track_lock);
+    return result;
+}
+
+void epi_sock_close(int *fd) {
+    if (*fd < 0) {
+        return;
+    }
+    pthread_mutex_lock(&track_lock);
+    bool ours = *fd >= MAX_TRACKED_FDS || (tracked[*fd / 8] & 1u << *fd % 8) != 0;
+    if (ours) {
+        if (*fd < MAX_TRACKED_FDS) {
+            tracked[*fd / 8] &= (uint8_t) ~(1u << *fd % 8);
+        }
+        close(*fd);
+    }
+    pthread_mutex_unlock(&track_lock);
+    *fd = -1;
+}
+
+/* ---- addresses --------------------------------------------------------------------------- */
+
+bool epi_addr_split(const char *text, char host[256], int *port) {
+    const char *colon = strrchr(text, ':');
+    if (colon == NULL || colon == text) {
+        return false;
+    }
+    const char *from = text;
+    size_t len = (size_t)(colon - text);
+    if (text[0] == '[') {
+        if (colon[-1] != ']') {
+            return false;
+        }
+        from = text + 1;
+        len -= 2;
+    } else if (memchr(text, ':', len) != NULL) {
+        return false; /* a bare IPv6 address: which colon begins the port is anyone's guess */
+    }
+    char *end = NULL;
+    long value = strtol(colon + 1, &end, 10);
+    if (len == 0 || len > 255 || end == colon + 1 || *end != '\0' || value < 1 ||
+        value > 65535) {
+        return false;
+    }
+    memcpy(host, from, len);
+    host[len] = '\0';
+    *port = (int)value;
+    return true;
+}
+
+static void set_port(struct epi_addr *addr, int port) {
+    if (addr->ss.ss_family == AF_INET6) {
+        ((struct sockaddr_in6 *)&addr->ss)->sin6_port = htons((uint16_t)port);
+    } else {
+        ((struct sockaddr_in *)&addr->ss)->sin_port = htons((uint16_t)port);
+    }
+}
+
+const char *epi_addr_resolve(const char *host, int port, struct epi_addr *out, int max,
+                             int *num, bool *is_name) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICHOST};
+    struct addrinfo *list = NULL;
+    int err = getaddrinfo(host, NULL, &hints, &list);
+    *is_name = err != 0;
+    if (err != 0) {
+        hints.ai_flags = AI_ADDRCONFIG;
+        err = getaddrinfo(host, NULL, &hints, &list);
+    }
+    if (err != 0 && strcmp(host, "localhost") == 0) {
+        /* Minimal containers have no /etc/hosts; and AI_ADDRCONFIG does not count loopback. */
+        hints.ai_flags = AI_NUMERICHOST;
+        err = getaddrinfo("127.0.0.1", NULL, &hints, &list);
+    }
+    if (err != 0) {
+        return err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err);
+    }
+    *num = 0;
+    for (struct addrinfo *ai = list; ai != NULL && *num < max; ai = ai->ai_next) {
+        if (ai->ai_family == AF_INET || ai->ai_family == AF_INET6) {
+            memset(&out[*num], 0, sizeof out[*num]);
+            memcpy(&out[*num].ss, ai->ai_addr, ai->ai_addrlen);
+            out[*num].len = ai->ai_addrlen;
+            set_port(&out[*num], port);
+            *num += 1;
+        }
+    }
+    freeaddrinfo(list);
+    return *num > 0 ? NULL : "the name has no IPv4 or IPv6 address";
+}
+
+int epi_addr_local(int port, struct epi_addr *out, int max) {
+    struct ifaddrs *list = NULL;
+    if (epi_alloc_should_fail() || getifaddrs(&list) != 0) {
+        return -ENOMEM;
+    }
+    int num = 0;
+    for (int loopback = 0; loopback < 2; loopback++) {
+        for (struct ifaddrs *ifa = list; ifa != NULL && num < max; ifa = ifa->ifa_next) {
+            if (ifa->ifa_addr == NULL || !(ifa->ifa_flags & IFF_UP) ||
+                ((ifa->ifa_flags & IFF_LOOPBACK) != 0) != (loopback == 1)) {
+                continue;
+            }
+            int family = ifa->ifa_addr->sa_family;
+            if (family != AF_INET && family != AF_INET6) {
+                continue;
+            }
+            struct epi_addr addr = {0};
+            addr.len =
+                family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
+            memcpy(&addr.ss, ifa->ifa_addr, addr.len);
+            const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)&addr.ss;
+            if (family == AF_INET6 && IN6_IS_ADDR_LINKLOCAL(&v6->sin6_addr)) {
+                continue; /* means nothing without the name of an interface */
+            }
+            set_port(&addr, port);
+            out[num++] = addr;
+        }
+    }
+    freeifaddrs(list);
+    return num;
+}
+
+void epi_addr_any(int port, bool v6, struct epi_addr *out) {
+    memset(out, 0, sizeof *out);
+    out->ss.ss_family = v6 ? AF_INET6 : AF_INET; /* all zero bytes is the wildcard of both */
+    out->len = v6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
+    set_port(out, port);
+}
+
+void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]) {
+    char host[INET6_ADDRSTRLEN] = "?";
+    if (addr->ss.ss_family == AF_INET6) {
+        const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)&addr->ss;
+        (void)inet_ntop(AF_INET6, &v6->sin6_addr, host, sizeof host);
+        epi_format(out, EPI_ADDR_TEXT_BYTES, "[%s]:%d", host, ntohs(v6->sin6_port));
+    } else {
+        const struct sockaddr_in *v4 = (const struct sockaddr_in *)&addr->ss;
+        (void)inet_ntop(AF_INET, &v4->sin_addr, host, sizeof host);
+        epi_format(out, EPI_ADDR_TEXT_BYTES, "%s:%d", host, ntohs(v4->sin_port));
+    }
+}
+
+/* ---- sockets ----------------------------------------------------------------------------- */
+
+/* An idle connection to a vanished host ends after 2 + 3 * 1 s; one with bytes on the way is
+ * epi_sock_vanished's. Failure to set an option is no reason to fail. */
+static void set_options(int fd) {
+    const int on = 1;
+    const int idle_s = 2;
+    const int interval_s = 1;
+    const int num_probes = 3;
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof interval_s);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &num_probes, sizeof num_probes);
+}
+
+static int open_stream(int family) {
+    if (epi_alloc_should_fail()) {
+        return -EMFILE;
+    }
+    track_begin();
+    return track_end(socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+}
+
+int epi_sock_listen(const struct epi_addr *addr) {
+    int fd = open_stream(addr->ss.ss_family);
+    if (fd < 0) {
+        return fd;
+    }
+    const int on = 1;
+    const int off = 0;
+    (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (addr->ss.ss_family == AF_INET6) {
+        (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
+    }
+    if (bind(fd, (const struct sockaddr *)&addr->ss, addr->len) != 0 ||
+        listen(fd, SOMAXCONN) != 0) {
+        int err = errno;
+        epi_sock_close(&fd);
+        return -err;
+    }
+    return fd;
+}
+
+int epi_sock_accept(int listen_fd, struct epi_addr *from) {
+    if (epi_alloc_should_fail()) {
+        return -EMFILE;
+    }
+    memset(from, 0, sizeof *from);
+    from->len = sizeof from->ss;
+    track_begin();
+    int fd = track_end(accept4(listen_fd, (struct sockaddr *)&from->ss, &from->len,
+                               SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (fd >= 0) {
+        set_options(fd);
+    }
+    return fd;
+}
+
+/* Both ends the same socket: TCP does that when one dials a free port of the own host that the
+ * kernel has just picked as the port to dial from. Nobody is listening there. */
+static bool is_self_connected(int fd) {
+    struct sockaddr_storage ends[2];
+    socklen_t len[2] = {sizeof ends[0], sizeof ends[1]};
+    memset(ends, 0, sizeof ends);
+    return getsockname(fd, (struct sockaddr *)&ends[0], &len[0]) == 0 &&
+           getpeername(fd, (struct sockaddr *)&ends[1], &len[1]) == 0 && len[0] == len[1] &&
+           memcmp(&ends[0], &ends[1], len[0]) == 0;
+}
+
+static int finish_connect(int fd, struct epi_deadline deadline) {
+    struct pollfd p = {.fd = fd, .events = POLLOUT};
+    for (;;) {
+        int n = poll(&p, 1, epi_deadline_left_ms(deadline));
+        if (n > 0) {
+            break;
+        }
+        if (n == 0 || errno != EINTR) {
+            return n == 0 ? ETIMEDOUT : errno;
+        }
+    }
+    int err = 0;
+    socklen_t len = sizeof err;
+    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &len) != 0) {
+        return errno;
+    }
+    return err;
+}
+
+int epi_sock_connect(const struct epi_addr *addr, struct epi_deadline deadline) {
+    int fd = open_stream(addr->ss.ss_family);
+    if (fd < 0) {
+        return fd;
+    }
+    int err = 0;
+    if (connect(fd, (const struct sockaddr *)&addr->ss, addr->len) != 0) {
+        err = errno == EINPROGRESS || errno == EINTR ? finish_connect(fd, deadline) : errno;
+    }
+    if (err == 0 && is_self_connected(fd)) {
+        err = ECONNREFUSED;
+    }
+    if (err != 0) {
+        epi_sock_close(&fd);
+        return -err;
+    }
+    set_options(fd);
+    return fd;
+}
+
+int epi_sock_port(int fd) {
+    struct epi_addr addr = {.len = sizeof addr.ss};
+    if (getsockname(fd, (struct sockaddr *)&addr.ss, &addr.len) != 0) {
+        return -errno;
+    }
+    if (addr.ss.ss_family == AF_INET6) {
+        return ntohs(((const struct sockaddr_in6 *)&addr.ss)->sin6_port);
+    }
+    return ntohs(((const struct sockaddr_in *)&addr.ss)->sin_port);
+}
+
+int epi_sock_kicker(void) {
+    if (epi_alloc_should_fail()) {
+        return -EMFILE;
+    }
+    track_begin();
+    return track_end(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+}
+
+bool epi_sock_has_unacked(int fd) {
+    int bytes = 0;
+    return ioctl(fd, SIOCOUTQ, &bytes) == 0 && bytes > 0;
+}
+
+bool epi_sock_vanished(int fd) {
+    struct tcp_info info;
+    socklen_t len = sizeof info;
+    memset(&info, 0, sizeof info);
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len) != 0) {
+        return false;
+    }
+    /* Four doublings of the kernel's 0.2 s are 3 s of sending the same bytes in vain. When the
+     * peer reads nothing, only window probes go out; the count starts anew with each answer. */
+    bool bytes_lost = info.tcpi_unacked > 0 && info.tcpi_retransmits >= 4;
+    bool probes_lost = info.tcpi_unacked == 0 && info.tcpi_probes >= 4;
+    return (bytes_lost || probes_lost) && info.tcpi_last_ack_recv >= 3000;
+}

@@ -1,0 +1,293 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A world: the meeting place of ranks that are threads of one process.
+ *
+ * Owns its sessions. A rank's k-th join belongs to session k, so several groups can be made of
+ * a world one after another or side by side, and a failed attempt of one rank is matched by a
+ * failed attempt of every other. A session ends when each rank has joined it and left. Runs on
+ * the ranks' threads; one lock per world, one condition per session.
+ * Must not wait for a rank that has left: leaving wakes everyone.
+ */
+#include "world.h"
+
+#include <string.h>
+
+#include "boot.h"
+#include "rounds.h"
+
+#define LIST_BYTES 200
+
+struct epi_session {
+    struct epi_session *next;
+    ep_world *world;
+    uint64_t number;
+    pthread_cond_t cond;
+    int num_left;
+    bool *joined;        /* [num_ranks] */
+    bool *left;          /* [num_ranks] */
+    uint64_t *num_calls; /* [num_ranks] */
+    struct epi_rounds rounds;
+    char left_why[LIST_BYTES]; /* of the first rank that left with a reason */
+};
+
+struct ep_world {
+    int num_ranks;
+    pthread_mutex_t lock;
+    uint64_t *num_joins; /* [num_ranks] */
+    struct epi_session *sessions;
+};
+
+/* ---- the world --------------------------------------------------------------------------- */
+
+ep_status ep_world_create(ep_world **out, int num_ranks) {
+    epi_clear_error();
+    if (out == NULL) {
+        return epi_fail(EP_ERR_ARG, "out is NULL");
+    }
+    if (num_ranks < 1 || num_ranks > EP_MAX_RANKS) {
+        return epi_fail(EP_ERR_ARG, "num_ranks is %d, it must be in 1..%d", num_ranks,
+                        EP_MAX_RANKS);
+    }
+    ep_world *world = epi_alloc(sizeof *world);
+    uint64_t *num_joins = epi_alloc_array((size_t)num_ranks, sizeof *num_joins);
+    if (world == NULL || num_joins == NULL || pthread_mutex_init(&world->lock, NULL) != 0) {
+        epi_free(num_joins);
+        epi_free(world);
+        return epi_fail(EP_ERR_NOMEM, "no memory for a world of %d ranks", num_ranks);
+    }
+    world->num_ranks = num_ranks;
+    world->num_joins = num_joins;
+    *out = world;
+    return EP_OK;
+}
+
+int epi_world_num_ranks(ep_world *world) {
+    return world->num_ranks;
+}
+
+static void session_free(struct epi_session *session) {
+    if (session != NULL) {
+        epi_rounds_clear(&session->rounds);
+        epi_free(session->joined);
+        epi_free(session->left);
+        epi_free(session->num_calls);
+        (void)pthread_cond_destroy(&session->cond);
+        epi_free(session);
+    }
+}
+
+void ep_world_destroy(ep_world **world_ptr) {
+    if (world_ptr == NULL || *world_ptr == NULL) {
+        return;
+    }
+    ep_world *world = *world_ptr;
+    *world_ptr = NULL;
+    pthread_mutex_lock(&world->lock);
+    bool in_use = false;
+    for (struct epi_session *s = world->sessions; s != NULL; s = s->next) {
+        for (int r = 0; r < world->num_ranks; r++) {
+            in_use = in_use || (s->joined[r] && !s->left[r]);
+        }
+    }
+    pthread_mutex_unlock(&world->lock);
+    if (in_use) {
+        epi_log(EPI_LOG_ERROR,
+                "ep_world_destroy: a group of this world still exists; the world "
+                "is not freed");
+        return;
+    }
+    while (world->sessions != NULL) {
+        struct epi_session *session = world->sessions;
+        world->sessions = session->next;
+        session_free(session);
+    }
+    (void)pthread_mutex_destroy(&world->lock);
+    epi_free(world->num_joins);
+    epi_free(world);
+}
+
+/* ---- sessions; the world's lock is held -------------------------------------------------- */
+
+static struct epi_session *session_make(ep_world *world, uint64_t number) {
+    size_t n = (size_t)world->num_ranks;
+    struct epi_session *session = epi_alloc(sizeof *session);
+    if (session == NULL || epi_cond_init(&session->cond) != 0) {
+        epi_free(session);
+        return NULL;
+    }
+    session->joined = epi_alloc_array(n, sizeof *session->joined);
+    session->left = epi_alloc_array(n, sizeof *session->left);
+    session->num_calls = epi_alloc_array(n, sizeof *session->num_calls);
+    if (session->joined == NULL || session->left == NULL || session->num_calls == NULL) {
+        session_free(session);
+        return NULL;
+    }
+    session->world = world;
+    session->number = number;
+    session->rounds.num_ranks = world->num_ranks;
+    session->next = world->sessions;
+    world->sessions = session;
+    return session;
+}
+
+static struct epi_session *session_find(ep_world *world, uint64_t number) {
+    struct epi_session *session = world->sessions;
+    while (session != NULL && session->number != number) {
+        session = session->next;
+    }
+    return session;
+}
+
+/* Two threads that both claim a rank: the first still waits in the session before. */
+static bool is_waiting_elsewhere(ep_world *world, int rank) {
+    for (struct epi_session *s = world->sessions; s != NULL; s = s->next) {
+        bool complete = true;
+        for (int r = 0; r < world->num_ranks; r++) {
+            complete = complete && s->joined[r];
+        }
+        if (!complete && s->joined[rank] && !s->left[rank]) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static ep_status session_enter(ep_world *world, int rank, struct epi_session **out) {
+    if (is_waiting_elsewhere(world, rank)) {
+        return epi_fail(EP_ERR_MISMATCH, "rendezvous: rank %d is claimed by two threads", rank);
+    }
+    uint64_t number = world->num_joins[rank] + 1;
+    struct epi_session *session = session_find(world, number);
+    if (session == NULL) {
+        session = session_make(world, number);
+    }
+    if (session == NULL) {
+        return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
+    }
+    world->num_joins[rank] = number;
+    session->joined[rank] = true;
+    *out = session;
+    return EP_OK;
+}
+
+static void session_exit(struct epi_session *session, int rank, const char *why) {
+    ep_world *world = session->world;
+    session->left[rank] = true;
+    if (why != NULL && session->left_why[0] == '\0') {
+        epi_format(session->left_why, sizeof session->left_why, "rank %d failed: %s", rank,
+                   why);
+    }
+    (void)pthread_cond_broadcast(&session->cond);
+    if (++session->num_left == world->num_ranks) {
+        struct epi_session **at = &world->sessions;
+        while (*at != session) {
+            at = &(*at)->next;
+        }
+        *at = session->next;
+        session_free(session);
+    }
+}
+
+void epi_world_leave(struct epi_session *session, int rank) {
+    pthread_mutex_t *lock = &session->world->lock;
+    pthread_mutex_lock(lock);
+    session_exit(session, rank, NULL);
+    pthread_mutex_unlock(lock);
+}
+
+void epi_boot_world_fail(ep_world *world, int rank, const char *why) {
+    if (rank < 0 || rank >= world->num_ranks) {
+        return;
+    }
+    struct epi_session *session = NULL;
+    pthread_mutex_lock(&world->lock);
+    if (session_enter(world, rank, &session) == EP_OK) {
+        session_exit(session, rank, why);
+    }
+    pthread_mutex_unlock(&world->lock);
+}
+
+/* ---- collectives ------------------------------------------------------------------------- */
+
+/* A rank that has left and is not in the round will never be; -1: none. */
+static int who_left(const struct epi_session *session, const struct epi_round *round) {
+    for (int r = 0; r < session->world->num_ranks; r++) {
+        if (session->left[r] && !round->have[r]) {
+            return r;
+        }
+    }
+    return -1;
+}
+
+static ep_status round_status(const struct epi_session *session, const struct epi_round *round,
+                              const char *what, int64_t waited_ns) {
+    int num_ranks = session->world->num_ranks;
+    char missing[LIST_BYTES];
+    if (round->num_in == num_ranks) {
+        return round->is_mismatch ? epi_fail(EP_ERR_MISMATCH, "%s", round->text) : EP_OK;
+    }
+    int left = who_left(session, round);
+    if (left >= 0 && session->left_why[0] != '\0') {
+        return epi_fail(EP_ERR_PEER, "%s: %s", what, session->left_why);
+    }
+    if (left >= 0) {
+        return epi_fail(EP_ERR_PEER, "%s: rank %d has left the group", what, left);
+    }
+    epi_rank_list(round->have, false, num_ranks, missing, sizeof missing);
+    return epi_fail(EP_ERR_TIMEOUT, "%s: %d of %d ranks arrived within %.1f s; missing: %s",
+                    what, round->num_in, num_ranks, (double)waited_ns / 1e9, missing);
+}
+
+static ep_status meet(struct epi_session *session, int rank, const void *in, size_t bytes,
+                      void *out, struct epi_deadline deadline, const char *what) {
+    ep_world *world = session->world;
+    int64_t start_ns = epi_now_ns();
+    pthread_mutex_lock(&world->lock);
+    uint64_t seq = ++session->num_calls[rank];
+    struct epi_round *round = epi_rounds_put(&session->rounds, seq, rank, in, bytes);
+    if (round == NULL) {
+        pthread_mutex_unlock(&world->lock);
+        return epi_fail(EP_ERR_NOMEM, "%s: no memory for %zu bytes per rank", what, bytes);
+    }
+    if (round->num_in == world->num_ranks) {
+        (void)pthread_cond_broadcast(&session->cond);
+    }
+    while (round->num_in < world->num_ranks && who_left(session, round) < 0) {
+        if (!epi_cond_wait(&session->cond, &world->lock, deadline)) {
+            break;
+        }
+    }
+    ep_status st = round_status(session, round, what, epi_now_ns() - start_ns);
+    if (st == EP_OK && bytes > 0) {
+        memcpy(out, round->data, bytes * (size_t)world->num_ranks);
+    }
+    if (++round->num_out == world->num_ranks) {
+        epi_rounds_remove(&session->rounds, round);
+    }
+    pthread_mutex_unlock(&world->lock);
+    return st;
+}
+
+ep_status epi_world_join(ep_world *world, int rank, int64_t timeout_ns,
+                         struct epi_session **out) {
+    struct epi_session *session = NULL;
+    pthread_mutex_lock(&world->lock);
+    ep_status st = session_enter(world, rank, &session);
+    pthread_mutex_unlock(&world->lock);
+    if (st != EP_OK) {
+        return st;
+    }
+    struct epi_deadline deadline = epi_deadline_after(timeout_ns);
+    st = meet(session, rank, NULL, 0, NULL, deadline, "rendezvous");
+    if (st != EP_OK) {
+        epi_world_leave(session, rank);
+        return st;
+    }
+    *out = session;
+    return EP_OK;
+}
+
+ep_status epi_world_allgather(struct epi_session *session, int rank, const void *in,
+                              size_t bytes, void *out, struct epi_deadline deadline) {
+    return meet(session, rank, in, bytes, out, deadline, "allgather");
+}
