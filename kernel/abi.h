@@ -1,0 +1,284 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the library and its kernels share: the words by which ranks talk, the memory map of an
+ * arena, and the arguments of each kernel. Included by C (src/, host kernels) and by the CUDA
+ * compilers, so: plain types, positional layout, no library headers. Every struct that crosses
+ * between compilers asserts its size at the end of this file.
+ *
+ * A *word* is 64 bits: {epoch:32 | value:32}. It has one writer, is never reset, and says by its
+ * epoch for which operation of the group its value holds.
+ */
+#ifndef KERNEL_ABI_H
+#define KERNEL_ABI_H
+
+#include "kernel/lang_types.h"
+
+#define K_MAX_RANKS 1024
+#define K_MAX_TOPK 64
+#define K_MAX_BLOCKS 256
+
+/* Shared memory of a block: scratch for each warp (k_group.scratch_bytes: a reduction's terms,
+ * or route's 4 ids per selection), then a ring for each warp's mover. */
+#define K_TERM_BYTES 16
+#define K_SCRATCH_BYTES(max_dests)                                                             \
+    (((max_dests) > K_MAX_TOPK ? (max_dests) : K_MAX_TOPK) * K_TERM_BYTES + 128)
+#define K_RING_BYTES(stages, stage_bytes) (128 + (stages) * (stage_bytes))
+
+/* ---- words ---------------------------------------------------------------------------------- */
+
+/*
+ * The ready message: "you may write into my arena for this operation, and this is what I take the
+ * operation to be". One per (reader, writer), two of them used in turn: a writer is never two
+ * operations ahead of a reader, because every operation waits for every peer's ready message.
+ *
+ *   word 0  kind:4 | cached:1 | weights:1 | topk:7 | handle:16     compared with the reader's own
+ *   word 1  row bytes                                              compared
+ *   word 2  scale bytes per row (dispatch) or dtype (combine)      compared
+ *   word 3  where: the slot to write to (dispatch), or the first landing row (combine)
+ */
+#define K_READY_WORDS 4
+#define K_READY_STRIDE 8 /* words from one message to the next: its own 64 bytes */
+
+#define K_OP_DISPATCH 1u
+#define K_OP_COMBINE 2u
+#define K_SIG_CACHED (1u << 4)
+#define K_SIG_WEIGHTS (1u << 5)
+#define K_SIG_TOPK_SHIFT 6
+#define K_SIG_HANDLE_SHIFT 16
+
+/* Answers to counts: word 0 the row at which the writer's rows start, word 1 the rows that the
+ * answering rank would need if they do not fit, else 0. */
+#define K_ANSWER_WORDS 2
+
+/* What a rank waits for; ep_fault.phase in words. */
+#define K_PHASE_NONE 0
+#define K_PHASE_READY 1
+#define K_PHASE_COUNTS 2
+#define K_PHASE_BASES 3
+#define K_PHASE_ROWS 4
+#define K_PHASE_ANSWERS 5
+#define K_PHASE_SELF 6 /* another block of the same rank */
+
+/*
+ * The abort word of an arena, written by the peer that faults first (or by the owner's host), read
+ * by every wait: 1:1 at 63 | status:8 at 48 | reporter:10 at 38 | subject + 1:11 at 27 | kind:3 at
+ * 24 | phase:3 at 20 | epoch:20 at 0. Status is the negated ep_status. The epoch is that of the
+ * operation that faulted: an earlier one that is still on its way somewhere may finish, because
+ * whoever reached a later one has sent all its rows. Death and cancellation end all of them.
+ */
+#define K_ABORT_PACK(status, reporter, subject, kind, phase, epoch)                            \
+    ((1ull << 63) | ((k_u64)(k_u8)(-(status)) << 48) | ((k_u64)(reporter) << 38) |             \
+     ((k_u64)((subject) + 1) << 27) | ((k_u64)(kind) << 24) | ((k_u64)(phase) << 20) |         \
+     ((k_u64)(epoch)&0xfffff))
+#define K_ABORT_STATUS(w) (-(k_i32)(((w) >> 48) & 0xff))
+#define K_ABORT_REPORTER(w) ((k_i32)(((w) >> 38) & 0x3ff))
+#define K_ABORT_SUBJECT(w) ((k_i32)(((w) >> 27) & 0x7ff) - 1)
+#define K_ABORT_KIND(w) ((k_i32)(((w) >> 24) & 0x7))
+#define K_ABORT_PHASE(w) ((k_i32)(((w) >> 20) & 0x7))
+/* Whether abort word w ends operation `epoch`. */
+#define K_ABORT_ENDS(w, epoch)                                                                 \
+    ((w) != 0 && (K_ABORT_STATUS(w) == K_ERR_PEER || K_ABORT_STATUS(w) == K_ERR_INTERRUPTED || \
+                  (((k_u32)(epoch) - (k_u32)((w)&0xfffff)) & 0xfffff) < 0x80000))
+
+/* Statuses that kernels raise; the values of ep_status. */
+#define K_ERR_TIMEOUT (-5)
+#define K_ERR_PEER (-6)
+#define K_ERR_MISMATCH (-7)
+#define K_ERR_INTERRUPTED (-12)
+
+/* ---- a rank's own memory -------------------------------------------------------------------- */
+
+/* The first fault of a rank, written once by whoever claims it. */
+struct k_fault {
+    k_u64 claim; /* 0, then 1 */
+    k_i32 status;
+    k_i32 subject;
+    k_i32 reporter;
+    k_i32 kind;
+    k_i32 phase;
+    k_u32 epoch;
+    k_i64 waited_ns;
+    k_u32 mine, theirs; /* mismatch: the two values ... */
+    k_i32 word;         /* ... and which ready word they are */
+    k_i32 pad;
+};
+
+/* Control block of a rank: lives in its own memory, read and written by its own kernels. */
+struct k_ctl {
+    k_u64 epoch;   /* operations finished */
+    k_u64 abort;   /* not 0: stop waiting; an abort word */
+    k_u64 go;      /* {epoch | 0 go, 1 skip}: exchange is done, handle arrays are filled */
+    k_u64 go_recv; /* {epoch | ..}: offsets of the output are known */
+    k_u64 out;     /* warps that have left the current kernel */
+    k_i64 timeout_ns;
+    k_u64
+        waiting; /* {since, in ms : 40 | phase : 8 | peer : 16} of some long wait, for the log */
+    k_u64 wait_ns;
+    k_u64 rows_sent, rows_received, remote_bytes, local_bytes;
+    struct k_fault fault;
+};
+
+/* Byte offsets into every arena; the same on all ranks. */
+struct k_map {
+    k_u64 abort;                 /* one word */
+    k_u64 ready;                 /* [2][R][K_READY_STRIDE] words, by writer */
+    k_u64 counts;                /* [2][R][count_words] words, by writer */
+    k_u64 answers;               /* [2][R][K_ANSWER_WORDS] words, by writer */
+    k_u64 progress;              /* [R][C] words: dispatched rows of (source, channel) */
+    k_u64 returned;              /* [R][C] words: combined rows of (rank, channel) */
+    k_u64 recv, recv_slot_bytes; /* [slots][rows][row bytes of the operation] */
+    k_u64 side, side_slot_bytes; /* [slots][rows][side_stride] */
+    k_u64 expanded, expanded_slot_bytes;
+    k_u64 land;      /* [combine rows][row bytes of the operation] */
+    k_u64 land_side; /* [combine rows][max top-k] float32 */
+};
+
+/* Everything about a group that its kernels need; constant after create. */
+struct k_group {
+    k_i32 rank, num_ranks;
+    k_i32 num_experts, num_local; /* E, and L of this rank */
+    k_i32 num_channels;           /* C */
+    k_i32 count_words;            /* of one counts message: 1 + max L + C */
+    k_i32 side_stride;            /* bytes */
+    k_i32 max_dests;              /* destinations a token can have */
+    k_i32 scratch_bytes;          /* of shared memory, per warp */
+    k_i32 pad;
+    k_i64 max_recv_rows;
+    const k_u64 *peer;         /* [R] address of each rank's arena as mapped here */
+    const k_i32 *expert_rank;  /* [E] */
+    const k_i32 *expert_local; /* [E] index among its rank's experts */
+    const k_i32 *rank_expert;  /* [E] expert ids grouped by rank, ascending */
+    const k_i32 *rank_first;   /* [R + 1] start of each rank's group in rank_expert */
+    struct k_ctl *ctl;
+    struct k_map map;
+};
+
+#define K_NEED_PACK(rows, rank) (((k_u64)(rows) << 16) | (k_u64)(0xffff - (rank)))
+#define K_NEED_ROWS(need) ((k_i64)((need) >> 16))
+#define K_NEED_RANK(need) (0xffff - (k_i32)((need)&0xffff))
+
+/* Counts the host may wait for while the kernel runs. */
+struct k_counts {
+    k_u64 known; /* {epoch | 0}: the fields below hold */
+    k_i64 rows;
+    k_u64 need; /* not 0: max_recv_rows exceeded; K_NEED_PACK of the rank that lacks most */
+};
+
+/*
+ * A handle: the routing of one micro-batch. T tokens, D = group's max_dests, C channels.
+ * Filled by `route` (the send side) and by an uncached dispatch (the receive side).
+ */
+struct k_handle {
+    /* send side */
+    k_i32 *num_dests;   /* [T] */
+    k_i32 *dest_rank;   /* [T][D] ascending */
+    k_u32 *dest_slot;   /* [T][D] index of the row among this rank's rows for that rank */
+    k_i32 *ids;         /* [T][K] expert id or -1 */
+    k_u32 *sel_index;   /* [T][K] index among this rank's selections of that expert */
+    k_u32 *send_count;  /* [R] */
+    k_u32 *send_base;   /* [R + 1] exclusive prefix: where a rank's answers land */
+    k_u32 *send_chan;   /* [R][C + 1] exclusive prefix over channels */
+    k_u32 *send_expert; /* [E] */
+    k_u32 *chan_expert; /* [C][E] scratch of route */
+    k_u64 *chan_bad;    /* [C] scratch: first bad selection of a channel, or ~0 */
+    k_u64 *bad;         /* [1] first bad selection (t * K + k), or ~0 */
+    /* receive side */
+    k_u32 *recv_count;   /* [R] */
+    k_u32 *recv_base;    /* [R + 1] exclusive prefix: first row of each source */
+    k_u32 *recv_chan;    /* [R][C + 1] exclusive prefix over the source's channels */
+    k_u32 *recv_expert;  /* [R][L] selections by source */
+    k_u32 *expert_base;  /* [R][L] expanded: first row of (source, expert) */
+    k_u32 *expert_start; /* [L + 1] expanded: aligned starts, end */
+    k_u32 *expert_rows;  /* [L] */
+    k_u32 *remote_base;  /* [R] row at which this rank's rows start at each peer */
+    k_u32
+        *remote_slot; /* [R] the slot each peer named in this operation; combine: landing row */
+    k_i32 *expand_row; /* [max_recv_rows][K] expanded row of a selection, or -1 */
+    struct k_counts *counts;
+    /* route's own barrier between blocks */
+    k_u64 *sync; /* [2 + 2 * K_MAX_BLOCKS]: generation, leavers, then for each of two
+                            barriers a word per block */
+};
+
+/* ---- kernel arguments ----------------------------------------------------------------------- */
+
+/* Where a 2-D array lies; strides in bytes. */
+struct k_array {
+    k_u64 data; /* address, 0: absent */
+    k_i64 s0, s1;
+};
+
+struct k_route_args {
+    struct k_group g;
+    struct k_handle h;
+    k_i32 tokens, topk;
+    k_i32 id_bytes; /* 4 or 8; 0: by mask */
+    k_i32 lenient;
+    struct k_array ids;  /* [T][K] */
+    struct k_array mask; /* [T][R] bytes */
+};
+
+#define K_DO_SEND 1u   /* control and send part */
+#define K_DO_RECV 2u   /* receive part; the operation ends with this kernel */
+#define K_DO_COUNTS 4u /* uncached: exchange counts */
+#define K_DO_EXPAND 8u /* expanded output or input */
+#define K_DO_ZERO_GAPS 16u
+#define K_DO_SCALES_COLUMN 32u
+#define K_DO_WEIGHTS 64u /* top-k weights travel */
+#define K_DO_REDUCE 128u /* combine: rows are weighted or expanded, summed before sending */
+
+struct k_dispatch_args {
+    struct k_group g;
+    struct k_handle h;
+    k_u32 flags, send_blocks;
+    k_i32 handle_id;
+    k_i32 tokens, topk;
+    k_i32 row_bytes;
+    k_i32 num_scales, scale_bytes; /* per row; bytes of one */
+    k_i32 slot;
+    k_i32 alignment;
+    k_i32 id_bytes;            /* of recv_ids: 4 or 8 */
+    k_i32 stages, stage_bytes; /* of each warp's mover */
+    k_i32 pad;
+    k_i64 capacity; /* rows that the outputs beside recv_x hold */
+    k_i64 x_rows;   /* rows that recv_x holds */
+    struct k_array x, scales, weights;
+    struct k_array recv_x, recv_scales, recv_ids, recv_weights, recv_source;
+    struct k_array expert_counts, expert_offsets, num_rows;
+};
+
+struct k_combine_args {
+    struct k_group g;
+    struct k_handle h;
+    k_u32 flags, send_blocks;
+    k_i32 handle_id;
+    k_i32 tokens, topk;
+    k_i32 row_bytes;
+    k_i32 dtype; /* K_BF16, K_F16, K_F32 */
+    k_i32 stages, stage_bytes;
+    k_i32 pad;
+    struct k_array x, weights, topk_weights, bias0, bias1, out, out_weights;
+};
+
+/* Layout tensors from a routed handle. */
+struct k_layout_args {
+    struct k_group g;
+    struct k_handle h;
+    k_i32 tokens, topk;
+    k_i32 num_nodes;
+    k_i32 pad;
+    const k_i32 *rank_node; /* [R] */
+    k_u64 tokens_per_rank, tokens_per_node, tokens_per_expert, token_in_rank, channel_prefix;
+};
+
+_Static_assert(sizeof(struct k_array) == 24, "k_array");
+_Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
+_Static_assert(sizeof(struct k_fault) == 56, "k_fault");
+_Static_assert(sizeof(struct k_group) == 48 + 48 + 112, "k_group");
+_Static_assert(sizeof(struct k_handle) == 24 * 8, "k_handle");
+_Static_assert(sizeof(struct k_route_args) == 208 + 192 + 16 + 48, "k_route_args");
+_Static_assert(sizeof(struct k_dispatch_args) == 208 + 192 + 56 + 16 + 11 * 24,
+               "k_dispatch_args");
+_Static_assert(sizeof(struct k_combine_args) == 208 + 192 + 40 + 7 * 24, "k_combine_args");
+
+#endif

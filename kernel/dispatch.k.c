@@ -1,0 +1,610 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * dispatch: rows to the ranks of their experts, and what arrives into the caller's tensors.
+ *
+ *   control   block 0: ready words; uncached: counts to every peer, bases back, everybody reads
+ *             every answer, so all ranks know alike whether the rows fit. Then `go`.
+ *   send      one copy per (token, destination) to its final row of the destination's slot, its
+ *             sidecar beside it, then one progress word per (destination, channel).
+ *   receive   per (source, channel): await its progress word, unpack sidecars, copy rows out.
+ *
+ * A sidecar is 32-bit words: token, K local ids (-1: another rank's), K indices within (source,
+ * expert), K weights if they travel, then the scales' bytes.
+ *
+ * One warp can run all of it in this order: sending never waits for a receiver.
+ */
+#include "kernel/op.h"
+
+#define GO 0u
+#define SKIP 1u
+
+static K_INLINE k_i32 side_scales_word(const struct k_dispatch_args *a) {
+    return 1 + a->topk * ((a->flags & K_DO_WEIGHTS) ? 3 : 2);
+}
+
+/* ---- control -------------------------------------------------------------------------------- */
+
+static K_FN void tell_counts(struct k_thread *k, const struct k_dispatch_args *a, k_i32 p) {
+    const struct k_group *g = &a->g;
+    const k_i32 first = g->rank_first[p], num_local = g->rank_first[p + 1] - first;
+    const k_i32 chan0 = g->count_words - g->num_channels;
+    const k_u64 at = counts_offset(g, k->epoch, g->rank);
+    const k_u32 *chan = a->h.send_chan + (k_i64)p * (g->num_channels + 1);
+    for (k_i32 i = k->lane; i < g->count_words; i += K_LANES) {
+        k_u32 v = 0;
+        if (i == 0) {
+            v = a->h.send_count[p];
+        } else if (i >= chan0) {
+            v = chan[i - chan0];
+        } else if (i <= num_local) {
+            v = a->h.send_expert[g->rank_expert[first + i - 1]];
+        }
+        k_post(k_peer_at(g, p, at + 8ull * (k_u64)i), K_WORD(k->epoch, v));
+    }
+}
+
+static K_FN k_bool await_counts(struct k_thread *k, const struct k_dispatch_args *a,
+                                k_i32 src) {
+    const struct k_group *g = &a->g;
+    const struct k_handle *h = &a->h;
+    const k_i32 chan0 = g->count_words - g->num_channels;
+    const k_u64 *words = (const k_u64 *)k_own(g, counts_offset(g, k->epoch, src));
+    k_u32 *chan = h->recv_chan + (k_i64)src * (g->num_channels + 1);
+    for (k_i32 base = 0; base < g->count_words; base += K_LANES) {
+        k_i32 i = base + k->lane;
+        k_u32 v = 0;
+        if (!k_await(k, i < g->count_words ? words + i : 0, k->epoch, src, K_PHASE_COUNTS,
+                     &v)) {
+            return 0;
+        }
+        if (i == 0) {
+            h->recv_count[src] = v;
+            chan[g->num_channels] = v;
+        }
+        if (i >= chan0 && i < g->count_words) {
+            chan[i - chan0] = v;
+        } else if (i >= 1 && i <= g->num_local) {
+            h->recv_expert[(k_i64)src * g->num_local + i - 1] = v;
+        }
+    }
+    return 1;
+}
+
+/* Bases for every source, by one lane; returns the rows of all. */
+static K_FN k_i64 place_sources(const struct k_dispatch_args *a) {
+    k_u64 sum = 0;
+    for (k_i32 s = 0; s < a->g.num_ranks; s++) {
+        a->h.recv_base[s] = (k_u32)sum;
+        sum += a->h.recv_count[s];
+    }
+    a->h.recv_base[a->g.num_ranks] = (k_u32)sum;
+    return (k_i64)sum;
+}
+
+/* The warp answers rank p: where p's rows start here, and what this rank lacks. */
+static K_FN void tell_base(struct k_thread *k, const struct k_dispatch_args *a, k_i32 p,
+                           k_u32 need) {
+    if (k->lane < K_ANSWER_WORDS || K_LANES == 1) {
+        k_u64 at = answer_offset(&a->g, k->epoch, a->g.rank);
+        for (k_i32 i = k->lane; i < K_ANSWER_WORDS; i += K_LANES) {
+            k_post(k_peer_at(&a->g, p, at + 8ull * (k_u64)i),
+                   K_WORD(k->epoch, i == 0 ? a->h.recv_base[p] : need));
+        }
+    }
+}
+
+/* All warps of block 0: every answer. Marks in counts->need the largest unmet need. */
+static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args *a) {
+    struct k_counts *counts = a->h.counts;
+    k_bool ok = 1;
+    for (k_i32 p = k->warp; ok && p < a->g.num_ranks; p += k->num_warps) {
+        const k_u64 *words = (const k_u64 *)k_own(&a->g, answer_offset(&a->g, k->epoch, p));
+        k_u32 base = 0, need = 0;
+        ok = k_await(k, words, k->epoch, p, K_PHASE_BASES, &base) &&
+             k_await(k, words + 1, k->epoch, p, K_PHASE_BASES, &need);
+        if (ok && k->lane == 0) {
+            a->h.remote_base[p] = base;
+            if (need) {
+                k_max(&counts->need, K_NEED_PACK(need, p));
+            }
+        }
+    }
+    return ok;
+}
+
+static K_FN k_bool exchange_counts(struct k_thread *k, const struct k_dispatch_args *a) {
+    struct k_counts *counts = a->h.counts;
+    k_bool ok = 1;
+    for (k_i32 s = k->warp; ok && s < a->g.num_ranks; s += k->num_warps) {
+        ok = await_counts(k, a, s);
+    }
+    ok = k_barrier(k, ok);
+    if (ok && k->warp == 0 && k->lane == 0) {
+        counts->need = 0;
+        counts->rows = place_sources(a);
+    }
+    if (!k_barrier(k, ok)) {
+        return 0;
+    }
+    const k_u32 need = counts->rows > a->g.max_recv_rows ? (k_u32)counts->rows : 0u;
+    for (k_i32 p = k->warp; p < a->g.num_ranks; p += k->num_warps) {
+        tell_base(k, a, p, need);
+    }
+    ok = await_bases(k, a);
+    ok = k_barrier(k, ok);
+    if (ok && k->warp == 0 && k->lane == 0) {
+        k_publish_local(&counts->known, K_WORD(k->epoch, 0));
+    }
+    return ok;
+}
+
+/* Block 0. Ends with `go`, unless the operation has faulted. */
+static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) {
+    const struct k_group *g = &a->g;
+    k_u32 sig[3];
+    sig[0] = signature(k, a->flags, a->topk, a->handle_id);
+    sig[1] = (k_u32)a->row_bytes;
+    sig[2] = (k_u32)(a->num_scales * a->scale_bytes);
+    for (k_i32 i = k->warp; i < g->num_ranks; i += k->num_warps) {
+        k_i32 p = (g->rank + i) % g->num_ranks;
+        tell_ready(k, p, sig, (k_u32)a->slot);
+        if (a->flags & K_DO_COUNTS) {
+            tell_counts(k, a, p);
+        }
+    }
+    k_bool ok = await_all_ready(k, sig, a->h.remote_slot);
+    ok = k_barrier(k, ok);
+    if (ok && (a->flags & K_DO_COUNTS)) {
+        ok = exchange_counts(k, a);
+    }
+    if (ok && k->warp == 0 && k->lane == 0) {
+        k_publish_local(&g->ctl->go, K_WORD(k->epoch, a->h.counts->need ? SKIP : GO));
+    }
+    return ok;
+}
+
+/* ---- send ----------------------------------------------------------------------------------- */
+
+static K_INLINE k_u64 row_place(const struct k_dispatch_args *a, k_i32 d, k_u32 row) {
+    return a->g.map.recv + (k_u64)a->h.remote_slot[d] * a->g.map.recv_slot_bytes +
+           (k_u64)row * (k_u64)a->row_bytes;
+}
+
+/* Copies the rows of tokens [t0, t1), each loaded once and stored to all its destinations. */
+static K_FN void send_rows(struct k_thread *k, const struct k_dispatch_args *a,
+                           struct k_mover *m, k_i32 t0, k_i32 t1) {
+    const k_i32 chunks = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes;
+    const k_i32 units = (t1 - t0) * chunks, depth = a->stages - 1;
+    const k_i32 turn = a->g.rank + k->warp; /* spreads the warps' first destinations */
+    for (k_i32 u = 0; u < units + depth; u++) {
+        if (u < units && a->h.num_dests[t0 + u / chunks]) {
+            k_i32 from = (u % chunks) * a->stage_bytes, left = a->row_bytes - from;
+            k_mover_retire(k, m);
+            k_mover_load(k, m, u % a->stages,
+                         (const void *)(a->x.data +
+                                        (k_u64)((k_i64)(t0 + u / chunks) * a->x.s0) +
+                                        (k_u64)from),
+                         left < a->stage_bytes ? left : a->stage_bytes);
+        }
+        const k_i32 v = u - depth, t = t0 + v / chunks;
+        if (v < 0 || a->h.num_dests[t] == 0) {
+            continue;
+        }
+        const k_i32 from = (v % chunks) * a->stage_bytes, left = a->row_bytes - from;
+        const k_i32 num = a->h.num_dests[t];
+        k_mover_wait(k, m, v % a->stages);
+        for (k_i32 i = 0; i < num; i++) {
+            k_i64 at = (k_i64)t * a->g.max_dests + (i + turn) % num;
+            k_i32 d = a->h.dest_rank[at];
+            k_mover_store(k, m, v % a->stages,
+                          k_peer_at(&a->g, d,
+                                    row_place(a, d, a->h.remote_base[d] + a->h.dest_slot[at]) +
+                                        (k_u64)from),
+                          left < a->stage_bytes ? left : a->stage_bytes);
+        }
+        k_mover_commit(k, m);
+    }
+}
+
+/* Four bytes of token t's scales, from element `j` on; past the end zeros. */
+static K_INLINE k_u32 scales_word(const struct k_dispatch_args *a, k_i32 t, k_i32 byte) {
+    k_u32 word = 0;
+    for (k_i32 b = 0; b < 4; b += a->scale_bytes) {
+        k_i32 j = (byte + b) / a->scale_bytes;
+        if (j >= a->num_scales) {
+            break;
+        }
+        k_u64 at = a->scales.data + (k_u64)((k_i64)t * a->scales.s0 + (k_i64)j * a->scales.s1);
+        k_u32 v = a->scale_bytes == 4   ? *(const k_u32 *)at
+                  : a->scale_bytes == 2 ? *(const k_u16 *)at
+                                        : *(const k_u8 *)at;
+        word |= v << (8 * b);
+    }
+    return word;
+}
+
+/* Word w of the sidecar of token t for rank d. */
+static K_FN k_u32 side_word(const struct k_dispatch_args *a, k_i32 t, k_i32 d, k_i32 w) {
+    const k_i32 kind = a->topk > 0 && w > 0 ? (w - 1) / a->topk : -1;
+    const k_i32 scales = side_scales_word(a);
+    if (w == 0) {
+        return (k_u32)t;
+    }
+    if (w >= scales) {
+        return scales_word(a, t, 4 * (w - scales));
+    }
+    const k_i32 j = (w - 1) % a->topk;
+    const k_i32 id = a->h.ids[(k_i64)t * a->topk + j];
+    const k_bool here = id >= 0 && a->g.expert_rank[id] == d;
+    if (kind == 0) {
+        return here ? (k_u32)a->g.expert_local[id] : ~0u;
+    }
+    if (kind == 1) {
+        return a->h.sel_index[(k_i64)t * a->topk + j];
+    }
+    const k_u64 at =
+        a->weights.data + (k_u64)((k_i64)t * a->weights.s0 + (k_i64)j * a->weights.s1);
+    return here ? *(const k_u32 *)at : 0u;
+}
+
+static K_FN void send_sides(struct k_thread *k, const struct k_dispatch_args *a, k_i32 t0,
+                            k_i32 t1) {
+    const struct k_group *g = &a->g;
+    const k_i32 words = side_scales_word(a) + (a->num_scales * a->scale_bytes + 3) / 4;
+    for (k_i32 t = t0; t < t1; t++) {
+        for (k_i32 i = 0; i < a->h.num_dests[t]; i++) {
+            const k_i64 at = (k_i64)t * g->max_dests + i;
+            const k_i32 d = a->h.dest_rank[at];
+            const k_u64 row = a->h.remote_base[d] + a->h.dest_slot[at];
+            const k_u64 side = g->map.side +
+                               (k_u64)a->h.remote_slot[d] * g->map.side_slot_bytes +
+                               row * (k_u64)g->side_stride;
+            for (k_i32 w = k->lane; w < words; w += K_LANES) {
+                k_store_u32(k_peer_at(g, d, side + 4ull * (k_u64)w), side_word(a, t, d, w));
+            }
+        }
+    }
+}
+
+static K_FN void send_channel(struct k_thread *k, const struct k_dispatch_args *a,
+                              struct k_mover *m, k_i32 c) {
+    const struct k_group *g = &a->g;
+    k_i32 t0, t1;
+    channel_tokens(a->tokens, g->num_channels, c, &t0, &t1);
+    if (t0 == t1) {
+        return;
+    }
+    send_rows(k, a, m, t0, t1);
+    send_sides(k, a, t0, t1);
+    k_mover_drain(k, m);
+    k_syncwarp(k);
+    for (k_i32 i = k->lane; i < g->num_ranks; i += K_LANES) {
+        const k_i32 d = (g->rank + 1 + i) % g->num_ranks;
+        const k_u32 *chan = a->h.send_chan + (k_i64)d * (g->num_channels + 1) + c;
+        const k_u32 rows = chan[1] - chan[0];
+        if (rows) {
+            k_publish(k_peer_at(g, d, channel_word(g, g->map.progress, g->rank, c)),
+                      K_WORD(k->epoch, rows));
+            k_add(d == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
+                  (k_u64)rows * (k_u64)a->row_bytes);
+            k_add(&g->ctl->rows_sent, rows);
+        }
+    }
+}
+
+/* ---- receive -------------------------------------------------------------------------------- */
+
+static K_INLINE void write_i32(const struct k_array *to, k_i64 i, k_i32 v) {
+    if (to->data) {
+        *(k_i32 *)(to->data + (k_u64)(i * to->s0)) = v;
+    }
+}
+
+/* Block 0: rows per expert, where experts start in expanded output, and the small outputs. */
+static K_FN k_bool prepare(struct k_thread *k, const struct k_dispatch_args *a) {
+    const struct k_handle *h = &a->h;
+    const k_i32 num_local = a->g.num_local, ranks = a->g.num_ranks;
+    const k_i32 me = k->warp * K_LANES + k->lane, all = k->num_warps * K_LANES;
+    for (k_i32 e = me; e < num_local; e += all) {
+        k_u32 sum = 0;
+        for (k_i32 s = 0; s < ranks; s++) {
+            sum += h->recv_expert[(k_i64)s * num_local + e];
+        }
+        h->expert_rows[e] = sum;
+        write_i32(&a->expert_counts, e, (k_i32)sum);
+    }
+    k_barrier(k, 1);
+    if (me == 0) {
+        k_u32 start = 0;
+        const k_u32 align = (k_u32)a->alignment;
+        for (k_i32 e = 0; e < num_local; e++) {
+            h->expert_start[e] = start;
+            start += (h->expert_rows[e] + align - 1) / align * align;
+        }
+        h->expert_start[num_local] = start;
+        k_i32 end = (a->flags & K_DO_EXPAND) ? (k_i32)start : (k_i32)h->recv_base[ranks];
+        write_i32(&a->num_rows, 0, end);
+    }
+    k_barrier(k, 1);
+    for (k_i32 e = me; e <= num_local; e += all) {
+        k_u32 at = h->expert_start[e];
+        write_i32(&a->expert_offsets, e, (k_i32)at);
+        for (k_i32 s = 0; e < num_local && s < ranks; s++) {
+            h->expert_base[(k_i64)s * num_local + e] = at;
+            at += h->recv_expert[(k_i64)s * num_local + e];
+        }
+    }
+    k_syncwarp(k);
+    k_bool ok = k_barrier(k, 1);
+    if (me == 0) {
+        k_add(&a->g.ctl->rows_received, h->recv_base[ranks]);
+        k_publish_local(&a->g.ctl->go_recv, K_WORD(k->epoch, GO));
+    }
+    return ok;
+}
+
+static K_INLINE const k_u32 *side_of(const struct k_dispatch_args *a, k_u32 row) {
+    return (const k_u32 *)k_own(&a->g, a->g.map.side +
+                                           (k_u64)a->slot * a->g.map.side_slot_bytes +
+                                           (k_u64)row * (k_u64)a->g.side_stride);
+}
+
+static K_INLINE const k_u8 *row_of(const struct k_dispatch_args *a, k_u32 row) {
+    return k_own(&a->g, a->g.map.recv + (k_u64)a->slot * a->g.map.recv_slot_bytes +
+                            (k_u64)row * (k_u64)a->row_bytes);
+}
+
+/* Expanded row of selection j of a received row of source s, or -1. */
+static K_INLINE k_i32 expanded_row(const struct k_dispatch_args *a, k_i32 s, const k_u32 *side,
+                                   k_i32 j) {
+    const k_i32 e = (k_i32)side[1 + j];
+    return e < 0 ? -1
+                 : (k_i32)(a->h.expert_base[(k_i64)s * a->g.num_local + e] +
+                           side[1 + a->topk + j]);
+}
+
+/* The scales of one row, from its sidecar to output row `to`. */
+static K_FN void unpack_scales(struct k_thread *k, const struct k_dispatch_args *a,
+                               const k_u32 *side, k_i64 to) {
+    const k_u8 *from = (const k_u8 *)(side + side_scales_word(a));
+    for (k_i32 j = k->lane; j < a->num_scales; j += K_LANES) {
+        k_u64 at = a->recv_scales.data +
+                   (k_u64)(to * a->recv_scales.s0 + (k_i64)j * a->recv_scales.s1);
+        if (a->scale_bytes == 4) {
+            *(k_u32 *)at = ((const k_u32 *)from)[j];
+        } else if (a->scale_bytes == 2) {
+            *(k_u16 *)at = ((const k_u16 *)from)[j];
+        } else {
+            *(k_u8 *)at = from[j];
+        }
+    }
+}
+
+static K_INLINE void write_source(const struct k_dispatch_args *a, k_i64 row, k_i32 rank,
+                                  k_i32 token) {
+    if (a->recv_source.data) {
+        k_i32 *at = (k_i32 *)(a->recv_source.data + (k_u64)(row * a->recv_source.s0));
+        at[0] = rank;
+        at[1] = token;
+    }
+}
+
+static K_INLINE void write_id(const struct k_dispatch_args *a, k_i64 row, k_i32 j, k_i32 id) {
+    k_u64 at = a->recv_ids.data + (k_u64)(row * a->recv_ids.s0 + (k_i64)j * a->recv_ids.s1);
+    if (a->id_bytes == 8) {
+        *(k_i64 *)at = id;
+    } else {
+        *(k_i32 *)at = id;
+    }
+}
+
+static K_INLINE k_f32 *weight_at(const struct k_dispatch_args *a, k_i64 row, k_i32 j) {
+    return (k_f32 *)(a->recv_weights.data +
+                     (k_u64)(row * a->recv_weights.s0 + (k_i64)j * a->recv_weights.s1));
+}
+
+static K_FN void unpack_compact(struct k_thread *k, const struct k_dispatch_args *a, k_i32 s,
+                                k_u32 row) {
+    const k_u32 *side = side_of(a, row);
+    if ((k_i64)row >= a->capacity) {
+        return;
+    }
+    for (k_i32 j = k->lane; j < a->topk; j += K_LANES) {
+        if (a->recv_ids.data) {
+            write_id(a, row, j, (k_i32)side[1 + j]);
+        }
+        if (a->recv_weights.data) {
+            *weight_at(a, row, j) = k_float(side[1 + 2 * a->topk + j]);
+        }
+    }
+    if (k->lane == 0) {
+        write_source(a, row, s, (k_i32)side[0]);
+    }
+    if (a->recv_scales.data) {
+        unpack_scales(k, a, side, row);
+    }
+}
+
+static K_FN void unpack_expanded(struct k_thread *k, const struct k_dispatch_args *a, k_i32 s,
+                                 k_u32 row) {
+    const k_u32 *side = side_of(a, row);
+    for (k_i32 j = k->lane; j < a->topk; j += K_LANES) {
+        const k_i32 to = expanded_row(a, s, side, j);
+        a->h.expand_row[(k_i64)row * a->topk + j] = to;
+        if (to >= 0 && to < a->capacity) {
+            write_source(a, to, s, (k_i32)side[0]);
+            if (a->recv_weights.data) {
+                *weight_at(a, to, 0) = k_float(side[1 + 2 * a->topk + j]);
+            }
+        }
+    }
+    for (k_i32 j = 0; a->recv_scales.data && j < a->topk; j++) {
+        const k_i32 to = expanded_row(a, s, side, j);
+        if (to >= 0 && to < a->capacity) {
+            unpack_scales(k, a, side, to);
+        }
+    }
+}
+
+/* Stores a loaded row (or part of one) to its one or several places in the output. */
+static K_INLINE void store_out(struct k_thread *k, const struct k_dispatch_args *a,
+                               struct k_mover *m, k_i32 stage, k_i32 s, k_u32 row, k_i32 from,
+                               k_i32 bytes) {
+    if (a->flags & K_DO_EXPAND) {
+        const k_u32 *side = side_of(a, row);
+        for (k_i32 j = 0; j < a->topk; j++) {
+            const k_i32 to = expanded_row(a, s, side, j);
+            if (to >= 0 && to < a->x_rows) {
+                k_mover_store(k, m, stage,
+                              own_memory(a->recv_x.data + (k_u64)((k_i64)to * a->recv_x.s0) +
+                                         (k_u64)from),
+                              bytes);
+            }
+        }
+    } else if ((k_i64)row < a->x_rows) {
+        k_mover_store(
+            k, m, stage,
+            own_memory(a->recv_x.data + (k_u64)((k_i64)row * a->recv_x.s0) + (k_u64)from),
+            bytes);
+    }
+    k_mover_commit(k, m);
+}
+
+static K_FN void copy_out(struct k_thread *k, const struct k_dispatch_args *a,
+                          struct k_mover *m, k_i32 s, k_u32 r0, k_u32 r1) {
+    const k_i32 chunks = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes;
+    const k_i32 units = (k_i32)(r1 - r0) * chunks, depth = a->stages - 1;
+    for (k_i32 u = 0; u < units + depth; u++) {
+        if (u < units) {
+            k_i32 from = (u % chunks) * a->stage_bytes, left = a->row_bytes - from;
+            k_mover_retire(k, m);
+            k_mover_load(k, m, u % a->stages, row_of(a, r0 + (k_u32)(u / chunks)) + from,
+                         left < a->stage_bytes ? left : a->stage_bytes);
+        }
+        const k_i32 v = u - depth;
+        if (v >= 0) {
+            const k_i32 from = (v % chunks) * a->stage_bytes, left = a->row_bytes - from;
+            k_mover_wait(k, m, v % a->stages);
+            store_out(k, a, m, v % a->stages, s, r0 + (k_u32)(v / chunks), from,
+                      left < a->stage_bytes ? left : a->stage_bytes);
+        }
+    }
+}
+
+static K_FN k_bool receive_channel(struct k_thread *k, const struct k_dispatch_args *a,
+                                   struct k_mover *m, k_i32 s, k_i32 c) {
+    const struct k_group *g = &a->g;
+    const k_u32 *chan = a->h.recv_chan + (k_i64)s * (g->num_channels + 1) + c;
+    const k_u32 r0 = a->h.recv_base[s] + chan[0], r1 = a->h.recv_base[s] + chan[1];
+    if (r0 == r1) {
+        return 1;
+    }
+    k_u32 rows = 0;
+    const k_u64 *word = (const k_u64 *)k_own(g, channel_word(g, g->map.progress, s, c));
+    if (!k_await(k, word, k->epoch, s, K_PHASE_ROWS, &rows)) {
+        return 0;
+    }
+    for (k_u32 row = r0; row < r1; row++) {
+        if (a->flags & K_DO_EXPAND) {
+            unpack_expanded(k, a, s, row);
+        } else {
+            unpack_compact(k, a, s, row);
+        }
+    }
+    if (a->recv_x.data) {
+        copy_out(k, a, m, s, r0, r1);
+    }
+    return 1;
+}
+
+/* Output rows that nothing arrived for: ids and sources -1, weights 0, gaps zero if asked. */
+static K_FN void fill_row(struct k_thread *k, const struct k_dispatch_args *a, k_i64 row) {
+    if (k->lane == 0) {
+        write_source(a, row, -1, -1);
+    }
+    for (k_i32 j = k->lane; a->recv_ids.data && j < a->topk; j += K_LANES) {
+        write_id(a, row, j, -1);
+    }
+    const k_i32 weights = (a->flags & K_DO_EXPAND) ? 1 : a->topk;
+    for (k_i32 j = k->lane; a->recv_weights.data && j < weights; j += K_LANES) {
+        *weight_at(a, row, j) = 0.0f;
+    }
+}
+
+static K_FN void fill_gaps(struct k_thread *k, const struct k_dispatch_args *a, k_i32 warp,
+                           k_i32 warps) {
+    const struct k_handle *h = &a->h;
+    for (k_i32 e = warp; e < a->g.num_local; e += warps) {
+        for (k_i64 r = h->expert_start[e] + h->expert_rows[e]; r < h->expert_start[e + 1];
+             r++) {
+            if (r < a->capacity) {
+                fill_row(k, a, r);
+            }
+            if ((a->flags & K_DO_ZERO_GAPS) && a->recv_x.data && r < a->x_rows) {
+                k_zero(k, (void *)(a->recv_x.data + (k_u64)(r * a->recv_x.s0)), a->row_bytes);
+            }
+        }
+    }
+}
+
+static K_FN void receive(struct k_thread *k, const struct k_dispatch_args *a, struct k_mover *m,
+                         k_i32 warp, k_i32 warps) {
+    const struct k_group *g = &a->g;
+    k_u32 go = 0;
+    if (!k_await(k, &g->ctl->go_recv, k->epoch, g->rank, K_PHASE_SELF, &go)) {
+        return;
+    }
+    for (k_i64 i = warp; i < (k_i64)g->num_ranks * g->num_channels; i += warps) {
+        const k_i32 s = (g->rank + (k_i32)(i % g->num_ranks)) % g->num_ranks;
+        if (!receive_channel(k, a, m, s, (k_i32)(i / g->num_ranks))) {
+            return;
+        }
+    }
+    k_i64 end = a->h.recv_base[g->num_ranks];
+    if (a->flags & K_DO_EXPAND) {
+        end = a->h.expert_start[g->num_local];
+        fill_gaps(k, a, warp, warps);
+    }
+    const k_bool fills = a->recv_source.data || a->recv_ids.data || a->recv_weights.data;
+    for (k_i64 r = end + warp; fills && r < a->capacity; r += warps) {
+        fill_row(k, a, r);
+    }
+}
+
+/* ---- entry ---------------------------------------------------------------------------------- */
+
+static K_FN void run(struct k_thread *k, const struct k_dispatch_args *a) {
+    const struct k_group *g = &a->g;
+    const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
+    /* Which blocks do what: with both parts the first send_blocks send, unless there is one. */
+    const k_bool both = sends && receives && k->num_blocks > 1;
+    const k_i32 senders = both ? (k_i32)a->send_blocks : k->num_blocks;
+    const k_i32 first_recv = both ? senders : 0;
+    k_u32 go = 0;
+    if (k->block == 0 && sends && !control(k, a)) {
+        return;
+    }
+    if (!k_await(k, &g->ctl->go, k->epoch, g->rank, K_PHASE_SELF, &go) || go == SKIP) {
+        return;
+    }
+    if (k->block == 0 && receives && !prepare(k, a)) {
+        return;
+    }
+    struct k_mover m;
+    k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
+    if (sends && k->block < senders) {
+        for (k_i32 c = k_first(k, 0); c < g->num_channels; c += k_stride(k, senders)) {
+            send_channel(k, a, &m, c);
+        }
+    }
+    if (receives && k->block >= first_recv) {
+        receive(k, a, &m, k_first(k, first_recv), k_stride(k, k->num_blocks - first_recv));
+    }
+    k_mover_end(k, &m);
+}
+
+K_KERNEL(dispatch, k_dispatch_args) {
+    k_enter(k, &a->g, K_OP_DISPATCH);
+    run(k, a);
+    k_leave(k, (a->flags & K_DO_RECV) != 0);
+}

@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The kernel language: every word a .k.c file may use. One source, two worlds: as C11 a *warp* is
+ * one host thread with one lane, under NVRTC and nvcc it is 32 CUDA lanes. lang_host.h and
+ * lang_cuda.h hold the bodies and are the only places with atomics, fences or assembly.
+ *
+ * Who am I      k->block, k->num_blocks, k->warp, k->num_warps, k->lane, K_LANES
+ *               k_first(k), k_stride(k)  this warp's number in the grid and the number of warps
+ * Entry         K_KERNEL(name, struct args) { body with k and a }
+ * Shared memory k_shared(k)              the block's shared memory
+ * Hand-offs     k_post(peer, w)          a word that carries its own value: no ordering
+ *               k_publish(peer, w)       all this warp did before (after k_syncwarp) is visible to
+ *                                        whoever awaits the word; one lane calls
+ *               k_publish_local(p, w)    the same within this rank
+ *               k_await(k, p, e, ...)    all lanes call: wait until word *p (own memory; NULL:
+ *                                        nothing) has epoch e; then what was published is visible
+ *               k_syncwarp(k)            lanes of a warp; orders their memory
+ *               k_barrier(k, ok)         warps of a block; the AND of all ok
+ * Rows          k_mover_*                a pipeline of row copies: load, wait, store (to any
+ *                                        number of places), retire, drain
+ *               k_reduce(k, ...)         sum of rows in float32 in the order given, rounded once
+ *               k_copy_words, k_zero     small unpipelined copies
+ * Time          k_now(k), k_spin(k, ...) deadline and abort are inside
+ *
+ * Addresses: a pointer is this rank's own memory; a struct k_peer is memory of some rank's arena
+ * (perhaps this one's), reached through its mapping. Scope of a hand-off follows from that type.
+ * Waits happen only in k_await, k_spin and k_barrier.
+ */
+#ifndef KERNEL_LANG_H
+#define KERNEL_LANG_H
+
+#include "kernel/abi.h"
+
+struct k_peer {
+    k_u64 address;
+};
+
+#if defined(__CUDACC__)
+#include "kernel/lang_cuda.h"
+#else
+#include "kernel/lang_host.h"
+#endif
+
+#define K_WORD(epoch, value) (((k_u64)(k_u32)(epoch) << 32) | (k_u32)(value))
+
+/* Address `offset` of rank `rank`'s arena. */
+static K_INLINE struct k_peer k_peer_at(const struct k_group *g, k_i32 rank, k_u64 offset) {
+    struct k_peer p;
+    p.address = g->peer[rank] + offset;
+    return p;
+}
+
+/* The same in this rank's own arena, as memory to read. */
+static K_INLINE k_u8 *k_own(const struct k_group *g, k_u64 offset) {
+    return (k_u8 *)(g->peer[g->rank] + offset);
+}
+
+static K_INLINE k_i32 k_first(const struct k_thread *k, k_i32 first_block) {
+    return (k->block - first_block) * k->num_warps + k->warp;
+}
+
+static K_INLINE k_i32 k_stride(const struct k_thread *k, k_i32 num_blocks) {
+    return num_blocks * k->num_warps;
+}
+
+/* What ends an operation: who is to blame in which phase; of a mismatch also the two values and
+ * which ready word they are. */
+struct k_blame {
+    k_i32 status, phase, subject, word;
+    k_u32 mine, theirs;
+};
+
+/* Ends every wait of this rank and tells the peers. The first caller's account is kept. */
+static K_COLD void k_raise_at(const struct k_group *g, k_i32 kind, k_u32 epoch, k_i64 waited_ns,
+                              struct k_blame b) {
+    struct k_ctl *ctl = g->ctl;
+    struct k_fault *f = &ctl->fault;
+    if (!k_claim(&f->claim)) {
+        return;
+    }
+    f->status = b.status;
+    f->subject = b.subject;
+    f->reporter = g->rank;
+    f->kind = kind;
+    f->phase = b.phase;
+    f->epoch = epoch;
+    f->waited_ns = waited_ns;
+    f->mine = b.mine;
+    f->theirs = b.theirs;
+    f->word = b.word;
+    k_u64 code = K_ABORT_PACK(b.status, g->rank, b.subject, kind, b.phase, epoch);
+    k_publish_local(&ctl->abort, code);
+    for (k_i32 p = 0; p < g->num_ranks; p++) {
+        if (p != g->rank) {
+            k_publish(k_peer_at(g, p, g->map.abort), code);
+        }
+    }
+}
+
+static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame b) {
+    k_raise_at(k->g, k->kind, k->epoch, waited_ns, b);
+}
+
+/* One more turn of a wait that began at s->since: false when it must end. Called by one lane. */
+static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k_i32 phase) {
+    struct k_ctl *ctl = k->g->ctl;
+    const k_u64 told = k_peek(k->peer_abort);
+    if (k_peek(&ctl->abort) != 0 || K_ABORT_ENDS(told, k->epoch)) {
+        return 0;
+    }
+    if (!k_pause(s)) {
+        return 1; /* time is looked at every now and then only */
+    }
+    k_i64 now = k_now();
+    if (s->since == 0) {
+        s->since = now;
+    }
+    k_i64 waited = now - s->since;
+    if (waited > K_LATE_NS) {
+        k_poke(&ctl->waiting,
+               ((k_u64)(s->since / 1000000) << 24) | ((k_u64)phase << 16) | (k_u64)(k_u16)peer);
+    }
+    /* A block that waits for another of its rank is not the one to say for whom. */
+    if (waited > (phase == K_PHASE_SELF ? 2 : 1) * ctl->timeout_ns) {
+        struct k_blame b = {K_ERR_TIMEOUT, phase, peer, 0, 0, 0};
+        k_raise(k, waited, b);
+        return 0;
+    }
+    return 1;
+}
+
+/*
+ * Waits until *word (this rank's memory) carries `epoch`; its value goes to *value. All lanes of
+ * the warp call, each with its own word or NULL; the result is the AND over the warp. `peer` and
+ * `phase` name what is awaited if it never comes. After true, everything that the writers of the
+ * words published before is visible to the whole warp, also to its row movers.
+ */
+static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_i32 peer,
+                           k_i32 phase, k_u32 *value) {
+    k_bool ok = 1;
+    if (word) {
+        k_u64 w = k_poll(word);
+        if ((k_u32)(w >> 32) != epoch) {
+            struct k_spinner s = {0, 0};
+            k_i64 start = k_now();
+            do {
+                ok = k_spin(k, &s, peer, phase);
+                w = k_poll(word);
+            } while (ok && (k_u32)(w >> 32) != epoch);
+            k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+            ok = ok || (k_u32)(w >> 32) == epoch;
+        }
+        *value = (k_u32)w;
+    }
+    return k_acquired(k, ok);
+}
+
+/*
+ * The last thing a kernel does. The last warp of the grid to leave clears the counter and, if
+ * `last`, ends the operation by advancing the epoch.
+ */
+static K_FN void k_leave(struct k_thread *k, k_bool last) {
+    k_syncwarp(k);
+    if (k->lane == 0) {
+        struct k_ctl *ctl = k->g->ctl;
+        k_u64 total = (k_u64)k->num_blocks * (k_u64)k->num_warps;
+        if (k_add(&ctl->out, 1) == total - 1) {
+            k_poke(&ctl->out, 0);
+            if (last) {
+                k_poke(&ctl->epoch, k_peek(&ctl->epoch) + 1);
+            }
+        }
+    }
+}
+
+/* The first thing an operation's kernel does: epoch and where to look while waiting. */
+static K_INLINE void k_enter(struct k_thread *k, const struct k_group *g, k_i32 kind) {
+    k->g = g;
+    k->kind = kind;
+    k->epoch = (k_u32)(k_peek(&g->ctl->epoch) + 1);
+    k->peer_abort = (const k_u64 *)k_own(g, g->map.abort);
+}
+
+#endif

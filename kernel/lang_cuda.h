@@ -1,0 +1,439 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The kernel language on NVIDIA GPUs, for NVRTC (no headers available) and nvcc, sm_80 and later.
+ * All assembly is here. Hand-offs follow the PTX memory model: payload by generic stores or by
+ * bulk copies that were waited for, then a release at system scope by one lane after __syncwarp
+ * (release is cumulative); the reader polls with relaxed loads, then one fence at system scope
+ * and a proxy fence, since what it reads next may be read by bulk copies.
+ *
+ * Rows move by TMA bulk copies through a ring in shared memory on sm_90 and later; with
+ * K_MOVER_GENERIC, and on sm_80, by 16-byte loads and stores of the whole warp.
+ */
+#ifndef KERNEL_LANG_CUDA_H
+#define KERNEL_LANG_CUDA_H
+
+#include "kernel/abi.h"
+
+#define K_LANES 32
+#define K_INLINE __device__ __forceinline__
+#define K_FN __device__ __forceinline__
+#define K_COLD                                                                                 \
+    __device__ __noinline__ /* takes no struct k_thread: that must stay in registers */
+#define K_LATE_NS 10000000000ll
+#if defined(K_BLOCK_WARPS)
+#define K_BLOCK_THREADS (K_BLOCK_WARPS * 32)
+#else
+#define K_BLOCK_THREADS 512
+#endif
+#if !defined(K_MOVER_GENERIC) && __CUDA_ARCH__ >= 900
+#define K_MOVER_TMA 1
+#endif
+typedef bool k_bool;
+
+struct k_thread {
+    k_i32 block, num_blocks, warp, num_warps, lane;
+    k_i32 kind;
+    k_u32 epoch;
+    const struct k_group *g;
+    const k_u64 *peer_abort;
+};
+
+#define K_KERNEL(name, args_t)                                                                 \
+    static K_INLINE void name##_body(struct k_thread *k, const struct args_t *a);              \
+    extern "C" __global__ void __launch_bounds__(K_BLOCK_THREADS, 1)                           \
+        ep_##name(const __grid_constant__ struct args_t args) {                                \
+        struct k_thread thread;                                                                \
+        thread.block = (k_i32)blockIdx.x;                                                      \
+        thread.num_blocks = (k_i32)gridDim.x;                                                  \
+        thread.warp = (k_i32)(threadIdx.x >> 5);                                               \
+        thread.num_warps = (k_i32)(blockDim.x >> 5);                                           \
+        thread.lane = (k_i32)(threadIdx.x & 31u);                                              \
+        name##_body(&thread, &args);                                                           \
+    }                                                                                          \
+    static K_INLINE void name##_body(struct k_thread *k, const struct args_t *a)
+
+extern __shared__ __align__(128) k_u8 k_shared_memory[];
+
+static K_INLINE void *k_shared(struct k_thread *k) {
+    (void)k;
+    return k_shared_memory;
+}
+
+static K_INLINE k_i64 k_now(void) {
+    k_u64 t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return (k_i64)t;
+}
+
+/* ---- words ---------------------------------------------------------------------------------- */
+
+static K_INLINE k_u64 k_peek(const k_u64 *p) {
+    k_u64 v;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+
+static K_INLINE void k_poke(k_u64 *p, k_u64 v) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+static K_INLINE k_u64 k_add(k_u64 *p, k_u64 v) {
+    k_u64 old;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+                 : "=l"(old)
+                 : "l"(p), "l"(v)
+                 : "memory");
+    return old;
+}
+
+static K_INLINE k_bool k_claim(k_u64 *p) {
+    k_u64 old;
+    asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], 0, 1;"
+                 : "=l"(old)
+                 : "l"(p)
+                 : "memory");
+    return old == 0;
+}
+
+static K_INLINE void k_lower(k_u64 *p, k_u64 v) {
+    asm volatile("red.relaxed.gpu.global.min.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+static K_INLINE void k_max(k_u64 *p, k_u64 v) {
+    asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+static K_INLINE void k_post(struct k_peer at, k_u64 word) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at.address), "l"(word) : "memory");
+}
+
+static K_INLINE void k_publish(struct k_peer at, k_u64 word) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at.address), "l"(word) : "memory");
+}
+
+/* System scope: the host may read the word as well. */
+static K_INLINE void k_publish_local(k_u64 *at, k_u64 word) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
+}
+
+static K_INLINE k_u64 k_poll(const k_u64 *p) {
+    return k_peek(p);
+}
+
+static K_INLINE void k_syncwarp(struct k_thread *k) {
+    (void)k;
+    __syncwarp();
+}
+
+static K_INLINE k_bool k_acquired(struct k_thread *k, k_bool ok) {
+    (void)k;
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+    ok = __all_sync(0xffffffffu, ok) != 0;
+#if defined(K_MOVER_TMA)
+    asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+    return ok;
+}
+
+/* ---- waiting -------------------------------------------------------------------------------- */
+
+struct k_spinner {
+    k_i64 since;
+    k_u32 turns;
+};
+
+static K_INLINE k_bool k_pause(struct k_spinner *s) {
+    s->turns++;
+    if (s->turns > 1024) {
+        __nanosleep(100);
+    }
+    return (s->turns & 63u) == 0;
+}
+
+static K_INLINE k_bool k_barrier(struct k_thread *k, k_bool ok) {
+    (void)k;
+    return __syncthreads_and(ok) != 0;
+}
+
+/* ---- rows ----------------------------------------------------------------------------------- */
+
+#define K_MOVER_STAGES 8
+
+struct k_16 {
+    k_u32 x, y, z, w;
+};
+
+static K_INLINE struct k_16 k_load16(const void *p) {
+    struct k_16 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
+static K_INLINE void k_store16(k_u64 p, struct k_16 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+#if defined(K_MOVER_TMA)
+
+struct k_mover {
+    k_u32 ring; /* shared address of stage 0 */
+    k_u32 bars; /* shared address of the stages' barriers, 8 bytes each */
+    k_i32 stage_bytes;
+    k_u32 phases; /* a bit per stage */
+};
+
+/* The ring's first 128 bytes hold the barriers. */
+static K_INLINE void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
+                                   k_i32 stages, k_i32 stage_bytes) {
+    m->bars = (k_u32)__cvta_generic_to_shared(ring);
+    m->ring = m->bars + 128u;
+    m->stage_bytes = stage_bytes;
+    m->phases = 0;
+    if (k->lane == 0) {
+        for (k_i32 i = 0; i < stages; i++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(m->bars + 8u * i)
+                         : "memory");
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async;" ::: "memory");
+    }
+    __syncwarp();
+}
+
+static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                  const void *src, k_i32 bytes) {
+    if (k->lane == 0) {
+        k_u32 bar = m->bars + 8u * (k_u32)stage;
+        k_u32 dst = m->ring + (k_u32)stage * (k_u32)m->stage_bytes;
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar),
+                     "r"(bytes)
+                     : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                     "[%0], [%1], %2, [%3];" ::"r"(dst),
+                     "l"(src), "r"(bytes), "r"(bar)
+                     : "memory");
+    }
+}
+
+static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 stage) {
+    k_u32 bar = m->bars + 8u * (k_u32)stage, parity = (m->phases >> stage) & 1u, done = 0;
+    if (k->lane == 0) {
+        while (!done) {
+            asm volatile("{\n.reg .pred p;\n"
+                         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                         "selp.u32 %0, 1, 0, p;\n}"
+                         : "=r"(done)
+                         : "r"(bar), "r"(parity)
+                         : "memory");
+        }
+    }
+    m->phases ^= 1u << stage;
+}
+
+static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                   struct k_peer dst, k_i32 bytes) {
+    if (k->lane == 0) {
+        k_u32 src = m->ring + (k_u32)stage * (k_u32)m->stage_bytes;
+        asm volatile(
+            "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst.address),
+            "r"(src), "r"(bytes)
+            : "memory");
+    }
+}
+
+static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
+    (void)m;
+    if (k->lane == 0) {
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    }
+}
+
+static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m) {
+    (void)m;
+    if (k->lane == 0) {
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    }
+}
+
+static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
+    (void)m;
+    if (k->lane == 0) {
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        asm volatile("fence.proxy.async;" ::: "memory");
+    }
+    __syncwarp();
+}
+
+static K_INLINE void k_mover_end(struct k_thread *k, struct k_mover *m) {
+    k_mover_drain(k, m);
+}
+
+#else
+
+struct k_mover {
+    k_u64 src[K_MOVER_STAGES];
+};
+
+static K_INLINE void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
+                                   k_i32 stages, k_i32 stage_bytes) {
+    (void)k, (void)m, (void)ring, (void)stages, (void)stage_bytes;
+}
+
+static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                  const void *src, k_i32 bytes) {
+    (void)k, (void)bytes;
+#pragma unroll
+    for (k_i32 i = 0; i < K_MOVER_STAGES; i++) {
+        if (i == stage) {
+            m->src[i] = (k_u64)src;
+        }
+    }
+}
+
+static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 stage) {
+    (void)k, (void)m, (void)stage;
+}
+
+static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                   struct k_peer dst, k_i32 bytes) {
+    k_u64 from = 0;
+#pragma unroll
+    for (k_i32 i = 0; i < K_MOVER_STAGES; i++) {
+        if (i == stage) {
+            from = m->src[i];
+        }
+    }
+    k_i32 i = k->lane * 16;
+    for (; i + 3 * 512 < bytes; i += 4 * 512) { /* four loads in flight */
+        struct k_16 v0 = k_load16((const void *)(from + (k_u64)i));
+        struct k_16 v1 = k_load16((const void *)(from + (k_u64)i + 512));
+        struct k_16 v2 = k_load16((const void *)(from + (k_u64)i + 1024));
+        struct k_16 v3 = k_load16((const void *)(from + (k_u64)i + 1536));
+        k_store16(dst.address + (k_u64)i, v0);
+        k_store16(dst.address + (k_u64)i + 512, v1);
+        k_store16(dst.address + (k_u64)i + 1024, v2);
+        k_store16(dst.address + (k_u64)i + 1536, v3);
+    }
+    for (; i < bytes; i += 512) {
+        k_store16(dst.address + (k_u64)i, k_load16((const void *)(from + (k_u64)i)));
+    }
+}
+
+static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
+    (void)k, (void)m;
+}
+
+static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m) {
+    (void)k, (void)m;
+}
+
+static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
+    (void)k, (void)m;
+    __syncwarp();
+}
+
+static K_INLINE void k_mover_end(struct k_thread *k, struct k_mover *m) {
+    (void)k, (void)m;
+}
+#endif
+
+/* ---- arithmetic ----------------------------------------------------------------------------- */
+
+static K_INLINE k_u32 k_bits(k_f32 x) {
+    return __float_as_uint(x);
+}
+
+static K_INLINE k_f32 k_float(k_u32 u) {
+    return __uint_as_float(u);
+}
+
+static K_INLINE k_f32 k_from_bf16(k_u16 h) {
+    return __uint_as_float((k_u32)h << 16);
+}
+
+static K_INLINE k_u16 k_to_bf16(k_f32 x) {
+    k_u16 h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+
+static K_INLINE k_f32 k_from_f16(k_u16 h) {
+    k_f32 x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+    return x;
+}
+
+static K_INLINE k_u16 k_to_f16(k_f32 x) {
+    k_u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+}
+
+struct k_term {
+    const void *row;
+    k_f32 weight;
+    k_i32 pad;
+};
+
+static K_INLINE k_u32 k_pack2(k_i32 dtype, k_f32 a, k_f32 b) {
+    return dtype == K_BF16 ? (k_u32)k_to_bf16(a) | ((k_u32)k_to_bf16(b) << 16)
+                           : (k_u32)k_to_f16(a) | ((k_u32)k_to_f16(b) << 16);
+}
+
+static K_INLINE k_f32 k_half(k_i32 dtype, k_u32 two, k_i32 high) {
+    k_u16 h = (k_u16)(high ? two >> 16 : two & 0xffffu);
+    return dtype == K_BF16 ? k_from_bf16(h) : k_from_f16(h);
+}
+
+/* Each lane takes 16 bytes of the row at a time and walks the terms. */
+static K_FN void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype, k_i32 bytes,
+                          const struct k_term *terms, k_i32 num) {
+    for (k_i32 i = k->lane * 16; i < bytes; i += 512) {
+        k_f32 acc[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+        for (k_i32 j = 0; j < num; j++) {
+            const k_f32 w = terms[j].weight;
+            struct k_16 v = k_load16((const k_u8 *)terms[j].row + i);
+            const k_u32 u[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (k_i32 q = 0; q < 4; q++) {
+                if (dtype == K_F32) {
+                    acc[q] = acc[q] + __uint_as_float(u[q]) * w;
+                } else {
+                    acc[2 * q] = acc[2 * q] + k_half(dtype, u[q], 0) * w;
+                    acc[2 * q + 1] = acc[2 * q + 1] + k_half(dtype, u[q], 1) * w;
+                }
+            }
+        }
+        struct k_16 o;
+        if (dtype == K_F32) {
+            o.x = k_bits(acc[0]);
+            o.y = k_bits(acc[1]);
+            o.z = k_bits(acc[2]);
+            o.w = k_bits(acc[3]);
+        } else {
+            o.x = k_pack2(dtype, acc[0], acc[1]);
+            o.y = k_pack2(dtype, acc[2], acc[3]);
+            o.z = k_pack2(dtype, acc[4], acc[5]);
+            o.w = k_pack2(dtype, acc[6], acc[7]);
+        }
+        k_store16(dst.address + (k_u64)i, o);
+    }
+}
+
+static K_INLINE void k_zero(struct k_thread *k, void *dst, k_i32 bytes) {
+    struct k_16 zero = {0, 0, 0, 0};
+    for (k_i32 i = k->lane * 16; i < bytes; i += 512) {
+        k_store16((k_u64)dst + (k_u64)i, zero);
+    }
+}
+
+static K_INLINE void k_store_u32(struct k_peer at, k_u32 v) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(at.address), "r"(v) : "memory");
+}
+
+#endif

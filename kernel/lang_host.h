@@ -1,0 +1,357 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The kernel language on the host: a warp is one thread with one lane, a block a team of such
+ * threads. Hand-offs are release stores and acquire loads on the word itself, because
+ * ThreadSanitizer does not model free-standing fences; that is what makes it a checker of the
+ * protocol. src/run creates the threads; with K_LATE_MOVERS (check builds) rows are copied late
+ * by other threads, so that a missing wait, retire or drain is a data race it can see.
+ *
+ * K_WEAKEN_PUBLISH and K_SKIP_WAIT break the language on purpose: tests that must fail use them
+ * to prove that the checker works.
+ */
+#ifndef KERNEL_LANG_HOST_H
+#define KERNEL_LANG_HOST_H
+
+#include <sched.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernel/abi.h"
+
+#define K_LANES 1
+#define K_FN __attribute__((unused))
+#define K_COLD __attribute__((unused, noinline))
+#define K_INLINE inline __attribute__((always_inline, unused))
+#define K_LATE_NS 10000000000ll /* waits longer than this are logged by the host */
+typedef bool k_bool;
+
+/* A block: shared by its warps; allocated and zeroed by src/run before the kernel starts. */
+struct k_team {
+    k_u32 arrived, generation;
+    k_u32 bad[2]; /* by generation parity */
+    void *shared;
+};
+
+struct k_thread {
+    k_i32 block, num_blocks, warp, num_warps, lane;
+    k_i32 kind;
+    k_u32 epoch;
+    const struct k_group *g;
+    const k_u64 *peer_abort;
+    struct k_team *team;
+};
+
+typedef void (*k_entry_fn)(struct k_thread *k, const void *args);
+
+#define K_KERNEL(name, args_t)                                                                 \
+    void k_entry_##name(struct k_thread *k, const void *args);                                 \
+    static void name##_body(struct k_thread *k, const struct args_t *a);                       \
+    void k_entry_##name(struct k_thread *k, const void *args) {                                \
+        name##_body(k, (const struct args_t *)args);                                           \
+    }                                                                                          \
+    static void name##_body(struct k_thread *k, const struct args_t *a)
+
+static K_INLINE void *k_shared(struct k_thread *k) {
+    return k->team->shared;
+}
+
+/* The library's clock (src/base). */
+int64_t epi_now_ns(void);
+
+static K_INLINE k_i64 k_now(void) {
+    return epi_now_ns();
+}
+
+/* ---- words ---------------------------------------------------------------------------------- */
+
+static K_INLINE k_u64 k_peek(const k_u64 *p) {
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static K_INLINE void k_poke(k_u64 *p, k_u64 v) {
+    __atomic_store_n(p, v, __ATOMIC_RELAXED);
+}
+
+/* Atomically adds and returns the old value; orders like a release and an acquire. */
+static K_INLINE k_u64 k_add(k_u64 *p, k_u64 v) {
+    return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
+
+/* True for the first caller. */
+static K_INLINE k_bool k_claim(k_u64 *p) {
+    k_u64 zero = 0;
+    return __atomic_compare_exchange_n(p, &zero, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+
+/* *p = min(*p, v); p belongs to this warp. */
+static K_INLINE void k_lower(k_u64 *p, k_u64 v) {
+    *p = v < *p ? v : *p;
+}
+
+/* *p = max(*p, v), atomically. */
+static K_INLINE void k_max(k_u64 *p, k_u64 v) {
+    k_u64 old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED,
+                                                   __ATOMIC_RELAXED)) {
+    }
+}
+
+static K_INLINE void k_post(struct k_peer at, k_u64 word) {
+    __atomic_store_n((k_u64 *)at.address, word, __ATOMIC_RELAXED);
+}
+
+#if defined(K_WEAKEN_PUBLISH)
+#define K_PUBLISH_ORDER __ATOMIC_RELAXED
+#else
+#define K_PUBLISH_ORDER __ATOMIC_RELEASE
+#endif
+
+static K_INLINE void k_publish(struct k_peer at, k_u64 word) {
+    __atomic_store_n((k_u64 *)at.address, word, K_PUBLISH_ORDER);
+}
+
+static K_INLINE void k_publish_local(k_u64 *at, k_u64 word) {
+    __atomic_store_n(at, word, __ATOMIC_RELEASE);
+}
+
+static K_INLINE k_u64 k_poll(const k_u64 *p) {
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+/* After polling: the AND over the warp, and what the words announced is visible. */
+static K_INLINE k_bool k_acquired(struct k_thread *k, k_bool ok) {
+    (void)k;
+    return ok;
+}
+
+static K_INLINE void k_syncwarp(struct k_thread *k) {
+    (void)k;
+}
+
+/* ---- waiting -------------------------------------------------------------------------------- */
+
+struct k_spinner {
+    k_i64 since;
+    k_u32 turns;
+};
+
+/*
+ * Passes a moment; true when it is time to look at the clock. Yields early, because ranks may
+ * outnumber cores by far, and sleeps once a wait is long.
+ */
+static K_INLINE k_bool k_pause(struct k_spinner *s) {
+    s->turns++;
+    if (s->turns < 64) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+        return false;
+    }
+    if (s->turns < 1024) {
+        sched_yield();
+        return (s->turns & 31) == 0;
+    }
+    struct timespec nap = {0, 50000};
+    nanosleep(&nap, NULL);
+    return true;
+}
+
+static inline __attribute__((unused)) k_bool k_barrier(struct k_thread *k, k_bool ok) {
+    struct k_team *t = k->team;
+    if (k->num_warps == 1) {
+        return ok;
+    }
+    k_u32 gen = __atomic_load_n(&t->generation, __ATOMIC_ACQUIRE);
+    if (!ok) {
+        __atomic_store_n(&t->bad[gen & 1], 1, __ATOMIC_RELAXED);
+    }
+    if (__atomic_fetch_add(&t->arrived, 1, __ATOMIC_ACQ_REL) == (k_u32)k->num_warps - 1) {
+        __atomic_store_n(&t->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&t->bad[(gen + 1) & 1], 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&t->generation, gen + 1, __ATOMIC_RELEASE);
+    } else {
+        struct k_spinner s = {0, 0};
+        while (__atomic_load_n(&t->generation, __ATOMIC_ACQUIRE) == gen) {
+            k_pause(&s); /* every warp of the block arrives: its own waits have deadlines */
+        }
+    }
+    return __atomic_load_n(&t->bad[gen & 1], __ATOMIC_RELAXED) == 0;
+}
+
+/* ---- rows ----------------------------------------------------------------------------------- */
+
+#define K_MOVER_STAGES 8
+
+#if defined(K_LATE_MOVERS)
+#include "kernel/lang_late.h"
+#else
+struct k_mover {
+    const void *src[K_MOVER_STAGES];
+};
+
+static K_INLINE void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
+                                   k_i32 stages, k_i32 stage_bytes) {
+    (void)k, (void)m, (void)ring, (void)stages, (void)stage_bytes;
+}
+
+static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                  const void *src, k_i32 bytes) {
+    (void)k, (void)bytes;
+    m->src[stage] = src;
+}
+
+static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 stage) {
+    (void)k, (void)m, (void)stage;
+}
+
+static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                   struct k_peer dst, k_i32 bytes) {
+    (void)k;
+    memcpy((void *)dst.address, m->src[stage], (size_t)bytes);
+}
+
+static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
+    (void)k, (void)m;
+}
+
+static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m) {
+    (void)k, (void)m;
+}
+
+static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
+    (void)k, (void)m;
+}
+
+static K_INLINE void k_mover_end(struct k_thread *k, struct k_mover *m) {
+    (void)k, (void)m;
+}
+#endif
+
+/* ---- arithmetic ----------------------------------------------------------------------------- */
+
+static K_INLINE k_u32 k_bits(k_f32 x) {
+    k_u32 u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+static K_INLINE k_f32 k_float(k_u32 u) {
+    k_f32 x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+static K_INLINE k_f32 k_from_bf16(k_u16 h) {
+    return k_float((k_u32)h << 16);
+}
+
+/* Round to nearest even; a NaN becomes 0x7fff, as the hardware conversion does. */
+static K_INLINE k_u16 k_to_bf16(k_f32 x) {
+    k_u32 u = k_bits(x);
+    k_u32 r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return (k_u16)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : r);
+}
+
+static K_INLINE k_f32 k_from_f16(k_u16 h) {
+    /* The exponent is rebased by a multiplication, which also makes denormals right. */
+    k_u32 sign = (k_u32)(h & 0x8000u) << 16, mag = (k_u32)(h & 0x7fffu) << 13;
+    k_f32 x = k_float(mag) * k_float(0x77800000u); /* 2^112 */
+    k_u32 u = mag >= 0x0f800000u ? mag | 0x7f800000u : k_bits(x);
+    return k_float(sign | u);
+}
+
+static K_INLINE k_u16 k_to_f16(k_f32 f) {
+    k_u32 u = k_bits(f), sign = (u >> 16) & 0x8000u;
+    u &= 0x7fffffffu;
+    if (u > 0x7f800000u) {
+        return 0x7fff;
+    }
+    if (u >= 0x47800000u) {
+        return (k_u16)(sign | 0x7c00u);
+    }
+    if (u < 0x38800000u) { /* denormal: let the float adder round at the right bit */
+        k_f32 d = k_float(u) + 0.5f;
+        return (k_u16)(sign | (k_bits(d) - 0x3f000000u));
+    }
+    k_u32 r = u - 0x38000000u; /* rebias; a carry of the rounding may reach infinity, rightly */
+    r = (r + 0xfffu + ((r >> 13) & 1u)) >> 13;
+    return (k_u16)(sign | r);
+}
+
+/* One summand of a reduction: a row and how often it counts. */
+struct k_term {
+    const void *row;
+    k_f32 weight;
+    k_i32 pad;
+};
+
+#define K_REDUCE_CHUNK 256
+
+static inline __attribute__((unused)) void k_reduce_chunk(k_u8 *dst, k_i32 dtype,
+                                                          const struct k_term *terms, k_i32 num,
+                                                          k_i32 from, k_i32 n) {
+    k_f32 acc[K_REDUCE_CHUNK];
+    for (k_i32 i = 0; i < n; i++) {
+        acc[i] = 0.0f;
+    }
+    for (k_i32 j = 0; j < num; j++) {
+        const k_f32 w = terms[j].weight;
+        const k_u16 *h = (const k_u16 *)terms[j].row + from;
+        const k_f32 *f = (const k_f32 *)terms[j].row + from;
+        if (dtype == K_BF16) {
+            for (k_i32 i = 0; i < n; i++) {
+                acc[i] += k_from_bf16(h[i]) * w;
+            }
+        } else if (dtype == K_F16) {
+            for (k_i32 i = 0; i < n; i++) {
+                acc[i] += k_from_f16(h[i]) * w;
+            }
+        } else {
+            for (k_i32 i = 0; i < n; i++) {
+                acc[i] += f[i] * w;
+            }
+        }
+    }
+    k_u16 *oh = (k_u16 *)dst + from;
+    k_f32 *of = (k_f32 *)dst + from;
+    if (dtype == K_BF16) {
+        for (k_i32 i = 0; i < n; i++) {
+            oh[i] = k_to_bf16(acc[i]);
+        }
+    } else if (dtype == K_F16) {
+        for (k_i32 i = 0; i < n; i++) {
+            oh[i] = k_to_f16(acc[i]);
+        }
+    } else {
+        for (k_i32 i = 0; i < n; i++) {
+            of[i] = acc[i];
+        }
+    }
+}
+
+/* dst = round(0 + terms[0] * w0 + terms[1] * w1 + ...), elementwise, in that order. */
+static K_INLINE void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype, k_i32 bytes,
+                              const struct k_term *terms, k_i32 num) {
+    (void)k;
+    k_i32 n = dtype == K_F32 ? bytes / 4 : bytes / 2;
+    for (k_i32 i = 0; i < n; i += K_REDUCE_CHUNK) {
+        k_reduce_chunk((k_u8 *)dst.address, dtype, terms, num, i,
+                       n - i < K_REDUCE_CHUNK ? n - i : K_REDUCE_CHUNK);
+    }
+}
+
+/* All lanes of the warp fill n bytes (a multiple of 16) of own memory with zeros. */
+static K_INLINE void k_zero(struct k_thread *k, void *dst, k_i32 bytes) {
+    (void)k;
+    memset(dst, 0, (size_t)bytes);
+}
+
+/* A plain store to an arena; ordered by the next k_publish of this warp. */
+static K_INLINE void k_store_u32(struct k_peer at, k_u32 v) {
+    *(k_u32 *)at.address = v;
+}
+
+#endif

@@ -1,0 +1,114 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What dispatch and combine have in common: the ready exchange that starts every operation, the
+ * tables they index, and the places of their words. Written in the kernel language.
+ */
+#ifndef KERNEL_OP_H
+#define KERNEL_OP_H
+
+#include "kernel/lang.h"
+
+/* Tokens [*first, *end) of channel c. Channels depend on T alone, never on blocks or warps. */
+static K_INLINE void channel_tokens(k_i32 tokens, k_i32 num_channels, k_i32 c, k_i32 *first,
+                                    k_i32 *end) {
+    k_i32 per = (tokens + num_channels - 1) / num_channels;
+    k_i32 f = c * per, e = f + per;
+    *first = f < tokens ? f : tokens;
+    *end = e < tokens ? e : tokens;
+}
+
+static K_INLINE k_u64 ready_offset(const struct k_group *g, k_u32 epoch, k_i32 writer) {
+    return g->map.ready +
+           8ull * K_READY_STRIDE * ((k_u64)(epoch & 1u) * (k_u64)g->num_ranks + (k_u64)writer);
+}
+
+static K_INLINE k_u64 counts_offset(const struct k_group *g, k_u32 epoch, k_i32 writer) {
+    return g->map.counts + 8ull * (k_u64)g->count_words *
+                               ((k_u64)(epoch & 1u) * (k_u64)g->num_ranks + (k_u64)writer);
+}
+
+static K_INLINE k_u64 answer_offset(const struct k_group *g, k_u32 epoch, k_i32 writer) {
+    return g->map.answers +
+           8ull * K_ANSWER_WORDS * ((k_u64)(epoch & 1u) * (k_u64)g->num_ranks + (k_u64)writer);
+}
+
+/* Word of (writer, channel) in `progress` or `returned`. */
+static K_INLINE k_u64 channel_word(const struct k_group *g, k_u64 region, k_i32 writer,
+                                   k_i32 c) {
+    return region + 8ull * ((k_u64)writer * (k_u64)g->num_channels + (k_u64)c);
+}
+
+static K_INLINE k_u32 signature(const struct k_thread *k, k_u32 flags, k_i32 topk,
+                                k_i32 handle) {
+    return (k_u32)k->kind | ((flags & K_DO_COUNTS) ? 0u : K_SIG_CACHED) |
+           ((flags & K_DO_WEIGHTS) ? K_SIG_WEIGHTS : 0u) | ((k_u32)topk << K_SIG_TOPK_SHIFT) |
+           ((k_u32)handle << K_SIG_HANDLE_SHIFT);
+}
+
+/* Lane 0 tells rank p: write to `where` of my arena for this operation, described by sig. */
+static K_INLINE void tell_ready(struct k_thread *k, k_i32 p, const k_u32 sig[3], k_u32 where) {
+    if (k->lane == 0) {
+        const struct k_group *g = k->g;
+        k_u64 at = ready_offset(g, k->epoch, g->rank);
+        for (k_i32 i = 0; i < 3; i++) {
+            k_post(k_peer_at(g, p, at + 8ull * (k_u64)i), K_WORD(k->epoch, sig[i]));
+        }
+        /* Released: what this rank read from the region before comes before p's writes to it. */
+        k_publish(k_peer_at(g, p, at + 24ull), K_WORD(k->epoch, where));
+    }
+}
+
+/*
+ * The warp awaits rank p's ready message; its last word goes to *where. False after a fault, which
+ * a signature that differs from `sig` also is.
+ */
+static K_FN k_bool await_ready(struct k_thread *k, k_i32 p, const k_u32 sig[3], k_u32 *where) {
+    const k_u64 *words = (const k_u64 *)k_own(k->g, ready_offset(k->g, k->epoch, p));
+    for (k_i32 i = 0; i < K_READY_WORDS; i++) {
+        k_u32 value = 0;
+        if (!k_await(k, words + i, k->epoch, p, K_PHASE_READY, &value)) {
+            return 0;
+        }
+        if (i == 3) {
+            *where = value;
+        } else if (value != sig[i]) {
+            if (k->lane == 0) {
+                struct k_blame b = {K_ERR_MISMATCH, K_PHASE_READY, p, i, sig[i], value};
+                k_raise(k, 0, b);
+            }
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* All warps of a block: all peers' ready messages. `wheres` [R] receives their last words. */
+static K_FN k_bool await_all_ready(struct k_thread *k, const k_u32 sig[3], k_u32 *wheres) {
+    k_bool ok = 1;
+    for (k_i32 p = k->warp; ok && p < k->g->num_ranks; p += k->num_warps) {
+        k_u32 where = 0;
+        ok = await_ready(k, p, sig, &where);
+        if (ok && k->lane == 0) {
+            wheres[p] = where;
+        }
+    }
+    return ok;
+}
+
+/* The warp's scratch and the ring of its mover, in the block's shared memory. */
+static K_INLINE void *warp_scratch(struct k_thread *k) {
+    return (k_u8 *)k_shared(k) + (k_u64)k->warp * (k_u64)k->g->scratch_bytes;
+}
+
+static K_INLINE void *warp_ring(struct k_thread *k, k_i32 stages, k_i32 stage_bytes) {
+    return (k_u8 *)k_shared(k) + (k_u64)k->num_warps * (k_u64)k->g->scratch_bytes +
+           (k_u64)k->warp * (k_u64)K_RING_BYTES(stages, stage_bytes);
+}
+
+static K_INLINE struct k_peer own_memory(k_u64 address) {
+    struct k_peer p;
+    p.address = address;
+    return p;
+}
+
+#endif
