@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What ended a group: from the words that kernels, peers and the boot leave behind to a report a
+ * person can act on. Called from any thread; must not block.
+ */
+#include "src/ep/group.h"
+
+#include <string.h>
+
+static k_u64 read_word(const k_u64 *p) {
+    return atomic_load_explicit((const _Atomic k_u64 *)p, memory_order_acquire);
+}
+
+static const k_u64 *own_abort(const ep_group *g) {
+    return (const k_u64 *)((const char *)epi_mem_arena(g->mem, g->rank) + g->plan.map.abort);
+}
+
+bool epi_group_faulted(ep_group *g) {
+    return read_word(&g->ctl->abort) != 0 || (g->mem && read_word(own_abort(g)) != 0);
+}
+
+static bool ends(ep_group *g, uint64_t n) {
+    const k_u64 told = read_word(own_abort(g));
+    return read_word(&g->ctl->abort) != 0 || K_ABORT_ENDS(told, (k_u32)n);
+}
+
+void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n) {
+    k_u64 zero = 0, code = K_ABORT_PACK((int)status, g->rank, subject, 0, 0, n);
+    atomic_compare_exchange_strong((_Atomic k_u64 *)&g->ctl->abort, &zero, code);
+    for (int r = 0; r < g->num_ranks; r++) {
+        if (r != g->rank) {
+            char *arena = epi_mem_arena(g->mem, r);
+            atomic_store((_Atomic k_u64 *)(arena + g->plan.map.abort), code);
+        }
+    }
+}
+
+static const char *phase_name(int phase) {
+    static const char *const names[] = {"",     "ready",   "counts", "bases",
+                                        "rows", "answers", "self"};
+    return phase >= 0 && phase < 7 ? names[phase] : "?";
+}
+
+static const char *operation_name(int op) {
+    return op == EP_OP_DISPATCH ? "dispatch" : op == EP_OP_COMBINE ? "combine" : "operation";
+}
+
+/* In which field two ready messages differ. */
+static void describe_mismatch(const struct k_fault *k, char *out, size_t bytes) {
+    const uint32_t a = k->mine, b = k->theirs;
+    if (k->word == 1) {
+        epi_format(out, bytes, "row bytes are %u here and %u there", a, b);
+    } else if (k->word == 2) {
+        epi_format(out, bytes, "%s %u here and %u there",
+                   k->kind == EP_OP_DISPATCH ? "scale bytes are" : "dtype is", a, b);
+    } else if ((a & 15) != (b & 15)) {
+        epi_format(out, bytes, "it is a %s here and a %s there", operation_name((int)(a & 15)),
+                   operation_name((int)(b & 15)));
+    } else if ((a >> K_SIG_HANDLE_SHIFT) != (b >> K_SIG_HANDLE_SHIFT)) {
+        epi_format(out, bytes, "handle number %u here and %u there", a >> K_SIG_HANDLE_SHIFT,
+                   b >> K_SIG_HANDLE_SHIFT);
+    } else if ((a ^ b) & K_SIG_CACHED) {
+        epi_format(out, bytes, "the handle's routing is %s here and %s there",
+                   a & K_SIG_CACHED ? "cached" : "new", b & K_SIG_CACHED ? "cached" : "new");
+    } else if ((a ^ b) & K_SIG_WEIGHTS) {
+        epi_format(out, bytes, "top-k weights are %s here and %s there",
+                   a & K_SIG_WEIGHTS ? "given" : "absent",
+                   b & K_SIG_WEIGHTS ? "given" : "absent");
+    } else {
+        epi_format(out, bytes, "top-k is %u here and %u there", (a >> K_SIG_TOPK_SHIFT) & 127,
+                   (b >> K_SIG_TOPK_SHIFT) & 127);
+    }
+}
+
+static void describe_own(const ep_group *g, struct ep_fault *f) {
+    const struct k_fault *k = &g->ctl->fault;
+    f->status = k->status;
+    f->rank = k->subject;
+    f->reporter = k->reporter;
+    f->operation = k->kind;
+    f->epoch = k->epoch;
+    f->waited_ms = k->waited_ns / EPI_NS_PER_MS;
+    epi_format(f->phase, sizeof(f->phase), "%s", phase_name(k->phase));
+    if (k->status == K_ERR_MISMATCH) {
+        char what[128];
+        describe_mismatch(k, what, sizeof(what));
+        epi_format(f->message, sizeof(f->message),
+                   "ranks %d and %d disagree in operation %u (%s): %s", g->rank, k->subject,
+                   k->epoch, operation_name(k->kind), what);
+    } else {
+        epi_format(
+            f->message, sizeof(f->message),
+            "rank %d was waited for by rank %d in operation %u (%s), phase %s, for %lld ms: "
+            "it is alive but late",
+            k->subject, g->rank, k->epoch, operation_name(k->kind), f->phase,
+            (long long)f->waited_ms);
+    }
+}
+
+/* From an abort word: what a peer, the boot or the caller said. */
+static void describe_word(const ep_group *g, k_u64 w, struct ep_fault *f) {
+    f->status = K_ABORT_STATUS(w);
+    f->rank = K_ABORT_SUBJECT(w);
+    f->reporter = K_ABORT_REPORTER(w);
+    f->operation = K_ABORT_KIND(w);
+    f->epoch = (uint32_t)g->ctl->epoch + 1;
+    epi_format(f->phase, sizeof(f->phase), "%s", phase_name(K_ABORT_PHASE(w)));
+    if (f->status == EP_ERR_PEER) {
+        epi_format(f->message, sizeof(f->message), "rank %d died%s%s (noticed by rank %d)",
+                   f->rank, g->dead_why[0] ? ": " : "", g->dead_why, f->reporter);
+    } else if (f->status == EP_ERR_INTERRUPTED) {
+        epi_format(f->message, sizeof(f->message), "rank %d called ep_group_abort",
+                   f->reporter);
+    } else {
+        epi_format(f->message, sizeof(f->message),
+                   "rank %d ended the group: %s in a %s, phase %s, about rank %d", f->reporter,
+                   ep_status_string((ep_status)f->status), operation_name(f->operation),
+                   f->phase[0] ? f->phase : "none", f->rank);
+    }
+}
+
+void epi_group_describe(ep_group *g, struct ep_fault *f) {
+    memset(f, 0, sizeof(*f));
+    f->size = sizeof(*f);
+    f->rank = f->reporter = -1;
+    k_u64 own = read_word(&g->ctl->abort), peer = read_word(own_abort(g));
+    if (own == 0 && peer == 0) {
+        return;
+    }
+    /* A death is the cause, whoever timed out on it; the kernel's account is the fullest. */
+    if (own && K_ABORT_STATUS(own) != K_ERR_PEER && g->ctl->fault.claim) {
+        describe_own(g, f);
+    } else {
+        describe_word(g, own ? own : peer, f);
+    }
+}
+
+ep_status epi_group_check(ep_group *g, uint64_t n) {
+    if (!ends(g, n)) {
+        return EP_OK;
+    }
+    struct ep_fault f;
+    epi_group_describe(g, &f);
+    int told = atomic_exchange(&g->fault_told, 1);
+    if (!told) {
+        epi_log(EPI_LOG_INFO, "group faulted: %s", f.message);
+        return epi_fail((ep_status)f.status, "%s", f.message);
+    }
+    return epi_fail(EP_ERR_FAULTED, "the group has faulted: %s", f.message);
+}

@@ -1,0 +1,323 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The life of a group: meeting, agreeing, mapping memory, and the end. Owns what all operations
+ * share, and the order in which they run. Run by the threads that call the API; the boot's
+ * control thread enters through on_dead only. fault.c says what ended a group.
+ */
+#include "src/ep/group.h"
+
+#include <sched.h>
+#include <string.h>
+
+/* What must agree on all ranks, and how it is called in messages. */
+#define AGREED_FIELDS(X)                                                                       \
+    X(version)                                                                                 \
+    X(device)                                                                                  \
+    X(num_experts)                                                                             \
+    X(expert_rank)                                                                             \
+    X(max_tokens)                                                                              \
+    X(max_topk)                                                                                \
+    X(max_row_bytes)                                                                           \
+    X(max_scale_bytes)                                                                         \
+    X(num_slots)                                                                               \
+    X(flags)                                                                                   \
+    X(mask_routing)                                                                            \
+    X(max_recv_rows)                                                                           \
+    X(max_expanded_rows)                                                                       \
+    X(memory_limit_bytes)                                                                      \
+    X(timeout_ms)
+
+struct agreed {
+#define X(f) int64_t f;
+    AGREED_FIELDS(X)
+#undef X
+};
+
+static const char *const agreed_names[] = {
+#define X(f) #f,
+    AGREED_FIELDS(X)
+#undef X
+};
+#define NUM_AGREED (sizeof(agreed_names) / sizeof(agreed_names[0]))
+
+static void fill_agreed(const ep_group *g, struct agreed *a) {
+    const struct ep_group_config *c = &g->config;
+    memset(a, 0, sizeof(*a));
+    a->version = (int64_t)ep_version();
+    a->device = c->device;
+    a->num_experts = c->num_experts;
+    a->max_tokens = c->max_tokens;
+    a->max_topk = c->max_topk;
+    a->max_row_bytes = c->max_row_bytes;
+    a->max_scale_bytes = c->max_scale_bytes;
+    a->num_slots = g->plan.num_slots;
+    a->flags = c->flags;
+    a->mask_routing = c->mask_routing != 0;
+    a->max_recv_rows = g->plan.info.max_recv_rows;
+    a->max_expanded_rows = g->plan.info.max_expanded_rows;
+    a->memory_limit_bytes = c->memory_limit_bytes;
+    a->timeout_ms = g->timeout_ns / EPI_NS_PER_MS;
+    uint64_t hash = 1469598103934665603u; /* FNV-1a of the expert map */
+    for (int e = 0; e < c->num_experts; e++) {
+        hash = (hash ^ (uint64_t)g->k.expert_rank[e]) * 1099511628211u;
+    }
+    a->expert_rank = (int64_t)(hash >> 1);
+}
+
+static ep_status gather(void *ctx, const void *in, size_t bytes, void *out) {
+    ep_group *g = ctx;
+    return epi_boot_allgather(g->boot, in, bytes, out, epi_deadline_after(g->timeout_ns));
+}
+
+static struct epi_exchange exchange_of(ep_group *g) {
+    struct epi_exchange x = {gather, g, g->rank, g->num_ranks};
+    return x;
+}
+
+/* Every rank compares everybody with rank 0, so all find the same difference. */
+static ep_status check_agreement(ep_group *g) {
+    struct agreed mine;
+    fill_agreed(g, &mine);
+    struct agreed *all = epi_alloc_array((size_t)g->num_ranks, sizeof(*all));
+    ep_status st = EP_OK;
+    if (!all) {
+        return epi_fail(EP_ERR_NOMEM, "no memory to compare %d ranks", g->num_ranks);
+    }
+    st = gather(g, &mine, sizeof(mine), all);
+    for (int r = 1; st == EP_OK && r < g->num_ranks; r++) {
+        for (size_t i = 0; st == EP_OK && i < NUM_AGREED; i++) {
+            int64_t a, b;
+            memcpy(&a, (const char *)&all[0] + i * sizeof(a), sizeof(a));
+            memcpy(&b, (const char *)&all[r] + i * sizeof(b), sizeof(b));
+            if (a != b) {
+                st = epi_fail(
+                    EP_ERR_MISMATCH,
+                    "ranks disagree in ep_group_config.%s: %lld on rank 0, %lld on rank "
+                    "%d%s",
+                    agreed_names[i], (long long)a, (long long)b, r,
+                    strcmp(agreed_names[i], "expert_rank") == 0 ? " (hash of the map)" : "");
+            }
+        }
+    }
+    epi_free(all);
+    return st;
+}
+
+/* The tables that kernels index: one block, pointers into it. */
+static ep_status make_tables(ep_group *g) {
+    const struct ep_group_config *c = &g->config;
+    const size_t ranks = (size_t)g->num_ranks, experts = (size_t)c->num_experts;
+    size_t bytes = epi_plan_table_bytes(c, g->num_ranks);
+    g->tables = epi_alloc(bytes);
+    if (!g->tables) {
+        return epi_fail(EP_ERR_NOMEM, "no memory for the expert tables (%zu bytes)", bytes);
+    }
+    k_u64 *peer = g->tables;
+    k_i32 *rank = (k_i32 *)(peer + ranks), *local = rank + experts, *of = local + experts;
+    k_i32 *first = of + experts;
+    k_i32 at = 0;
+    for (int e = 0; e < c->num_experts; e++) {
+        rank[e] = c->expert_rank ? c->expert_rank[e]
+                                 : epi_default_rank(c->num_experts, g->num_ranks, e);
+        first[rank[e] + 1]++;
+    }
+    for (size_t r = 0; r < ranks; r++) {
+        first[r + 1] += first[r];
+    }
+    for (int r = 0; r < g->num_ranks; r++) {
+        for (int e = 0; e < c->num_experts; e++) {
+            if (rank[e] == r) {
+                local[e] = at - first[r];
+                of[at++] = e;
+            }
+        }
+    }
+    g->num_local = first[g->rank + 1] - first[g->rank];
+    g->k.peer = peer;
+    g->k.expert_rank = rank;
+    g->k.expert_local = local;
+    g->k.rank_expert = of;
+    g->k.rank_first = first;
+    return EP_OK;
+}
+
+static void fill_kernel_group(ep_group *g) {
+    struct k_group *k = &g->k;
+    k->rank = g->rank;
+    k->num_ranks = g->num_ranks;
+    k->num_experts = g->config.num_experts;
+    k->num_local = g->num_local;
+    k->num_channels = g->plan.info.num_channels;
+    k->count_words = g->plan.count_words;
+    k->side_stride = (k_i32)g->plan.info.sidecar_row_bytes;
+    k->max_dests = g->plan.max_dests;
+    k->scratch_bytes = K_SCRATCH_BYTES(g->plan.max_dests);
+    k->max_recv_rows = g->plan.info.max_recv_rows;
+    k->ctl = g->ctl;
+    k->map = g->plan.map;
+    g->ctl->timeout_ns = g->timeout_ns;
+}
+
+static int choose_workers(const ep_group *g) {
+    if (g->config.num_workers) {
+        return g->config.num_workers;
+    }
+    int64_t knob = epi_opt_int(EPI_OPT_WORKERS);
+    if (knob) {
+        return (int)knob;
+    }
+    cpu_set_t cpus;
+    int cores = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
+    int share = cores / g->num_ranks;
+    return share < 1 ? 1 : share > 8 ? 8 : share;
+}
+
+static void on_dead(void *ctx, int rank, const char *why) {
+    ep_group *g = ctx;
+    int none = -1;
+    if (atomic_compare_exchange_strong(&g->dead_rank, &none, rank)) {
+        epi_format(g->dead_why, sizeof(g->dead_why), "%s", why ? why : "");
+        k_u64 zero = 0;
+        atomic_compare_exchange_strong((_Atomic k_u64 *)&g->ctl->abort, &zero,
+                                       K_ABORT_PACK(K_ERR_PEER, g->rank, rank, 0, 0, 0));
+    }
+}
+
+static ep_status meet(ep_group *g) {
+    struct epi_boot_config b;
+    memset(&b, 0, sizeof(b));
+    b.rank = g->config.rank;
+    b.num_ranks = g->config.num_ranks;
+    b.address = g->config.address;
+    b.allgather = g->config.allgather;
+    b.allgather_ctx = g->config.allgather_ctx;
+    b.world = g->config.world;
+    b.job = g->config.job;
+    b.timeout_ns = g->timeout_ns;
+    b.on_dead = on_dead;
+    b.on_dead_ctx = g;
+    ep_status st = epi_boot_create(&g->boot, &b);
+    if (st == EP_OK) {
+        g->rank = epi_boot_rank(g->boot);
+        g->num_ranks = epi_boot_num_ranks(g->boot);
+        epi_log_set_rank(g->rank);
+    }
+    return st;
+}
+
+/* Everything that needs memory of this rank alone. */
+static ep_status make_local(ep_group *g) {
+    ep_status st = epi_plan(&g->config, g->num_ranks, &g->plan);
+    if (st == EP_OK) {
+        st = make_tables(g);
+    }
+    if (st == EP_OK) {
+        g->workers = choose_workers(g);
+        st = epi_run_create(&g->run, g->workers, epi_plan_warp_bytes(&g->config, &g->plan));
+    }
+    return st;
+}
+
+static ep_status form(ep_group *g) {
+    ep_status st = meet(g);
+    if (st != EP_OK) {
+        return st;
+    }
+    struct epi_exchange x = exchange_of(g);
+    st = epi_agree(&x, make_local(g), "creating the group");
+    if (st == EP_OK) {
+        st = check_agreement(g);
+    }
+    if (st == EP_OK) {
+        struct epi_mem_config m = {x, (size_t)g->plan.info.arena_bytes,
+                                   epi_boot_is_threads(g->boot),
+                                   epi_deadline_after(g->timeout_ns)};
+        st = epi_mem_create(&g->mem, &m);
+    }
+    if (st == EP_OK) {
+        k_u64 *peer = g->tables;
+        for (int r = 0; r < g->num_ranks; r++) {
+            peer[r] = (k_u64)(uintptr_t)epi_mem_arena(g->mem, r);
+        }
+        fill_kernel_group(g);
+        st = epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns));
+    }
+    return st;
+}
+
+static void free_group(ep_group *g) {
+    epi_boot_destroy(&g->boot); /* first: its thread calls on_dead */
+    epi_run_destroy(&g->run);
+    epi_mem_destroy(&g->mem);
+    epi_free(g->tables);
+    epi_free(g->ctl);
+    pthread_cond_destroy(&g->turn);
+    pthread_mutex_destroy(&g->mutex);
+    epi_free(g);
+}
+
+ep_status epi_group_create(ep_group **out, const struct ep_group_config *config) {
+    ep_group *g = epi_alloc(sizeof(*g));
+    struct k_ctl *ctl = epi_alloc(sizeof(*ctl));
+    if (!g || !ctl) {
+        epi_free(g);
+        epi_free(ctl);
+        return epi_fail(EP_ERR_NOMEM, "no memory for a group");
+    }
+    g->config = *config;
+    g->ctl = ctl;
+    g->timeout_ns =
+        (config->timeout_ms ? config->timeout_ms : epi_opt_int(EPI_OPT_TIMEOUT_MS)) *
+        EPI_NS_PER_MS;
+    atomic_init(&g->dead_rank, -1);
+    pthread_mutex_init(&g->mutex, NULL);
+    epi_cond_init(&g->turn);
+    ep_status st = form(g);
+    g->config.expert_rank = NULL; /* borrowed during create only */
+    g->config.address = g->config.job = NULL;
+    if (st != EP_OK) {
+        free_group(g);
+        return st;
+    }
+    *out = g;
+    return EP_OK;
+}
+
+void epi_group_destroy(ep_group **group) {
+    ep_group *g = *group;
+    *group = NULL;
+    if (!epi_group_faulted(g)) {
+        /* Peers may still write here or read what this rank wrote: leave together. */
+        epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns));
+    }
+    free_group(g);
+}
+
+/* ---- order of operations -------------------------------------------------------------------- */
+
+uint64_t epi_group_issue(ep_group *g) {
+    pthread_mutex_lock(&g->mutex);
+    uint64_t n = ++g->issued;
+    pthread_mutex_unlock(&g->mutex);
+    return n;
+}
+
+void epi_group_await_turn(ep_group *g, uint64_t n) {
+    pthread_mutex_lock(&g->mutex);
+    while (g->ended < n - 1) {
+        pthread_cond_wait(&g->turn, &g->mutex); /* every operation ends: it has a deadline */
+    }
+    pthread_mutex_unlock(&g->mutex);
+}
+
+void epi_group_end(ep_group *g, uint64_t n, bool ran) {
+    pthread_mutex_lock(&g->mutex);
+    if (g->ended < n) {
+        if (!ran) {
+            g->ctl->epoch++;
+        }
+        g->ended = n;
+        pthread_cond_broadcast(&g->turn);
+    }
+    pthread_mutex_unlock(&g->mutex);
+}

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Inside the product layer: what a group and a handle are, and the calls between its files.
+ * api.c checks arguments and calls these; it does nothing else.
+ */
+#ifndef EPI_GROUP_H
+#define EPI_GROUP_H
+
+#include <stdatomic.h>
+
+#include "src/boot/boot.h"
+#include "src/ep/plan.h"
+#include "src/mem/mem.h"
+#include "src/run/run.h"
+
+/*
+ * Order: operations get numbers when they are issued, 1, 2, ...; each runs when the one before it
+ * has ended, whatever streams they are on. The number is the operation's epoch in the kernels.
+ */
+struct ep_group {
+    struct ep_group_config config; /* pointers in it are not kept, except world */
+    struct epi_plan plan;
+    struct epi_boot *boot;
+    struct epi_mem *mem;
+    struct epi_run *run;
+    int rank, num_ranks, num_local, workers;
+    int64_t timeout_ns;
+    struct k_group k;
+    void *tables; /* the arrays that k points to */
+    struct k_ctl *ctl;
+
+    pthread_mutex_t mutex;
+    pthread_cond_t turn;
+    uint64_t issued, ended; /* operations */
+    ep_handle *begun;       /* dispatch between begin and finish */
+    int next_slot, next_handle, num_handles;
+
+    atomic_int faulted;    /* ep_status; set once, by end_operation or the boot's thread */
+    atomic_int fault_told; /* the fault was returned by an operation */
+    atomic_int dead_rank;  /* -1, or who died */
+    char dead_why[96];
+    struct ep_group_stats stats; /* guarded by mutex */
+};
+
+enum epi_dispatch_part { EPI_DISPATCH_ALL, EPI_DISPATCH_BEGIN, EPI_DISPATCH_FINISH };
+
+/* A dispatch on its way through a stream. */
+struct epi_dispatch_task {
+    ep_handle *h;
+    struct k_dispatch_args args;
+    uint64_t number;
+    int workers;
+    enum epi_dispatch_part part;
+    bool cached; /* counts are known from before */
+    bool arena;  /* recv_x is a view: it has no capacity of its own */
+    bool ran;
+};
+
+struct ep_handle {
+    ep_group *group;
+    struct ep_handle_config config;
+    int id;
+    struct k_handle k;
+    void *block;
+    atomic_int pending; /* pieces of work queued and not ended */
+
+    /* As issued; the calling thread's view. */
+    int tokens, topk;
+    bool by_mask, routed, dispatched;
+    uint64_t counted_by; /* operation that exchanged this routing's counts */
+    int slot;            /* of the last dispatch */
+    bool expanded;       /* form of the last dispatch */
+    int32_t x_dtype;     /* of the last dispatch's rows ... */
+    int64_t x_cols;      /* ... and their elements */
+    int32_t scales_dtype;
+    struct epi_dispatch_task begun; /* between begin and finish */
+    atomic_bool unfit; /* the last uncached dispatch did not fit anywhere: nothing arrived */
+};
+
+/* ---- group.c -------------------------------------------------------------------------------- */
+
+ep_status epi_group_create(ep_group **out, const struct ep_group_config *config);
+void epi_group_destroy(ep_group **group);
+
+/* The group's fault as a status for operation n: EP_OK, or the fault itself the first time and
+ * EP_ERR_FAULTED after that, with its text. */
+ep_status epi_group_check(ep_group *g, uint64_t n);
+/* Looks whether the kernels or the boot have raised a fault and records it. */
+bool epi_group_faulted(ep_group *g);
+void epi_group_describe(ep_group *g, struct ep_fault *f);
+/* Ends all waits of this rank, and of the peers from operation n on. */
+void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n);
+
+/* Gives an operation its number, in issue order. */
+uint64_t epi_group_issue(ep_group *g);
+/* Blocks until the operation before number n has ended. */
+void epi_group_await_turn(ep_group *g, uint64_t n);
+/* Operation n has ended. `ran`: its kernel did, so its epoch is counted already. */
+void epi_group_end(ep_group *g, uint64_t n, bool ran);
+
+/* ---- handle.c, dispatch.c, combine.c -------------------------------------------------------- */
+
+ep_status epi_handle_create(ep_handle **out, ep_group *g,
+                            const struct ep_handle_config *config);
+void epi_handle_destroy(ep_handle **handle);
+ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, ep_stream *stream);
+ep_status epi_handle_layout(ep_handle *h, const struct ep_layout *l, ep_stream *stream);
+ep_status epi_handle_counts(ep_handle *h, int64_t *rows, int32_t *per_source,
+                            int32_t *per_expert);
+ep_status epi_handle_arena(ep_handle *h, uint32_t flags, ep_dtype dtype, int64_t cols,
+                           struct ep_tensor *view);
+/* EP_ERR_CAPACITY for rows that do not fit max_recv_rows somewhere. */
+ep_status epi_unfit(const struct k_counts *c, int64_t max_recv_rows);
+
+ep_status epi_dispatch(ep_handle *h, const struct ep_dispatch_args *a, ep_stream *stream,
+                       enum epi_dispatch_part part);
+ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, ep_stream *stream);
+
+/* ---- tensor.c ------------------------------------------------------------------------------- */
+
+struct k_array epi_array(const struct ep_tensor *t);
+/* "name: ..." errors for a tensor that is not [d0][d1] (-1: any) of a type in the mask. */
+#define EPI_TYPE(d) (1u << (d))
+#define EPI_ANY_STRIDE 1u
+#define EPI_ROWS 2u /* last stride 1, rows 16-byte aligned */
+#define EPI_DENSE 4u
+ep_status epi_check_tensor(const char *name, const struct ep_tensor *t, int ndim, int64_t d0,
+                           int64_t d1, uint32_t types, uint32_t layout);
+bool epi_overlap(const struct ep_tensor *a, const struct ep_tensor *b);
+
+#endif

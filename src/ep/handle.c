@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Handles: the routing of one micro-batch, in one block of memory made at create. Routing and
+ * layout are local work on a stream; counts are what the last uncached dispatch learned.
+ */
+#include "src/ep/group.h"
+
+#include <stdalign.h>
+#include <string.h>
+
+static void carve(struct k_handle *k, char *block, const struct epi_handle_map *m) {
+#define AT(field) k->field = (void *)(block + m->field)
+    AT(num_dests);
+    AT(dest_rank);
+    AT(dest_slot);
+    AT(ids);
+    AT(sel_index);
+    AT(send_count);
+    AT(send_base);
+    AT(send_chan);
+    AT(send_expert);
+    AT(chan_expert);
+    AT(chan_bad);
+    AT(bad);
+    AT(recv_count);
+    AT(recv_base);
+    AT(recv_chan);
+    AT(recv_expert);
+    AT(expert_base);
+    AT(expert_start);
+    AT(expert_rows);
+    AT(remote_base);
+    AT(remote_slot);
+    AT(expand_row);
+    AT(counts);
+    AT(sync);
+#undef AT
+}
+
+ep_status epi_handle_create(ep_handle **out, ep_group *g,
+                            const struct ep_handle_config *config) {
+    struct epi_handle_map map;
+    struct ep_group_config sizes = g->config;
+    epi_plan_handle(&sizes, &g->plan, &map);
+    ep_handle *h = epi_alloc(sizeof(*h));
+    void *block = h ? epi_alloc(map.bytes) : NULL;
+    if (!block) {
+        epi_free(h);
+        return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)", map.bytes);
+    }
+    h->group = g;
+    h->block = block;
+    h->config = *config;
+    carve(&h->k, block, &map);
+    pthread_mutex_lock(&g->mutex);
+    h->id = g->next_handle++ & 0xffff;
+    g->num_handles++;
+    pthread_mutex_unlock(&g->mutex);
+    *out = h;
+    return EP_OK;
+}
+
+void epi_handle_destroy(ep_handle **handle) {
+    ep_handle *h = *handle;
+    *handle = NULL;
+    while (atomic_load(&h->pending) > 0) {
+        epi_sleep_ns(50 * EPI_NS_PER_US); /* queued work has deadlines */
+    }
+    pthread_mutex_lock(&h->group->mutex);
+    h->group->num_handles--;
+    if (h->group->begun == h) {
+        h->group->begun = NULL;
+    }
+    pthread_mutex_unlock(&h->group->mutex);
+    epi_free(h->block);
+    epi_free(h);
+}
+
+/* ---- route ---------------------------------------------------------------------------------- */
+
+struct route_task {
+    ep_handle *h;
+    struct k_route_args args;
+};
+
+static ep_status run_route(void *arg) {
+    struct route_task *t = arg;
+    ep_handle *h = t->h;
+    epi_run_kernel(h->group->run, EPI_KERNEL_ROUTE, &t->args, h->group->workers);
+    ep_status st = EP_OK;
+    const uint64_t bad = t->args.id_bytes ? h->k.bad[0] : ~UINT64_C(0);
+    if (bad != ~UINT64_C(0)) {
+        const int64_t token = (int64_t)(bad / (uint64_t)t->args.topk);
+        const int64_t k = (int64_t)(bad % (uint64_t)t->args.topk);
+        const char *at = (const char *)(uintptr_t)t->args.ids.data + token * t->args.ids.s0 +
+                         k * t->args.ids.s1;
+        int64_t id = 0;
+        int32_t id32;
+        if (t->args.id_bytes == 8) {
+            memcpy(&id, at, 8);
+        } else {
+            memcpy(&id32, at, 4);
+            id = id32;
+        }
+        st = epi_fail(EP_ERR_ARG,
+                      "topk_ids[%lld][%lld] is %lld, must be -1 or 0..%d (token %lld, k %lld)",
+                      (long long)token, (long long)k, (long long)id, t->args.g.num_experts - 1,
+                      (long long)token, (long long)k);
+    }
+    atomic_fetch_sub(&h->pending, 1);
+    return st;
+}
+
+ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, ep_stream *stream) {
+    const struct ep_tensor *in = r->topk_ids ? r->topk_ids : r->token_in_rank;
+    struct route_task t;
+    memset(&t, 0, sizeof(t));
+    t.h = h;
+    t.args.g = h->group->k;
+    t.args.h = h->k;
+    t.args.tokens = (k_i32)in->shape[0];
+    if (r->topk_ids) {
+        t.args.topk = (k_i32)in->shape[1];
+        t.args.id_bytes = in->dtype == EP_I64 ? 8 : 4;
+        t.args.ids = epi_array(in);
+    } else {
+        t.args.mask = epi_array(in);
+    }
+    t.args.lenient = (h->config.flags & EP_HANDLE_LENIENT_IDS) != 0;
+    h->tokens = t.args.tokens;
+    h->topk = t.args.topk;
+    h->by_mask = r->topk_ids == NULL;
+    h->dispatched = false;
+    h->routed = true;
+    atomic_fetch_add(&h->pending, 1);
+    ep_status st = epi_stream_submit(stream, run_route, &t, sizeof(t));
+    if (st != EP_OK) {
+        h->routed = false;
+    }
+    return st;
+}
+
+/* ---- layout --------------------------------------------------------------------------------- */
+
+struct layout_task {
+    ep_handle *h;
+    struct k_layout_args args;
+};
+
+static ep_status run_layout(void *arg) {
+    struct layout_task *t = arg;
+    ep_group *g = t->h->group;
+    static const k_i32 one_node[EP_MAX_RANKS]; /* this version: all ranks share one node */
+    t->args.rank_node = one_node;
+    epi_run_kernel(g->run, EPI_KERNEL_LAYOUT, &t->args, g->workers);
+    atomic_fetch_sub(&t->h->pending, 1);
+    return EP_OK;
+}
+
+static k_u64 address_of(const struct ep_tensor *t) {
+    return t ? (k_u64)(uintptr_t)t->data : 0;
+}
+
+ep_status epi_handle_layout(ep_handle *h, const struct ep_layout *l, ep_stream *stream) {
+    struct layout_task t;
+    memset(&t, 0, sizeof(t));
+    t.h = h;
+    t.args.g = h->group->k;
+    t.args.h = h->k;
+    t.args.tokens = h->tokens;
+    t.args.topk = h->topk;
+    t.args.num_nodes = 1;
+    t.args.tokens_per_rank = address_of(l->tokens_per_rank);
+    t.args.tokens_per_node = address_of(l->tokens_per_node);
+    t.args.tokens_per_expert = address_of(l->tokens_per_expert);
+    t.args.token_in_rank = address_of(l->token_in_rank);
+    t.args.channel_prefix = address_of(l->channel_prefix);
+    atomic_fetch_add(&h->pending, 1);
+    return epi_stream_submit(stream, run_layout, &t, sizeof(t));
+}
+
+/* ---- what arrived --------------------------------------------------------------------------- */
+
+/* Waits for the exchange of operation `number` on this handle. */
+static ep_status await_counts(ep_handle *h) {
+    ep_group *g = h->group;
+    const _Atomic k_u64 *known = (const _Atomic k_u64 *)&h->k.counts->known;
+    for (int turn = 0;; turn++) {
+        if ((uint32_t)(atomic_load_explicit(known, memory_order_acquire) >> 32) ==
+            (uint32_t)h->counted_by) {
+            return EP_OK;
+        }
+        if (epi_group_faulted(g) && atomic_load(&h->pending) == 0) {
+            return epi_group_check(g, h->counted_by);
+        }
+        epi_sleep_ns(turn < 100 ? 2 * EPI_NS_PER_US : 50 * EPI_NS_PER_US);
+    }
+}
+
+ep_status epi_unfit(const struct k_counts *c, int64_t max_recv_rows) {
+    return epi_fail(
+        EP_ERR_CAPACITY,
+        "rank %d would receive %lld rows and max_recv_rows is %lld: create the group "
+        "with max_recv_rows of at least %lld",
+        K_NEED_RANK(c->need), (long long)K_NEED_ROWS(c->need), (long long)max_recv_rows,
+        (long long)K_NEED_ROWS(c->need));
+}
+
+ep_status epi_handle_counts(ep_handle *h, int64_t *rows, int32_t *per_source,
+                            int32_t *per_expert) {
+    ep_status st = await_counts(h);
+    if (st != EP_OK) {
+        return st;
+    }
+    if (h->k.counts->need) {
+        pthread_mutex_lock(&h->group->mutex);
+        h->dispatched = false; /* and a dispatch that has begun needs no finish */
+        h->group->begun = h->group->begun == h ? NULL : h->group->begun;
+        pthread_mutex_unlock(&h->group->mutex);
+        return epi_unfit(h->k.counts, h->group->plan.info.max_recv_rows);
+    }
+    const int ranks = h->group->num_ranks, local = h->group->num_local;
+    if (rows) {
+        *rows = h->k.counts->rows;
+    }
+    for (int s = 0; per_source && s < ranks; s++) {
+        per_source[s] = (int32_t)h->k.recv_count[s];
+    }
+    for (int e = 0; per_expert && e < local; e++) {
+        per_expert[e] = 0;
+        for (int s = 0; s < ranks; s++) {
+            per_expert[e] += (int32_t)h->k.recv_expert[s * local + e];
+        }
+    }
+    return EP_OK;
+}
+
+ep_status epi_handle_arena(ep_handle *h, uint32_t flags, ep_dtype dtype, int64_t cols,
+                           struct ep_tensor *view) {
+    ep_group *g = h->group;
+    const bool expanded = (flags & EP_DISPATCH_EXPANDED) != 0;
+    const struct k_map *m = &g->plan.map;
+    const int64_t bytes = (int64_t)ep_dtype_bytes(dtype) * cols;
+    const int64_t slot = (int64_t)(expanded ? m->expanded_slot_bytes : m->recv_slot_bytes);
+    const int64_t rows = expanded ? g->plan.info.max_expanded_rows : g->plan.info.max_recv_rows;
+    char *arena = epi_mem_arena(g->mem, g->rank);
+    ep_tensor_2d(view, dtype,
+                 arena + (expanded ? m->expanded : m->recv) + (int64_t)h->slot * slot,
+                 bytes > 0 && slot / bytes < rows ? slot / bytes : rows, cols);
+    return EP_OK;
+}

@@ -1,0 +1,262 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Computes plans. Pure functions; see plan.h.
+ */
+#include "src/ep/plan.h"
+
+#include <string.h>
+
+#define REGION_ALIGN 256
+#define PAGE 4096
+#define MAX_ROWS ((int64_t)1 << 30) /* row numbers are 32-bit in words */
+
+static int64_t align_up(int64_t v, int64_t to) {
+    return (v + to - 1) / to * to;
+}
+
+int epi_default_rank(int num_experts, int num_ranks, int e) {
+    int each = num_experts / num_ranks, more = num_experts % num_ranks;
+    int split = more * (each + 1); /* experts of the ranks that have one more */
+    return e < split ? e / (each + 1) : more + (e - split) / each;
+}
+
+static ep_status check_range(const char *name, int64_t value, int64_t min, int64_t max) {
+    if (value < min || value > max) {
+        return epi_fail(EP_ERR_ARG, "ep_group_config.%s is %lld, must be %lld..%lld", name,
+                        (long long)value, (long long)min, (long long)max);
+    }
+    return EP_OK;
+}
+
+static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
+    const struct {
+        const char *name;
+        int64_t value, min, max;
+    } rules[] = {
+        {"num_ranks", num_ranks, 1, EP_MAX_RANKS},
+        {"num_experts", c->num_experts, 1, 65536},
+        {"max_tokens", c->max_tokens, 1, 1 << 24},
+        {"max_topk", c->max_topk, 0, EP_MAX_TOPK},
+        {"max_row_bytes", c->max_row_bytes, EP_ROW_ALIGN, 1 << 24},
+        {"max_scale_bytes", c->max_scale_bytes, 0, 1 << 20},
+        {"num_slots", c->num_slots, 0, 64},
+        {"max_recv_rows", c->max_recv_rows, 0, MAX_ROWS},
+        {"max_expanded_rows", c->max_expanded_rows, 0, MAX_ROWS},
+        {"memory_limit_bytes", c->memory_limit_bytes, 0, INT64_MAX},
+        {"timeout_ms", c->timeout_ms ? c->timeout_ms : 100, 100, 86400000},
+        {"num_workers", c->num_workers, 0, 1024},
+        {"flags", c->flags, 0, EP_GROUP_EXPANDED_VIEW},
+    };
+    for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) {
+        ep_status st = check_range(rules[i].name, rules[i].value, rules[i].min, rules[i].max);
+        if (st != EP_OK) {
+            return st;
+        }
+    }
+    if (c->max_topk == 0 && !c->mask_routing) {
+        return epi_fail(EP_ERR_ARG,
+                        "ep_group_config.max_topk is 0, must be 1..%d, or set "
+                        "mask_routing",
+                        EP_MAX_TOPK);
+    }
+    if (c->max_row_bytes % EP_ROW_ALIGN) {
+        return epi_fail(EP_ERR_ARG,
+                        "ep_group_config.max_row_bytes is %d, must be a multiple of %d",
+                        c->max_row_bytes, EP_ROW_ALIGN);
+    }
+    for (int e = 0; c->expert_rank && e < c->num_experts; e++) {
+        if (c->expert_rank[e] < 0 || c->expert_rank[e] >= num_ranks) {
+            return epi_fail(EP_ERR_ARG, "ep_group_config.expert_rank[%d] is %d, must be 0..%d",
+                            e, c->expert_rank[e], num_ranks - 1);
+        }
+    }
+    return EP_OK;
+}
+
+static int most_local_experts(const struct ep_group_config *c, int num_ranks) {
+    if (!c->expert_rank) {
+        return (c->num_experts + num_ranks - 1) / num_ranks;
+    }
+    int count[EP_MAX_RANKS] = {0}, most = 0;
+    for (int e = 0; e < c->num_experts; e++) {
+        int n = ++count[c->expert_rank[e]];
+        most = n > most ? n : most;
+    }
+    return most;
+}
+
+static int num_channels(int max_tokens) {
+    int n = (max_tokens + EPI_CHANNEL_TOKENS - 1) / EPI_CHANNEL_TOKENS;
+    return n < EPI_MAX_CHANNELS ? n : EPI_MAX_CHANNELS;
+}
+
+/* Lays out regions one behind the other. */
+static uint64_t take(uint64_t *at, int64_t bytes) {
+    uint64_t start = *at;
+    *at += (uint64_t)align_up(bytes, REGION_ALIGN);
+    return start;
+}
+
+static void map_control(struct epi_plan *p, uint64_t *at) {
+    const int64_t ranks = p->num_ranks, chans = p->info.num_channels;
+    p->map.abort = take(at, 8);
+    p->map.ready = take(at, 2 * ranks * K_READY_STRIDE * 8);
+    p->map.counts = take(at, 2 * ranks * p->count_words * 8);
+    p->map.answers = take(at, 2 * ranks * K_ANSWER_WORDS * 8);
+    p->map.progress = take(at, ranks * chans * 8);
+    p->map.returned = take(at, ranks * chans * 8);
+}
+
+static void map_rows(const struct ep_group_config *c, struct epi_plan *p, uint64_t *at) {
+    struct ep_plan_info *info = &p->info;
+    const int64_t row = c->max_row_bytes;
+    uint64_t start = *at;
+    p->map.recv_slot_bytes = (uint64_t)align_up(info->max_recv_rows * row, REGION_ALIGN);
+    p->map.recv = take(at, (int64_t)p->map.recv_slot_bytes * p->num_slots);
+    info->recv_bytes = (int64_t)(*at - start);
+    start = *at;
+    p->map.side_slot_bytes =
+        (uint64_t)align_up(info->max_recv_rows * info->sidecar_row_bytes, REGION_ALIGN);
+    p->map.side = take(at, (int64_t)p->map.side_slot_bytes * p->num_slots);
+    info->sidecar_bytes = (int64_t)(*at - start);
+    start = *at;
+    p->map.land = take(at, info->max_combine_rows * row);
+    p->map.land_side = take(at, info->max_combine_rows * c->max_topk * 4);
+    info->combine_bytes = (int64_t)(*at - start);
+    start = *at;
+    p->map.expanded_slot_bytes =
+        (uint64_t)align_up(info->max_expanded_rows * row, REGION_ALIGN);
+    p->map.expanded = take(at, (int64_t)p->map.expanded_slot_bytes * p->num_slots);
+    info->expanded_bytes = (int64_t)(*at - start);
+}
+
+static ep_status resolve_rows(const struct ep_group_config *c, struct epi_plan *p) {
+    struct ep_plan_info *info = &p->info;
+    const int64_t worst = (int64_t)c->max_tokens * p->num_ranks;
+    info->max_recv_rows =
+        c->max_recv_rows && c->max_recv_rows < worst ? c->max_recv_rows : worst;
+    info->max_combine_rows = (int64_t)c->max_tokens * p->max_dests;
+    if (c->flags & EP_GROUP_EXPANDED_VIEW) {
+        int64_t most =
+            info->max_recv_rows * c->max_topk + (int64_t)p->max_local * EPI_EXPANDED_SLACK;
+        info->max_expanded_rows = c->max_expanded_rows ? c->max_expanded_rows : most;
+    } else if (c->max_expanded_rows) {
+        return epi_fail(
+            EP_ERR_ARG,
+            "ep_group_config.max_expanded_rows is %lld without EP_GROUP_EXPANDED_VIEW",
+            (long long)c->max_expanded_rows);
+    }
+    const struct {
+        const char *what, *lower;
+        int64_t rows;
+    } sums[] = {{"max_recv_rows", "max_recv_rows or max_tokens", info->max_recv_rows},
+                {"answers of a rank", "max_tokens or max_topk", info->max_combine_rows},
+                {"max_expanded_rows", "max_expanded_rows", info->max_expanded_rows}};
+    for (size_t i = 0; i < sizeof(sums) / sizeof(sums[0]); i++) {
+        if (sums[i].rows > MAX_ROWS) {
+            return epi_fail(EP_ERR_ARG, "%s would be %lld rows, at most %lld: lower %s",
+                            sums[i].what, (long long)sums[i].rows, (long long)MAX_ROWS,
+                            sums[i].lower);
+        }
+    }
+    return EP_OK;
+}
+
+static ep_status check_limit(const struct ep_group_config *c, const struct epi_plan *p) {
+    const struct ep_plan_info *i = &p->info;
+    if (!c->memory_limit_bytes || i->arena_bytes <= c->memory_limit_bytes) {
+        return EP_OK;
+    }
+    const int64_t in = i->recv_bytes + i->sidecar_bytes;
+    const char *lower = "max_recv_rows (received rows take most)";
+    if (i->expanded_bytes > in && i->expanded_bytes > i->combine_bytes) {
+        lower = "max_expanded_rows (expanded views take most)";
+    } else if (i->combine_bytes > in) {
+        lower = "max_tokens or max_row_bytes (answers take most)";
+    } else if (i->control_bytes > in) {
+        lower = "max_tokens (control words take most)";
+    }
+    return epi_fail(EP_ERR_NOMEM,
+                    "the arena needs %lld bytes, memory_limit_bytes is %lld: lower %s",
+                    (long long)i->arena_bytes, (long long)c->memory_limit_bytes, lower);
+}
+
+ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_plan *p) {
+    memset(p, 0, sizeof(*p));
+    if (c->size != sizeof(*c)) {
+        return epi_fail(EP_ERR_VERSION, "ep_group_config.size is %u, this library's is %zu",
+                        c->size, sizeof(*c));
+    }
+    ep_status st = check_config(c, num_ranks);
+    if (st != EP_OK) {
+        return st;
+    }
+    p->info.size = sizeof(p->info);
+    p->num_ranks = num_ranks;
+    p->num_slots = c->num_slots ? c->num_slots : 2;
+    p->max_local = most_local_experts(c, num_ranks);
+    p->max_dests = c->mask_routing || c->max_topk > num_ranks ? num_ranks : c->max_topk;
+    p->info.num_channels = num_channels(c->max_tokens);
+    p->count_words = 1 + p->max_local + p->info.num_channels;
+    p->info.sidecar_row_bytes =
+        align_up(4 * (1 + 3 * (int64_t)c->max_topk) + align_up(c->max_scale_bytes, 4), 16);
+    st = resolve_rows(c, p);
+    if (st != EP_OK) {
+        return st;
+    }
+    uint64_t at = 0;
+    map_control(p, &at);
+    p->info.control_bytes = (int64_t)at;
+    map_rows(c, p, &at);
+    p->info.arena_bytes = align_up((int64_t)at, PAGE);
+    p->info.control_bytes += p->info.arena_bytes - (int64_t)at; /* the rest of the last page */
+    struct epi_handle_map h;
+    epi_plan_handle(c, p, &h);
+    p->info.handle_bytes = (int64_t)h.bytes;
+    p->info.local_bytes =
+        (int64_t)(epi_plan_table_bytes(c, num_ranks) +
+                  (size_t)(c->num_workers ? c->num_workers : 1) * epi_plan_warp_bytes(c, p));
+    return check_limit(c, p);
+}
+
+size_t epi_plan_table_bytes(const struct ep_group_config *c, int num_ranks) {
+    return (size_t)num_ranks * 8 + (size_t)c->num_experts * 12 + ((size_t)num_ranks + 1) * 4;
+}
+
+size_t epi_plan_warp_bytes(const struct ep_group_config *c, const struct epi_plan *p) {
+    int stage =
+        c->max_row_bytes < EPI_HOST_STAGE_BYTES ? c->max_row_bytes : EPI_HOST_STAGE_BYTES;
+    return (size_t)K_SCRATCH_BYTES(p->max_dests) + (size_t)K_RING_BYTES(EPI_HOST_STAGES, stage);
+}
+
+void epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p,
+                     struct epi_handle_map *m) {
+    const int64_t ranks = p->num_ranks, chans = p->info.num_channels, tokens = c->max_tokens;
+    const int64_t experts = c->num_experts, topk = c->max_topk, local = p->max_local;
+    uint64_t at = 0;
+    m->num_dests = take(&at, tokens * 4);
+    m->dest_rank = take(&at, tokens * p->max_dests * 4);
+    m->dest_slot = take(&at, tokens * p->max_dests * 4);
+    m->ids = take(&at, tokens * topk * 4);
+    m->sel_index = take(&at, tokens * topk * 4);
+    m->send_count = take(&at, ranks * 4);
+    m->send_base = take(&at, (ranks + 1) * 4);
+    m->send_chan = take(&at, ranks * (chans + 1) * 4);
+    m->send_expert = take(&at, experts * 4);
+    m->chan_expert = take(&at, chans * experts * 4);
+    m->chan_bad = take(&at, chans * 8);
+    m->bad = take(&at, 8);
+    m->recv_count = take(&at, ranks * 4);
+    m->recv_base = take(&at, (ranks + 1) * 4);
+    m->recv_chan = take(&at, ranks * (chans + 1) * 4);
+    m->recv_expert = take(&at, ranks * local * 4);
+    m->expert_base = take(&at, ranks * local * 4);
+    m->expert_start = take(&at, (local + 1) * 4);
+    m->expert_rows = take(&at, (local + 1) * 4);
+    m->remote_base = take(&at, ranks * 4);
+    m->remote_slot = take(&at, ranks * 4);
+    m->expand_row = take(&at, p->info.max_recv_rows * topk * 4);
+    m->counts = take(&at, (int64_t)sizeof(struct k_counts));
+    m->sync = take(&at, (2 + 2 * K_MAX_BLOCKS) * 8);
+    m->bytes = at;
+}

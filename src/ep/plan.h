@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The plan of a group: shapes in, sizes and offsets out. Pure: no memory, no clock, no
+ * environment, so that a table can test it and every rank computes the same.
+ */
+#ifndef EPI_PLAN_H
+#define EPI_PLAN_H
+
+#include "kernel/abi.h"
+#include "src/base/base.h"
+
+/* Tokens of a channel, about: small enough that many warps share the work and rows are announced
+ * early, large enough that announcing them costs nothing. */
+#define EPI_CHANNEL_TOKENS 16
+#define EPI_MAX_CHANNELS 256
+/* Rows that gaps between experts may add to an expanded output, per expert. */
+#define EPI_EXPANDED_SLACK 127
+
+/* Stages of a host warp's ring, and the most bytes of one: check builds cut rows into pieces. */
+#define EPI_HOST_STAGES 2
+#if defined(K_LATE_MOVERS)
+#define EPI_HOST_STAGE_BYTES 2048
+#else
+#define EPI_HOST_STAGE_BYTES (1 << 24)
+#endif
+
+struct epi_plan {
+    struct ep_plan_info info;
+    struct k_map map;
+    int num_ranks, num_slots;
+    int max_local; /* the most experts any rank has */
+    int max_dests; /* destinations a token can have */
+    int count_words;
+};
+
+/* The rank of expert e under the default map: E / R each, the first E % R ranks one more. */
+int epi_default_rank(int num_experts, int num_ranks, int e);
+
+/* Checks the fields of `config` and computes the plan for num_ranks ranks. EP_ERR_ARG,
+ * EP_ERR_VERSION; EP_ERR_NOMEM when the arena exceeds memory_limit_bytes (*plan is complete). */
+ep_status epi_plan(const struct ep_group_config *config, int num_ranks, struct epi_plan *plan);
+
+/* Ordinary memory of a rank: tables its kernels index; shared memory of each worker. */
+size_t epi_plan_table_bytes(const struct ep_group_config *config, int num_ranks);
+size_t epi_plan_warp_bytes(const struct ep_group_config *config, const struct epi_plan *plan);
+
+/* Handle memory: one block, carved at these offsets. */
+struct epi_handle_map {
+    size_t num_dests, dest_rank, dest_slot, ids, sel_index;
+    size_t send_count, send_base, send_chan, send_expert, chan_expert, chan_bad, bad;
+    size_t recv_count, recv_base, recv_chan, recv_expert, expert_base, expert_start,
+        expert_rows;
+    size_t remote_base, remote_slot, expand_row, counts, sync;
+    size_t bytes;
+};
+void epi_plan_handle(const struct ep_group_config *config, const struct epi_plan *plan,
+                     struct epi_handle_map *map);
+
+#endif

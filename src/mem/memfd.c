@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Makes the shared memory object: sealed against resizing, so that no peer can make another one's
+ * access fail, and fully allocated, so that running out of memory is an error of create and not a
+ * SIGBUS later. Called by rank 0's creating thread.
+ */
+#include "src/mem/shared.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Memory the kernel would hand out without swapping, in bytes; -1 if it does not say. */
+static int64_t available_bytes(void) {
+    FILE *f = fopen("/proc/meminfo", "re");
+    if (!f) {
+        return -1;
+    }
+    char line[128];
+    long long kib = -1;
+    while (fgets(line, sizeof(line), f) && sscanf(line, "MemAvailable: %lld kB", &kib) != 1) {
+    }
+    fclose(f);
+    return kib < 0 ? -1 : (int64_t)kib * 1024;
+}
+
+int epi_memfd_create(size_t bytes, ep_status *st) {
+    int64_t have = available_bytes();
+    if (epi_alloc_should_fail()) {
+        *st = epi_fail(EP_ERR_NOMEM, "no memory for arenas of %zu bytes (injected)", bytes);
+        return -1;
+    }
+    if (have >= 0 && bytes > (uint64_t)have) {
+        *st = epi_fail(EP_ERR_NOMEM,
+                       "the arenas of this host's ranks need %zu bytes and %lld are available: "
+                       "lower max_recv_rows, num_slots, max_tokens or max_row_bytes",
+                       bytes, (long long)have);
+        return -1;
+    }
+    int fd = memfd_create("libep", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0) {
+        *st = epi_fail(EP_ERR_SYSTEM, "memfd_create: %s", strerror(errno));
+        return -1;
+    }
+    int err = ftruncate(fd, (off_t)bytes) != 0 ? errno : posix_fallocate(fd, 0, (off_t)bytes);
+    if (err) {
+        *st = epi_fail(
+            EP_ERR_NOMEM,
+            "cannot allocate %zu bytes for arenas: %s: lower max_recv_rows, num_slots, "
+            "max_tokens or max_row_bytes",
+            bytes, strerror(err));
+    } else if (fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+        *st = epi_fail(EP_ERR_SYSTEM, "cannot seal shared memory: %s", strerror(errno));
+    } else {
+        return fd;
+    }
+    close(fd);
+    return -1;
+}
+
+void epi_host_hint(struct epi_host_hint *out) {
+    memset(out, 0, sizeof(*out));
+    FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (f) {
+        char text[40] = "";
+        if (fgets(text, sizeof(text), f)) {
+            for (size_t i = 0; i < 16; i++) {
+                out->boot[0] = out->boot[0] * 131 + (uint8_t)text[i];
+                out->boot[1] = out->boot[1] * 131 + (uint8_t)text[i + 16];
+            }
+        }
+        fclose(f);
+    }
+    struct stat s;
+    if (stat("/proc/self/ns/net", &s) == 0) {
+        out->net_inode = (uint64_t)s.st_ino;
+    }
+}

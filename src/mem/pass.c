@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Passes the descriptor of the shared memory from rank 0 to the other processes of the host, over
+ * an abstract Unix socket whose name nobody can guess. Strangers are dropped: another user's
+ * process by its credentials, anybody who does not know the token by that. Nothing appears in the
+ * file system.
+ */
+#include "src/mem/shared.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+static socklen_t token_address(struct sockaddr_un *a, const uint8_t token[EPI_FD_TOKEN]) {
+    static const char hex[] = "0123456789abcdef";
+    memset(a, 0, sizeof(*a));
+    a->sun_family = AF_UNIX;
+    char *at = a->sun_path + 1; /* a leading NUL makes it abstract */
+    memcpy(at, "libep-", 6);
+    at += 6;
+    for (int i = 0; i < 8; i++) { /* the other bytes of the token are the secret */
+        *at++ = hex[token[i] >> 4];
+        *at++ = hex[token[i] & 15];
+    }
+    return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + 6 + 16);
+}
+
+static bool wait_for(int fd, short events, struct epi_deadline deadline) {
+    for (;;) {
+        struct pollfd p = {fd, events, 0};
+        int n = poll(&p, 1, epi_deadline_left_ms(deadline));
+        if (n > 0) {
+            return true;
+        }
+        if (n == 0 || errno != EINTR) {
+            return false;
+        }
+    }
+}
+
+int epi_fd_listen(uint8_t token[EPI_FD_TOKEN], ep_status *st) {
+    if (epi_alloc_should_fail()) {
+        *st = epi_fail(EP_ERR_NOMEM, "no memory for a socket (injected)");
+        return -1;
+    }
+    if (getrandom(token, EPI_FD_TOKEN, 0) != EPI_FD_TOKEN) {
+        *st = epi_fail(EP_ERR_SYSTEM, "getrandom: %s", strerror(errno));
+        return -1;
+    }
+    int s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    struct sockaddr_un a;
+    socklen_t len = token_address(&a, token);
+    if (s < 0 || bind(s, (struct sockaddr *)&a, len) != 0 || listen(s, EP_MAX_RANKS) != 0) {
+        *st = epi_fail(EP_ERR_SYSTEM, "cannot listen on a Unix socket: %s", strerror(errno));
+        if (s >= 0) {
+            close(s);
+        }
+        return -1;
+    }
+    return s;
+}
+
+static bool is_ours(int c, const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline) {
+    struct ucred who;
+    socklen_t len = sizeof(who);
+    uint8_t said[EPI_FD_TOKEN];
+    if (getsockopt(c, SOL_SOCKET, SO_PEERCRED, &who, &len) != 0 || who.uid != geteuid()) {
+        return false;
+    }
+    return wait_for(c, POLLIN, deadline) &&
+           recv(c, said, sizeof(said), MSG_WAITALL | MSG_DONTWAIT) == (ssize_t)sizeof(said) &&
+           memcmp(said, token, sizeof(said)) == 0;
+}
+
+static bool send_fd(int c, int fd) {
+    char byte = 1;
+    struct iovec io = {&byte, 1};
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+    memset(control, 0, sizeof(control));
+    struct msghdr m;
+    memset(&m, 0, sizeof(m));
+    m.msg_iov = &io;
+    m.msg_iovlen = 1;
+    m.msg_control = control;
+    m.msg_controllen = sizeof(control);
+    struct cmsghdr *h = CMSG_FIRSTHDR(&m);
+    h->cmsg_level = SOL_SOCKET;
+    h->cmsg_type = SCM_RIGHTS;
+    h->cmsg_len = CMSG_LEN(sizeof(int));
+    memcpy(CMSG_DATA(h), &fd, sizeof(fd));
+    return sendmsg(c, &m, MSG_NOSIGNAL) == 1;
+}
+
+ep_status epi_fd_serve(int listener, const uint8_t token[EPI_FD_TOKEN], int fd, int count,
+                       struct epi_deadline deadline) {
+    while (count > 0) {
+        if (!wait_for(listener, POLLIN, deadline)) {
+            return epi_fail(
+                EP_ERR_UNSUPPORTED,
+                "%d rank(s) did not fetch the shared memory: they are on another host "
+                "or in another container; this version joins ranks of one host",
+                count);
+        }
+        int c = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        if (c < 0) {
+            continue;
+        }
+        if (is_ours(c, token, deadline) && send_fd(c, fd)) {
+            count--;
+        }
+        close(c);
+    }
+    return EP_OK;
+}
+
+static int receive_fd(int s) {
+    char byte;
+    struct iovec io = {&byte, 1};
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+    struct msghdr m;
+    memset(&m, 0, sizeof(m));
+    m.msg_iov = &io;
+    m.msg_iovlen = 1;
+    m.msg_control = control;
+    m.msg_controllen = sizeof(control);
+    if (recvmsg(s, &m, MSG_CMSG_CLOEXEC) != 1) {
+        return -1;
+    }
+    struct cmsghdr *h = CMSG_FIRSTHDR(&m);
+    int fd = -1;
+    if (h && h->cmsg_type == SCM_RIGHTS && h->cmsg_len == CMSG_LEN(sizeof(int))) {
+        memcpy(&fd, CMSG_DATA(h), sizeof(fd));
+    }
+    return fd;
+}
+
+int epi_fd_fetch(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline,
+                 ep_status *st) {
+    if (epi_alloc_should_fail()) {
+        *st = epi_fail(EP_ERR_NOMEM, "no memory for a socket (injected)");
+        return -1;
+    }
+    struct sockaddr_un a;
+    socklen_t len = token_address(&a, token);
+    int fd = -1, s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (s < 0 || connect(s, (struct sockaddr *)&a, len) != 0) {
+        *st = epi_fail(
+            EP_ERR_UNSUPPORTED,
+            "cannot reach rank 0's shared memory (%s): this rank is on another host or "
+            "in another container; this version joins ranks of one host",
+            strerror(errno));
+    } else if (send(s, token, EPI_FD_TOKEN, MSG_NOSIGNAL) != EPI_FD_TOKEN ||
+               !wait_for(s, POLLIN, deadline) || (fd = receive_fd(s)) < 0) {
+        *st = epi_fail(EP_ERR_SYSTEM,
+                       "rank 0 did not pass the shared memory (another user's job?)");
+    }
+    if (s >= 0) {
+        close(s);
+    }
+    return fd;
+}

@@ -1,0 +1,269 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Streams and events of host groups. A stream is a thread and a ring of tasks whose arguments are
+ * copied in, so that queueing allocates nothing. An event is a counter of records: it has passed
+ * when as many records have run as were queued. Must not know what the tasks do.
+ */
+#include "src/run/run.h"
+
+#include <string.h>
+
+#define QUEUE_LENGTH 64
+
+struct task {
+    epi_task_fn fn;
+    _Alignas(16) unsigned char arg[EPI_TASK_BYTES];
+};
+
+struct ep_stream {
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t more, less; /* a task was added; a task has ended */
+    uint64_t added, ended;     /* tasks since create; the ring holds the difference */
+    bool stop;
+    ep_status error; /* of the first task that failed since the last sync */
+    char error_text[EPI_ERROR_TEXT_BYTES];
+    struct task ring[QUEUE_LENGTH];
+};
+
+struct ep_event {
+    pthread_mutex_t mutex;
+    pthread_cond_t passed_more;
+    uint64_t recorded, passed;
+    int refs; /* the owner's and one per queued record or wait */
+};
+
+static void *stream_main(void *arg) {
+    ep_stream *s = arg;
+    pthread_mutex_lock(&s->mutex);
+    for (;;) {
+        while (s->added == s->ended && !s->stop) {
+            pthread_cond_wait(&s->more, &s->mutex);
+        }
+        if (s->added == s->ended) {
+            break;
+        }
+        struct task *t = &s->ring[s->ended % QUEUE_LENGTH];
+        pthread_mutex_unlock(&s->mutex);
+        epi_clear_error();
+        ep_status st = t->fn(t->arg);
+        pthread_mutex_lock(&s->mutex);
+        if (st < 0 && s->error == EP_OK) {
+            s->error = st;
+            epi_format(s->error_text, sizeof(s->error_text), "%s", epi_error_text());
+        }
+        s->ended++;
+        pthread_cond_broadcast(&s->less);
+    }
+    pthread_mutex_unlock(&s->mutex);
+    return NULL;
+}
+
+ep_status epi_stream_submit(ep_stream *s, epi_task_fn fn, const void *arg, size_t bytes) {
+    if (bytes > EPI_TASK_BYTES) {
+        return epi_fail(EP_ERR_INTERNAL, "task of %zu bytes", bytes);
+    }
+    if (!s) {
+        _Alignas(16) unsigned char copy[EPI_TASK_BYTES];
+        memcpy(copy, arg, bytes);
+        return fn(copy);
+    }
+    pthread_mutex_lock(&s->mutex);
+    while (s->added - s->ended == QUEUE_LENGTH) {
+        pthread_cond_wait(&s->less, &s->mutex);
+    }
+    struct task *t = &s->ring[s->added % QUEUE_LENGTH];
+    t->fn = fn;
+    memcpy(t->arg, arg, bytes);
+    s->added++;
+    pthread_cond_signal(&s->more);
+    pthread_mutex_unlock(&s->mutex);
+    return EP_OK;
+}
+
+ep_status ep_stream_create(ep_stream **out, ep_group *group) {
+    if (!out || !group) {
+        return epi_fail(EP_ERR_ARG, "ep_stream_create: %s is NULL", out ? "group" : "out");
+    }
+    ep_stream *s = epi_alloc(sizeof(*s));
+    if (!s) {
+        return epi_fail(EP_ERR_NOMEM, "no memory for a stream (%zu bytes)", sizeof(*s));
+    }
+    pthread_mutex_init(&s->mutex, NULL);
+    pthread_cond_init(&s->more, NULL);
+    pthread_cond_init(&s->less, NULL);
+    int err = epi_thread_start(&s->thread, stream_main, s, "ep-stream");
+    if (err) {
+        pthread_cond_destroy(&s->more);
+        pthread_cond_destroy(&s->less);
+        pthread_mutex_destroy(&s->mutex);
+        epi_free(s);
+        return epi_fail(EP_ERR_NOMEM, "cannot start a stream's thread: %s", strerror(err));
+    }
+    *out = s;
+    return EP_OK;
+}
+
+void ep_stream_destroy(ep_stream **stream) {
+    ep_stream *s = stream ? *stream : NULL;
+    if (!s) {
+        return;
+    }
+    *stream = NULL;
+    pthread_mutex_lock(&s->mutex);
+    s->stop = true;
+    pthread_cond_signal(&s->more);
+    pthread_mutex_unlock(&s->mutex);
+    pthread_join(s->thread, NULL);
+    pthread_cond_destroy(&s->more);
+    pthread_cond_destroy(&s->less);
+    pthread_mutex_destroy(&s->mutex);
+    epi_free(s);
+}
+
+ep_status ep_stream_sync(ep_stream *s) {
+    if (!s) {
+        return epi_fail(EP_ERR_ARG, "ep_stream_sync: stream is NULL");
+    }
+    pthread_mutex_lock(&s->mutex);
+    uint64_t until = s->added;
+    while (s->ended < until) {
+        pthread_cond_wait(&s->less, &s->mutex); /* tasks end: their waits have deadlines */
+    }
+    ep_status st = s->error;
+    if (st != EP_OK) {
+        epi_fail(st, "%s", s->error_text);
+        s->error = EP_OK;
+    }
+    pthread_mutex_unlock(&s->mutex);
+    return st;
+}
+
+struct call {
+    void (*fn)(void *);
+    void *arg;
+};
+
+static ep_status run_call(void *arg) {
+    struct call *c = arg;
+    c->fn(c->arg);
+    return EP_OK;
+}
+
+ep_status ep_stream_run(ep_stream *s, void (*fn)(void *), void *arg) {
+    if (!s || !fn) {
+        return epi_fail(EP_ERR_ARG, "ep_stream_run: %s is NULL", s ? "fn" : "stream");
+    }
+    struct call c = {fn, arg};
+    return epi_stream_submit(s, run_call, &c, sizeof(c));
+}
+
+/* ---- events --------------------------------------------------------------------------------- */
+
+ep_status ep_event_create(ep_event **out, ep_group *group) {
+    if (!out || !group) {
+        return epi_fail(EP_ERR_ARG, "ep_event_create: %s is NULL", out ? "group" : "out");
+    }
+    ep_event *e = epi_alloc(sizeof(*e));
+    if (!e) {
+        return epi_fail(EP_ERR_NOMEM, "no memory for an event");
+    }
+    pthread_mutex_init(&e->mutex, NULL);
+    pthread_cond_init(&e->passed_more, NULL);
+    e->refs = 1;
+    *out = e;
+    return EP_OK;
+}
+
+static void event_release(ep_event *e) {
+    pthread_mutex_lock(&e->mutex);
+    int refs = --e->refs;
+    pthread_mutex_unlock(&e->mutex);
+    if (refs == 0) {
+        pthread_cond_destroy(&e->passed_more);
+        pthread_mutex_destroy(&e->mutex);
+        epi_free(e);
+    }
+}
+
+void ep_event_destroy(ep_event **event) {
+    if (event && *event) {
+        event_release(*event);
+        *event = NULL;
+    }
+}
+
+struct mark {
+    ep_event *event;
+    uint64_t number;
+};
+
+static ep_status run_record(void *arg) {
+    struct mark *m = arg;
+    pthread_mutex_lock(&m->event->mutex);
+    if (m->event->passed < m->number) {
+        m->event->passed = m->number;
+    }
+    pthread_cond_broadcast(&m->event->passed_more);
+    pthread_mutex_unlock(&m->event->mutex);
+    event_release(m->event);
+    return EP_OK;
+}
+
+static void await_mark(ep_event *e, uint64_t number) {
+    pthread_mutex_lock(&e->mutex);
+    while (e->passed < number) {
+        pthread_cond_wait(&e->passed_more, &e->mutex);
+    }
+    pthread_mutex_unlock(&e->mutex);
+}
+
+static ep_status run_wait(void *arg) {
+    struct mark *m = arg;
+    await_mark(m->event, m->number);
+    event_release(m->event);
+    return EP_OK;
+}
+
+ep_status ep_event_record(ep_event *e, ep_stream *s) {
+    if (!e || !s) {
+        return epi_fail(EP_ERR_ARG, "ep_event_record: %s is NULL", e ? "stream" : "event");
+    }
+    pthread_mutex_lock(&e->mutex);
+    struct mark m = {e, ++e->recorded};
+    e->refs++;
+    pthread_mutex_unlock(&e->mutex);
+    return epi_stream_submit(s, run_record, &m, sizeof(m));
+}
+
+ep_status ep_stream_wait(ep_stream *s, ep_event *e) {
+    if (!e || !s) {
+        return epi_fail(EP_ERR_ARG, "ep_stream_wait: %s is NULL", e ? "stream" : "event");
+    }
+    pthread_mutex_lock(&e->mutex);
+    struct mark m = {e, e->recorded};
+    e->refs++;
+    pthread_mutex_unlock(&e->mutex);
+    return epi_stream_submit(s, run_wait, &m, sizeof(m));
+}
+
+ep_status ep_event_query(ep_event *e) {
+    if (!e) {
+        return epi_fail(EP_ERR_ARG, "ep_event_query: event is NULL");
+    }
+    pthread_mutex_lock(&e->mutex);
+    ep_status st = e->passed >= e->recorded ? EP_OK : EP_AGAIN;
+    pthread_mutex_unlock(&e->mutex);
+    return st;
+}
+
+ep_status ep_event_sync(ep_event *e) {
+    if (!e) {
+        return epi_fail(EP_ERR_ARG, "ep_event_sync: event is NULL");
+    }
+    pthread_mutex_lock(&e->mutex);
+    uint64_t number = e->recorded;
+    pthread_mutex_unlock(&e->mutex);
+    await_mark(e, number);
+    return EP_OK;
+}
