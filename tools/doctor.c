@@ -1,0 +1,203 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * `ep doctor`: what works on this machine, what is missing, what that costs, how to get it.
+ *
+ * Owns nothing that lasts. A mode is called working only after a dispatch and a combine whose
+ * every value was checked; each runs in processes of its own, so that a crash is a finding.
+ * Must not call a missing GPU or network a failure: the host backend needs neither.
+ */
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include "bench.h"
+
+enum { MAX_FINDINGS = 24 };
+
+struct finding {
+    const char *what;
+    const char *state; /* "ok", "missing", "low", "broken", "not built" */
+    char text[400];    /* one sentence: what is here, or the cost and the cure */
+};
+
+struct doctor {
+    struct finding findings[MAX_FINDINGS];
+    int num;
+};
+
+static void add(struct doctor *d, const char *what, const char *state, const char *fmt, ...)
+    EPI_PRINTF(4, 5);
+static void add(struct doctor *d, const char *what, const char *state, const char *fmt, ...) {
+    struct finding *f = &d->findings[d->num++];
+    f->what = what;
+    f->state = state;
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(f->text, sizeof f->text, fmt, args);
+    va_end(args);
+}
+
+/* A case of `ep bench` that is over at once: every row and every sum is checked. */
+static bool try_mode(struct doctor *d, bool threads) {
+    struct bench_params p = {.ranks = 4,
+                             .tokens = 48,
+                             .hidden = 32,
+                             .topk = 3,
+                             .experts = 10,
+                             .groups = 1,
+                             .topk_groups = 1,
+                             .iters = 2,
+                             .seed = 1,
+                             .dtype = DTYPE_F32,
+                             .threads = threads};
+    const char *what = threads ? "host mode, threads" : "host mode, processes";
+    struct bench_case *c = NULL;
+    int64_t start_ns = epi_now_ns();
+    if (bench_case(&p, true, &c) != 0) {
+        add(d, what, "broken", "%s", c != NULL ? c->why : "no memory");
+        return false;
+    }
+    add(d, what, "ok", "4 ranks met, dispatched, combined and checked every value, in %s",
+        text_ns((double)(epi_now_ns() - start_ns)).s);
+    return true;
+}
+
+/* "ok" with the amount, or "low" with what that costs and the cure. */
+static void add_amount(struct doctor *d, const char *what, double have, double enough,
+                       const char *fmt, const char *cost) {
+    char amount[64];
+    snprintf(amount, sizeof amount, have < 1e15 ? fmt : "no limit", have);
+    add(d, what, have >= enough ? "ok" : "low", "%s%s%s", amount, have >= enough ? "" : "; ",
+        have >= enough ? "" : cost);
+}
+
+/* ---- the machine ------------------------------------------------------------------------- */
+
+static void check_system(struct doctor *d) {
+    int fd = memfd_create("ep-doctor", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd >= 0 && ftruncate(fd, 4096) == 0 &&
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0) {
+        add(d, "memfd with seals", "ok", "ranks share memory that no peer can truncate");
+    } else {
+        add(d, "memfd with seals", "missing",
+            "processes cannot share memory, threads still can; use Linux 3.17 or newer and "
+            "allow memfd_create in the sandbox");
+    }
+    close(fd);
+    fd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    add(d, "pidfd", fd >= 0 ? "ok" : "missing",
+        "not needed: this version sees a peer's death by its closed connection%s",
+        fd >= 0 ? "" : " (Linux 5.3 or newer has it)");
+    close(fd);
+    int port = free_port();
+    add(d, "loopback TCP", port != 0 ? "ok" : "missing", "%s",
+        port != 0 ? "processes meet at 127.0.0.1"
+                  : "processes cannot meet by address; bring the interface lo up");
+    struct rlimit files = {0}, procs = {0};
+    (void)getrlimit(RLIMIT_NOFILE, &files);
+    (void)getrlimit(RLIMIT_NPROC, &procs);
+    add_amount(
+        d, "open files", (double)files.rlim_cur, 1024, "%.0f allowed",
+        "a rank needs a few per peer, so large groups fail to form; raise with ulimit -n");
+    add_amount(d, "processes", (double)procs.rlim_cur, 256, "%.0f allowed, threads included",
+               "large groups fail to start; raise with ulimit -u");
+    add_amount(d, "cores", num_cores(), 2, "%.0f", "ranks take turns: correct, but slow");
+    add_amount(d, "free memory", (double)free_memory_bytes() / 1e9, 4, "%.1f GB",
+               "4 ranks of 4096 rows of 14 KB need about 4 GB; use fewer tokens or a smaller "
+               "max_recv_rows (ep_plan() gives the bytes)");
+}
+
+static void check_library(struct doctor *d, const char *what, const char *const *names,
+                          const char *missing) {
+    for (; *names != NULL; names++) {
+        void *library = dlopen(*names, RTLD_LAZY | RTLD_LOCAL);
+        if (library != NULL) {
+            add(d, what, "ok", "%s is here; this version does not use it yet", *names);
+            dlclose(library);
+            return;
+        }
+    }
+    add(d, what, "missing", "%s", missing);
+}
+
+static void check_libraries(struct doctor *d) {
+    static const char *const cuda[] = {"libcuda.so.1", NULL};
+    static const char *const nvrtc[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so",
+                                        NULL};
+    static const char *const fabric[] = {"libfabric.so.1", NULL};
+    add(d, "CUDA mode", "not built",
+        "this version has the host backend only: ranks compute and communicate in ordinary "
+        "memory, and GPUs are not used");
+    check_library(d, "NVIDIA driver", cuda,
+                  "costs nothing in this version; the CUDA backend will need it: install the "
+                  "driver of your GPU (Debian: nvidia-driver)");
+    check_library(
+        d, "NVRTC", nvrtc,
+        "costs nothing in this version; the CUDA backend will need it: install CUDA's "
+        "nvrtc (Debian: libnvrtc12, pip: nvidia-cuda-nvrtc)");
+    check_library(d, "libfabric", fabric,
+                  "costs nothing in this version, which connects the ranks of one host; later "
+                  "versions need it between hosts (Debian: libfabric1)");
+}
+
+static void print_json(const struct doctor *d, bool works) {
+    printf("{\"version\": \"%s\", \"works\": %s, \"findings\": [", text_version().s,
+           works ? "true" : "false");
+    for (int i = 0; i < d->num; i++) {
+        printf("%s\n  {\"what\": ", i > 0 ? "," : "");
+        text_json(stdout, d->findings[i].what);
+        printf(", \"state\": ");
+        text_json(stdout, d->findings[i].state);
+        printf(", \"text\": ");
+        text_json(stdout, d->findings[i].text);
+        printf("}");
+    }
+    printf("\n]}\n");
+}
+
+int cmd_doctor(int argc, char **argv) {
+    bool json = false;
+    const struct opt opts[] = {{"json", 0, OPT_FLAG, &json, 0, 0, NULL, "as JSON"}};
+    const struct command command = {
+        .name = "ep doctor",
+        .usage = "[--json]",
+        .about =
+            "Says what works on this machine, what is missing, what that costs and how to "
+            "get it. Each mode is tried with a small checked dispatch and combine. The exit "
+            "status is 0 if ranks can work as processes or as threads.",
+        .opts = opts,
+        .num_opts = 1,
+    };
+    int rest = 0;
+    int status = args_parse(&command, argc, argv, &rest);
+    if (status >= 0) {
+        return status;
+    }
+    struct doctor d = {.num = 0};
+    bool processes = try_mode(&d, false);
+    bool threads = try_mode(&d, true);
+    check_system(&d);
+    check_libraries(&d);
+    if (json) {
+        print_json(&d, processes || threads);
+        return processes || threads ? 0 : 1;
+    }
+    struct utsname name = {0};
+    (void)uname(&name);
+    printf("libep %s on %s %s, %s\n\n", text_version().s, name.sysname, name.release,
+           name.machine);
+    for (int i = 0; i < d.num; i++) {
+        printf("  %-10s %-21s ", d.findings[i].state, d.findings[i].what);
+        text_wrap(d.findings[i].text, 35);
+    }
+    printf("\n%s\n",
+           processes && threads ? "The host backend works; nothing here needs repair to use it."
+           : processes || threads ? "The host backend works in part; see what is broken above."
+                                  : "The host backend does not work here.");
+    return processes || threads ? 0 : 1;
+}

@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Expert ids for `ep bench`: uniform, limited to groups, skewed, or replayed from a file.
+ *
+ * Owns nothing: it fills in the case. The same seed gives the same ids everywhere, and all
+ * ranks' ids are made in one place, so that each rank can tell what it must receive.
+ */
+#include <math.h>
+#include <stdlib.h>
+
+#include "bench.h"
+
+static int32_t best_of(const double *score, int64_t n) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++) {
+        best = score[i] > score[best] ? i : best;
+    }
+    return (int32_t)best;
+}
+
+/* Leaves only the scores of the best groups, by the sum of a group's two best (DeepSeek-V3). */
+static void limit_to_groups(const struct bench_params *p, double *score, double *group) {
+    int64_t each = p->experts / p->groups;
+    for (int64_t g = 0; g < p->groups; g++) {
+        double first = 0, second = 0;
+        for (int64_t i = g * each; i < (g + 1) * each; i++) {
+            second = fmax(second, fmin(first, score[i]));
+            first = fmax(first, score[i]);
+        }
+        group[g] = first + second;
+    }
+    for (int64_t i = 0; i < p->topk_groups; i++) {
+        group[best_of(group, p->groups)] = INFINITY * -1;
+    }
+    for (int64_t i = 0; i < p->experts; i++) {
+        score[i] = group[i / each] < 0 ? score[i] : 0;
+    }
+}
+
+/* Random scores, the K best. Skewed: the i-th most popular expert is wanted i times less often
+ * than the first; a random shuffle says which is which. */
+static int make_random(struct bench_case *c) {
+    const struct bench_params *p = &c->p;
+    size_t num = (size_t)(p->experts + p->groups);
+    double *score = malloc(2 * num * sizeof *score);
+    double *rarity = score + num;
+    uint64_t state = (uint64_t)p->seed;
+    for (int64_t i = 0; score != NULL && i < p->experts; i++) {
+        int64_t at = (int64_t)(rand_next(&state) % (uint64_t)(i + 1));
+        rarity[i] = rarity[at];
+        rarity[at] = p->routing == ROUTING_SKEWED ? (double)(i + 1) : 1;
+    }
+    for (int64_t t = 0; score != NULL && t < p->ranks * p->tokens; t++) {
+        for (int64_t i = 0; i < p->experts; i++) {
+            double u = ((double)(rand_next(&state) >> 11) + 1) / (double)(UINT64_C(1) << 53);
+            score[i] = p->routing == ROUTING_SKEWED ? -1 / (rarity[i] * log(u)) : u;
+        }
+        if (p->routing == ROUTING_GROUPED) {
+            limit_to_groups(p, score, score + p->experts);
+        }
+        for (int64_t k = 0; k < p->topk; k++) {
+            int32_t id = best_of(score, p->experts);
+            c->ids[t * p->topk + k] = id;
+            score[id] = -1;
+        }
+    }
+    free(score);
+    return score == NULL;
+}
+
+/* Ids as numbers, K to a token, rank after rank; begins again when the file is short. */
+static int read_file(struct bench_case *c) {
+    const struct bench_params *p = &c->p;
+    FILE *file = fopen(p->routing_file, "r");
+    int64_t num = p->ranks * p->tokens * p->topk;
+    int64_t num_read = 0;
+    int id = 0;
+    while (file != NULL && num_read < num && fscanf(file, "%d%*[ ,;\t\r\n]", &id) == 1 &&
+           id >= -1 && id < p->experts) {
+        c->ids[num_read++] = id;
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+    if (id < -1 || id >= p->experts || num_read < p->topk) {
+        fprintf(stderr,
+                "ep bench: %s: not %d or more expert ids in -1..%d (the last read: %d)\n",
+                p->routing_file, (int)p->topk, (int)p->experts - 1, id);
+        return 1;
+    }
+    num_read -= num_read % p->topk;
+    for (int64_t i = num_read; i < num; i++) {
+        c->ids[i] = c->ids[i - num_read];
+    }
+    return 0;
+}
+
+/* What the ids mean: rows between ranks, and rows of each rank's output. */
+static void count_traffic(struct bench_case *c) {
+    const struct bench_params *p = &c->p;
+    for (int64_t t = 0; t < p->ranks * p->tokens; t++) {
+        uint64_t seen = 0;
+        for (int64_t k = 0; k < p->topk; k++) {
+            int32_t id = c->ids[t * p->topk + k];
+            if (id >= 0) {
+                int owner = expert_owner(id, (int)p->experts, (int)p->ranks);
+                seen |= UINT64_C(1) << owner;
+                c->selections++;
+                c->output_rows[owner] += p->expanded;
+            }
+        }
+        for (int64_t r = 0; r < p->ranks; r++) {
+            c->traffic[t / p->tokens][r] += (int64_t)(seen >> r & 1);
+            c->output_rows[r] += !p->expanded && (seen >> r & 1) != 0;
+        }
+    }
+}
+
+int routing_make(struct bench_case *c) {
+    int failed = c->p.routing == ROUTING_FILE ? read_file(c) : make_random(c);
+    if (failed == 0) {
+        count_traffic(c);
+    }
+    return failed;
+}

@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Numbers and strings for people and programs, the tool's random numbers, and small facts.
+ *
+ * Owns nothing but the progress bar's line on the terminal. Must not print a bar where nobody
+ * watches: a log file gets none.
+ */
+#include "tool.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+struct text text_ns(double ns) {
+    static const char *const units[] = {"ns", "us", "ms", "s"};
+    struct text t;
+    int unit = 0;
+    while (ns >= 999.5 && unit < 3) {
+        ns /= 1000;
+        unit++;
+    }
+    snprintf(t.s, sizeof t.s, "%.*f %s", ns < 10 ? 2 : ns < 100 ? 1 : 0, ns, units[unit]);
+    return t;
+}
+
+struct text text_bytes(double bytes) {
+    static const char *const units[] = {"B", "KB", "MB", "GB", "TB"};
+    struct text t;
+    int unit = 0;
+    while (bytes >= 999.5 && unit < 4) {
+        bytes /= 1000;
+        unit++;
+    }
+    snprintf(t.s, sizeof t.s, "%.*f %s",
+             unit == 0 || bytes >= 100 ? 0
+             : bytes < 10              ? 2
+                                       : 1,
+             bytes, units[unit]);
+    return t;
+}
+
+struct text text_count(int64_t n) {
+    char digits[24];
+    int len = snprintf(digits, sizeof digits, "%lld", (long long)n);
+    struct text t;
+    int out = 0;
+    for (int i = 0; i < len; i++) {
+        t.s[out++] = digits[i];
+        if ((len - 1 - i) % 3 == 0 && i + 1 < len && digits[i] != '-') {
+            t.s[out++] = ',';
+        }
+    }
+    t.s[out] = '\0';
+    return t;
+}
+
+struct text text_version(void) {
+    struct text t;
+    uint32_t v = ep_version();
+    snprintf(t.s, sizeof t.s, "%u.%u.%u", v / 10000, v / 100 % 100, v % 100);
+    return t;
+}
+
+void text_wrap(const char *s, int indent) {
+    while (*s != '\0') {
+        int len = (int)strlen(s);
+        for (int i = 92 - indent; len > 92 - indent && i > 0; i--) {
+            len = s[i] == ' ' ? i : len;
+        }
+        printf("%.*s\n", len, s);
+        s += len + (s[len] == ' ');
+        printf("%*s", *s != '\0' ? indent : 0, "");
+    }
+}
+
+void text_json(FILE *out, const char *s) {
+    fputc('"', out);
+    for (; *s != '\0'; s++) {
+        unsigned char c = (unsigned char)*s;
+        if (c == '"' || c == '\\') {
+            fprintf(out, "\\%c", c);
+        } else if (c < 0x20 || c >= 0x7f) {
+            fprintf(out, "\\u%04x", c);
+        } else {
+            fputc(c, out);
+        }
+    }
+    fputc('"', out);
+}
+
+static int compare(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a;
+    int64_t y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+int64_t quantile(int64_t *values, int n, double q) {
+    if (n == 0) {
+        return 0;
+    }
+    qsort(values, (size_t)n, sizeof *values, compare);
+    int at = (int)(q * n + 0.999999) - 1;
+    return values[at < 0 ? 0 : at < n ? at : n - 1];
+}
+
+uint64_t rand_next(uint64_t *state) {
+    uint64_t z = (*state += UINT64_C(0x9e3779b97f4a7c15));
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return z ^ (z >> 31);
+}
+
+uint64_t rand_hash(uint64_t a, uint64_t b) {
+    uint64_t state = a * UINT64_C(0xd1342543de82ef95) ^ b;
+    return rand_next(&state);
+}
+
+void progress(const char *what, int64_t done, int64_t total) {
+    enum { WIDTH = 32 };
+    static const char full[] = "################################";
+    static int64_t shown = -1;
+    if (!isatty(STDOUT_FILENO) || total <= 0 || done == shown) {
+        return;
+    }
+    shown = done;
+    int filled = (int)(done * WIDTH / total);
+    printf("\r  %-9s [%.*s%*s] %3d %%", what, filled, full, WIDTH - filled, "",
+           (int)(done * 100 / total));
+    if (done >= total) {
+        printf("\r%*s\r", WIDTH + 24, "");
+    }
+    fflush(stdout);
+}
+
+int num_cores(void) {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
+                                                       : (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+int64_t free_memory_bytes(void) {
+    FILE *file = fopen("/proc/meminfo", "r");
+    char line[128];
+    long long kb = 0;
+    while (file != NULL && fgets(line, sizeof line, file) != NULL) {
+        if (sscanf(line, "MemAvailable: %lld kB", &kb) == 1) {
+            break;
+        }
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+    return kb * 1024;
+}
+
+int expert_owner(int expert, int num_experts, int num_ranks) {
+    int each = num_experts / num_ranks;
+    int more = num_experts % num_ranks; /* the first ranks hold each + 1 */
+    int border = more * (each + 1);
+    return expert < border ? expert / (each + 1) : more + (expert - border) / each;
+}

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the subcommands of `ep` share: options, numbers for people, and local ranks.
+ *
+ * A subcommand is one function like main, whose result is the exit status: 0 good, 1 it did not
+ * work, 2 wrong usage, 128 + n ended by signal n. Complaints go to stderr, all else to stdout.
+ */
+#ifndef TOOLS_TOOL_H
+#define TOOLS_TOOL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "ep.h"
+#include "src/base/base.h"
+
+extern const char *tool_program; /* as it was called: "build/ep" */
+
+int cmd_run(int argc, char **argv);
+int cmd_demo(int argc, char **argv);
+int cmd_bench(int argc, char **argv);
+int cmd_doctor(int argc, char **argv);
+int cmd_env(int argc, char **argv);
+
+/* ---- args.c: options ------------------------------------------------------------------ */
+
+enum opt_kind { OPT_FLAG, OPT_INT, OPT_TEXT, OPT_CHOICE };
+
+struct opt {
+    const char *name; /* "tokens", given as --tokens N or --tokens=N */
+    char letter;      /* 'n' for -n N; 0: none */
+    enum opt_kind kind;
+    void *value;      /* FLAG: bool, INT: int64_t, TEXT: const char *, CHOICE: int (index) */
+    int64_t min, max; /* INT */
+    const char *meta; /* "N"; CHOICE: "bf16|fp8|f32" */
+    const char *help;
+};
+
+struct command {
+    const char *name;  /* "ep bench" */
+    const char *usage; /* "[options]" */
+    const char *about;
+    const struct opt *opts;
+    int num_opts;
+    bool takes_rest; /* what follows the options belongs to the command */
+};
+
+/* -1: go on, with *rest the index of the first argument that is no option; otherwise the exit
+ * status: --help was printed (0) or an argument was refused and named (2). */
+int args_parse(const struct command *command, int argc, char **argv, int *rest);
+/* Prints "NAME: text; see NAME --help" to stderr and returns 2. */
+int args_refuse(const char *name, const char *fmt, ...) EPI_PRINTF(2, 3);
+
+/* ---- text.c: numbers and strings for people and programs ------------------------------- */
+
+struct text {
+    char s[48];
+};
+struct text text_ns(double ns);       /* "53.1 ms" */
+struct text text_bytes(double bytes); /* "211.9 MB", powers of ten */
+struct text text_count(int64_t n);    /* "14,812" */
+struct text text_version(void);       /* of the library */
+/* Prints a sentence in lines of 92 columns; all but the first are indented. */
+void text_wrap(const char *s, int indent);
+void text_json(FILE *out, const char *s); /* a JSON string, quotes included */
+/* The q-quantile (0..1) of n numbers, by nearest rank; sorts them. 0 when n is 0. */
+int64_t quantile(int64_t *values, int n, double q);
+/* splitmix64: every random number of the tool comes from a seed. */
+uint64_t rand_next(uint64_t *state);
+uint64_t rand_hash(uint64_t a, uint64_t b);
+/* A bar on a terminal, nothing elsewhere; done >= total ends the line. */
+void progress(const char *what, int64_t done, int64_t total);
+int num_cores(void);
+int64_t free_memory_bytes(void); /* 0: unknown */
+/* The rank of an expert in the default map of ep.h. */
+int expert_owner(int expert, int num_experts, int num_ranks);
+
+static inline float bf16_to_float(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float f;
+    memcpy(&f, &wide, sizeof f);
+    return f;
+}
+
+/* Rounds to nearest even; only finite numbers occur here. */
+static inline uint16_t bf16_from_float(float f) {
+    uint32_t wide;
+    memcpy(&wide, &f, sizeof wide);
+    return (uint16_t)((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+/* ---- ranks.c: ranks of this program, as processes or as threads ------------------------- */
+
+struct rank {
+    int rank;
+    int num_ranks;
+    ep_world *world;     /* threads, else NULL */
+    const char *address; /* processes */
+    struct ranks_shared *shared;
+};
+
+struct ranks_job {
+    const char *name; /* for complaints: "ep demo" */
+    int num_ranks;
+    bool threads;                            /* in one child process */
+    bool quiet;                              /* complaints go to `why` only */
+    int timeout_s;                           /* 0: none */
+    int (*fn)(struct rank *rank, void *arg); /* 0 when good */
+    void (*tick)(void *arg);                 /* the parent's, now and then; may be NULL */
+    void *arg;                               /* what ranks write into it is in shared memory */
+    char why[512];                           /* out: the first complaint */
+};
+
+/* Runs fn in every rank and returns an exit status. Nothing it started outlives it, whatever
+ * happens; a SIGINT or SIGTERM ends the ranks and gives 128 + signal. */
+int ranks_run(struct ranks_job *job);
+/* Zeroed memory shared with the ranks forked later; freed with munmap. NULL when refused. */
+void *ranks_memory(size_t bytes);
+/* Rank, size and meeting place into a configuration. */
+void rank_config(const struct rank *rank, struct ep_group_config *config);
+/* Waits until all ranks are here. */
+void rank_barrier(struct rank *rank);
+/* Records what failed and returns 1. `st` EP_OK: the text alone. */
+int rank_fail(struct rank *rank, ep_status st, const char *fmt, ...) EPI_PRINTF(3, 4);
+/* A TCP port p such that p and p + 1 were free a moment ago; 0 if none was found. */
+int free_port(void);
+
+#endif
