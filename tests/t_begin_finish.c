@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Dispatch in two steps: begin sends, the counts are known, finish writes output of exactly the
+ * right size; beside ranks that do it in one, cached, and in the wrong order.
+ */
+#include <stdio.h>
+
+#include "tests/tap.h"
+#include "tests/trial.h"
+
+static void forms(uint64_t seed) {
+    for (int i = 0; i < 12; i++) {
+        struct test_case c;
+        struct trial t;
+        char name[96];
+
+        case_default(&c, 4, seed + (uint64_t)i);
+        c.routing = (enum case_routing)(i % NUM_ROUTINGS);
+        c.num_scales = 3;
+        c.scale_dtype = EP_F32;
+        case_build(&c);
+        trial_init(&t, &c);
+        for (int r = 0; r < 4; r++) {
+            t.form[r].two_step = i % 3 || r % 2; /* i % 3 == 0: some ranks in one call */
+            t.form[r].expanded = i % 2;
+            t.form[r].zero_gaps = i % 4 == 1;
+            t.form[r].alignment = 1 + i;
+            t.form[r].arena = i % 5 == 4;
+        }
+        trial_build(&t);
+        snprintf(name, sizeof(name), "%s%s%s", i % 2 ? "expanded" : "compact",
+                 i % 5 == 4 ? ", view" : "", i % 3 ? "" : ", beside ranks in one call");
+        trial_run(&t, i % 6 == 5, name);
+        trial_free(&t);
+        case_free(&c);
+    }
+}
+
+/* Begin and finish again on a handle that knows its counts. */
+static void cached(struct world *w) {
+    const struct trial *t = w->ctx;
+    struct run r;
+    ep_handle *handle = NULL;
+
+    run_create(&r, w, t);
+    world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, run_route(&r, handle, NULL), EP_OK, "ep_handle_route");
+    for (int i = 0; i < 4; i++) {
+        if (world_is(w, run_dispatch(&r, handle, NULL), EP_OK, "begin and finish")) {
+            run_check_dispatch(&r, handle);
+        }
+        if (world_is(w, run_combine(&r, handle, NULL), EP_OK, "ep_combine")) {
+            run_check_combine(&r);
+        }
+    }
+    run_free(&r);
+    ep_handle_destroy(&handle);
+}
+
+/* What may not happen between begin and finish, and before begin. */
+static void wrong_order(struct world *w) {
+    const struct trial *t = w->ctx;
+    struct ep_dispatch_args in = EP_DISPATCH_ARGS_INIT;
+    struct run r;
+    ep_handle *handle = NULL, *other = NULL;
+
+    run_create(&r, w, t);
+    in.x = r.dispatch.x;
+    in.topk_weights = r.dispatch.topk_weights;
+    world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, ep_handle_create(&other, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, run_route(&r, handle, NULL), EP_OK, "ep_handle_route");
+    world_is(w, run_route(&r, other, NULL), EP_OK, "ep_handle_route");
+    world_fails(w, ep_dispatch_finish(handle, &r.dispatch, NULL), EP_ERR_STATE, "beg",
+                "finish without begin");
+    world_is(w, ep_dispatch_begin(handle, &in, NULL), EP_OK, "ep_dispatch_begin");
+    world_fails(w, ep_dispatch_begin(handle, &in, NULL), EP_ERR_STATE, "finish", "begin twice");
+    world_fails(w, run_route(&r, handle, NULL), EP_ERR_STATE, "finish", "route in between");
+    world_fails(w, ep_dispatch(other, &r.dispatch, NULL), EP_ERR_STATE, "finish",
+                "dispatch of another handle in between");
+    world_fails(w, run_combine(&r, other, NULL), EP_ERR_STATE, "", "combine in between");
+    world_is(w, ep_dispatch_finish(handle, &r.dispatch, NULL), EP_OK, "ep_dispatch_finish");
+    run_check_dispatch(&r, handle);
+    world_fails(w, ep_dispatch_finish(handle, &r.dispatch, NULL), EP_ERR_STATE, "beg",
+                "finish twice");
+    run_free(&r);
+    trial_pass(w, t, other);
+    ep_handle_destroy(&handle);
+    ep_handle_destroy(&other);
+}
+
+static void run(uint64_t seed, void (*body)(struct world *w), const char *name) {
+    const struct form form = {.two_step = true, .id_dtype = EP_I64, .num_bias = 1};
+    struct test_case c;
+    struct trial t;
+    struct world_setup s;
+
+    case_default(&c, 4, seed);
+    case_build(&c);
+    trial_init(&t, &c);
+    trial_form(&t, &form);
+    trial_build(&t);
+    trial_setup(&s, &t);
+    s.body = body;
+    ok(world_run(&s) == 0, "%s", name);
+    trial_free(&t);
+    case_free(&c);
+}
+
+int main(void) {
+    uint64_t seed = tap_seed();
+
+    tap_deadline(120);
+    forms(seed);
+    run(seed + 100, cached, "cached");
+    run(seed + 101, wrong_order, "in the wrong order");
+    return done_testing();
+}

@@ -1,0 +1,226 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * More rows than there is room for: over max_recv_rows every rank gets EP_ERR_CAPACITY before
+ * anything is sent; over an output's rows only the rank whose output it is. The message says
+ * how many rows are needed, and the group goes on.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/tap.h"
+#include "tests/trial.h"
+
+#define RANKS 4
+#define TOKENS 10
+
+struct scene {
+    struct test_case heavy_case, light_case;
+    struct trial heavy, light; /* all tokens to one rank; few tokens */
+};
+
+static int busiest(const struct trial *t) {
+    int best = 0;
+
+    for (int r = 1; r < RANKS; r++) {
+        best = t->recv[r].num_rows > t->recv[best].num_rows ? r : best;
+    }
+    return best;
+}
+
+static bool all_bytes(const void *data, size_t bytes, int value) {
+    const uint8_t *p = data;
+
+    for (size_t i = 0; i < bytes; i++) {
+        if (p[i] != value) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Counts are 0, ids and sources -1, for what is queued behind a dispatch that failed; nothing
+ * from row `rows` on is written, or, when nothing has arrived, no row at all. */
+static void left_in_bounds(struct run *r, int64_t rows, bool arrived) {
+    for (int i = OUT_X; i <= OUT_NUM_ROWS; i++) {
+        const struct output *o = &r->out[i];
+        const uint8_t *data = o->t.data;
+        const bool counts = i >= OUT_COUNTS, minus = i == OUT_IDS || i == OUT_SOURCE;
+        size_t used;
+        if (!o->got) {
+            continue;
+        }
+        used = (size_t)((counts ? o->t.shape[0] : rows) * o->t.stride[0]) *
+               ep_dtype_bytes((ep_dtype)o->t.dtype);
+        world_check(r->w,
+                    all_bytes(data + used, (size_t)(o->got + o->bytes - data) - used, 0xA5),
+                    "output %d was written past its end", i);
+        if (counts || minus) {
+            world_check(r->w, all_bytes(data, used, counts ? 0 : 0xFF), "output %d: not %d", i,
+                        counts ? 0 : -1);
+        } else if (!arrived && i != OUT_WEIGHTS) {
+            world_check(r->w, all_bytes(data, used, 0xA5), "output %d was written", i);
+        }
+    }
+}
+
+static void refused(struct run *r, ep_handle *handle) {
+    char words[64];
+
+    snprintf(words, sizeof(words), "%d|%d|max_recv_rows", RANKS * TOKENS, busiest(r->t));
+    world_fails(r->w, run_dispatch(r, handle, NULL), EP_ERR_CAPACITY, words,
+                "more rows than max_recv_rows");
+    left_in_bounds(r, r->t->recv[r->w->rank].num_rows + r->form->slack, false);
+}
+
+static void over_max_recv_rows(struct world *w) {
+    struct scene *s = w->ctx;
+    struct ep_fault fault = EP_FAULT_INIT;
+    struct run r;
+    ep_handle *heavy = NULL, *light = NULL;
+
+    world_is(w, ep_handle_create(&heavy, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, ep_handle_create(&light, w->group, NULL), EP_OK, "ep_handle_create");
+    run_create(&r, w, &s->heavy);
+    world_is(w, run_route(&r, heavy, NULL), EP_OK, "ep_handle_route");
+    for (int i = 0; i < 3; i++) {
+        refused(&r, heavy);
+        world_fails(w, run_combine(&r, heavy, NULL), EP_ERR_STATE, "dispatch",
+                    "combine of a dispatch that was refused");
+        trial_pass(w, &s->light, light);
+    }
+    run_free(&r);
+    trial_pass(w, &s->light, heavy); /* the handle itself is as good as new */
+    world_is(w, ep_group_fault(w->group, &fault), EP_OK, "ep_group_fault");
+    world_check(w, fault.status == EP_OK, "the group is faulted: %s", fault.message);
+    ep_handle_destroy(&heavy);
+    ep_handle_destroy(&light);
+}
+
+/* Every output one row too short: on error only bytes within it may have changed. */
+static void shorten(struct ep_dispatch_args *args, struct ep_tensor *copies, int64_t rows) {
+    struct ep_tensor **t[] = {&args->recv_x, &args->recv_scales, &args->recv_topk_ids,
+                              &args->recv_topk_weights, &args->recv_source};
+
+    for (int i = 0; i < 5; i++) {
+        if (*t[i]) {
+            copies[i] = **t[i];
+            copies[i].shape[0] = rows;
+            *t[i] = &copies[i];
+        }
+    }
+}
+
+static void small_output(struct world *w) {
+    struct scene *s = w->ctx;
+    const struct trial *t = &s->light;
+    const int victim = busiest(t);
+    const int64_t rows = t->recv[victim].num_rows - 1;
+    struct ep_tensor copies[5];
+    struct run r;
+    ep_handle *handle = NULL;
+
+    world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
+    run_create(&r, w, t);
+    world_is(w, run_route(&r, handle, NULL), EP_OK, "ep_handle_route");
+    for (int i = 0; i < 3; i++) {
+        const struct ep_dispatch_args whole = r.dispatch;
+        char words[32];
+
+        snprintf(words, sizeof(words), "%lld|rows", (long long)rows + 1);
+        if (w->rank == victim) {
+            shorten(&r.dispatch, copies, rows);
+            world_fails(w, run_dispatch(&r, handle, NULL), EP_ERR_CAPACITY, words,
+                        "output one row too short");
+            left_in_bounds(&r, rows, true);
+        } else if (world_is(w, run_dispatch(&r, handle, NULL), EP_OK, "beside it")) {
+            run_check_dispatch(&r, handle);
+        }
+        r.dispatch = whole;
+        if (world_is(w, run_dispatch(&r, handle, NULL), EP_OK, "again, large enough")) {
+            run_check_dispatch(&r, handle);
+        }
+        if (world_is(w, run_combine(&r, handle, NULL), EP_OK, "ep_combine")) {
+            run_check_combine(&r);
+        }
+    }
+    run_free(&r);
+    ep_handle_destroy(&handle);
+}
+
+/* An expanded view shorter than the output, on one rank. */
+static void small_expanded_view(struct world *w) {
+    struct scene *s = w->ctx;
+    const struct trial *t = &s->light;
+    struct run r;
+    ep_handle *handle = NULL;
+
+    world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
+    run_create(&r, w, t);
+    world_is(w, run_route(&r, handle, NULL), EP_OK, "ep_handle_route");
+    r.dispatch.alignment = w->rank == 1 ? 1000 : 0; /* 4 groups of 1000 rows */
+    if (w->rank == 1) {
+        world_fails(w, run_dispatch(&r, handle, NULL), EP_ERR_CAPACITY, "4000", "a short view");
+    } else {
+        world_is(w, run_dispatch(&r, handle, NULL), EP_OK, "beside it");
+        run_check_dispatch(&r, handle);
+    }
+    r.dispatch.alignment = 0;
+    world_is(w, run_dispatch(&r, handle, NULL), EP_OK, "again, without alignment");
+    run_check_dispatch(&r, handle);
+    world_is(w, run_combine(&r, handle, NULL), EP_OK, "ep_combine");
+    run_check_combine(&r);
+    run_free(&r);
+    ep_handle_destroy(&handle);
+}
+
+static void run(uint64_t seed, const struct form *form, void (*body)(struct world *w),
+                const char *name) {
+    struct scene s;
+    struct world_setup setup;
+
+    case_default(&s.heavy_case, RANKS, seed);
+    s.heavy_case.max_tokens = TOKENS;
+    s.heavy_case.tokens = TOKENS_MAX;
+    s.heavy_case.routing = ROUTE_ONE_RANK;
+    case_default(&s.light_case, RANKS, seed + 1);
+    s.light_case.max_tokens = body == small_expanded_view ? TOKENS : 4;
+    s.light_case.tokens = TOKENS_MAX;
+    case_build(&s.heavy_case);
+    case_build(&s.light_case);
+    trial_init(&s.heavy, &s.heavy_case);
+    trial_init(&s.light, &s.light_case);
+    trial_form(&s.heavy, form);
+    trial_form(&s.light, form);
+    trial_build(&s.heavy);
+    trial_build(&s.light);
+    trial_setup(&setup, &s.light);
+    setup.config.max_tokens = TOKENS;
+    if (body == over_max_recv_rows) {
+        setup.config.max_recv_rows = RANKS * TOKENS - 1;
+    }
+    setup.body = body;
+    setup.ctx = &s;
+    ok(world_run(&setup) == 0, "%s", name);
+    trial_free(&s.heavy);
+    trial_free(&s.light);
+    case_free(&s.heavy_case);
+    case_free(&s.light_case);
+}
+
+int main(void) {
+    static const struct form compact = {.id_dtype = EP_I64, .slack = 1, .padded = true};
+    static const struct form expanded = {
+        .id_dtype = EP_I32, .expanded = true, .weighted = true};
+    static const struct form view = {.expanded = true, .arena = true, .id_dtype = EP_I64};
+    static const struct form two_step = {.id_dtype = EP_I64, .two_step = true};
+    uint64_t seed = tap_seed();
+
+    tap_deadline(120);
+    run(seed, &compact, over_max_recv_rows, "over max_recv_rows, compact");
+    run(seed + 1, &expanded, over_max_recv_rows, "over max_recv_rows, expanded");
+    run(seed + 2, &compact, small_output, "small output, compact");
+    run(seed + 3, &expanded, small_output, "small output, expanded");
+    run(seed + 4, &two_step, small_output, "small output, two steps");
+    run(seed + 5, &view, small_expanded_view, "small expanded view");
+    return done_testing();
+}

@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Combine: float32 sums in the order of the header, rounded once (compact) or twice (weighted,
+ * expanded), with biases and top-k weights back, in every type.
+ */
+#include <stdio.h>
+
+#include "tests/tap.h"
+#include "tests/trial.h"
+
+static const int dtypes[] = {EP_BF16, EP_F16, EP_F32};
+static const char *const dtype_names[] = {"bf16", "f16", "f32"};
+
+static void run(struct test_case *c, const struct form *form, int d, bool back, bool processes,
+                const char *name) {
+    struct trial t;
+
+    case_build(c);
+    trial_init(&t, c);
+    trial_form(&t, form);
+    t.dtype = dtypes[d];
+    t.hidden = d == 2 ? 20 : 72;
+    t.back = back;
+    trial_build(&t);
+    trial_run(&t, processes, name);
+    trial_free(&t);
+    case_free(c);
+}
+
+static void every_option(uint64_t seed) {
+    for (int i = 0; i < 3 * 3 * 2 * 2 * 2; i++) {
+        const int d = i % 3, bias = i / 3 % 3;
+        const bool weighted = i / 9 % 2, expanded = i / 18 % 2, back = i / 36 % 2;
+        const struct form form = {.expanded = expanded,
+                                  .weighted = weighted,
+                                  .num_bias = bias,
+                                  .alignment = 3,
+                                  .padded = i % 2,
+                                  .slack = i % 5,
+                                  .id_dtype = EP_I64};
+        char name[128];
+        struct test_case c;
+
+        case_default(&c, 4, seed + (uint64_t)i);
+        c.routing = i % 4 == 1 ? ROUTE_HOLES : i % 4 == 3 ? ROUTE_DUPLICATES : ROUTE_UNIFORM;
+        snprintf(name, sizeof(name), "%s, %d biases%s%s%s", dtype_names[d], bias,
+                 weighted ? ", weighted" : "", expanded ? ", expanded" : "",
+                 back ? ", weights back" : "");
+        run(&c, &form, d, back, i % 24 == 19, name);
+    }
+}
+
+/* Ranks may differ in what is their own: form, weights, biases. */
+static void every_rank_its_own_options(uint64_t seed) {
+    struct test_case c;
+    struct trial t;
+
+    case_default(&c, 4, seed);
+    case_build(&c);
+    trial_init(&t, &c);
+    for (int r = 0; r < 4; r++) {
+        t.form[r].expanded = r % 2;
+        t.form[r].weighted = r / 2;
+        t.form[r].num_bias = r % 3;
+    }
+    trial_build(&t);
+    trial_run(&t, false, "every rank its own form, weights and biases");
+    trial_free(&t);
+    case_free(&c);
+}
+
+/* Sums past the largest number become infinity, not the largest number and not NaN. */
+static void overflow(uint64_t seed) {
+    struct test_case c;
+    struct trial t;
+
+    case_default(&c, 3, seed);
+    case_build(&c);
+    trial_init(&t, &c);
+    t.dtype = EP_F16;
+    t.form[1].expanded = true;
+    trial_build(&t);
+    for (int r = 0; r < 3; r++) {
+        const int64_t n = t.recv[r].num_rows * t.hidden;
+        for (int64_t i = 0; i < n; i++) {
+            ref_store(EP_F16, 30000.0f + (float)(i % 1000), t.answers[r].x + 2 * i);
+        }
+    }
+    for (int r = 0; r < 3; r++) {
+        const struct ref_combine in = {t.dtype, t.hidden, t.recv, t.answers};
+        const uint8_t *bias[2] = {NULL, NULL};
+        ref_combine(&c.problem, r, &in, bias, t.y[r], t.y_topk[r]);
+    }
+    trial_run(&t, false, "f16 sums that overflow");
+    trial_free(&t);
+    case_free(&c);
+}
+
+static void shapes(uint64_t seed) {
+    const struct form form = {.weighted = true, .num_bias = 2, .id_dtype = EP_I64};
+    const struct form expanded = {.expanded = true, .num_bias = 1, .id_dtype = EP_I64};
+    struct test_case c;
+
+    case_default(&c, 4, seed);
+    c.routing = ROUTE_NOWHERE;
+    run(&c, &form, 0, true, false, "tokens sent nowhere get their biases");
+    case_default(&c, 4, seed);
+    c.routing = ROUTE_NOWHERE;
+    run(&c, &(struct form){.id_dtype = EP_I64}, 0, false, false,
+        "tokens sent nowhere get zeros without biases");
+    case_default(&c, 2, seed);
+    c.topk = EP_MAX_TOPK;
+    c.num_experts = 80;
+    run(&c, &expanded, 0, true, false, "top-64, expanded");
+    case_default(&c, 9, seed);
+    c.num_experts = 64;
+    c.topk = 32;
+    c.map = MAP_RANDOM;
+    run(&c, &form, 1, true, false, "nine ranks, top-32");
+    case_default(&c, 4, seed);
+    c.mask = true;
+    c.topk = 0;
+    c.weights = false;
+    run(&c, &form, 0, false, false, "routed by a mask");
+}
+
+int main(void) {
+    uint64_t seed = tap_seed();
+
+    tap_deadline(300);
+    every_option(seed);
+    every_rank_its_own_options(seed + 1000);
+    overflow(seed + 2000);
+    shapes(seed + 3000);
+    return done_testing();
+}

@@ -1,0 +1,254 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * ep_plan: pure arithmetic. Sums and page sizes, limits and what their messages name, growth
+ * with every field, and a group's arena that is what the plan said, to the byte.
+ */
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "tests/cases.h"
+#include "tests/tap.h"
+#include "tests/world.h"
+
+static struct ep_group_config base(int num_ranks) {
+    struct ep_group_config c = EP_GROUP_CONFIG_INIT;
+
+    c.num_ranks = num_ranks;
+    c.num_experts = 64;
+    c.max_tokens = 128;
+    c.max_topk = 8;
+    c.max_row_bytes = 1024;
+    c.max_scale_bytes = 32;
+    return c;
+}
+
+/* A random valid configuration. */
+static struct ep_group_config random_config(uint64_t *s) {
+    struct ep_group_config c = EP_GROUP_CONFIG_INIT;
+
+    c.num_ranks = 1 + (int)case_rand(s, case_rand(s, 5) ? 16 : EP_MAX_RANKS);
+    c.num_experts = 1 + (int)case_rand(s, 600);
+    c.max_tokens = 1 + (int)case_rand(s, 5000);
+    c.max_topk = 1 + (int)case_rand(s, EP_MAX_TOPK);
+    c.max_row_bytes = EP_ROW_ALIGN * (int)(1 + case_rand(s, 1000));
+    c.max_scale_bytes = (int)case_rand(s, 500);
+    c.num_slots = (int)case_rand(s, 5);
+    c.max_recv_rows = case_rand(s, 2) ? 1 + case_rand(s, c.max_tokens) : 0;
+    c.flags = case_rand(s, 2) ? EP_GROUP_EXPANDED_VIEW : 0;
+    c.max_expanded_rows = c.flags && case_rand(s, 2) ? 1 + case_rand(s, 100000) : 0;
+    c.mask_routing = (int)case_rand(s, 2);
+    return c;
+}
+
+static int64_t parts(const struct ep_plan_info *i) {
+    return i->control_bytes + i->recv_bytes + i->sidecar_bytes + i->combine_bytes +
+           i->expanded_bytes;
+}
+
+static bool sums_are_right(const struct ep_plan_info *i) {
+    const int64_t page = sysconf(_SC_PAGESIZE);
+
+    return i->control_bytes > 0 && i->recv_bytes > 0 && i->sidecar_bytes > 0 &&
+           i->combine_bytes > 0 && i->expanded_bytes >= 0 && i->local_bytes > 0 &&
+           i->handle_bytes > 0 && i->num_channels > 0 && i->sidecar_row_bytes > 0 &&
+           i->arena_bytes == (parts(i) + page - 1) / page * page;
+}
+
+static void sums(uint64_t seed) {
+    uint64_t s = seed;
+
+    for (int i = 0; i < 500; i++) {
+        const struct ep_group_config c = random_config(&s);
+        struct ep_plan_info info = EP_PLAN_INFO_INIT, again = EP_PLAN_INFO_INIT;
+        const int64_t worst = (int64_t)c.num_ranks * c.max_tokens;
+
+        if (ep_plan(&c, &info) != EP_OK || ep_plan(&c, &again) != EP_OK ||
+            memcmp(&info, &again, sizeof(info)) != 0 || !sums_are_right(&info) ||
+            info.max_recv_rows != (c.max_recv_rows ? c.max_recv_rows : worst) ||
+            (c.max_expanded_rows && info.max_expanded_rows != c.max_expanded_rows) ||
+            (info.max_expanded_rows > 0) != (c.flags != 0)) {
+            ok(false,
+               "plan %d: %s; control %lld recv %lld sidecar %lld combine %lld expanded "
+               "%lld arena %lld; recv rows %lld expanded rows %lld",
+               i, ep_last_error(), (long long)info.control_bytes, (long long)info.recv_bytes,
+               (long long)info.sidecar_bytes, (long long)info.combine_bytes,
+               (long long)info.expanded_bytes, (long long)info.arena_bytes,
+               (long long)info.max_recv_rows, (long long)info.max_expanded_rows);
+            return;
+        }
+    }
+    ok(true, "500 random plans are sums of their parts in whole pages");
+}
+
+static void rows(void) {
+    struct ep_group_config c = base(4);
+    struct ep_plan_info info = EP_PLAN_INFO_INIT;
+
+    ok(ep_plan(&c, &info) == EP_OK && info.recv_bytes >= 2 * 512 * 1024 &&
+           info.max_combine_rows == 128 * 4,
+       "rows of two slots fit; a token has at most min(R, K) answers");
+    c.max_topk = 2;
+    ok(ep_plan(&c, &info) == EP_OK && info.max_combine_rows == 128 * 2, "and with K < R, K");
+    c.mask_routing = 1;
+    ok(ep_plan(&c, &info) == EP_OK && info.max_combine_rows == 128 * 4, "with masks, R");
+    c = base(4);
+    c.max_topk = 0;
+    c.mask_routing = 1;
+    ok(ep_plan(&c, &info) == EP_OK, "max_topk 0 if every routing is a mask");
+    c = base(4);
+    c.flags = EP_GROUP_EXPANDED_VIEW;
+    ok(ep_plan(&c, &info) == EP_OK && info.max_expanded_rows >= 4 * 128 * 8 &&
+           info.expanded_bytes >= info.max_expanded_rows * 1024,
+       "the worst expanded view holds every selection");
+}
+
+/* Makes field i larger; false when there is no such field. */
+static bool grow(struct ep_group_config *c, int i, const char **name) {
+    static const char *const names[] = {
+        "num_experts",   "max_tokens",      "max_topk",  "max_row_bytes", "num_slots",
+        "max_recv_rows", "max_scale_bytes", "num_ranks", "mask_routing",  "max_expanded_rows"};
+
+    if (i >= 10) {
+        return false;
+    }
+    *name = names[i];
+    c->num_experts += i == 0 ? 64 : 0;
+    c->max_tokens += i == 1 ? 128 : 0;
+    c->max_topk += i == 2 ? 8 : 0;
+    c->max_row_bytes += i == 3 ? 1024 : 0;
+    c->num_slots += i == 4 ? 2 : 0;
+    c->max_recv_rows += i == 5 ? 512 : 0;
+    c->max_scale_bytes += i == 6 ? 512 : 0;
+    c->num_ranks += i == 7 ? 8 : 0;
+    c->mask_routing = i == 8;
+    c->max_expanded_rows += i == 9 ? 512 : 0;
+    return true;
+}
+
+static void growth(void) {
+    for (int i = 0;; i++) {
+        struct ep_group_config c = base(16);
+        struct ep_plan_info small = EP_PLAN_INFO_INIT, large = EP_PLAN_INFO_INIT;
+        const char *name;
+
+        c.num_slots = 2;
+        c.max_recv_rows = i == 7 ? 0 : 512;
+        c.flags = EP_GROUP_EXPANDED_VIEW;
+        c.max_expanded_rows = 1024;
+        if (ep_plan(&c, &small) != EP_OK || !grow(&c, i, &name)) {
+            break;
+        }
+        ok(ep_plan(&c, &large) == EP_OK &&
+               large.arena_bytes + large.handle_bytes + large.local_bytes >
+                   small.arena_bytes + small.handle_bytes + small.local_bytes &&
+               large.arena_bytes >= small.arena_bytes &&
+               large.handle_bytes >= small.handle_bytes,
+           "more %s costs more", name);
+    }
+}
+
+/* The message names a field that, lowered, makes the plan smaller. */
+static bool names_a_field(const char *message) {
+    static const char *const fields[] = {"max_tokens",     "max_row_bytes", "max_recv_rows",
+                                         "num_slots",      "max_topk",      "max_expanded_rows",
+                                         "max_scale_bytes"};
+    bool named = false;
+
+    for (size_t i = 0; i < sizeof(fields) / sizeof(*fields); i++) {
+        named = named || strstr(message, fields[i]);
+    }
+    return named;
+}
+
+static void limit(void) {
+    struct ep_group_config c = base(8);
+    struct ep_plan_info info = EP_PLAN_INFO_INIT, over = EP_PLAN_INFO_INIT;
+    struct world_setup s;
+    char bytes[32];
+
+    ep_plan(&c, &info);
+    c.memory_limit_bytes = info.arena_bytes;
+    ok(ep_plan(&c, &over) == EP_OK, "an arena of exactly the limit");
+    memset(&over, 0, sizeof(over));
+    over.size = sizeof(over);
+    c.memory_limit_bytes = info.arena_bytes - 1;
+    ok(ep_plan(&c, &over) == EP_ERR_NOMEM, "one byte less");
+    diag("%s", ep_last_error());
+    snprintf(bytes, sizeof(bytes), "%lld", (long long)c.memory_limit_bytes);
+    ok(strstr(ep_last_error(), "memory_limit_bytes") && strstr(ep_last_error(), bytes) &&
+           names_a_field(ep_last_error()),
+       "the message names the limit and what to lower");
+    ok(over.arena_bytes == info.arena_bytes && over.recv_bytes == info.recv_bytes,
+       "the plan is filled in all the same");
+    world_defaults(&s, 2);
+    s.config.memory_limit_bytes = 1;
+    s.create = EP_ERR_NOMEM;
+    s.create_says = "memory_limit_bytes";
+    ok(world_run(&s) == 0, "ep_group_create refuses it too");
+}
+
+/* Bytes of the memory files this process has mapped. */
+static int64_t mapped_bytes(void) {
+    FILE *f = fopen("/proc/self/maps", "r");
+    unsigned long long from, to;
+    char line[512];
+    int64_t sum = 0;
+
+    while (f && fgets(line, sizeof(line), f)) {
+        if (strstr(line, "/memfd:") && !strstr(line, "tap") &&
+            sscanf(line, "%llx-%llx", &from, &to) == 2) {
+            sum += (int64_t)(to - from);
+        }
+    }
+    if (f) {
+        fclose(f);
+    }
+    return sum;
+}
+
+static void body(struct world *w) {
+    const struct ep_plan_info *want = w->ctx;
+    struct ep_plan_info got = EP_PLAN_INFO_INIT;
+
+    world_is(w, ep_group_plan(w->group, &got), EP_OK, "ep_group_plan");
+    world_check(w, memcmp(&got, want, sizeof(got)) == 0, "the group's plan is another one");
+    world_check(w, mapped_bytes() == w->num_ranks * want->arena_bytes,
+                "%lld bytes are mapped, not %d arenas of %lld", (long long)mapped_bytes(),
+                w->num_ranks, (long long)want->arena_bytes);
+}
+
+static void groups(uint64_t seed) {
+    uint64_t state = seed;
+
+    for (int i = 0; i < 6; i++) {
+        struct ep_plan_info info = EP_PLAN_INFO_INIT;
+        struct world_setup s;
+        struct ep_group_config c;
+
+        world_defaults(&s, i < 3 ? 1 + i : 3);
+        s.config.flags = i % 2 ? EP_GROUP_EXPANDED_VIEW : 0;
+        s.config.max_tokens = 1 + (int)case_rand(&state, 300);
+        s.config.max_scale_bytes = (int)case_rand(&state, 100);
+        c = s.config;
+        c.num_ranks = s.num_ranks;
+        ok(ep_plan(&c, &info) == EP_OK, "ep_plan");
+        s.body = body;
+        s.ctx = &info;
+        s.processes = i != 0; /* of threads, each would count the others' arenas */
+        ok(world_run(&s) == 0, "arenas of %lld bytes, %d ranks", (long long)info.arena_bytes,
+           s.num_ranks);
+    }
+}
+
+int main(void) {
+    uint64_t seed = tap_seed();
+
+    tap_deadline(60);
+    sums(seed);
+    rows();
+    growth();
+    limit();
+    groups(seed + 1);
+    return done_testing();
+}
