@@ -266,7 +266,7 @@ static const char *spoil_combine(struct scene *s, int i) {
         return "x|272|256|max_row_bytes";
     case 4:
         s->y_t.shape[0] = s->recv_weights_t.shape[0] = s->yw_t.shape[0] = 1;
-        return "x|1|3";
+        return "x|1|6";
     default:
         return NULL;
     }

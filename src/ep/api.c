@@ -517,9 +517,7 @@ ep_status ep_dispatch_finish(ep_handle *handle, const struct ep_dispatch_args *a
 
 static ep_status check_combine(const ep_handle *h, const struct ep_combine_args *a) {
     NOT_NULL("ep_combine", a->x);
-    if (!a->out && !a->out_topk_weights) {
-        return epi_fail(EP_ERR_ARG, "ep_combine: out and out_topk_weights are both NULL");
-    }
+    NOT_NULL("ep_combine", a->out);
     TRY(epi_check_tensor("x", a->x, 2, -1, -1, SUMMABLE, EPI_ANY_STRIDE));
     TRY(check_row_bytes(h, a->x));
     TRY(epi_check_tensor("x", a->x, 2, -1, -1, SUMMABLE, EPI_ROWS));

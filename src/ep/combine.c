@@ -82,6 +82,12 @@ ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, ep_stream *
     k->out_weights = epi_array(a->out_topk_weights);
     k->flags = (h->expanded ? K_DO_EXPAND : 0) | (a->topk_weights ? K_DO_WEIGHTS : 0) |
                (h->expanded || a->weights ? K_DO_REDUCE : 0);
+    if (stream == NULL && atomic_load(&h->pending) == 0 && !atomic_load(&h->unfit)) {
+        ep_status st = check_rows(&t); /* known already: refuse before the peers are involved */
+        if (st != EP_OK) {
+            return st;
+        }
+    }
     pthread_mutex_lock(&g->mutex);
     t.number = ++g->issued;
     pthread_mutex_unlock(&g->mutex);
