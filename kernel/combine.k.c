@@ -23,15 +23,15 @@ static K_INLINE k_bool reads_own_in_place(const struct k_combine_args *a) {
 /* Block 0. Ends with `go`, unless the operation has faulted. */
 static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
     const struct k_group *g = &a->g;
-    k_u32 sig[3];
-    sig[0] = signature(k, a->flags, a->topk, a->handle_id);
-    sig[1] = (k_u32)a->row_bytes;
-    sig[2] = (k_u32)a->dtype;
+    struct op_signature sig;
+    sig.word0 = signature(k, a->flags, a->topk, a->handle_id);
+    sig.word1 = (k_u32)a->row_bytes;
+    sig.word2 = (k_u32)a->dtype;
     for (k_i32 i = k->warp; i < g->num_ranks; i += k->num_warps) {
         k_i32 p = (g->rank + i) % g->num_ranks;
-        tell_ready(k, p, sig, a->h.send_base[p]);
+        tell_ready(k, p, &sig, a->h.send_base[p]);
     }
-    k_bool ok = await_all_ready(k, sig, a->h.remote_slot);
+    k_bool ok = await_all_ready(k, &sig, a->h.remote_slot);
     ok = k_barrier(k, ok);
     if (ok && k->warp == 0 && k->lane == 0) {
         k_publish_local(&g->ctl->go, K_WORD(k->epoch, 0));

@@ -141,18 +141,18 @@ static K_FN k_bool exchange_counts(struct k_thread *k, const struct k_dispatch_a
 /* Block 0. Ends with `go`, unless the operation has faulted. */
 static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) {
     const struct k_group *g = &a->g;
-    k_u32 sig[3];
-    sig[0] = signature(k, a->flags, a->topk, a->handle_id);
-    sig[1] = (k_u32)a->row_bytes;
-    sig[2] = (k_u32)(a->num_scales * a->scale_bytes);
+    struct op_signature sig;
+    sig.word0 = signature(k, a->flags, a->topk, a->handle_id);
+    sig.word1 = (k_u32)a->row_bytes;
+    sig.word2 = (k_u32)(a->num_scales * a->scale_bytes);
     for (k_i32 i = k->warp; i < g->num_ranks; i += k->num_warps) {
         k_i32 p = (g->rank + i) % g->num_ranks;
-        tell_ready(k, p, sig, (k_u32)a->slot);
+        tell_ready(k, p, &sig, (k_u32)a->slot);
         if (a->flags & K_DO_COUNTS) {
             tell_counts(k, a, p);
         }
     }
-    k_bool ok = await_all_ready(k, sig, a->h.remote_slot);
+    k_bool ok = await_all_ready(k, &sig, a->h.remote_slot);
     ok = k_barrier(k, ok);
     if (ok && (a->flags & K_DO_COUNTS)) {
         ok = exchange_counts(k, a);
