@@ -29,7 +29,8 @@ while IFS='|' read -r name flags test text; do
         continue
     fi
     # shellcheck disable=SC2086
-    TAP_TIMEOUT_SCALE=5 TAP_BUILD=$dir timeout -k 5 300 $prefix "$dir/tests/$test" \
+    TSAN_OPTIONS=halt_on_error=1 TAP_TIMEOUT_SCALE=5 TAP_BUILD=$dir \
+        timeout -k 5 60 $prefix "$dir/tests/$test" \
         >>"$log" 2>&1 </dev/null
     rc=$?
     if [ $rc != 0 ] && grep -q -e "$text" "$log"; then
