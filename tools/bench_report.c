@@ -36,7 +36,7 @@ int64_t bench_rows(const struct bench_case *c, bool remote) {
     return sum;
 }
 
-/* T rows go in, N are received, S selections leave in expanded output. */
+/* T rows go in, N are received, R of them by other ranks, S selections are in expanded output. */
 struct bench_line bench_line(const struct bench_case *c, enum bench_phase phase) {
     struct bench_line line = {phase_names[phase][0], phase_names[phase][1], "", 0, 0, 0, 0};
     bool combine = phase == PHASE_COMBINE_ARENA || phase == PHASE_COMBINE_MEMORY;
@@ -46,6 +46,7 @@ struct bench_line bench_line(const struct bench_case *c, enum bench_phase phase)
     }
     int64_t t = c->p.ranks * c->p.tokens;
     int64_t n = bench_rows(c, false);
+    int64_t r = bench_rows(c, true);
     int64_t s = c->selections;
     double bytes = (double)(combine ? c->answer_bytes : c->row_bytes + c->scale_bytes);
     if (c->p.expanded) {
@@ -55,12 +56,14 @@ struct bench_line bench_line(const struct bench_case *c, enum bench_phase phase)
     } else if (arena) {
         line.formula = "read T + write N";
         line.limit_bytes = bytes * (double)(t + n);
+    } else if (combine) { /* answers of a rank to itself are read where they are */
+        line.formula = "read R + write R + read N + write T";
+        line.limit_bytes = bytes * (double)(r + r + n + t);
     } else {
-        line.formula = combine ? "read N + write N + read N + write T"
-                               : "read T + write N + read N + write N";
+        line.formula = "read T + write N + read N + write N";
         line.limit_bytes = bytes * (double)(t + n + n + n);
     }
-    line.remote_bytes = bytes * (double)bench_rows(c, true);
+    line.remote_bytes = bytes * (double)r;
     line.logical_bytes = bytes * (double)n / (double)c->p.ranks;
     line.limit_ns = line.limit_bytes / bench_memcpy_rate(c);
     return line;
@@ -81,7 +84,7 @@ static void print_heading(const struct bench_case *c) {
     printf("libep %s, host backend: %d ranks as %s on %d cores\n"
            "%d tokens per rank, hidden %d, %s, top-%d of %d experts, %s routing%s, %s output\n"
            "%d iterations after %d, seed %d, workers %d, data %s; arena %s per rank\n"
-           "rows: T = %s in, N = %s received (%s by other ranks), S = %s selections;\n"
+           "rows: T = %s in, N = %s received, R = %s of them by other ranks, S = %s selections;\n"
            "busiest rank %.2f x the mean\n\n",
            text_version().s, (int)p->ranks, p->threads ? "threads" : "processes", num_cores(),
            (int)p->tokens, (int)p->hidden, dtype_names[p->dtype], (int)p->topk, (int)p->experts,
