@@ -294,7 +294,13 @@ build/gate: tests/gate/gate.c
 	$(SAY) CC $<
 	$(Q)$(CC) -std=c11 -D_GNU_SOURCE -O1 -g $(WARN) -I. $< -o $@ -ldl
 
--include $(LIB_OBJ:.o=.d) $(TOOL_OBJ:.o=.d) $(SUPPORT_OBJ:.o=.d) \
+# For GPU machines (scripts/gpu.sh): the kernels on GPUs, checked and measured. Needs no CUDA.
+CUDA_TRY_OBJ := $(patsubst %.c,$(B)/obj/%.o,$(sort $(wildcard tests/cuda/*.c)))
+$(B)/cuda_try: $(CUDA_TRY_OBJ) $(B)/libtest.a $(B)/libep.a
+	$(SAY) LINK $@
+	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+-include $(CUDA_TRY_OBJ:.o=.d) $(LIB_OBJ:.o=.d) $(TOOL_OBJ:.o=.d) $(SUPPORT_OBJ:.o=.d) \
     $(TEST_SRC:%.c=$(B)/obj/%.d) $(FUZZ_SRC:%.c=$(B)/obj/%.d)
 
 # ---- installation -----------------------------------------------------------------------

@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Memory, streams and events of a device. Owns nothing: what is created here is the caller's to
+ * free, with the device it came from. Any thread. Copies of pageable memory go through the stream
+ * too and are waited for, because our streams are not ordered with the default stream.
+ */
+#include "src/cu/driver.h"
+
+#define HOST_ALLOC_PORTABLE 1u
+#define HOST_ALLOC_DEVICEMAP 2u
+#define STREAM_NON_BLOCKING 1u
+#define WAIT_VALUE_GEQ 0u
+
+/* `call` within the device's context. */
+#define WITHIN(d, call)                                                                        \
+    do {                                                                                       \
+        ep_status st_ = epi_cu_enter(d);                                                       \
+        if (st_ == EP_OK) {                                                                    \
+            st_ = (call);                                                                      \
+            epi_cu_leave();                                                                    \
+        }                                                                                      \
+        return st_;                                                                            \
+    } while (0)
+
+ep_status epi_cu_alloc(const struct epi_cu_device *d, uint64_t *at, size_t bytes) {
+    uint64_t got = 0;
+    if (epi_alloc_should_fail()) {
+        return epi_fail(EP_ERR_NOMEM, "no device memory (%zu bytes)", bytes);
+    }
+    ep_status st = epi_cu_enter(d);
+    if (st == EP_OK) {
+        st = CU(MemAlloc, &got, bytes ? bytes : 1);
+        epi_cu_leave();
+    }
+    if (st == EP_ERR_NOMEM) {
+        return epi_fail(st, "no memory on device %d (%zu bytes): %s", d->index, bytes,
+                        epi_error_text());
+    }
+    if (st == EP_OK) {
+        *at = got;
+    }
+    return st;
+}
+
+void epi_cu_free(const struct epi_cu_device *d, uint64_t *at) {
+    if (*at && epi_cu_enter(d) == EP_OK) {
+        epi_cu_driver.MemFree(*at);
+        epi_cu_leave();
+    }
+    *at = 0;
+}
+
+ep_status epi_cu_alloc_host(const struct epi_cu_device *d, void **p, size_t bytes) {
+    WITHIN(d,
+           CU(MemHostAlloc, p, bytes ? bytes : 1, HOST_ALLOC_PORTABLE | HOST_ALLOC_DEVICEMAP));
+}
+
+void epi_cu_free_host(const struct epi_cu_device *d, void **p) {
+    if (*p && epi_cu_enter(d) == EP_OK) {
+        epi_cu_driver.MemFreeHost(*p);
+        epi_cu_leave();
+    }
+    *p = NULL;
+}
+
+static ep_status then_sync(ep_status st, void *stream) {
+    return st == EP_OK ? CU(StreamSynchronize, stream) : st;
+}
+
+ep_status epi_cu_copy_in(const struct epi_cu_device *d, void *stream, uint64_t to,
+                         const void *from, size_t bytes) {
+    if (bytes == 0) {
+        return EP_OK;
+    }
+    WITHIN(d, then_sync(CU(MemcpyHtoDAsync, to, from, bytes, stream), stream));
+}
+
+ep_status epi_cu_copy_out(const struct epi_cu_device *d, void *stream, void *to, uint64_t from,
+                          size_t bytes) {
+    if (bytes == 0) {
+        return EP_OK;
+    }
+    WITHIN(d, then_sync(CU(MemcpyDtoHAsync, to, from, bytes, stream), stream));
+}
+
+ep_status epi_cu_copy(const struct epi_cu_device *d, void *stream, uint64_t to, uint64_t from,
+                      size_t bytes) {
+    if (bytes == 0) {
+        return EP_OK;
+    }
+    WITHIN(d, CU(MemcpyDtoDAsync, to, from, bytes, stream));
+}
+
+ep_status epi_cu_copy_out_async(const struct epi_cu_device *d, void *stream, void *pinned,
+                                uint64_t from, size_t bytes) {
+    WITHIN(d, CU(MemcpyDtoHAsync, pinned, from, bytes, stream));
+}
+
+ep_status epi_cu_fill(const struct epi_cu_device *d, void *stream, uint64_t at, int byte,
+                      size_t bytes) {
+    if (bytes == 0) {
+        return EP_OK;
+    }
+    WITHIN(d, CU(MemsetD8Async, at, (unsigned char)byte, bytes, stream));
+}
+
+ep_status epi_cu_stream_create(const struct epi_cu_device *d, void **stream) {
+    WITHIN(d, CU(StreamCreate, stream, STREAM_NON_BLOCKING));
+}
+
+void epi_cu_stream_destroy(const struct epi_cu_device *d, void **stream) {
+    if (*stream && epi_cu_enter(d) == EP_OK) {
+        epi_cu_driver.StreamDestroy(*stream);
+        epi_cu_leave();
+    }
+    *stream = NULL;
+}
+
+ep_status epi_cu_stream_query(const struct epi_cu_device *d, void *stream) {
+    WITHIN(d, CU(StreamQuery, stream));
+}
+
+ep_status epi_cu_stream_sync(const struct epi_cu_device *d, void *stream) {
+    WITHIN(d, CU(StreamSynchronize, stream));
+}
+
+ep_status epi_cu_stream_hold(const struct epi_cu_device *d, void *stream, uint32_t *word,
+                             uint32_t value) {
+    if (!epi_cu_driver.StreamWaitValue32) {
+        return epi_fail(EP_ERR_UNSUPPORTED, "the driver has no cuStreamWaitValue32");
+    }
+    WITHIN(d, CU(StreamWaitValue32, stream, (uint64_t)(uintptr_t)word, value, WAIT_VALUE_GEQ));
+}
+
+ep_status epi_cu_event_create(const struct epi_cu_device *d, void **event) {
+    WITHIN(d, CU(EventCreate, event, 0));
+}
+
+void epi_cu_event_destroy(const struct epi_cu_device *d, void **event) {
+    if (*event && epi_cu_enter(d) == EP_OK) {
+        epi_cu_driver.EventDestroy(*event);
+        epi_cu_leave();
+    }
+    *event = NULL;
+}
+
+ep_status epi_cu_event_record(const struct epi_cu_device *d, void *event, void *stream) {
+    WITHIN(d, CU(EventRecord, event, stream));
+}
+
+ep_status epi_cu_event_wait(const struct epi_cu_device *d, void *stream, void *event) {
+    WITHIN(d, CU(StreamWaitEvent, stream, event, 0));
+}
+
+ep_status epi_cu_event_elapsed(const struct epi_cu_device *d, void *a, void *b, double *us) {
+    float ms = 0;
+    ep_status st = epi_cu_enter(d);
+    if (st == EP_OK) {
+        st = CU(EventElapsedTime, &ms, a, b);
+        epi_cu_leave();
+    }
+    if (st == EP_OK) {
+        *us = (double)ms * 1000;
+    }
+    return st;
+}

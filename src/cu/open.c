@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The driver and its devices. Owns the table of the driver's functions, filled once per process
+ * and never emptied, and the retained primary contexts. Any thread; callers that open at the same
+ * time wait for the first. Must not keep a context current behind the caller's back.
+ */
+#include "src/cu/driver.h"
+
+#include <dlfcn.h>
+#include <string.h>
+
+#define CU_CUDA_VERSION_MIN 12000
+
+enum device_attribute {
+    MULTIPROCESSOR_COUNT = 16,
+    COMPUTE_CAPABILITY_MAJOR = 75,
+    COMPUTE_CAPABILITY_MINOR = 76,
+    COOPERATIVE_LAUNCH = 95,
+    MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
+};
+
+struct cu_driver epi_cu_driver;
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
+static bool is_open;
+static int driver_version, num_devices;
+
+static ep_status load_symbols(void *lib) {
+#define LOAD(name, symbol, args) *(void **)&epi_cu_driver.name = dlsym(lib, symbol);
+    CU_SYMBOLS(LOAD)
+    CU_OPTIONAL_SYMBOLS(LOAD)
+#undef LOAD
+#define CHECK(name, symbol, args)                                                              \
+    if (!epi_cu_driver.name) {                                                                 \
+        return epi_fail(EP_ERR_UNSUPPORTED,                                                    \
+                        "NVIDIA's driver library has no %s: a driver for CUDA 12.0 or "        \
+                        "later is needed",                                                     \
+                        symbol);                                                               \
+    }
+    CU_SYMBOLS(CHECK)
+#undef CHECK
+    return EP_OK;
+}
+
+static ep_status open_driver(void) {
+    void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!lib) {
+        return epi_fail(EP_ERR_UNSUPPORTED,
+                        "NVIDIA's driver library cannot be loaded (%s): is the driver "
+                        "installed?",
+                        dlerror());
+    }
+    ep_status st = load_symbols(lib);
+    if (st == EP_OK) {
+        st = CU(Init, 0);
+    }
+    if (st == EP_OK) {
+        st = CU(DriverGetVersion, &driver_version);
+    }
+    if (st == EP_OK) {
+        st = CU(DeviceGetCount, &num_devices);
+    }
+    if (st == EP_OK && driver_version < CU_CUDA_VERSION_MIN) {
+        st = epi_fail(EP_ERR_UNSUPPORTED,
+                      "the driver is for CUDA %d.%d, at least 12.0 is needed",
+                      driver_version / 1000, driver_version % 1000 / 10);
+    }
+    if (st == EP_OK && num_devices == 0) {
+        st = epi_fail(EP_ERR_UNSUPPORTED, "the driver shows no device to this process "
+                                          "(CUDA_VISIBLE_DEVICES?)");
+    }
+    if (st != EP_OK) {
+        dlclose(lib);
+    }
+    return st;
+}
+
+ep_status epi_cu_open(void) {
+    ep_status st = EP_OK;
+    pthread_mutex_lock(&mutex);
+    if (!is_open) {
+        st = open_driver();
+        is_open = st == EP_OK;
+    }
+    pthread_mutex_unlock(&mutex);
+    return st;
+}
+
+int epi_cu_driver_version(void) {
+    return driver_version;
+}
+
+int epi_cu_num_devices(void) {
+    return num_devices;
+}
+
+ep_status epi_cu_enter(const struct epi_cu_device *d) {
+    return CU(CtxPushCurrent, d->context);
+}
+
+void epi_cu_leave(void) {
+    void *context;
+    epi_cu_driver.CtxPopCurrent(&context);
+}
+
+static ep_status read_attributes(struct epi_cu_device *d) {
+    int cooperative = 0;
+    const struct {
+        int attribute;
+        int *to;
+    } wanted[] = {{MULTIPROCESSOR_COUNT, &d->num_sms},
+                  {COMPUTE_CAPABILITY_MAJOR, &d->major},
+                  {COMPUTE_CAPABILITY_MINOR, &d->minor},
+                  {COOPERATIVE_LAUNCH, &cooperative},
+                  {MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &d->max_shared_bytes}};
+    ep_status st = EP_OK;
+    for (size_t i = 0; st == EP_OK && i < sizeof(wanted) / sizeof(wanted[0]); i++) {
+        st = CU(DeviceGetAttribute, wanted[i].to, wanted[i].attribute, d->handle);
+    }
+    d->cooperative = cooperative != 0;
+    return st;
+}
+
+ep_status epi_cu_device_open(struct epi_cu_device *out, int index) {
+    struct epi_cu_device d;
+    memset(&d, 0, sizeof(d));
+    d.index = index;
+    ep_status st = epi_cu_open();
+    if (st == EP_OK && (index < 0 || index >= num_devices)) {
+        st = epi_fail(EP_ERR_UNSUPPORTED, "there is no CUDA device %d: %d are visible", index,
+                      num_devices);
+    }
+    if (st == EP_OK) {
+        st = CU(DeviceGet, &d.handle, index);
+    }
+    if (st == EP_OK) {
+        st = CU(DeviceGetName, d.name, (int)sizeof(d.name), d.handle);
+    }
+    if (st == EP_OK) {
+        st = CU(DeviceTotalMem, &d.memory_bytes, d.handle);
+    }
+    if (st == EP_OK) {
+        st = read_attributes(&d);
+    }
+    if (st == EP_OK && d.major < 8) {
+        st = epi_fail(EP_ERR_UNSUPPORTED,
+                      "device %d (%s) has compute capability %d.%d, at least 8.0 is needed",
+                      index, d.name, d.major, d.minor);
+    }
+    if (st == EP_OK) {
+        st = CU(DevicePrimaryCtxRetain, &d.context, d.handle);
+    }
+    if (st == EP_OK) {
+        *out = d;
+    }
+    return st;
+}
+
+void epi_cu_device_close(struct epi_cu_device *d) {
+    if (d->context) {
+        epi_cu_driver.DevicePrimaryCtxRelease(d->handle);
+    }
+    d->context = NULL;
+}
+
+ep_status epi_cu_peer(const struct epi_cu_device *d, const struct epi_cu_device *other) {
+    int can = 0;
+    ep_status st = CU(DeviceCanAccessPeer, &can, d->handle, other->handle);
+    if (st == EP_OK && !can) {
+        st = epi_fail(EP_ERR_UNSUPPORTED,
+                      "device %d cannot reach the memory of device %d (see nvidia-smi topo -m)",
+                      d->index, other->index);
+    }
+    if (st != EP_OK || (st = epi_cu_enter(d)) != EP_OK) {
+        return st;
+    }
+    int result = epi_cu_driver.CtxEnablePeerAccess(other->context, 0);
+    st = result == CU_PEER_ACCESS_ALREADY_ENABLED
+             ? EP_OK
+             : epi_cu_result(result, "cuCtxEnablePeerAccess");
+    epi_cu_leave();
+    return st;
+}
