@@ -111,8 +111,8 @@ struct k_ctl {
     k_u64 go_recv; /* {epoch | ..}: offsets of the output are known */
     k_u64 out;     /* warps that have left the current kernel */
     k_i64 timeout_ns;
-    k_u64
-        waiting; /* {since, in ms : 40 | phase : 8 | peer : 16} of some long wait, for the log */
+    k_i64 late_ns; /* a wait that lasts longer is worth a line in the log */
+    k_u64 waiting; /* {epoch | phase : 16 | peer : 16} of the last such wait */
     k_u64 wait_ns;
     k_u64 rows_sent, rows_received, remote_bytes, local_bytes;
     struct k_fault fault;

@@ -37,8 +37,12 @@ struct k_peer {
 
 #if defined(__CUDACC__)
 #include "kernel/lang_cuda.h"
+#define K_LATE(g, kind, word, waited_ns) k_poke(&(g)->ctl->waiting, word) /* the host looks */
 #else
 #include "kernel/lang_host.h"
+#define K_LATE(g, kind, word, waited_ns) epi_group_late(g, kind, word, waited_ns)
+/* The library's: logs a long wait, once for each operation (src/ep). */
+void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
 #endif
 
 #define K_WORD(epoch, value) (((k_u64)(k_u32)(epoch) << 32) | (k_u32)(value))
@@ -116,11 +120,10 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
         s->since = now;
     }
     k_i64 waited = now - s->since;
-    if (waited > K_LATE_NS) {
-        k_poke(&ctl->waiting,
-               ((k_u64)(s->since / 1000000) << 24) | ((k_u64)phase << 16) | (k_u64)(k_u16)peer);
-    }
     /* A block that waits for another of its rank is not the one to say for whom. */
+    if (waited > ctl->late_ns && phase != K_PHASE_SELF) {
+        K_LATE(k->g, k->kind, K_WORD(k->epoch, ((k_u32)phase << 16) | (k_u32)peer), waited);
+    }
     if (waited > (phase == K_PHASE_SELF ? 2 : 1) * ctl->timeout_ns) {
         struct k_blame b = {K_ERR_TIMEOUT, phase, peer, 0, 0, 0};
         k_raise(k, waited, b);

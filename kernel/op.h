@@ -50,18 +50,19 @@ struct op_signature {
     k_u32 word0, word1, word2;
 };
 
-static K_INLINE k_u32 signature_word(const struct op_signature *s, k_i32 i)
-{
+static K_INLINE k_u32 signature_word(const struct op_signature *s, k_i32 i) {
     return i == 0 ? s->word0 : i == 1 ? s->word1 : s->word2;
 }
 
 /* Lane 0 tells rank p: write to `where` of my arena for this operation, described by sig. */
-static K_INLINE void tell_ready(struct k_thread *k, k_i32 p, const struct op_signature *sig, k_u32 where) {
+static K_INLINE void tell_ready(struct k_thread *k, k_i32 p, const struct op_signature *sig,
+                                k_u32 where) {
     if (k->lane == 0) {
         const struct k_group *g = k->g;
         k_u64 at = ready_offset(g, k->epoch, g->rank);
         for (k_i32 i = 0; i < 3; i++) {
-            k_post(k_peer_at(g, p, at + 8ull * (k_u64)i), K_WORD(k->epoch, signature_word(sig, i)));
+            k_post(k_peer_at(g, p, at + 8ull * (k_u64)i),
+                   K_WORD(k->epoch, signature_word(sig, i)));
         }
         /* Released: what this rank read from the region before comes before p's writes to it. */
         k_publish(k_peer_at(g, p, at + 24ull), K_WORD(k->epoch, where));
@@ -72,7 +73,8 @@ static K_INLINE void tell_ready(struct k_thread *k, k_i32 p, const struct op_sig
  * The warp awaits rank p's ready message; its last word goes to *where. False after a fault, which
  * a signature that differs from `sig` also is.
  */
-static K_FN k_bool await_ready(struct k_thread *k, k_i32 p, const struct op_signature *sig, k_u32 *where) {
+static K_FN k_bool await_ready(struct k_thread *k, k_i32 p, const struct op_signature *sig,
+                               k_u32 *where) {
     const k_u64 *words = (const k_u64 *)k_own(k->g, ready_offset(k->g, k->epoch, p));
     for (k_i32 i = 0; i < K_READY_WORDS; i++) {
         k_u32 value = 0;
@@ -83,7 +85,8 @@ static K_FN k_bool await_ready(struct k_thread *k, k_i32 p, const struct op_sign
             *where = value;
         } else if (value != signature_word(sig, i)) {
             if (k->lane == 0) {
-                struct k_blame b = {K_ERR_MISMATCH, K_PHASE_READY, p, i, signature_word(sig, i), value};
+                struct k_blame b = {K_ERR_MISMATCH,         K_PHASE_READY, p, i,
+                                    signature_word(sig, i), value};
                 k_raise(k, 0, b);
             }
             return 0;
@@ -93,7 +96,8 @@ static K_FN k_bool await_ready(struct k_thread *k, k_i32 p, const struct op_sign
 }
 
 /* All warps of a block: all peers' ready messages. `wheres` [R] receives their last words. */
-static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature *sig, k_u32 *wheres) {
+static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature *sig,
+                                   k_u32 *wheres) {
     k_bool ok = 1;
     for (k_i32 p = k->warp; ok && p < k->g->num_ranks; p += k->num_warps) {
         k_u32 where = 0;

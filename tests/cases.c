@@ -85,7 +85,7 @@ struct ep_tensor case_tensor(struct pool *pool, int dtype, const void *packed, i
     if (rows && cols) {
         bytes = (size_t)((rows - 1) * t.stride[0] + (cols - 1) * t.stride[1] + 1) * elem;
     }
-    t.data = pool_fill(pool, bytes, 0xA5);
+    t.data = bytes ? pool_fill(pool, bytes, 0xA5) : NULL;
     for (int64_t i = 0; packed && i < rows * cols; i++) {
         const int64_t at = i / cols * t.stride[0] + i % cols * t.stride[1];
         memcpy((uint8_t *)t.data + (size_t)at * elem,

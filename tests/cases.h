@@ -97,7 +97,7 @@ void case_fill_bits(void *data, size_t bytes, uint64_t *state);
 int64_t case_rand(uint64_t *state, int64_t n);
 
 /* A tensor of the given stride holding a copy of packed[rows][cols], in memory just long
- * enough; with packed NULL the elements are 0xA5. */
+ * enough (NULL if it has no element); with packed NULL the elements are 0xA5. */
 struct ep_tensor case_tensor(struct pool *pool, int dtype, const void *packed, int64_t rows,
                              int64_t cols, enum case_stride stride);
 

@@ -328,7 +328,7 @@ static uint16_t store_f16(float f) {
     uint32_t kept, rest;
 
     if (exponent == 255 - 127 + 15) {
-        return (uint16_t)(sign | 0x7C00 | (fraction ? 0x200 | fraction >> 13 : 0));
+        return fraction ? 0x7FFF : (uint16_t)(sign | 0x7C00);
     }
     if (exponent >= 31) {
         return sign | 0x7C00;
@@ -350,7 +350,7 @@ static uint16_t store_bf16(float f) {
     uint32_t kept = bits >> 16;
 
     if ((bits & 0x7FFFFFFF) > 0x7F800000) {
-        return (uint16_t)(kept | 0x40); /* stays NaN */
+        return 0x7FFF;
     }
     if (rest > 0x8000 || (rest == 0x8000 && (kept & 1))) {
         kept++;

@@ -88,7 +88,8 @@ bool ref_goes_to(const struct ref_problem *p, int src, int64_t token, int dst);
 /* Experts of a rank. */
 int ref_num_local(const struct ref_problem *p, int rank);
 
-/* One element of EP_BF16, EP_F16 or EP_F32 to float and back, rounded to nearest even. */
+/* One element of EP_BF16, EP_F16 or EP_F32 to float and back, rounded to nearest even; rounded
+ * to 16 bits every NaN becomes 0x7fff, which is what GPUs make of it. */
 float ref_load(int dtype, const void *from);
 void ref_store(int dtype, float value, void *to);
 

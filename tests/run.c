@@ -32,7 +32,7 @@ static struct output *output_create(struct run *r, enum trial_output which, int 
     o->got = pool_fill(&r->pool, o->bytes, POISON);
     o->want = pool_fill(&r->pool, o->bytes, POISON);
     o->any = pool_zero(&r->pool, o->bytes);
-    o->t.data = o->got + GUARD;
+    o->t.data = rows && cols ? o->got + GUARD : NULL;
     return o;
 }
 

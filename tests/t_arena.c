@@ -11,6 +11,12 @@
 
 #define NUM_SLOTS 3
 
+/* The same routing and forms with other rows and other answers in each slot. */
+struct scene {
+    struct test_case c[NUM_SLOTS];
+    struct trial t[NUM_SLOTS];
+};
+
 static void views(uint64_t seed) {
     for (int i = 0; i < 12; i++) {
         struct test_case c;
@@ -72,11 +78,12 @@ static void shorten(struct run *r, struct ep_tensor *view) {
 }
 
 static void in_place(struct world *w) {
+    const struct scene *s = w->ctx;
     struct run r;
     struct ep_tensor view;
     ep_handle *handle = NULL;
 
-    run_create(&r, w, w->ctx);
+    run_create(&r, w, &s->t[0]);
     world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
     world_is(w, run_route(&r, handle, NULL), EP_OK, "ep_handle_route");
     for (int i = 0; i < 2 * NUM_SLOTS + 1; i++) {
@@ -100,13 +107,13 @@ static void in_place(struct world *w) {
 /* NUM_SLOTS handles, each with a view that stays as it is until as many dispatches have passed;
  * then the answers go back from all of them. */
 static void slots_in_turn(struct world *w) {
-    const struct trial *t = w->ctx;
+    const struct scene *s = w->ctx;
     struct run r[NUM_SLOTS];
     struct ep_tensor view[NUM_SLOTS];
     ep_handle *handle[NUM_SLOTS] = {NULL};
 
     for (int i = 0; i < NUM_SLOTS; i++) {
-        run_create(&r[i], w, t);
+        run_create(&r[i], w, &s->t[i]);
         world_is(w, ep_handle_create(&handle[i], w->group, NULL), EP_OK, "ep_handle_create");
         world_is(w, run_route(&r[i], handle[i], NULL), EP_OK, "ep_handle_route");
     }
@@ -129,40 +136,52 @@ static void slots_in_turn(struct world *w) {
     }
 }
 
-static void run(uint64_t seed, int variant, void (*body)(struct world *w), const char *name) {
+static void scene_create(struct scene *s, uint64_t seed, int variant) {
     static const int dtypes[] = {EP_BF16, EP_F32, EP_F16};
     struct form form = {.arena = true, .id_dtype = EP_I64, .num_bias = 1};
-    struct test_case c;
-    struct trial t;
-    struct world_setup s;
 
     form.expanded = variant % 2;
     form.weighted = variant / 2 % 2;
     form.alignment = variant % 4 == 3 ? 4 : 1;
-    case_default(&c, 4, seed + (uint64_t)variant);
-    c.row_dtype = variant % 3 ? EP_U8 : EP_BF16; /* answers of another type and length */
-    case_build(&c);
-    trial_init(&t, &c);
-    trial_form(&t, &form);
-    t.dtype = dtypes[variant % 3];
-    t.hidden = variant % 3 == 2 ? 32 : 96;
-    trial_build(&t);
-    trial_setup(&s, &t);
-    s.config.num_slots = NUM_SLOTS;
-    s.processes = variant >= 4;
-    s.body = body;
-    ok(world_run(&s) == 0, "%s, variant %d", name, variant);
-    trial_free(&t);
-    case_free(&c);
+    for (int i = 0; i < NUM_SLOTS; i++) {
+        case_default(&s->c[i], 4, seed + (uint64_t)variant);
+        s->c[i].data_seed += (uint64_t)i;
+        s->c[i].row_dtype =
+            variant % 3 ? EP_U8 : EP_BF16; /* answers of another type and size */
+        case_build(&s->c[i]);
+        trial_init(&s->t[i], &s->c[i]);
+        trial_form(&s->t[i], &form);
+        s->t[i].dtype = dtypes[variant % 3];
+        s->t[i].hidden = variant % 3 == 2 ? 32 : 96;
+        trial_build(&s->t[i]);
+    }
+}
+
+static void run(uint64_t seed, int variant, void (*body)(struct world *w), const char *name) {
+    struct scene s;
+    struct world_setup setup;
+
+    scene_create(&s, seed, variant);
+    trial_setup(&setup, &s.t[0]);
+    setup.config.num_slots = NUM_SLOTS;
+    setup.processes = variant >= 4;
+    setup.body = body;
+    setup.ctx = &s;
+    ok(world_run(&setup) == 0, "%s, variant %d", name, variant);
+    for (int i = 0; i < NUM_SLOTS; i++) {
+        trial_free(&s.t[i]);
+        case_free(&s.c[i]);
+    }
 }
 
 /* What ep_handle_arena refuses. */
 static void refusals(struct world *w) {
+    const struct scene *s = w->ctx;
     struct run r;
     struct ep_tensor view = EP_TENSOR_INIT;
     ep_handle *handle = NULL;
 
-    run_create(&r, w, w->ctx);
+    run_create(&r, w, &s->t[0]);
     world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
     world_fails(w, ep_handle_arena(handle, 0, EP_BF16, 64, &view), EP_ERR_STATE, "dispatch",
                 "the arena before a dispatch");
@@ -182,7 +201,7 @@ static void refusals(struct world *w) {
     world_fails(w, ep_dispatch(handle, &r.dispatch, NULL), EP_ERR_ARG, "EP_GROUP_EXPANDED_VIEW",
                 "dispatch into an expanded view without room for it");
     run_free(&r);
-    trial_pass(w, w->ctx, handle);
+    trial_pass(w, &s->t[0], handle);
     ep_handle_destroy(&handle);
 }
 

@@ -245,6 +245,12 @@ static const char *spoil_dispatch(struct scene *s, int i) {
         expanded(s);
         s->d.recv_topk_weights = &s->recv_weights_t;
         return "recv_topk_weights|2";
+    case 8:
+        s->x_t.data = (uint8_t *)s->x + 2;
+        return "x|16";
+    case 9:
+        s->recv_x_t.data = (uint8_t *)s->recv_x + 8;
+        return "recv_x|16";
     default:
         return NULL;
     }
@@ -351,6 +357,22 @@ static void versions(struct world *w, struct scene *s, ep_handle *handle) {
     world_fails(w, ep_handle_route(handle, NULL, NULL), EP_ERR_ARG, "routing|NULL", "nothing");
 }
 
+/* A handle of its own limits, below the group's. */
+static void small_handle(struct world *w, struct scene *s) {
+    struct ep_handle_config config = EP_HANDLE_CONFIG_INIT;
+    ep_handle *handle = NULL;
+
+    config.max_tokens = 2;
+    world_is(w, ep_handle_create(&handle, w->group, &config), EP_OK, "ep_handle_create");
+    world_fails(w, ep_handle_route(handle, &s->r, NULL), EP_ERR_ARG, "topk_ids|3|2", "tokens");
+    ep_handle_destroy(&handle);
+    config.max_tokens = 0;
+    config.max_topk = 1;
+    world_is(w, ep_handle_create(&handle, w->group, &config), EP_OK, "ep_handle_create");
+    world_fails(w, ep_handle_route(handle, &s->r, NULL), EP_ERR_ARG, "topk_ids|2|1", "top-k");
+    ep_handle_destroy(&handle);
+}
+
 static void layouts(struct world *w, struct scene *s, ep_handle *handle) {
     struct ep_layout layout = EP_LAYOUT_INIT;
     struct ep_tensor t;
@@ -403,6 +425,7 @@ static void body(struct world *w) {
     world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
     states(w, s, handle);
     each(w, s, handle, 'r', routing_rules, spoil_routing);
+    small_handle(w, s);
     world_is(w, ep_handle_route(handle, &s->r, NULL), EP_OK, "ep_handle_route");
     layouts(w, s, handle);
     /* Rank 1 makes the right call at once, and waits in it while rank 0 errs. */

@@ -46,7 +46,7 @@ static void left_in_bounds(struct run *r, int64_t rows, bool arrived) {
         const uint8_t *data = o->t.data;
         const bool counts = i >= OUT_COUNTS, minus = i == OUT_IDS || i == OUT_SOURCE;
         size_t used;
-        if (!o->got) {
+        if (!data) {
             continue;
         }
         used = (size_t)((counts ? o->t.shape[0] : rows) * o->t.stride[0]) *

@@ -4,6 +4,7 @@
  * expanded), with biases and top-k weights back, in every type.
  */
 #include <stdio.h>
+#include <string.h>
 
 #include "tests/tap.h"
 #include "tests/trial.h"
@@ -86,12 +87,39 @@ static void overflow(uint64_t seed) {
             ref_store(EP_F16, 30000.0f + (float)(i % 1000), t.answers[r].x + 2 * i);
         }
     }
-    for (int r = 0; r < 3; r++) {
-        const struct ref_combine in = {t.dtype, t.hidden, t.recv, t.answers};
-        const uint8_t *bias[2] = {NULL, NULL};
-        ref_combine(&c.problem, r, &in, bias, t.y[r], t.y_topk[r]);
-    }
+    trial_rebuild(&t);
     trial_run(&t, false, "f16 sums that overflow");
+    trial_free(&t);
+    case_free(&c);
+}
+
+/* Every 16-bit number once, infinities and NaNs too, plain and times a weight. */
+static void every_number(uint64_t seed, int d, bool expanded) {
+    const struct form form = {.expanded = expanded, .weighted = true, .id_dtype = EP_I64};
+    struct test_case c;
+    struct trial t;
+    char name[64];
+
+    case_default(&c, 1, seed);
+    c.max_tokens = 16;
+    c.tokens = TOKENS_MAX;
+    c.topk = 1;
+    case_build(&c);
+    trial_init(&t, &c);
+    trial_form(&t, &form);
+    t.dtype = dtypes[d];
+    t.hidden = 8192;
+    trial_build(&t);
+    for (int64_t i = 0; i < t.recv[0].num_rows * t.hidden; i++) {
+        const uint16_t bits = (uint16_t)(i % (8 * t.hidden));
+        memcpy(t.answers[0].x + 2 * i, &bits, 2);
+    }
+    for (int64_t i = 0; i < t.recv[0].num_rows / 2; i++) {
+        t.answers[0].weights[i] = 1;
+    }
+    trial_rebuild(&t);
+    snprintf(name, sizeof(name), "every %s%s", dtype_names[d], expanded ? ", expanded" : "");
+    trial_run(&t, false, name);
     trial_free(&t);
     case_free(&c);
 }
@@ -131,6 +159,9 @@ int main(void) {
     every_option(seed);
     every_rank_its_own_options(seed + 1000);
     overflow(seed + 2000);
+    for (int i = 0; i < 4; i++) {
+        every_number(seed + 2500 + (uint64_t)i, i % 2, i / 2);
+    }
     shapes(seed + 3000);
     return done_testing();
 }

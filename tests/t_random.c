@@ -1,14 +1,21 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Random cases in random forms against the reference, byte by byte: EP_CASES of them. A failing
- * case prints the EP_SEED that replays it alone (with EP_CASES=1).
+ * Random cases in random forms against the reference, byte by byte: EP_CASES of them, or the
+ * number below times TAP_EFFORT. A failing case prints the EP_SEED that replays it alone (with
+ * EP_CASES=1).
  */
 #include <stdlib.h>
 
 #include "tests/tap.h"
 #include "tests/trial.h"
 
-#define DEFAULT_CASES 300
+#if defined(__SANITIZE_THREAD__)
+#define DEFAULT_CASES 150
+#elif defined(__SANITIZE_ADDRESS__)
+#define DEFAULT_CASES 500
+#else
+#define DEFAULT_CASES 1500
+#endif
 
 /* A pass, then cached dispatches and combines, and now and then a new routing. */
 static void body(struct world *w) {
@@ -75,7 +82,7 @@ static bool one_case(uint64_t seed) {
 
 int main(void) {
     const char *text = getenv("EP_CASES");
-    const int cases = text && atoi(text) > 0 ? atoi(text) : DEFAULT_CASES;
+    const int cases = text && atoi(text) > 0 ? atoi(text) : DEFAULT_CASES * tap_effort();
     const uint64_t seed = tap_seed();
     int failed = 0;
 

@@ -52,8 +52,9 @@ int main(void) {
            store(EP_F16, 0x1p-40f) == 0,
        "f16: half of the smallest denormal is zero, more is not");
     ok(store(EP_BF16, 0x1.fffffep127f) == 0x7F80, "bf16: the largest float32 becomes infinity");
-    ok(isnan(load(EP_F16, store(EP_F16, NAN))) && isnan(load(EP_BF16, store(EP_BF16, NAN))),
-       "NaN stays NaN");
+    ok(isnan(load(EP_F16, store(EP_F16, NAN))) && isnan(load(EP_BF16, store(EP_BF16, NAN))) &&
+           store(EP_F16, -NAN) == 0x7FFF && store(EP_BF16, -NAN) == 0x7FFF,
+       "NaN stays NaN, the one of GPUs");
     ok(store(EP_F16, -INFINITY) == 0xFC00 && store(EP_BF16, -INFINITY) == 0xFF80 &&
            isinf(load(EP_F16, 0x7C00)),
        "infinity stays infinity");

@@ -89,21 +89,31 @@ static void build_answers(struct trial *t, int rank, uint64_t *s) {
     }
 }
 
-static void build_result(struct trial *t, int rank, uint64_t *s) {
-    const struct test_case *c = t->c;
+/* What combine must give a rank. */
+static void build_result(struct trial *t, int rank) {
     const struct ref_combine in = {t->dtype, t->hidden, t->recv, t->answers};
-    const int64_t tokens = c->in[rank].num_tokens;
+    const int64_t tokens = t->c->in[rank].num_tokens;
     const size_t bytes = (size_t)(tokens * t->hidden) * ep_dtype_bytes((ep_dtype)t->dtype);
-    const uint8_t *bias[2] = {NULL, NULL};
+    const uint8_t *bias[2] = {t->bias[0][rank], t->bias[1][rank]};
+
+    t->y[rank] = pool_zero(&t->pool, bytes);
+    t->y_topk[rank] = t->back ? pool_zero(&t->pool, (size_t)(tokens * t->c->topk) * 4) : NULL;
+    ref_combine(&t->c->problem, rank, &in, bias, t->y[rank], t->y_topk[rank]);
+}
+
+void trial_rebuild(struct trial *t) {
+    for (int r = 0; r < t->c->num_ranks; r++) {
+        build_result(t, r);
+    }
+}
+
+static void build_bias(struct trial *t, int rank, uint64_t *s) {
+    const int64_t n = t->c->in[rank].num_tokens * t->hidden;
 
     for (int b = 0; b < t->form[rank].num_bias; b++) {
-        t->bias[b][rank] = pool_zero(&t->pool, bytes);
-        case_fill_finite(t->dtype, t->bias[b][rank], tokens * t->hidden, s);
-        bias[b] = t->bias[b][rank];
+        t->bias[b][rank] = pool_zero(&t->pool, (size_t)n * ep_dtype_bytes((ep_dtype)t->dtype));
+        case_fill_finite(t->dtype, t->bias[b][rank], n, s);
     }
-    t->y[rank] = pool_zero(&t->pool, bytes);
-    t->y_topk[rank] = t->back ? pool_zero(&t->pool, (size_t)(tokens * c->topk) * 4) : NULL;
-    ref_combine(&c->problem, rank, &in, bias, t->y[rank], t->y_topk[rank]);
 }
 
 void trial_build(struct trial *t) {
@@ -114,10 +124,9 @@ void trial_build(struct trial *t) {
         ref_dispatch(&t->pool, &t->c->problem, r, f->expanded, f->alignment ? f->alignment : 1,
                      &t->recv[r]);
         build_answers(t, r, &s);
+        build_bias(t, r, &s);
     }
-    for (int r = 0; r < t->c->num_ranks; r++) {
-        build_result(t, r, &s);
-    }
+    trial_rebuild(t);
 }
 
 void trial_free(struct trial *t) {

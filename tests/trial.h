@@ -63,6 +63,8 @@ void trial_random(struct trial *t, uint64_t seed);
 /* The same form on every rank. */
 void trial_form(struct trial *t, const struct form *form);
 void trial_build(struct trial *t);
+/* The results again, after a test has changed the answers. */
+void trial_rebuild(struct trial *t);
 void trial_free(struct trial *t);
 /* A group that is just large enough. */
 void trial_setup(struct world_setup *s, const struct trial *t);

@@ -36,7 +36,8 @@ ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *st
                               ep_status_string((ep_status)all[r].status), all[r].text);
             }
         }
-    } else if (mine != EP_OK) {
+    } else if (mine != EP_OK && mine != EP_ERR_UNSUPPORTED) {
+        /* What could not be reached was perhaps its owner's who has given up: that is in st. */
         st = epi_fail(mine, "%s", v.text);
     }
     epi_free(all);

@@ -275,6 +275,11 @@ ep_status epi_world_join(ep_world *world, int rank, int64_t timeout_ns,
     ep_status st = session_enter(world, rank, &session);
     pthread_mutex_unlock(&world->lock);
     if (st != EP_OK) {
+        /* This rank does not come; the others are told, if there is memory for that now. */
+        if (st == EP_ERR_NOMEM) {
+            epi_boot_world_fail(world, rank, "rendezvous: no memory");
+            epi_fail(st, "rendezvous: no memory");
+        }
         return st;
     }
     struct epi_deadline deadline = epi_deadline_after(timeout_ns);

@@ -51,7 +51,7 @@ ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *inf
     return st;
 }
 
-static ep_status create_checked(ep_group **out, const struct ep_group_config *config) {
+static ep_status check_config(const struct ep_group_config *config) {
     if (config->device == EP_DEVICE_CUDA) {
         return epi_fail(EP_ERR_UNSUPPORTED,
                         "ep_group_config.device is EP_DEVICE_CUDA: this version "
@@ -64,8 +64,12 @@ static ep_status create_checked(ep_group **out, const struct ep_group_config *co
                         config->device);
     }
     struct epi_plan plan;
-    TRY(epi_plan(config, config->num_ranks < 1 ? 1 : config->num_ranks, &plan));
-    return epi_group_create(out, config);
+    struct ep_group_config known = *config;
+    if (known.num_ranks < 1) { /* told when the ranks meet; then all of it is checked again */
+        known.num_ranks = 1;
+        known.expert_rank = NULL;
+    }
+    return epi_plan(&known, known.num_ranks, &plan);
 }
 
 ep_status ep_group_create(ep_group **out, const struct ep_group_config *config) {
@@ -73,12 +77,8 @@ ep_status ep_group_create(ep_group **out, const struct ep_group_config *config) 
     NOT_NULL("ep_group_create", config);
     SIZE_IS(ep_group_config, config);
     epi_clear_error();
-    ep_status st = create_checked(out, config);
-    if (st != EP_OK && config->world) {
-        /* The other threads may be waiting for this one to come. */
-        epi_boot_world_fail(config->world, config->rank, epi_error_text());
-    }
-    return st;
+    ep_status st = check_config(config);
+    return st == EP_OK ? epi_group_create(out, config) : epi_fail_to_come(config, st);
 }
 
 void ep_group_destroy(ep_group **group) {
@@ -297,12 +297,6 @@ ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int
 
 /* ---- dispatch ------------------------------------------------------------------------------- */
 
-/* A fault that was returned once is returned before anything else is looked at. */
-static ep_status check_alive(const ep_handle *h) {
-    return atomic_load(&h->group->fault_told) ? epi_group_check(h->group, h->group->issued)
-                                              : EP_OK;
-}
-
 static ep_status check_row_bytes(const ep_handle *h, const struct ep_tensor *x) {
     const int64_t bytes = x->shape[1] * (int64_t)ep_dtype_bytes((ep_dtype)x->dtype);
     const int64_t most = h->group->config.max_row_bytes;
@@ -376,14 +370,11 @@ static ep_status check_overlaps(const struct ep_dispatch_args *a, bool arena) {
         const char *name;
         const struct ep_tensor *t;
     } in[] = {{"x", a->x}, {"scales", a->scales}, {"topk_weights", a->topk_weights}},
-      out[] = {{"recv_x", arena ? NULL : a->recv_x},
-               {"recv_scales", a->recv_scales},
-               {"recv_topk_ids", a->recv_topk_ids},
-               {"recv_topk_weights", a->recv_topk_weights},
-               {"recv_source", a->recv_source},
-               {"expert_counts", a->expert_counts},
-               {"expert_offsets", a->expert_offsets},
-               {"num_rows", a->num_rows}};
+      out[] = {
+          {"recv_x", arena ? NULL : a->recv_x},  {"recv_scales", a->recv_scales},
+          {"recv_topk_ids", a->recv_topk_ids},   {"recv_topk_weights", a->recv_topk_weights},
+          {"recv_source", a->recv_source},       {"expert_counts", a->expert_counts},
+          {"expert_offsets", a->expert_offsets}, {"num_rows", a->num_rows}};
     for (size_t i = 0; i < sizeof(in) / sizeof(in[0]); i++) {
         for (size_t o = 0; o < sizeof(out) / sizeof(out[0]); o++) {
             if (epi_overlap(in[i].t, out[o].t)) {
@@ -418,7 +409,8 @@ static ep_status check_outputs(const ep_handle *h, const struct ep_dispatch_args
                         expand ? "expanded output" : "a mask routing");
     }
     if (a->expert_offsets && !expand) {
-        return epi_fail(EP_ERR_ARG, "expert_offsets: compact output has none, ask for expanded");
+        return epi_fail(EP_ERR_ARG,
+                        "expert_offsets: compact output has none, ask for expanded");
     }
     if (a->recv_topk_weights && !weights) {
         return epi_fail(EP_ERR_ARG, "recv_topk_weights is given and topk_weights is not");
@@ -465,7 +457,7 @@ static ep_status check_dispatch(const char *fn, const ep_handle *handle,
     NOT_NULL("ep_dispatch", handle);
     NOT_NULL("ep_dispatch", args);
     SIZE_IS(ep_dispatch_args, args);
-    TRY(check_alive(handle));
+    TRY(epi_group_refuse(handle->group));
     if (!handle->routed) {
         return epi_fail(EP_ERR_STATE, "%s: the handle is not routed", fn);
     }
@@ -552,7 +544,7 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
     NOT_NULL("ep_combine", handle);
     NOT_NULL("ep_combine", args);
     SIZE_IS(ep_combine_args, args);
-    TRY(check_alive(handle));
+    TRY(epi_group_refuse(handle->group));
     TRY(check_not_begun("ep_combine", handle));
     if (!handle->dispatched) {
         return epi_fail(EP_ERR_STATE, "ep_combine: the handle was not dispatched since it was "

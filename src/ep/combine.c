@@ -38,8 +38,8 @@ static ep_status run_combine(void *arg) {
     if (st == EP_OK && atomic_load(&t->h->unfit)) {
         st = epi_fail(EP_ERR_STATE, "combine after a dispatch that did not fit");
     } else if (st == EP_OK && (st = check_rows(t)) != EP_OK) {
-        epi_group_raise(g, st, g->rank,
-                        t->number); /* the peers are in this operation: do not let them wait */
+        /* The peers are in this operation: do not let them wait. */
+        epi_group_raise(g, st, g->rank, t->number);
     } else if (st == EP_OK) {
         const int64_t start = epi_now_ns();
         epi_run_kernel(g->run, EPI_KERNEL_COMBINE, &t->args, t->workers);

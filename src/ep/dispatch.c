@@ -247,7 +247,7 @@ static void issue(struct epi_dispatch_task *t, ep_handle *h, const struct ep_dis
 static void take_back(ep_handle *h) {
     ep_group *g = h->group;
     pthread_mutex_lock(&g->mutex);
-    if (atomic_load(&h->unfit) || epi_group_faulted(g)) {
+    if (atomic_load(&h->unfit) || epi_group_ends(g, g->issued)) {
         h->dispatched = false;
         g->begun = g->begun == h ? NULL : g->begun;
     }
@@ -280,4 +280,22 @@ ep_status epi_dispatch(ep_handle *h, const struct ep_dispatch_args *a, ep_stream
             h->expanded ? (int64_t)h->k.expert_start[g->num_local] : h->k.counts->rows;
     }
     return st;
+}
+
+void epi_dispatch_drop(ep_handle *h) {
+    ep_group *g = h->group;
+    struct epi_dispatch_task t;
+    pthread_mutex_lock(&g->mutex);
+    const bool begun = g->begun == h;
+    if (begun) {
+        issue(&t, h, NULL, EPI_DISPATCH_FINISH);
+    }
+    pthread_mutex_unlock(&g->mutex);
+    if (begun) {
+        t.args.flags |= K_DO_RECV;
+        t.args.alignment = 1;
+        t.args.capacity = INT32_MAX; /* no output has rows */
+        atomic_fetch_add(&h->pending, 1);
+        (void)epi_stream_submit(NULL, run_dispatch, &t, sizeof(t));
+    }
 }

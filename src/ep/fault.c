@@ -15,22 +15,32 @@ static const k_u64 *own_abort(const ep_group *g) {
     return (const k_u64 *)((const char *)epi_mem_arena(g->mem, g->rank) + g->plan.map.abort);
 }
 
-bool epi_group_faulted(ep_group *g) {
-    return read_word(&g->ctl->abort) != 0 || (g->mem && read_word(own_abort(g)) != 0);
+/* A peer in ep_group_destroy leaves an abort word without a status, of the first operation that
+ * it takes no part in. That is a fault only to a rank that issues such an operation. */
+static bool is_goodbye(k_u64 w) {
+    return w != 0 && K_ABORT_STATUS(w) == EP_OK;
 }
 
-static bool ends(ep_group *g, uint64_t n) {
+bool epi_group_faulted(ep_group *g) {
+    const k_u64 told = read_word(own_abort(g));
+    return read_word(&g->ctl->abort) != 0 || (told != 0 && !is_goodbye(told));
+}
+
+bool epi_group_ends(ep_group *g, uint64_t n) {
     const k_u64 told = read_word(own_abort(g));
     return read_word(&g->ctl->abort) != 0 || K_ABORT_ENDS(told, (k_u32)n);
 }
 
-void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n) {
-    k_u64 zero = 0, code = K_ABORT_PACK((int)status, g->rank, subject, 0, 0, n);
-    atomic_compare_exchange_strong((_Atomic k_u64 *)&g->ctl->abort, &zero, code);
+void epi_group_leave(ep_group *g) {
+    pthread_mutex_lock(&g->mutex);
+    const k_u64 code = K_ABORT_PACK(EP_OK, g->rank, g->rank, 0, 0, g->issued + 1);
+    pthread_mutex_unlock(&g->mutex);
     for (int r = 0; r < g->num_ranks; r++) {
+        k_u64 zero = 0; /* a fault says more than a goodbye */
         if (r != g->rank) {
             char *arena = epi_mem_arena(g->mem, r);
-            atomic_store((_Atomic k_u64 *)(arena + g->plan.map.abort), code);
+            atomic_compare_exchange_strong((_Atomic k_u64 *)(arena + g->plan.map.abort), &zero,
+                                           code);
         }
     }
 }
@@ -98,14 +108,22 @@ static void describe_own(const ep_group *g, struct ep_fault *f) {
 }
 
 /* From an abort word: what a peer, the boot or the caller said. */
-static void describe_word(const ep_group *g, k_u64 w, struct ep_fault *f) {
-    f->status = K_ABORT_STATUS(w);
+static void describe_word(ep_group *g, k_u64 w, struct ep_fault *f) {
+    const uint64_t told = atomic_load(&g->fault_told);
+    f->status = is_goodbye(w) ? EP_ERR_PEER : K_ABORT_STATUS(w);
     f->rank = K_ABORT_SUBJECT(w);
     f->reporter = K_ABORT_REPORTER(w);
     f->operation = K_ABORT_KIND(w);
-    f->epoch = (uint32_t)g->ctl->epoch + 1;
+    f->epoch = (uint32_t)(told ? told : read_word(&g->ctl->epoch) + 1);
     epi_format(f->phase, sizeof(f->phase), "%s", phase_name(K_ABORT_PHASE(w)));
-    if (f->status == EP_ERR_PEER) {
+    if (is_goodbye(w)) {
+        f->reporter = g->rank;
+        epi_format(f->message, sizeof(f->message),
+                   "rank %d has called ep_group_destroy and takes no part in operation %u of "
+                   "rank %d",
+                   f->rank, f->epoch, g->rank);
+    } else if (f->status == EP_ERR_PEER) {
+        f->reporter = g->rank; /* each rank's boot tells it */
         epi_format(f->message, sizeof(f->message), "rank %d died%s%s (noticed by rank %d)",
                    f->rank, g->dead_why[0] ? ": " : "", g->dead_why, f->reporter);
     } else if (f->status == EP_ERR_INTERRUPTED) {
@@ -113,9 +131,10 @@ static void describe_word(const ep_group *g, k_u64 w, struct ep_fault *f) {
                    f->reporter);
     } else {
         epi_format(f->message, sizeof(f->message),
-                   "rank %d ended the group: %s in a %s, phase %s, about rank %d", f->reporter,
-                   ep_status_string((ep_status)f->status), operation_name(f->operation),
-                   f->phase[0] ? f->phase : "none", f->rank);
+                   "rank %d ended the group: %s in %s%s%s, about rank %d", f->reporter,
+                   ep_status_string((ep_status)f->status),
+                   f->operation == EP_OP_NONE ? "an operation" : operation_name(f->operation),
+                   f->phase[0] ? ", phase " : "", f->phase, f->rank);
     }
 }
 
@@ -124,27 +143,79 @@ void epi_group_describe(ep_group *g, struct ep_fault *f) {
     f->size = sizeof(*f);
     f->rank = f->reporter = -1;
     k_u64 own = read_word(&g->ctl->abort), peer = read_word(own_abort(g));
-    if (own == 0 && peer == 0) {
+    if (own == 0 && (peer == 0 || (is_goodbye(peer) && !atomic_load(&g->fault_told)))) {
         return;
     }
-    /* A death is the cause, whoever timed out on it; the kernel's account is the fullest. */
-    if (own && K_ABORT_STATUS(own) != K_ERR_PEER && g->ctl->fault.claim) {
+    /* Only kernels name a kind in the rank's own word, after they have filled in their account,
+     * which is the fullest. */
+    if (K_ABORT_KIND(own) != 0) {
         describe_own(g, f);
     } else {
         describe_word(g, own ? own : peer, f);
     }
 }
 
+/* Operation n returns the fault, perhaps as the first. */
+static bool tell(ep_group *g, uint64_t n) {
+    pthread_mutex_lock(&g->mutex);
+    const bool first = atomic_load(&g->fault_told) == 0;
+    if (first) {
+        atomic_store(&g->fault_told, n);
+        g->fault_last = g->issued;
+    }
+    pthread_mutex_unlock(&g->mutex);
+    return first;
+}
+
 ep_status epi_group_check(ep_group *g, uint64_t n) {
-    if (!ends(g, n)) {
+    if (!epi_group_ends(g, n)) {
         return EP_OK;
     }
     struct ep_fault f;
+    const bool first = tell(g, n);
     epi_group_describe(g, &f);
-    int told = atomic_exchange(&g->fault_told, 1);
-    if (!told) {
+    if (first) {
         epi_log(EPI_LOG_INFO, "group faulted: %s", f.message);
+    }
+    if (first || n <= g->fault_last) {
         return epi_fail((ep_status)f.status, "%s", f.message);
     }
     return epi_fail(EP_ERR_FAULTED, "the group has faulted: %s", f.message);
+}
+
+ep_status epi_group_refuse(ep_group *g) {
+    struct ep_fault f;
+    if (atomic_load(&g->fault_told) == 0) {
+        return EP_OK;
+    }
+    epi_group_describe(g, &f);
+    return epi_fail(EP_ERR_FAULTED, "the group has faulted: %s", f.message);
+}
+
+void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n) {
+    k_u64 zero = 0, code = K_ABORT_PACK((int)status, g->rank, subject, 0, 0, n);
+    atomic_compare_exchange_strong((_Atomic k_u64 *)&g->ctl->abort, &zero, code);
+    if (n) {
+        tell(g, n);
+    }
+    for (int r = 0; r < g->num_ranks; r++) {
+        if (r != g->rank) {
+            char *arena = epi_mem_arena(g->mem, r);
+            atomic_store((_Atomic k_u64 *)(arena + g->plan.map.abort), code);
+        }
+    }
+}
+
+void epi_group_late(const struct k_group *k, k_i32 kind, k_u64 word, k_i64 waited_ns) {
+    _Atomic k_u64 *last = (_Atomic k_u64 *)&k->ctl->waiting;
+    k_u64 old = atomic_load_explicit(last, memory_order_relaxed);
+    if (old >> 32 == word >> 32 || !atomic_compare_exchange_strong(last, &old, word)) {
+        return; /* this operation has its line */
+    }
+    epi_log(EPI_LOG_WARN,
+            "rank %d has waited %.1f s for rank %u in operation %u (%s), phase %s: it is alive "
+            "but late; the wait ends after %.1f s",
+            k->rank, (double)waited_ns / 1e9, (unsigned)(word & 0xffff), (unsigned)(word >> 32),
+            operation_name(kind), phase_name((int)(word >> 16 & 0xffff)),
+            (double)k->ctl->timeout_ns / 1e9);
 }

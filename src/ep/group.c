@@ -9,6 +9,11 @@
 #include <sched.h>
 #include <string.h>
 
+/* A wait that lasts longer gets a line in the log, and so does one of half the timeout. */
+#define LATE_NS (10 * EPI_NS_PER_S)
+/* How soon an operation that waits for its turn learns that it need not. */
+#define TURN_NS (20 * EPI_NS_PER_MS)
+
 /* What must agree on all ranks, and how it is called in messages. */
 #define AGREED_FIELDS(X)                                                                       \
     X(version)                                                                                 \
@@ -156,6 +161,7 @@ static void fill_kernel_group(ep_group *g) {
     k->ctl = g->ctl;
     k->map = g->plan.map;
     g->ctl->timeout_ns = g->timeout_ns;
+    g->ctl->late_ns = g->timeout_ns / 2 < LATE_NS ? g->timeout_ns / 2 : LATE_NS;
 }
 
 static int choose_workers(const ep_group *g) {
@@ -172,6 +178,7 @@ static int choose_workers(const ep_group *g) {
     return share < 1 ? 1 : share > 8 ? 8 : share;
 }
 
+/* On the boot's thread, perhaps before create knows this rank's number. */
 static void on_dead(void *ctx, int rank, const char *why) {
     ep_group *g = ctx;
     int none = -1;
@@ -179,7 +186,7 @@ static void on_dead(void *ctx, int rank, const char *why) {
         epi_format(g->dead_why, sizeof(g->dead_why), "%s", why ? why : "");
         k_u64 zero = 0;
         atomic_compare_exchange_strong((_Atomic k_u64 *)&g->ctl->abort, &zero,
-                                       K_ABORT_PACK(K_ERR_PEER, g->rank, rank, 0, 0, 0));
+                                       K_ABORT_PACK(K_ERR_PEER, 0, rank, 0, 0, 0));
     }
 }
 
@@ -256,13 +263,23 @@ static void free_group(ep_group *g) {
     epi_free(g);
 }
 
+ep_status epi_fail_to_come(const struct ep_group_config *config, ep_status st) {
+    if (config->world) {
+        char text[EPI_ERROR_TEXT_BYTES];
+        epi_format(text, sizeof(text), "%s", epi_error_text());
+        epi_boot_world_fail(config->world, config->rank, text);
+        epi_fail(st, "%s", text);
+    }
+    return st;
+}
+
 ep_status epi_group_create(ep_group **out, const struct ep_group_config *config) {
     ep_group *g = epi_alloc(sizeof(*g));
     struct k_ctl *ctl = epi_alloc(sizeof(*ctl));
     if (!g || !ctl) {
         epi_free(g);
         epi_free(ctl);
-        return epi_fail(EP_ERR_NOMEM, "no memory for a group");
+        return epi_fail_to_come(config, epi_fail(EP_ERR_NOMEM, "no memory for a group"));
     }
     g->config = *config;
     g->ctl = ctl;
@@ -287,7 +304,9 @@ void epi_group_destroy(ep_group **group) {
     ep_group *g = *group;
     *group = NULL;
     if (!epi_group_faulted(g)) {
-        /* Peers may still write here or read what this rank wrote: leave together. */
+        /* Peers may still write here or read what this rank wrote: leave together. One that
+         * is in, or begins, an operation that this rank will not join is not left waiting. */
+        epi_group_leave(g);
         epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns));
     }
     free_group(g);
@@ -304,8 +323,9 @@ uint64_t epi_group_issue(ep_group *g) {
 
 void epi_group_await_turn(ep_group *g, uint64_t n) {
     pthread_mutex_lock(&g->mutex);
-    while (g->ended < n - 1) {
-        pthread_cond_wait(&g->turn, &g->mutex); /* every operation ends: it has a deadline */
+    /* Every operation that runs has a deadline; one whose stream never comes to it has none. */
+    while (g->ended < n - 1 && !epi_group_ends(g, n)) {
+        epi_cond_wait(&g->turn, &g->mutex, epi_deadline_after(TURN_NS));
     }
     pthread_mutex_unlock(&g->mutex);
 }
@@ -313,7 +333,7 @@ void epi_group_await_turn(ep_group *g, uint64_t n) {
 void epi_group_end(ep_group *g, uint64_t n, bool ran) {
     pthread_mutex_lock(&g->mutex);
     if (g->ended < n) {
-        if (!ran) {
+        if (!ran && g->ended == n - 1) { /* else one before it may be in its kernel */
             g->ctl->epoch++;
         }
         g->ended = n;

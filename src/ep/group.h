@@ -35,9 +35,10 @@ struct ep_group {
     ep_handle *begun;       /* dispatch between begin and finish */
     int next_slot, next_handle, num_handles;
 
-    atomic_int faulted;    /* ep_status; set once, by end_operation or the boot's thread */
-    atomic_int fault_told; /* the fault was returned by an operation */
-    atomic_int dead_rank;  /* -1, or who died */
+    atomic_int faulted;       /* ep_status; set once, by end_operation or the boot's thread */
+    atomic_ullong fault_told; /* the operation that returned the fault; 0: none has yet */
+    uint64_t fault_last;      /* issued by then */
+    atomic_int dead_rank;     /* -1, or who died */
     char dead_why[96];
     struct ep_group_stats stats; /* guarded by mutex */
 };
@@ -79,21 +80,32 @@ struct ep_handle {
 
 /* ---- group.c -------------------------------------------------------------------------------- */
 
+/* A rank that fails before it meets the others tells those that are threads of its world. */
+ep_status epi_fail_to_come(const struct ep_group_config *config, ep_status st);
 ep_status epi_group_create(ep_group **out, const struct ep_group_config *config);
 void epi_group_destroy(ep_group **group);
 
-/* The group's fault as a status for operation n: EP_OK, or the fault itself the first time and
- * EP_ERR_FAULTED after that, with its text. */
+/* The group's fault as a status for operation n, with its text: the fault itself for the first to
+ * ask and all that were issued by then, EP_ERR_FAULTED for later ones. EP_OK: n can go on. */
 ep_status epi_group_check(ep_group *g, uint64_t n);
-/* Looks whether the kernels or the boot have raised a fault and records it. */
+/* EP_ERR_FAULTED if an operation has returned the fault: nothing new is begun. */
+ep_status epi_group_refuse(ep_group *g);
+/* Whether the kernels, a peer or the boot have raised a fault. Not one: a peer in destroy. */
 bool epi_group_faulted(ep_group *g);
+/* Whether operation n is not to go on: after a fault, or without a peer that has left. */
+bool epi_group_ends(ep_group *g, uint64_t n);
 void epi_group_describe(ep_group *g, struct ep_fault *f);
-/* Ends all waits of this rank, and of the peers from operation n on. */
+/* Ends all waits of this rank, and of the peers from operation n on (all: 0). Operation n returns
+ * the status itself. */
 void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n);
+/* Tells the peers that this rank takes no part in operations after those it has issued. */
+void epi_group_leave(ep_group *g);
+/* A kernel's wait has become long; `word` is {epoch | phase : 16 | peer : 16}. */
+void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
 
 /* Gives an operation its number, in issue order. */
 uint64_t epi_group_issue(ep_group *g);
-/* Blocks until the operation before number n has ended. */
+/* Blocks until the operation before number n has ended, or until n has nothing to wait for. */
 void epi_group_await_turn(ep_group *g, uint64_t n);
 /* Operation n has ended. `ran`: its kernel did, so its epoch is counted already. */
 void epi_group_end(ep_group *g, uint64_t n, bool ran);
@@ -114,6 +126,8 @@ ep_status epi_unfit(const struct k_counts *c, int64_t max_recv_rows);
 
 ep_status epi_dispatch(ep_handle *h, const struct ep_dispatch_args *a, ep_stream *stream,
                        enum epi_dispatch_part part);
+/* Ends a dispatch that has begun and will not be finished: its rows arrive and are not read. */
+void epi_dispatch_drop(ep_handle *h);
 ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, ep_stream *stream);
 
 /* ---- tensor.c ------------------------------------------------------------------------------- */

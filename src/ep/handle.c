@@ -66,11 +66,9 @@ void epi_handle_destroy(ep_handle **handle) {
     while (atomic_load(&h->pending) > 0) {
         epi_sleep_ns(50 * EPI_NS_PER_US); /* queued work has deadlines */
     }
+    epi_dispatch_drop(h);
     pthread_mutex_lock(&h->group->mutex);
     h->group->num_handles--;
-    if (h->group->begun == h) {
-        h->group->begun = NULL;
-    }
     pthread_mutex_unlock(&h->group->mutex);
     epi_free(h->block);
     epi_free(h);
@@ -83,13 +81,28 @@ struct route_task {
     struct k_route_args args;
 };
 
+/* In the place of the first bad selection until the kernel has come to its end: a fault of the
+ * group also ends the waits of its blocks for each other. */
+#define UNFINISHED (~UINT64_C(0) - 1)
+
+static ep_status refuse_route(ep_group *g) {
+    pthread_mutex_lock(&g->mutex);
+    const uint64_t next = g->issued + 1;
+    pthread_mutex_unlock(&g->mutex);
+    ep_status st = epi_group_check(g, next);
+    return st != EP_OK ? st : epi_fail(EP_ERR_INTERNAL, "the routing was not computed");
+}
+
 static ep_status run_route(void *arg) {
     struct route_task *t = arg;
     ep_handle *h = t->h;
+    h->k.bad[0] = UNFINISHED;
     epi_run_kernel(h->group->run, EPI_KERNEL_ROUTE, &t->args, h->group->workers);
     ep_status st = EP_OK;
-    const uint64_t bad = t->args.id_bytes ? h->k.bad[0] : ~UINT64_C(0);
-    if (bad != ~UINT64_C(0)) {
+    const uint64_t bad = h->k.bad[0];
+    if (bad == UNFINISHED) {
+        st = refuse_route(h->group);
+    } else if (t->args.id_bytes && bad != ~UINT64_C(0)) {
         const int64_t token = (int64_t)(bad / (uint64_t)t->args.topk);
         const int64_t k = (int64_t)(bad % (uint64_t)t->args.topk);
         const char *at = (const char *)(uintptr_t)t->args.ids.data + token * t->args.ids.s0 +
@@ -190,7 +203,7 @@ static ep_status await_counts(ep_handle *h) {
             (uint32_t)h->counted_by) {
             return EP_OK;
         }
-        if (epi_group_faulted(g) && atomic_load(&h->pending) == 0) {
+        if (epi_group_ends(g, h->counted_by) && atomic_load(&h->pending) == 0) {
             return epi_group_check(g, h->counted_by);
         }
         epi_sleep_ns(turn < 100 ? 2 * EPI_NS_PER_US : 50 * EPI_NS_PER_US);

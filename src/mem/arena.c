@@ -46,6 +46,8 @@ static struct mapping *mapping_create(int fd, size_t bytes, int users, ep_status
     void *base = MAP_FAILED;
     if (m && !epi_alloc_should_fail()) {
         base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    } else {
+        errno = ENOMEM;
     }
     if (base == MAP_FAILED) {
         epi_free(m);
@@ -84,7 +86,11 @@ static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c
     if (agreed == EP_OK) {
         mem->map = all[0];
     } else if (mine) {
-        atomic_store(&mine->users, 1);
+        /* When somebody did not come at all, nobody has got the pointer. After a timeout some may
+         * yet get it; they fail in the next step and release their shares. */
+        if (agreed != EP_ERR_TIMEOUT) {
+            atomic_store(&mine->users, 1);
+        }
         mapping_release(mine);
     }
     epi_free(all);
@@ -115,6 +121,32 @@ static ep_status check_hosts(const struct greeting *all, int num_ranks) {
     return EP_OK;
 }
 
+/* Every step ends in agreement before the next one waits for anybody: rank 0 serves only those
+ * whose connection and token are there already. */
+static ep_status pass_memory(struct epi_mem *mem, const struct epi_mem_config *c, size_t bytes,
+                             const struct greeting *root, int listener, int *fd) {
+    const struct epi_exchange *x = &c->exchange;
+    const struct epi_deadline pass = epi_deadline_min(c->deadline, epi_deadline_after(PASS_NS));
+    ep_status st = EP_OK;
+    int s = x->rank == 0 ? -1 : epi_fd_connect(root->token, pass, &st);
+    st = epi_agree(x, st, "reaching the arenas");
+    if (st == EP_OK) {
+        if (x->rank == 0) {
+            st = epi_fd_serve(listener, root->token, *fd, x->num_ranks - 1, pass);
+        } else {
+            *fd = epi_fd_receive(s, pass, &st);
+        }
+        if (st == EP_OK) {
+            mem->map = mapping_create(*fd, bytes, 1, &st);
+        }
+        st = epi_agree(x, st, "sharing the arenas");
+    }
+    if (s >= 0) {
+        close(s);
+    }
+    return st;
+}
+
 static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config *c,
                                size_t bytes) {
     const struct epi_exchange *x = &c->exchange;
@@ -139,19 +171,9 @@ static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config 
     }
     if (st == EP_OK) {
         st = check_hosts(all, x->num_ranks); /* the same verdict on every rank */
-        if (st == EP_OK) {
-            struct epi_deadline pass =
-                epi_deadline_min(c->deadline, epi_deadline_after(PASS_NS));
-            if (x->rank == 0) {
-                st = epi_fd_serve(listener, hello.token, fd, x->num_ranks - 1, pass);
-            } else {
-                fd = epi_fd_fetch(all[0].token, pass, &st);
-            }
-            if (st == EP_OK) {
-                mem->map = mapping_create(fd, bytes, 1, &st);
-            }
-            st = epi_agree(x, st, "sharing the arenas");
-        }
+    }
+    if (st == EP_OK) {
+        st = pass_memory(mem, c, bytes, &all[0], listener, &fd);
     }
     if (fd >= 0) {
         close(fd);
@@ -169,6 +191,9 @@ ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *conf
     ep_status st = EP_OK;
     if (!mem) {
         st = epi_fail(EP_ERR_NOMEM, "no memory to map arenas");
+    } else if (config->arena_bytes > PTRDIFF_MAX / (size_t)x->num_ranks) {
+        st = epi_fail(EP_ERR_NOMEM, "%d arenas of %zu bytes are more than can be addressed",
+                      x->num_ranks, config->arena_bytes);
     }
     st = epi_agree(x, st, "mapping the arenas");
     if (st == EP_OK) {

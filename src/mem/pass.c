@@ -108,9 +108,14 @@ ep_status epi_fd_serve(int listener, const uint8_t token[EPI_FD_TOKEN], int fd, 
         }
         int c = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
         if (c < 0) {
-            continue;
+            if (errno == EINTR || errno == ECONNABORTED) {
+                continue;
+            }
+            return epi_fail(EP_ERR_SYSTEM, "cannot accept on a Unix socket: %s",
+                            strerror(errno));
         }
-        if (is_ours(c, token, deadline) && send_fd(c, fd)) {
+        if (is_ours(c, token, deadline)) {
+            (void)send_fd(c, fd); /* who is gone by now is missed by all in the next step */
             count--;
         }
         close(c);
@@ -139,28 +144,44 @@ static int receive_fd(int s) {
     return fd;
 }
 
-int epi_fd_fetch(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline,
-                 ep_status *st) {
+int epi_fd_connect(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline,
+                   ep_status *st) {
     if (epi_alloc_should_fail()) {
         *st = epi_fail(EP_ERR_NOMEM, "no memory for a socket (injected)");
         return -1;
     }
     struct sockaddr_un a;
     socklen_t len = token_address(&a, token);
-    int fd = -1, s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (s < 0 || connect(s, (struct sockaddr *)&a, len) != 0) {
+    /* Connecting waits only where more ranks come than the listener's queue holds. */
+    const int64_t us = epi_deadline_left_ns(deadline) / EPI_NS_PER_US + 1;
+    const struct timeval limit = {(time_t)(us / 1000000), (suseconds_t)(us % 1000000)};
+    int s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (s < 0) {
+        *st = epi_fail(EP_ERR_SYSTEM, "cannot open a Unix socket: %s", strerror(errno));
+        return -1;
+    }
+    (void)setsockopt(s, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+    if (connect(s, (struct sockaddr *)&a, len) != 0) {
         *st = epi_fail(
             EP_ERR_UNSUPPORTED,
             "cannot reach rank 0's shared memory (%s): this rank is on another host or "
             "in another container; this version joins ranks of one host",
             strerror(errno));
-    } else if (send(s, token, EPI_FD_TOKEN, MSG_NOSIGNAL) != EPI_FD_TOKEN ||
-               !wait_for(s, POLLIN, deadline) || (fd = receive_fd(s)) < 0) {
+    } else if (send(s, token, EPI_FD_TOKEN, MSG_NOSIGNAL) != EPI_FD_TOKEN) {
+        *st = epi_fail(EP_ERR_SYSTEM, "cannot ask rank 0 for the shared memory: %s",
+                       strerror(errno));
+    } else {
+        return s;
+    }
+    close(s);
+    return -1;
+}
+
+int epi_fd_receive(int s, struct epi_deadline deadline, ep_status *st) {
+    int fd = wait_for(s, POLLIN, deadline) ? receive_fd(s) : -1;
+    if (fd < 0) {
         *st = epi_fail(EP_ERR_SYSTEM,
                        "rank 0 did not pass the shared memory (another user's job?)");
-    }
-    if (s >= 0) {
-        close(s);
     }
     return fd;
 }

@@ -22,11 +22,13 @@ int epi_memfd_create(size_t bytes, ep_status *st);
 
 /* Listens on an abstract Unix socket named by `token`, which it makes up. -1 on error. */
 int epi_fd_listen(uint8_t token[EPI_FD_TOKEN], ep_status *st);
-/* Serves `fd` to `count` processes of this user that know the token. */
+/* Serves `fd` to `count` processes of this user that know the token; they have connected. */
 ep_status epi_fd_serve(int listener, const uint8_t token[EPI_FD_TOKEN], int fd, int count,
                        struct epi_deadline deadline);
-/* Fetches the descriptor; -1 on error. */
-int epi_fd_fetch(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline,
-                 ep_status *st);
+/* Connects to who serves the descriptor, and does not wait until it does. -1 on error. */
+int epi_fd_connect(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline,
+                   ep_status *st);
+/* Waits for the descriptor on such a connection; -1 on error. */
+int epi_fd_receive(int s, struct epi_deadline deadline, ep_status *st);
 
 #endif

@@ -1,0 +1,202 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Fuzzes the plan: any bytes become a configuration. Checked beyond what the sanitizers see (no
+ * overflow, no bad access): a refusal has a sentence; sums are right; the regions of the arena are
+ * aligned, lie one behind the other and inside it, and hold what they must; so do a handle's
+ * arrays; nothing is refused for its memory without a limit; and it is all the same twice.
+ *
+ * A number is a byte that says of which kind it is, then its bytes; what is missing is 0.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "src/ep/plan.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+
+#define PAGE 4096
+#define ALIGN 256
+#define MAX_EXPERTS 65536
+
+struct input {
+    const uint8_t *at;
+    size_t left;
+};
+
+static void must(bool cond) {
+    if (!cond) {
+        abort();
+    }
+}
+
+static uint64_t raw(struct input *in, int num_bytes) {
+    uint64_t v = 0;
+    for (int i = 0; i < num_bytes; i++) {
+        v |= in->left ? (uint64_t)*in->at << (8 * i) : 0;
+        in->at += in->left > 0;
+        in->left -= in->left > 0;
+    }
+    return v;
+}
+
+/* Small numbers, powers of two and their neighbours, and any bits at all. */
+static int64_t number(struct input *in) {
+    const uint64_t kind = raw(in, 1), high = kind >> 3;
+    switch (kind & 7) {
+    case 0:
+        return (int64_t)high;
+    case 1:
+        return (int64_t)raw(in, 1) * 16;
+    case 2:
+        return (int64_t)raw(in, 2);
+    case 3:
+        return (int32_t)(uint32_t)raw(in, 4);
+    case 4:
+        return (int64_t)raw(in, 8);
+    case 5:
+        return (int64_t)1 << high;
+    case 6:
+        return ((int64_t)1 << high) - 1;
+    default:
+        return -(int64_t)high;
+    }
+}
+
+/* The map of experts to ranks, mostly within bounds; the rest of the input, over and over. */
+static int32_t *make_map(struct input *in, int num_experts, int num_ranks) {
+    const struct input start = *in;
+    int32_t *map = malloc((size_t)num_experts * sizeof(*map));
+    must(map != NULL);
+    for (int e = 0; e < num_experts; e++) {
+        if (in->left == 0) {
+            *in = start;
+        }
+        const int v = (int)raw(in, 2);
+        map[e] = v == 0xffff ? v : num_ranks > 0 ? v % num_ranks : v;
+    }
+    return map;
+}
+
+static int32_t *read_config(struct input *in, struct ep_group_config *c) {
+    const uint64_t how = raw(in, 1);
+    *c = (struct ep_group_config)EP_GROUP_CONFIG_INIT;
+    c->num_ranks = (int32_t)number(in);
+    c->num_experts = (int32_t)number(in);
+    c->max_tokens = (int32_t)number(in);
+    c->max_topk = (int32_t)number(in);
+    c->max_row_bytes = (int32_t)number(in);
+    c->max_scale_bytes = (int32_t)number(in);
+    c->num_slots = (int32_t)number(in);
+    c->flags = (uint32_t)number(in);
+    c->max_recv_rows = number(in);
+    c->max_expanded_rows = number(in);
+    c->memory_limit_bytes = number(in);
+    c->timeout_ms = number(in);
+    c->num_workers = (int32_t)number(in);
+    c->mask_routing = (int32_t)number(in);
+    if (how & 1) {
+        c->max_row_bytes &= ~(EP_ROW_ALIGN - 1);
+    }
+    if ((how & 6) == 6) {
+        c->size ^= (uint32_t)raw(in, 4);
+    }
+    int32_t *map = NULL;
+    if ((how & 8) && c->num_experts > 0 && c->num_experts <= MAX_EXPERTS) {
+        map = make_map(in, c->num_experts, c->num_ranks);
+    }
+    c->expert_rank = map;
+    return map;
+}
+
+/* The next region of the arena: where the last one ended, give or take its alignment. */
+static void region(uint64_t *end, uint64_t at, int64_t bytes) {
+    must(bytes >= 0 && at % ALIGN == 0 && at >= *end && at - *end < ALIGN);
+    *end = at + (uint64_t)bytes;
+}
+
+static void check_map(const struct ep_group_config *c, const struct epi_plan *p) {
+    const struct ep_plan_info *i = &p->info;
+    const struct k_map *m = &p->map;
+    const int64_t ranks = c->num_ranks, chans = i->num_channels;
+    uint64_t end = 0;
+    region(&end, m->abort, 8);
+    region(&end, m->ready, 2 * ranks * K_READY_STRIDE * 8);
+    region(&end, m->counts, 2 * ranks * p->count_words * 8);
+    region(&end, m->answers, 2 * ranks * K_ANSWER_WORDS * 8);
+    region(&end, m->progress, ranks * chans * 8);
+    region(&end, m->returned, ranks * chans * 8);
+    region(&end, m->recv, (int64_t)m->recv_slot_bytes * p->num_slots);
+    region(&end, m->side, (int64_t)m->side_slot_bytes * p->num_slots);
+    region(&end, m->land, i->max_combine_rows * c->max_row_bytes);
+    region(&end, m->land_side, i->max_combine_rows * c->max_topk * 4);
+    region(&end, m->expanded, (int64_t)m->expanded_slot_bytes * p->num_slots);
+    must(end <= (uint64_t)i->arena_bytes && (uint64_t)i->arena_bytes - end < PAGE + ALIGN);
+    must(m->recv_slot_bytes >= (uint64_t)(i->max_recv_rows * c->max_row_bytes));
+    must(m->side_slot_bytes >= (uint64_t)(i->max_recv_rows * i->sidecar_row_bytes));
+    must(m->expanded_slot_bytes >= (uint64_t)(i->max_expanded_rows * c->max_row_bytes));
+    must(m->recv_slot_bytes % ALIGN == 0 && m->side_slot_bytes % ALIGN == 0 &&
+         m->expanded_slot_bytes % ALIGN == 0);
+}
+
+static void check_info(const struct ep_group_config *c, const struct epi_plan *p) {
+    const struct ep_plan_info *i = &p->info;
+    const int64_t parts = i->control_bytes + i->recv_bytes + i->sidecar_bytes +
+                          i->combine_bytes + i->expanded_bytes;
+    must(i->size == sizeof(*i) && parts == i->arena_bytes && i->arena_bytes % PAGE == 0);
+    must(i->control_bytes > 0 && i->recv_bytes > 0 && i->sidecar_bytes > 0 &&
+         i->combine_bytes > 0 && i->expanded_bytes >= 0 && i->local_bytes > 0);
+    must(i->num_channels >= 1 && i->num_channels <= EPI_MAX_CHANNELS);
+    must(i->max_recv_rows >= 1 && i->max_recv_rows <= (int64_t)c->max_tokens * c->num_ranks);
+    must(i->max_combine_rows >= c->max_tokens);
+    must((i->max_expanded_rows > 0) <= ((c->flags & EP_GROUP_EXPANDED_VIEW) != 0));
+    must(i->sidecar_row_bytes >= 4 * (1 + 3 * (int64_t)c->max_topk) + c->max_scale_bytes &&
+         i->sidecar_row_bytes % 16 == 0);
+    must(p->max_dests >= 1 && p->max_dests <= c->num_ranks);
+    must((int64_t)p->max_local * c->num_ranks >= c->num_experts);
+    must(p->num_slots >= 1 && p->num_slots <= 64);
+}
+
+/* A handle's arrays are in the order of the struct. */
+static void check_handle(const struct ep_group_config *c, const struct epi_plan *p) {
+    struct epi_handle_map m;
+    size_t at[sizeof(m) / sizeof(size_t)];
+    epi_plan_handle(c, p, &m);
+    memcpy(at, &m, sizeof(m));
+    must(at[0] == 0 && m.bytes == (size_t)p->info.handle_bytes);
+    for (size_t i = 1; i < sizeof(at) / sizeof(at[0]); i++) {
+        must(at[i] >= at[i - 1] && at[i] % ALIGN == 0);
+    }
+    const size_t tokens = (size_t)c->max_tokens, topk = (size_t)c->max_topk;
+    must(m.dest_slot - m.dest_rank >= tokens * (size_t)p->max_dests * 4);
+    must(m.sel_index - m.ids >= tokens * topk * 4);
+    must(m.counts - m.expand_row >= (size_t)p->info.max_recv_rows * topk * 4);
+    must(m.bytes - m.sync >= (2 + 2 * K_MAX_BLOCKS) * 8);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
+    struct input in = {data, bytes};
+    struct ep_group_config c;
+    struct epi_plan p, again;
+    struct ep_plan_info info = EP_PLAN_INFO_INIT;
+    int32_t *map = read_config(&in, &c);
+    epi_clear_error();
+    const ep_status st = epi_plan(&c, c.num_ranks, &p);
+    must(st == EP_OK || st == EP_ERR_ARG || st == EP_ERR_NOMEM || st == EP_ERR_VERSION);
+    must((st == EP_OK) == (epi_error_text()[0] == 0));
+    if (st == EP_OK || st == EP_ERR_NOMEM) {
+        check_info(&c, &p);
+        check_map(&c, &p);
+        check_handle(&c, &p);
+        must((st == EP_ERR_NOMEM) ==
+             (c.memory_limit_bytes > 0 && p.info.arena_bytes > c.memory_limit_bytes));
+        for (int e = 0; e < c.num_experts; e += 1 + c.num_experts / 64) {
+            const int r = epi_default_rank(c.num_experts, c.num_ranks, e);
+            must(r >= 0 && r < c.num_ranks);
+        }
+    }
+    must(epi_plan(&c, c.num_ranks, &again) == st && memcmp(&p, &again, sizeof(p)) == 0);
+    must(ep_plan(&c, &info) == st);
+    must((st != EP_OK && st != EP_ERR_NOMEM) || memcmp(&info, &p.info, sizeof(info)) == 0);
+    free(map);
+    return 0;
+}

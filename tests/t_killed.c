@@ -1,0 +1,336 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A rank is killed with SIGKILL, at rest and in every phase of dispatch and combine. Each survivor
+ * gets EP_ERR_PEER within a second of the death, which names the dead; after that the group is
+ * faulted, destroy is quick, nothing is left, and the survivors make a group of their own.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "tests/rig.h"
+#include "tests/tap.h"
+
+#define RANKS 4
+
+enum moment {
+    AT_REST,          /* before the first operation */
+    DISPATCH_READY,   /* the victim has not called */
+    DISPATCH_COUNTS,  /* it has said only that it is ready */
+    DISPATCH_BASES,   /* it does not answer counts */
+    DISPATCH_ROWS,    /* it has sent half of its rows */
+    BETWEEN,          /* dispatch is done everywhere */
+    COMBINE_READY,    /* the victim has not called combine */
+    COMBINE_ANSWERS,  /* it has sent half of its answers */
+    AFTERWARDS,       /* all is done */
+    IN_DESTROY,       /* the survivors wait in destroy */
+    QUEUED,           /* dispatch and combine of the survivors are on a stream */
+    COUNTS_ASKED_FOR, /* the survivors are in ep_handle_counts */
+    NUM_MOMENTS
+};
+
+static const char *const names[] = {
+    "at rest",        "dispatch, ready", "dispatch, counts", "dispatch, bases",
+    "dispatch, rows", "between",         "combine, ready",   "combine, answers",
+    "afterwards",     "in destroy",      "on a stream",      "in ep_handle_counts"};
+
+/* Shared by the ranks and the test. */
+struct stage {
+    struct rig_meeting meeting, survivors;
+    enum moment moment;
+    int victim;
+    atomic_int here;    /* ranks that have their group */
+    atomic_int trapped; /* the victim is where it is to die */
+    atomic_int done;    /* survivors that have finished the steps before */
+    atomic_int killed;  /* the time has been noted, the signal sent */
+    double killed_at, told_at[RANKS], destroyed_in[RANKS];
+};
+
+static void hold(void *arg) {
+    struct stage *s = arg;
+    atomic_store(&s->trapped, 1);
+    for (;;) {
+        tap_sleep_ms(1000);
+    }
+}
+
+/* ---- the victim ----------------------------------------------------------------------------- */
+
+static int victim(struct stage *s, struct rig *r) {
+    switch (s->moment) {
+    case DISPATCH_COUNTS:
+    case COUNTS_ASKED_FOR:
+        rig_say_ready(r, false);
+        break;
+    case DISPATCH_BASES:
+        rig_say_ready(r, true);
+        break;
+    case DISPATCH_ROWS:
+    case QUEUED:
+        rig_trap(rig_middle_row(r), hold, s);
+        rig_dispatch(r);
+        break;
+    case BETWEEN:
+    case COMBINE_READY:
+        ok(rig_dispatch(r) == EP_OK, "dispatch: %s", ep_last_error());
+        break;
+    case COMBINE_ANSWERS:
+        ok(rig_dispatch(r) == EP_OK, "dispatch: %s", ep_last_error());
+        rig_trap(rig_middle_answer(r), hold, s);
+        rig_combine(r);
+        break;
+    case AFTERWARDS:
+        rig_pass(r);
+        break;
+    default:
+        break;
+    }
+    hold(s);
+    return 1;
+}
+
+/* ---- the survivors -------------------------------------------------------------------------- */
+
+static ep_status counts_of_begun(struct rig *r) {
+    struct ep_dispatch_args a = EP_DISPATCH_ARGS_INIT;
+    struct ep_tensor x;
+    int64_t rows;
+    ep_tensor_2d(&x, EP_F32, r->x, RIG_TOKENS, RIG_HIDDEN);
+    a.x = &x;
+    ok(ep_stream_create(&r->stream, r->group) == EP_OK, "a stream: %s", ep_last_error());
+    ok(ep_dispatch_begin(r->handle, &a, r->stream) == EP_OK, "begin: %s", ep_last_error());
+    ep_status st = ep_handle_counts(r->handle, &rows, NULL, NULL);
+    ep_stream_sync(r->stream);
+    return st;
+}
+
+/* Makes the call that fails, after the ones that do not. */
+static ep_status failing_call(struct stage *s, struct rig *r) {
+    ep_status st;
+    if (s->moment == AFTERWARDS) {
+        rig_pass(r);
+    } else if (s->moment >= BETWEEN && s->moment < AFTERWARDS) {
+        st = rig_dispatch(r);
+        ok(st == EP_OK && rig_dispatch_right(r), "dispatch: %s (%s)", ep_status_string(st),
+           ep_last_error());
+    }
+    atomic_fetch_add(&s->done, 1);
+    switch (s->moment) {
+    case AT_REST:
+    case BETWEEN:
+    case AFTERWARDS:
+        rig_await(&s->killed, 1);
+        tap_sleep_ms(300); /* the call finds it out at once */
+        return s->moment == BETWEEN ? rig_combine(r) : rig_dispatch(r);
+    case COMBINE_READY:
+    case COMBINE_ANSWERS:
+        return rig_combine(r);
+    case QUEUED:
+        ok(ep_stream_create(&r->stream, r->group) == EP_OK, "a stream: %s", ep_last_error());
+        ok(rig_dispatch(r) == EP_OK && rig_combine(r) == EP_OK, "queued: %s", ep_last_error());
+        return ep_stream_sync(r->stream);
+    case COUNTS_ASKED_FOR:
+        return counts_of_begun(r);
+    default:
+        return rig_dispatch(r);
+    }
+}
+
+static void check_fault(struct stage *s, struct rig *r, ep_status st) {
+    struct ep_fault fault = EP_FAULT_INIT;
+    char text[512], who[32];
+    snprintf(text, sizeof(text), "%s", ep_last_error());
+    snprintf(who, sizeof(who), "rank %d died", s->victim);
+    ok(st == EP_ERR_PEER, "%s instead of EP_ERR_PEER (%s)", ep_status_string(st), text);
+    ok(rig_is_sentence(text) && strstr(text, who), "the message is \"%s\"", text);
+    ok(ep_group_fault(r->group, &fault) == EP_OK, "ep_group_fault: %s", ep_last_error());
+    ok(fault.status == EP_ERR_PEER && fault.rank == s->victim && fault.reporter == r->rank &&
+           fault.epoch >= 1,
+       "the fault: status %d, rank %d, reporter %d, epoch %u", fault.status, fault.rank,
+       fault.reporter, fault.epoch);
+    ok(rig_is_sentence(fault.message) && strstr(fault.message, who), "its message is \"%s\"",
+       fault.message);
+    ep_stream_destroy(&r->stream);
+    for (int i = 0; i < 3; i++) {
+        st = rig_dispatch(r);
+        ok(st == EP_ERR_FAULTED && strstr(ep_last_error(), who), "then %s (%s)",
+           ep_status_string(st), ep_last_error());
+        st = rig_combine(r);
+        ok(st == EP_ERR_FAULTED || st == EP_ERR_STATE, "then %s (%s)", ep_status_string(st),
+           ep_last_error());
+    }
+}
+
+static void survivor(struct stage *s, struct rig *r) {
+    double start;
+    if (s->moment == IN_DESTROY) {
+        atomic_fetch_add(&s->done, 1);
+        rig_destroy(r);
+        s->told_at[r->rank] = tap_now();
+        return;
+    }
+    ep_status st = failing_call(s, r);
+    s->told_at[r->rank] = tap_now();
+    check_fault(s, r, st);
+    start = tap_now();
+    rig_destroy(r);
+    s->destroyed_in[r->rank] = tap_now() - start;
+}
+
+static int rank_main(int rank, void *ctx) {
+    struct stage *s = ctx;
+    const struct rig_footprint was = rig_footprint();
+    struct rig r;
+    ep_status st = rig_create(&r, &s->meeting, rank);
+    if (!ok(st == EP_OK, "create: %s (%s)", ep_status_string(st), ep_last_error())) {
+        return 1;
+    }
+    atomic_fetch_add(&s->here, 1);
+    rig_await(&s->here, RANKS);
+    if (rank == s->victim) {
+        return victim(s, &r);
+    }
+    survivor(s, &r);
+    ok(rig_same_footprint(was), "nothing is left");
+    st = rig_create(&r, &s->survivors, rank - (rank > s->victim));
+    ok(st == EP_OK, "a group of survivors: %s (%s)", ep_status_string(st), ep_last_error());
+    if (st == EP_OK) {
+        rig_pass(&r);
+        rig_destroy(&r);
+    }
+    ok(rig_same_footprint(was), "nothing is left of the second group");
+    return 0;
+}
+
+/* ---- the test ------------------------------------------------------------------------------- */
+
+static bool nothing_in_shm(void) {
+    DIR *dir = opendir("/dev/shm");
+    struct dirent *e;
+    bool none = true;
+    while (dir && (e = readdir(dir))) {
+        none = none && !strstr(e->d_name, "libep");
+    }
+    if (dir) {
+        closedir(dir);
+    }
+    return none;
+}
+
+static void check_times(struct stage *s, const char *name) {
+    double worst = 0, slowest = 0;
+    for (int r = 0; r < RANKS; r++) {
+        if (r != s->victim) {
+            const double took = s->told_at[r] - s->killed_at;
+            worst = s->told_at[r] == 0 ? 1e9 : took > worst ? took : worst;
+            slowest = s->destroyed_in[r] > slowest ? s->destroyed_in[r] : slowest;
+        }
+    }
+    ok(worst < rig_within(1.0), "%s: the last survivor was told after %.0f ms", name,
+       1e3 * worst);
+    ok(slowest < rig_within(1.5), "%s: the slowest destroy took %.0f ms", name, 1e3 * slowest);
+}
+
+static void kill_at(enum moment moment, int who) {
+    struct stage *s = tap_shared(sizeof(*s));
+    struct tap_ranks ranks;
+    char name[64];
+    bool ended = true;
+
+    snprintf(name, sizeof(name), "rank %d killed %s", who, names[moment]);
+    s->moment = moment;
+    s->victim = who;
+    s->meeting = (struct rig_meeting){RANKS, tap_free_port(), NULL, 30000 * rig_scale()};
+    s->survivors = (struct rig_meeting){RANKS - 1, tap_free_port(), NULL, 30000 * rig_scale()};
+    if (!ok(tap_ranks_start(&ranks, RANKS, rank_main, s) == 0, "%s: started", name)) {
+        return;
+    }
+    rig_await(&s->trapped, 1);
+    rig_await(&s->done, RANKS - 1);
+    tap_sleep_ms(50 * rig_scale()); /* the others come to where they wait */
+    s->killed_at = tap_now();
+    tap_ranks_signal(&ranks, who, SIGKILL);
+    atomic_store(&s->killed, 1);
+    for (int r = 0; r < RANKS; r++) {
+        ended = tap_ranks_wait_one(&ranks, r, 30) && ended;
+    }
+    ok(ended && kill(-ranks.group, 0) != 0 && errno == ESRCH, "%s: no process is left", name);
+    ok(tap_ranks_wait(&ranks, 1) == 0, "%s: the survivors agree", name);
+    tap_ranks_free(&ranks);
+    check_times(s, name);
+    ok(nothing_in_shm(), "%s: no shared memory is left", name);
+}
+
+/* ---- while the group forms ------------------------------------------------------------------ */
+
+struct birth {
+    struct rig_meeting meeting;
+    int victim, delay_us;
+    atomic_int created; /* survivors that got a group */
+};
+
+static void *kill_later(void *arg) {
+    const struct birth *b = arg;
+    struct timespec t = {0, b->delay_us * 1000L};
+    nanosleep(&t, NULL);
+    kill(getpid(), SIGKILL);
+    return NULL;
+}
+
+static int born_rank(int rank, void *ctx) {
+    struct birth *b = ctx;
+    const struct rig_footprint was = rig_footprint();
+    struct rig r;
+    pthread_t thread;
+    if (rank == b->victim) {
+        pthread_create(&thread, NULL, kill_later, b);
+    }
+    const double start = tap_now();
+    ep_status st = rig_create(&r, &b->meeting, rank);
+    const double took = tap_now() - start;
+    if (rank == b->victim) {
+        hold(&(struct stage){.victim = rank});
+    }
+    ok(st == EP_OK || st == EP_ERR_PEER || st == EP_ERR_TIMEOUT, "create: %s (%s)",
+       ep_status_string(st), ep_last_error());
+    ok(took < 1e-3 * b->meeting.timeout_ms + rig_within(1.5), "create took %.2f s", took);
+    if (st == EP_OK) {
+        atomic_fetch_add(&b->created, 1);
+        st = rig_dispatch(&r);
+        ok(st == EP_ERR_PEER, "dispatch: %s (%s)", ep_status_string(st), ep_last_error());
+    } else {
+        ok(rig_is_sentence(ep_last_error()), "the message is \"%s\"", ep_last_error());
+    }
+    rig_destroy(&r);
+    ok(rig_same_footprint(was), "nothing is left");
+    return 0;
+}
+
+static void kill_at_birth(void) {
+    for (int i = 0; i < 12; i++) {
+        struct birth *b = tap_shared(sizeof(*b));
+        b->meeting = (struct rig_meeting){3, tap_free_port(), NULL, 700 * rig_scale()};
+        b->victim = i % 2 ? 0 : 2;
+        b->delay_us = 3000 * i * rig_scale();
+        ok(tap_spawn_ranks(3, born_rank, b, 30) == 1,
+           "rank %d killed %d us after it began; %d "
+           "survivors had a group by then",
+           b->victim, b->delay_us, atomic_load(&b->created));
+    }
+}
+
+int main(void) {
+    tap_deadline(110);
+    kill_at_birth();
+    tap_expect_log(" died: ");
+    for (int m = 0; m < NUM_MOMENTS; m++) {
+        kill_at((enum moment)m, 3);
+        kill_at((enum moment)m, 0);
+    }
+    return done_testing();
+}
