@@ -485,7 +485,8 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
 /* recv_x becomes a view of the arena (zero-copy): libep fills in the tensor. The view is valid,
  * and may be written by its owner, until num_slots further dispatches were issued. */
 #define EP_DISPATCH_ARENA 2u
-/* Expanded: rows between the end of an expert's group and the next start are zeroed. */
+/* Expanded: rows of recv_x between the end of an expert's group and the next start are zeroed;
+ * else they are left as they were. */
 #define EP_DISPATCH_ZERO_GAPS 4u
 /* recv_scales is [rows][S] with stride[0] == 1 and stride[1] * element a multiple of 16 bytes. */
 #define EP_DISPATCH_SCALES_COLUMN_MAJOR 8u
@@ -504,9 +505,10 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
  *                      last received one are filled with -1
  *   recv_topk_weights  compact [N][K], expanded [N]; EP_F32. 0 where the id is -1, in gaps and
  *                      past the last row
- *   recv_source        [N][2] EP_I32: source rank and token. Rows past the last: -1
+ *   recv_source        [N][2] EP_I32: source rank and token; -1 in gaps and past the last row
  *   expert_counts      [L] EP_I32: rows of each local expert (selections)
- *   expert_offsets     [L+1] EP_I32: expanded: start of each group, last: end of the output
+ *   expert_offsets     [L+1] EP_I32: expanded only. Start of each group, last: end of the output,
+ *                      which is aligned too
  *   num_rows           [1] EP_I32: rows received (compact) or end of the output (expanded)
  * A dispatch that fails once it is under way leaves counts, offsets and num_rows 0, ids and
  * sources -1, so that work queued behind it stays in bounds.
@@ -543,8 +545,8 @@ struct ep_dispatch_args {
  * EP_ERR_ARG: type, shape, stride, alignment, overlap of input and output; before anything is
  * sent. EP_ERR_STATE: handle not routed. EP_ERR_CAPACITY: more rows arrive somewhere than
  * max_recv_rows (returned on all ranks, nothing was sent), or here than the outputs hold (nothing
- * past them is written; the other ranks succeed); the message says how many rows are needed; the
- * group goes on. EP_ERR_MISMATCH, EP_ERR_TIMEOUT, EP_ERR_PEER, EP_ERR_FAULTED: see
+ * past them is written; the other ranks succeed, and the handle counts as dispatched on all); the
+ * message says how many rows are needed; the group goes on. EP_ERR_MISMATCH, EP_ERR_TIMEOUT, EP_ERR_PEER, EP_ERR_FAULTED: see
  * ep_group_fault. With a stream, what is found by the enqueued work is returned by
  * ep_stream_sync and by the next call on the group.
  */
@@ -553,8 +555,8 @@ ep_status ep_dispatch(ep_handle *handle, const struct ep_dispatch_args *args, vo
 /*
  * The same in two steps, for output of exactly the right size: begin sends (it looks at the
  * inputs only), ep_handle_counts says how many rows come, finish receives into the outputs
- * (it looks at the outputs, flags and alignment only). Other operations of the group may not be
- * issued in between. Not capturable in a CUDA graph.
+ * (it looks at the outputs, flags and alignment only). Other operations of the group are refused in
+ * between with EP_ERR_STATE. Not capturable in a CUDA graph.
  */
 ep_status ep_dispatch_begin(ep_handle *handle, const struct ep_dispatch_args *args,
                             void *stream);
@@ -585,9 +587,11 @@ ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int
  *   out_topk_weights  [T][K] EP_F32: sum over the ranks of what they sent back per selection
  *
  * out[t] = round(0 + bias0 + bias1 + sum over ranks r that t was sent to, ascending, of y_r), added
- * in that order in float32, from 0 on, and rounded once to nearest even. y_r is the row of x; where it is
- * weighted or expanded, y_r is that rank's own sum (over k ascending, each row times its weight,
- * float32, from 0 on) rounded once to the dtype. A token that was sent nowhere yields its biases, or zeros.
+ * in that order in float32 and rounded once to nearest even. y_r is the row of x; where it is
+ * weighted or expanded, y_r is that rank's own sum (from 0 on, over k ascending, each row times its
+ * weight, float32) rounded once to the dtype. A token that was sent nowhere yields its biases, or
+ * zeros. A NaN in BF16 or F16 becomes 0x7fff. out_topk_weights sums what each rank sent back for a
+ * selection, also for selections of other ranks, where a dispatch has put zeros.
  */
 struct ep_combine_args {
     uint32_t size;

@@ -81,19 +81,19 @@ static void print_heading(const struct bench_case *c) {
         snprintf(groups, sizeof groups, " (%d of %d groups)", (int)p->topk_groups,
                  (int)p->groups);
     }
-    printf("libep %s, host backend: %d ranks as %s on %d cores\n"
-           "%d tokens per rank, hidden %d, %s, top-%d of %d experts, %s routing%s, %s output\n"
-           "%d iterations after %d, seed %d, workers %d, data %s; arena %s per rank\n"
-           "rows: T = %s in, N = %s received, R = %s of them by other ranks, S = %s selections;\n"
-           "busiest rank %.2f x the mean\n\n",
-           text_version().s, (int)p->ranks, p->threads ? "threads" : "processes", num_cores(),
-           (int)p->tokens, (int)p->hidden, dtype_names[p->dtype], (int)p->topk, (int)p->experts,
-           routing_names[p->routing], groups, p->expanded ? "expanded" : "compact",
-           (int)p->iters, (int)p->warmup, (int)p->seed, (int)p->workers,
-           p->no_check ? "not checked" : "checked", text_bytes((double)c->arena_bytes).s,
-           text_count(p->ranks * p->tokens).s, text_count(bench_rows(c, false)).s,
-           text_count(bench_rows(c, true)).s, text_count(c->selections).s,
-           (double)(most * p->ranks) / (double)rows);
+    printf(
+        "libep %s, host backend: %d ranks as %s on %d cores\n"
+        "%d tokens per rank, hidden %d, %s, top-%d of %d experts, %s routing%s, %s output\n"
+        "%d iterations after %d, seed %d, workers %d, data %s; arena %s per rank\n"
+        "rows: T = %s in, N = %s received, R = %s of them by other ranks, S = %s selections;\n"
+        "busiest rank %.2f x the mean\n\n",
+        text_version().s, (int)p->ranks, p->threads ? "threads" : "processes", num_cores(),
+        (int)p->tokens, (int)p->hidden, dtype_names[p->dtype], (int)p->topk, (int)p->experts,
+        routing_names[p->routing], groups, p->expanded ? "expanded" : "compact", (int)p->iters,
+        (int)p->warmup, (int)p->seed, (int)p->workers, p->no_check ? "not checked" : "checked",
+        text_bytes((double)c->arena_bytes).s, text_count(p->ranks * p->tokens).s,
+        text_count(bench_rows(c, false)).s, text_count(bench_rows(c, true)).s,
+        text_count(c->selections).s, (double)(most * p->ranks) / (double)rows);
 }
 
 void report_text(const struct bench_case *c) {
