@@ -10,7 +10,8 @@
  * The life of a program:
  *
  *     struct ep_group_config cfg = EP_GROUP_CONFIG_INIT;
- *     cfg.num_experts = 256; cfg.max_tokens = 4096; cfg.max_topk = 8; cfg.max_row_bytes = 14336;
+ *     cfg.num_experts = 256; cfg.max_tokens = 4096;
+ *     cfg.max_topk = 8; cfg.max_row_bytes = 14336;
  *     ep_group *group;
  *     ep_group_create(&group, &cfg);                  // collective: all ranks meet
  *     ep_handle *handle;
@@ -35,14 +36,15 @@
  *     so that fields added later are zero, which always means "as before" or "default".
  *   - Destroy functions take the address of the pointer, clear it, accept NULL and cannot fail.
  *   - "Collective": every rank of the group calls it, in the same order relative to the other
- *     collective calls of that group. Arguments that must agree are named; libep checks them and
- *     returns EP_ERR_MISMATCH naming the field and the ranks where they do not.
- *   - "Enqueues": with a stream the call returns once the work is queued and the memory it names
- *     must stay valid until the stream has passed it; with stream NULL on a host group the work is
- *     done when the call returns.
+ *     collective calls of that group. Arguments that must agree are named; libep checks them
+ *     and returns EP_ERR_MISMATCH naming the field and the ranks where they do not.
+ *   - "Enqueues": with a stream the call returns once the work is queued and the memory it
+ *     names must stay valid until the stream has passed it; with stream NULL on a host group
+ *     the work is done when the call returns.
  *   - Every wait has a deadline (ep_group_config.timeout_ms). Nothing waits for ever.
  *   - A group may be used from several threads, one call at a time per handle; calls that are
- *     collective must be issued in the same order on every rank, so threads have to agree on it.
+ *     collective must be issued in the same order on every rank, so threads have to agree on
+ *     it.
  */
 #ifndef EP_H
 #define EP_H
@@ -93,9 +95,9 @@ uint32_t ep_version(void);
 const char *ep_status_string(ep_status status);
 
 /*
- * What went wrong in the last libep call of this thread that returned an error: one sentence with
- * the argument, its value and the rule, or the rank, the phase and the time waited. Never NULL;
- * empty if nothing failed. Valid until this thread's next libep call.
+ * What went wrong in the last libep call of this thread that returned an error: one sentence
+ * with the argument, its value and the rule, or the rank, the phase and the time waited. Never
+ * NULL; empty if nothing failed. Valid until this thread's next libep call.
  */
 const char *ep_last_error(void);
 
@@ -124,8 +126,8 @@ size_t ep_dtype_bytes(ep_dtype dtype);
 /*
  * Memory with a shape. The tensor is borrowed: libep reads the struct during the call and the
  * memory until the enqueued work is done, and owns neither. Strides are in elements. Where a
- * comment says "rows contiguous", the last stride must be 1, the rows must not overlap, and each
- * row must start at a multiple of EP_ROW_ALIGN bytes.
+ * comment says "rows contiguous", the last stride must be 1, the rows must not overlap, and
+ * each row must start at a multiple of EP_ROW_ALIGN bytes.
  */
 struct ep_tensor {
     uint32_t size; /* sizeof(struct ep_tensor) */
@@ -143,7 +145,7 @@ struct ep_tensor {
         }                                                                                      \
     }
 
-/* Fills in a contiguous tensor of one or two dimensions; cannot fail, checked where it is used. */
+/* Fills in a contiguous tensor of one or two dimensions; cannot fail, checked where used. */
 void ep_tensor_1d(struct ep_tensor *t, ep_dtype dtype, void *data, int64_t n);
 void ep_tensor_2d(struct ep_tensor *t, ep_dtype dtype, void *data, int64_t rows, int64_t cols);
 
@@ -169,8 +171,9 @@ ep_status ep_world_create(ep_world **out, int num_ranks);
 void ep_world_destroy(ep_world **world);
 
 /*
- * The caller's own allgather: gathers `bytes` bytes of every rank into out[num_ranks][bytes], in
- * rank order. Returns 0 on success. Called a few times during ep_group_create, by its thread.
+ * The caller's own allgather: gathers `bytes` bytes of every rank into out[num_ranks][bytes],
+ * in rank order. Returns 0 on success. Called a few times during ep_group_create, by its
+ * thread.
  */
 typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t bytes);
 
@@ -207,8 +210,8 @@ struct ep_group_config {
     int32_t max_scale_bytes;    /* per row; 0: no scales */
     int32_t num_slots;          /* arena views that may be alive at once; 0: 2 */
     const int32_t *expert_rank; /* [E] the rank that holds each expert, any map; borrowed during
-                                     create. NULL: E / R experts to each rank in order, the first
-                                     E % R ranks one more */
+                                     create. NULL: E / R experts to each rank in order, the
+                                     first E % R ranks one more */
     int64_t max_recv_rows;      /* rows one rank can receive in one dispatch; 0: the worst case,
                                      R * max_tokens */
     int64_t max_expanded_rows;  /* rows of an expanded view; 0: the worst case. Only with
@@ -251,8 +254,8 @@ struct ep_plan_info {
 /*
  * Computes the plan of a configuration whose num_ranks is set (rank and the way to meet are not
  * looked at). Local, pure, not blocking. EP_ERR_ARG: a field breaks its rule.
- * EP_ERR_NOMEM: the arena would exceed memory_limit_bytes; the message says which field to lower;
- * *info is filled in all the same.
+ * EP_ERR_NOMEM: the arena would exceed memory_limit_bytes; the message says which field to
+ * lower; *info is filled in all the same.
  */
 ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *info);
 
@@ -260,16 +263,17 @@ ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *inf
  * Creates a group. Collective and blocking. On failure *out is untouched and nothing is left.
  * EP_ERR_ARG, EP_ERR_VERSION: the configuration. EP_ERR_MISMATCH: ranks differ in a field that
  * must agree (all ranks get it). EP_ERR_TIMEOUT: not all ranks came; the message names the
- * missing. EP_ERR_SYSTEM: e.g. the address is in use. EP_ERR_NOMEM. EP_ERR_PEER: a rank failed or
- * died while the group formed. EP_ERR_UNSUPPORTED: the device or topology is not available; the
- * message says what is missing and how to get it.
+ * missing. EP_ERR_SYSTEM: e.g. the address is in use. EP_ERR_NOMEM. EP_ERR_PEER: a rank failed
+ * or died while the group formed. EP_ERR_UNSUPPORTED: the device or topology is not available;
+ * the message says what is missing and how to get it.
  */
 ep_status ep_group_create(ep_group **out, const struct ep_group_config *config);
 
 /*
  * Destroys a group and frees all it owns. Collective, blocking: waits until the peers are done
- * with this rank's memory, but not longer than the timeout, and not at all after a fault. Handles,
- * streams and events of the group must have been destroyed before. Safe after any fault.
+ * with this rank's memory, but not longer than the timeout, and not at all after a fault.
+ * Handles, streams and events of the group must have been destroyed before. Safe after any
+ * fault.
  */
 void ep_group_destroy(ep_group **group);
 
@@ -283,7 +287,8 @@ ep_status ep_group_plan(const ep_group *group, struct ep_plan_info *info);
 
 /*
  * Ends every wait of this group, here and at the peers, with EP_ERR_INTERRUPTED. Local, not
- * blocking, callable from any thread (not from a signal handler). The group is faulted after it.
+ * blocking, callable from any thread (not from a signal handler). The group is faulted after
+ * it.
  */
 ep_status ep_group_abort(ep_group *group);
 
@@ -340,7 +345,8 @@ ep_status ep_group_stats(ep_group *group, struct ep_group_stats *stats);
  * Streams and events of host groups
  *
  * A host group has the same asynchrony as a GPU: work is queued on streams, runs in order on
- * each, and streams are ordered among each other by events. A CUDA group takes CUstream instead.
+ * each, and streams are ordered among each other by events. A CUDA group takes CUstream
+ * instead.
  * ------------------------------------------------------------------------------------------ */
 
 /* Creates a stream: one thread that runs what is queued, in order. Local.
@@ -423,9 +429,9 @@ struct ep_routing {
  * Local; enqueues on `stream`. The ids are copied: they may change once the stream has passed.
  * EP_ERR_ARG: shape, type, T over max_tokens; or an id outside 0..E-1 (and not -1): the message
  * names token and k. The ids are looked at by the enqueued work: with stream NULL the error is
- * returned here and the handle is left unrouted; with a stream it is returned by ep_stream_sync,
- * and the operations queued behind it treat that id as -1, so that peers are not kept waiting and
- * nothing is written out of bounds.
+ * returned here and the handle is left unrouted; with a stream it is returned by
+ * ep_stream_sync, and the operations queued behind it treat that id as -1, so that peers are
+ * not kept waiting and nothing is written out of bounds.
  * EP_ERR_STATE: an operation between begin and finish uses the handle.
  */
 ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, void *stream);
@@ -475,8 +481,8 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
 
 /*
  * Row order of the output:
- *   compact   one row per (token, this rank), by source rank, then token. Two runs give the same
- *             bytes: no row's place depends on timing.
+ *   compact   one row per (token, this rank), by source rank, then token. Two runs give the
+ *             same bytes: no row's place depends on timing.
  *   expanded  one row per (token, selection of a local expert), grouped by local expert in
  *             ascending id; within it by source rank, token, k. The group of expert e starts at
  *             expert_offsets[e], a multiple of `alignment`.
@@ -488,7 +494,7 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
 /* Expanded: rows of recv_x between the end of an expert's group and the next start are zeroed;
  * else they are left as they were. */
 #define EP_DISPATCH_ZERO_GAPS 4u
-/* recv_scales is [rows][S] with stride[0] == 1 and stride[1] * element a multiple of 16 bytes. */
+/* recv_scales is [rows][S] with stride[0] == 1 and stride[1] * element a multiple of 16. */
 #define EP_DISPATCH_SCALES_COLUMN_MAJOR 8u
 
 /*
@@ -507,13 +513,13 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
  *                      past the last row
  *   recv_source        [N][2] EP_I32: source rank and token; -1 in gaps and past the last row
  *   expert_counts      [L] EP_I32: rows of each local expert (selections)
- *   expert_offsets     [L+1] EP_I32: expanded only. Start of each group, last: end of the output,
- *                      which is aligned too
+ *   expert_offsets     [L+1] EP_I32: expanded only. Start of each group, last: end of the
+ *                      output, which is aligned too
  *   num_rows           [1] EP_I32: rows received (compact) or end of the output (expanded)
  * A dispatch that fails once it is under way leaves counts, offsets and num_rows 0, ids and
  * sources -1, so that work queued behind it stays in bounds.
- * Any output may be NULL. All of x's row bytes, K, scale bytes, and whether topk_weights is given
- * must agree on all ranks; T, the output form, alignment and outputs are each rank's own.
+ * Any output may be NULL. All of x's row bytes, K, scale bytes, and whether topk_weights is
+ * given must agree on all ranks; T, the output form, alignment and outputs are each rank's own.
  */
 struct ep_dispatch_args {
     uint32_t size;
@@ -544,19 +550,19 @@ struct ep_dispatch_args {
  * later ones on the same handle are "cached" and skip that (all ranks alike).
  * EP_ERR_ARG: type, shape, stride, alignment, overlap of input and output; before anything is
  * sent. EP_ERR_STATE: handle not routed. EP_ERR_CAPACITY: more rows arrive somewhere than
- * max_recv_rows (returned on all ranks, nothing was sent), or here than the outputs hold (nothing
- * past them is written; the other ranks succeed, and the handle counts as dispatched on all); the
- * message says how many rows are needed; the group goes on. EP_ERR_MISMATCH, EP_ERR_TIMEOUT, EP_ERR_PEER, EP_ERR_FAULTED: see
- * ep_group_fault. With a stream, what is found by the enqueued work is returned by
- * ep_stream_sync and by the next call on the group.
+ * max_recv_rows (returned on all ranks, nothing was sent), or here than the outputs hold
+ * (nothing past them is written; the other ranks succeed, and the handle counts as dispatched
+ * on all); the message says how many rows are needed; the group goes on. EP_ERR_MISMATCH,
+ * EP_ERR_TIMEOUT, EP_ERR_PEER, EP_ERR_FAULTED: see ep_group_fault. With a stream, what is found
+ * by the enqueued work is returned by ep_stream_sync and by the next call on the group.
  */
 ep_status ep_dispatch(ep_handle *handle, const struct ep_dispatch_args *args, void *stream);
 
 /*
  * The same in two steps, for output of exactly the right size: begin sends (it looks at the
  * inputs only), ep_handle_counts says how many rows come, finish receives into the outputs
- * (it looks at the outputs, flags and alignment only). Other operations of the group are refused in
- * between with EP_ERR_STATE. Not capturable in a CUDA graph.
+ * (it looks at the outputs, flags and alignment only). Other operations of the group are
+ * refused in between with EP_ERR_STATE. Not capturable in a CUDA graph.
  */
 ep_status ep_dispatch_begin(ep_handle *handle, const struct ep_dispatch_args *args,
                             void *stream);
@@ -565,8 +571,9 @@ ep_status ep_dispatch_finish(ep_handle *handle, const struct ep_dispatch_args *a
 
 /*
  * The arena memory of the handle's last dispatch as a tensor of another type: the place for
- * experts to write their answers for a zero-copy combine. [max rows][cols]; compact slot, or with
- * EP_DISPATCH_EXPANDED in `flags` the expanded one. Same lifetime as the view of the dispatch.
+ * experts to write their answers for a zero-copy combine. [max rows][cols]; compact slot, or
+ * with EP_DISPATCH_EXPANDED in `flags` the expanded one. Same lifetime as the view of the
+ * dispatch.
  */
 ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int64_t cols,
                           struct ep_tensor *view);
@@ -577,21 +584,22 @@ ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int
 
 /*
  *   x             [n][H] EP_BF16, EP_F16 or EP_F32, rows contiguous: one row per row of the
- *                 handle's last dispatch, in its form (compact or expanded) and order. n at least
- *                 the rows received; rows past them are not read. A view of the arena or ordinary
- *                 memory
+ *                 handle's last dispatch, in its form (compact or expanded) and order. n at
+ *                 least the rows received; rows past them are not read. A view of the arena or
+ *                 ordinary memory
  *   weights       [n] EP_F32 or NULL: row i of x counts weights[i] times
  *   topk_weights  [n][K] (compact) or [n] (expanded) EP_F32, or NULL: sent back alongside
  *   bias          [T][H] dtype of x, rows contiguous, each or both NULL: added once per token
  *   out           [T][H] dtype of x, rows contiguous; must not overlap x or bias
  *   out_topk_weights  [T][K] EP_F32: sum over the ranks of what they sent back per selection
  *
- * out[t] = round(0 + bias0 + bias1 + sum over ranks r that t was sent to, ascending, of y_r), added
- * in that order in float32 and rounded once to nearest even. y_r is the row of x; where it is
- * weighted or expanded, y_r is that rank's own sum (from 0 on, over k ascending, each row times its
- * weight, float32) rounded once to the dtype. A token that was sent nowhere yields its biases, or
- * zeros. A NaN in BF16 or F16 becomes 0x7fff. out_topk_weights sums what each rank sent back for a
- * selection, also for selections of other ranks, where a dispatch has put zeros.
+ * out[t] = round(0 + bias0 + bias1 + sum over ranks r that t was sent to, ascending, of y_r),
+ * added in that order in float32 and rounded once to nearest even. y_r is the row of x; where
+ * it is weighted or expanded, y_r is that rank's own sum (from 0 on, over k ascending, each row
+ * times its weight, float32) rounded once to the dtype. A token that was sent nowhere yields
+ * its biases, or zeros. A NaN in BF16 or F16 becomes 0x7fff. out_topk_weights sums what each
+ * rank sent back for a selection, also for selections of other ranks, where a dispatch has put
+ * zeros.
  */
 struct ep_combine_args {
     uint32_t size;
@@ -610,9 +618,9 @@ struct ep_combine_args {
 
 /*
  * Brings the experts' answers back and sums them per token. Collective; enqueues on `stream`.
- * A handle may be combined any number of times after its dispatch. The backward of a dispatch is
- * a combine, the backward of a combine is a cached dispatch. H, dtype and whether topk_weights is
- * given must agree on all ranks. Errors as for ep_dispatch.
+ * A handle may be combined any number of times after its dispatch. The backward of a dispatch
+ * is a combine, the backward of a combine is a cached dispatch. H, dtype and whether
+ * topk_weights is given must agree on all ranks. Errors as for ep_dispatch.
  */
 ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void *stream);
 
