@@ -22,7 +22,8 @@
 #define K_TERM_BYTES 16
 #define K_SCRATCH_BYTES(max_dests)                                                             \
     (((max_dests) > K_MAX_TOPK ? (max_dests) : K_MAX_TOPK) * K_TERM_BYTES + 128)
-#define K_RING_BYTES(stages, stage_bytes) (128 + (stages) * (stage_bytes))
+#define K_RING_HEAD 128 /* barriers of the stages, on GPUs */
+#define K_RING_BYTES(stages, stage_bytes) (K_RING_HEAD + (stages) * (stage_bytes))
 
 /* ---- words ---------------------------------------------------------------------------------- */
 

@@ -116,7 +116,7 @@ static K_FN void send_reduced(struct k_thread *k, const struct k_combine_args *a
         const k_i32 num = answer_terms(k, a, row, terms);
         k_syncwarp(k);
         k_reduce(k, k_peer_at(&a->g, owner, landing(a, landing_row(a, owner, row))), a->dtype,
-                 a->row_bytes, terms, num);
+                 a->weights.data != 0, a->row_bytes, terms, num);
         k_syncwarp(k);
     }
 }
@@ -204,8 +204,8 @@ static K_FN void reduce_token(struct k_thread *k, const struct k_combine_args *a
         num++;
     }
     k_syncwarp(k);
-    k_reduce(k, own_memory(a->out.data + (k_u64)((k_i64)t * a->out.s0)), a->dtype, a->row_bytes,
-             terms, num);
+    k_reduce(k, own_memory(a->out.data + (k_u64)((k_i64)t * a->out.s0)), a->dtype, 0,
+             a->row_bytes, terms, num);
     k_syncwarp(k);
 }
 

@@ -8,8 +8,9 @@
  *             sidecar beside it, then one progress word per (destination, channel).
  *   receive   per (source, channel): await its progress word, unpack sidecars, copy rows out.
  *
- * A sidecar is 32-bit words: token, K local ids (-1: another rank's), K indices within (source,
- * expert), K weights if they travel, then the scales' bytes.
+ * A sidecar is 32-bit words: token, K expert ids, K indices within (source, expert), K weights if
+ * they travel, then the scales' bytes. It is the same for all destinations of a token, so it is
+ * made once, in a stage of the mover, and stored like a piece of the row.
  *
  * One warp can run all of it in this order: sending never waits for a receiver.
  */
@@ -170,40 +171,9 @@ static K_INLINE k_u64 row_place(const struct k_dispatch_args *a, k_i32 d, k_u32 
            (k_u64)row * (k_u64)a->row_bytes;
 }
 
-/* Copies the rows of tokens [t0, t1), each loaded once and stored to all its destinations. */
-static K_FN void send_rows(struct k_thread *k, const struct k_dispatch_args *a,
-                           struct k_mover *m, k_i32 t0, k_i32 t1) {
-    const k_i32 chunks = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes;
-    const k_i32 units = (t1 - t0) * chunks, depth = a->stages - 1;
-    const k_i32 turn = a->g.rank + k->warp; /* spreads the warps' first destinations */
-    for (k_i32 u = 0; u < units + depth; u++) {
-        if (u < units && a->h.num_dests[t0 + u / chunks]) {
-            k_i32 from = (u % chunks) * a->stage_bytes, left = a->row_bytes - from;
-            k_mover_retire(k, m);
-            k_mover_load(k, m, u % a->stages,
-                         (const void *)(a->x.data +
-                                        (k_u64)((k_i64)(t0 + u / chunks) * a->x.s0) +
-                                        (k_u64)from),
-                         left < a->stage_bytes ? left : a->stage_bytes);
-        }
-        const k_i32 v = u - depth, t = t0 + v / chunks;
-        if (v < 0 || a->h.num_dests[t] == 0) {
-            continue;
-        }
-        const k_i32 from = (v % chunks) * a->stage_bytes, left = a->row_bytes - from;
-        const k_i32 num = a->h.num_dests[t];
-        k_mover_wait(k, m, v % a->stages);
-        for (k_i32 i = 0; i < num; i++) {
-            k_i64 at = (k_i64)t * a->g.max_dests + (i + turn) % num;
-            k_i32 d = a->h.dest_rank[at];
-            k_mover_store(k, m, v % a->stages,
-                          k_peer_at(&a->g, d,
-                                    row_place(a, d, a->h.remote_base[d] + a->h.dest_slot[at]) +
-                                        (k_u64)from),
-                          left < a->stage_bytes ? left : a->stage_bytes);
-        }
-        k_mover_commit(k, m);
-    }
+static K_INLINE k_u64 side_place(const struct k_dispatch_args *a, k_i32 d, k_u32 row) {
+    return a->g.map.side + (k_u64)a->h.remote_slot[d] * a->g.map.side_slot_bytes +
+           (k_u64)row * (k_u64)a->g.side_stride;
 }
 
 /* Four bytes of token t's scales, from element `j` on; past the end zeros. */
@@ -223,9 +193,8 @@ static K_INLINE k_u32 scales_word(const struct k_dispatch_args *a, k_i32 t, k_i3
     return word;
 }
 
-/* Word w of the sidecar of token t for rank d. */
-static K_FN k_u32 side_word(const struct k_dispatch_args *a, k_i32 t, k_i32 d, k_i32 w) {
-    const k_i32 kind = a->topk > 0 && w > 0 ? (w - 1) / a->topk : -1;
+/* Word w of the sidecar of token t. */
+static K_INLINE k_u32 side_word(const struct k_dispatch_args *a, k_i32 t, k_i32 w) {
     const k_i32 scales = side_scales_word(a);
     if (w == 0) {
         return (k_u32)t;
@@ -233,35 +202,91 @@ static K_FN k_u32 side_word(const struct k_dispatch_args *a, k_i32 t, k_i32 d, k
     if (w >= scales) {
         return scales_word(a, t, 4 * (w - scales));
     }
-    const k_i32 j = (w - 1) % a->topk;
-    const k_i32 id = a->h.ids[(k_i64)t * a->topk + j];
-    const k_bool here = id >= 0 && a->g.expert_rank[id] == d;
+    const k_i32 kind = (w - 1) / a->topk, j = (w - 1) % a->topk;
+    const k_i64 at = (k_i64)t * a->topk + j;
     if (kind == 0) {
-        return here ? (k_u32)a->g.expert_local[id] : ~0u;
+        return (k_u32)a->h.ids[at];
     }
     if (kind == 1) {
-        return a->h.sel_index[(k_i64)t * a->topk + j];
+        return a->h.sel_index[at];
     }
-    const k_u64 at =
-        a->weights.data + (k_u64)((k_i64)t * a->weights.s0 + (k_i64)j * a->weights.s1);
-    return here ? *(const k_u32 *)at : 0u;
+    return *(const k_u32 *)(a->weights.data +
+                            (k_u64)((k_i64)t * a->weights.s0 + (k_i64)j * a->weights.s1));
 }
 
-static K_FN void send_sides(struct k_thread *k, const struct k_dispatch_args *a, k_i32 t0,
-                            k_i32 t1) {
-    const struct k_group *g = &a->g;
+/* What travels of a token, in pieces that fit a stage: the row, then its sidecar. */
+struct send_shape {
+    k_i32 row_pieces, pieces; /* of the row; of both */
+    k_i32 side_bytes;
+};
+
+static K_INLINE struct send_shape shape_of(const struct k_dispatch_args *a) {
+    struct send_shape s;
     const k_i32 words = side_scales_word(a) + (a->num_scales * a->scale_bytes + 3) / 4;
-    for (k_i32 t = t0; t < t1; t++) {
-        for (k_i32 i = 0; i < a->h.num_dests[t]; i++) {
-            const k_i64 at = (k_i64)t * g->max_dests + i;
-            const k_i32 d = a->h.dest_rank[at];
-            const k_u64 row = a->h.remote_base[d] + a->h.dest_slot[at];
-            const k_u64 side = g->map.side +
-                               (k_u64)a->h.remote_slot[d] * g->map.side_slot_bytes +
-                               row * (k_u64)g->side_stride;
-            for (k_i32 w = k->lane; w < words; w += K_LANES) {
-                k_store_u32(k_peer_at(g, d, side + 4ull * (k_u64)w), side_word(a, t, d, w));
-            }
+    s.side_bytes = (4 * words + 15) / 16 * 16;
+    s.row_pieces = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes;
+    s.pieces = s.row_pieces + (s.side_bytes + a->stage_bytes - 1) / a->stage_bytes;
+    return s;
+}
+
+/* Piece `piece` of token t into a stage: loaded, or written by the lanes. */
+static K_INLINE void begin_piece(struct k_thread *k, const struct k_dispatch_args *a,
+                                 struct k_mover *m, const struct send_shape *s, k_i32 stage,
+                                 k_i32 t, k_i32 piece) {
+    k_mover_retire(k, m);
+    if (piece < s->row_pieces) {
+        const k_i32 from = piece * a->stage_bytes, left = a->row_bytes - from;
+        k_mover_load(k, m, stage,
+                     (const void *)(a->x.data + (k_u64)((k_i64)t * a->x.s0) + (k_u64)from),
+                     left < a->stage_bytes ? left : a->stage_bytes);
+        return;
+    }
+    const k_i32 first = (piece - s->row_pieces) * (a->stage_bytes / 4);
+    const k_i32 words = side_scales_word(a) + (a->num_scales * a->scale_bytes + 3) / 4;
+    k_u32 *out = k_mover_fill(k, m, stage);
+    for (k_i32 i = k->lane; i < a->stage_bytes / 4 && first + i < s->side_bytes / 4;
+         i += K_LANES) {
+        out[i] = first + i < words ? side_word(a, t, first + i) : 0;
+    }
+    k_mover_filled(k, m);
+}
+
+/* The same piece to every destination of the token. */
+static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args *a,
+                               struct k_mover *m, const struct send_shape *s, k_i32 stage,
+                               k_i32 t, k_i32 piece) {
+    const struct k_group *g = &a->g;
+    const k_i32 num = a->h.num_dests[t], turn = g->rank + k->warp;
+    const k_bool row = piece < s->row_pieces;
+    const k_i32 from = (row ? piece : piece - s->row_pieces) * a->stage_bytes;
+    const k_i32 left = (row ? a->row_bytes : s->side_bytes) - from;
+    if (row) {
+        k_mover_wait(k, m, stage);
+    }
+    for (k_i32 i = 0; i < num; i++) {
+        const k_i64 at = (k_i64)t * g->max_dests + (i + turn) % num; /* spreads the warps */
+        const k_i32 d = a->h.dest_rank[at];
+        const k_u32 to = a->h.remote_base[d] + a->h.dest_slot[at];
+        k_mover_store(k, m, stage,
+                      k_peer_at(g, d, (row ? row_place(a, d, to) : side_place(a, d, to)) +
+                                          (k_u64)from),
+                      left < a->stage_bytes ? left : a->stage_bytes);
+    }
+    k_mover_commit(k, m);
+}
+
+/* Rows and sidecars of tokens [t0, t1): each is made once and stored to all its destinations. */
+static K_FN void send_tokens(struct k_thread *k, const struct k_dispatch_args *a,
+                             struct k_mover *m, k_i32 t0, k_i32 t1) {
+    const struct send_shape s = shape_of(a);
+    const k_i32 units = (t1 - t0) * s.pieces, depth = a->stages - 1;
+    for (k_i32 u = 0; u < units + depth; u++) {
+        const k_i32 v = u - depth;
+        if (u < units && a->h.num_dests[t0 + u / s.pieces]) {
+            begin_piece(k, a, m, &s, u % a->stages, t0 + u / s.pieces, u % s.pieces);
+        }
+        if (v >= 0 && a->h.num_dests[t0 + v / s.pieces]) {
+            end_piece(k, a, m, &s, v % a->stages, t0 + v / s.pieces, v % s.pieces);
         }
     }
 }
@@ -274,8 +299,7 @@ static K_FN void send_channel(struct k_thread *k, const struct k_dispatch_args *
     if (t0 == t1) {
         return;
     }
-    send_rows(k, a, m, t0, t1);
-    send_sides(k, a, t0, t1);
+    send_tokens(k, a, m, t0, t1);
     k_mover_drain(k, m);
     k_syncwarp(k);
     for (k_i32 i = k->lane; i < g->num_ranks; i += K_LANES) {
@@ -354,29 +378,33 @@ static K_INLINE const k_u8 *row_of(const struct k_dispatch_args *a, k_u32 row) {
                             (k_u64)row * (k_u64)a->row_bytes);
 }
 
+/* Index among this rank's experts of selection j of a received row; -1: another rank's. */
+static K_INLINE k_i32 local_expert(const struct k_dispatch_args *a, const k_u32 *side, k_i32 j) {
+    const k_i32 id = (k_i32)side[1 + j];
+    return id >= 0 && a->g.expert_rank[id] == a->g.rank ? a->g.expert_local[id] : -1;
+}
+
 /* Expanded row of selection j of a received row of source s, or -1. */
 static K_INLINE k_i32 expanded_row(const struct k_dispatch_args *a, k_i32 s, const k_u32 *side,
                                    k_i32 j) {
-    const k_i32 e = (k_i32)side[1 + j];
+    const k_i32 e = local_expert(a, side, j);
     return e < 0 ? -1
                  : (k_i32)(a->h.expert_base[(k_i64)s * a->g.num_local + e] +
                            side[1 + a->topk + j]);
 }
 
-/* The scales of one row, from its sidecar to output row `to`. */
-static K_FN void unpack_scales(struct k_thread *k, const struct k_dispatch_args *a,
-                               const k_u32 *side, k_i64 to) {
+/* Scale j of a row, from its sidecar to output row `to`. */
+static K_INLINE void unpack_scale(const struct k_dispatch_args *a, const k_u32 *side, k_i64 to,
+                                  k_i32 j) {
     const k_u8 *from = (const k_u8 *)(side + side_scales_word(a));
-    for (k_i32 j = k->lane; j < a->num_scales; j += K_LANES) {
-        k_u64 at = a->recv_scales.data +
-                   (k_u64)(to * a->recv_scales.s0 + (k_i64)j * a->recv_scales.s1);
-        if (a->scale_bytes == 4) {
-            *(k_u32 *)at = ((const k_u32 *)from)[j];
-        } else if (a->scale_bytes == 2) {
-            *(k_u16 *)at = ((const k_u16 *)from)[j];
-        } else {
-            *(k_u8 *)at = from[j];
-        }
+    const k_u64 at =
+        a->recv_scales.data + (k_u64)(to * a->recv_scales.s0 + (k_i64)j * a->recv_scales.s1);
+    if (a->scale_bytes == 4) {
+        *(k_u32 *)at = ((const k_u32 *)from)[j];
+    } else if (a->scale_bytes == 2) {
+        *(k_u16 *)at = ((const k_u16 *)from)[j];
+    } else {
+        *(k_u8 *)at = from[j];
     }
 }
 
@@ -403,45 +431,60 @@ static K_INLINE k_f32 *weight_at(const struct k_dispatch_args *a, k_i64 row, k_i
                      (k_u64)(row * a->recv_weights.s0 + (k_i64)j * a->recv_weights.s1));
 }
 
+/* Sidecars of rows [r0, r1) of source s. Lanes take (row, selection) and (row, scale) pairs, so
+ * that many rows are read at once. */
 static K_FN void unpack_compact(struct k_thread *k, const struct k_dispatch_args *a, k_i32 s,
-                                k_u32 row) {
-    const k_u32 *side = side_of(a, row);
-    if ((k_i64)row >= a->capacity) {
-        return;
+                                k_u32 r0, k_u32 r1) {
+    const k_i32 topk = a->topk, scales = a->num_scales;
+    if ((k_i64)r1 > a->capacity) {
+        r1 = (k_i64)r0 < a->capacity ? (k_u32)a->capacity : r0;
     }
-    for (k_i32 j = k->lane; j < a->topk; j += K_LANES) {
+    const k_i32 rows = (k_i32)(r1 - r0);
+    for (k_i32 i = k->lane; a->recv_source.data && i < rows; i += K_LANES) {
+        write_source(a, r0 + i, s, (k_i32)side_of(a, r0 + (k_u32)i)[0]);
+    }
+    const k_bool selections = a->recv_ids.data || a->recv_weights.data;
+    for (k_i32 i = k->lane; selections && i < rows * topk; i += K_LANES) {
+        const k_u32 row = r0 + (k_u32)(i / topk);
+        const k_i32 j = i % topk;
+        const k_u32 *side = side_of(a, row);
+        const k_i32 local = local_expert(a, side, j);
         if (a->recv_ids.data) {
-            write_id(a, row, j, (k_i32)side[1 + j]);
+            write_id(a, row, j, local);
         }
         if (a->recv_weights.data) {
-            *weight_at(a, row, j) = k_float(side[1 + 2 * a->topk + j]);
+            *weight_at(a, row, j) = local >= 0 ? k_float(side[1 + 2 * topk + j]) : 0.0f;
         }
     }
-    if (k->lane == 0) {
-        write_source(a, row, s, (k_i32)side[0]);
-    }
-    if (a->recv_scales.data) {
-        unpack_scales(k, a, side, row);
+    for (k_i32 i = k->lane; a->recv_scales.data && i < rows * scales; i += K_LANES) {
+        const k_u32 row = r0 + (k_u32)(i / scales);
+        unpack_scale(a, side_of(a, row), row, i % scales);
     }
 }
 
 static K_FN void unpack_expanded(struct k_thread *k, const struct k_dispatch_args *a, k_i32 s,
-                                 k_u32 row) {
-    const k_u32 *side = side_of(a, row);
-    for (k_i32 j = k->lane; j < a->topk; j += K_LANES) {
+                                 k_u32 r0, k_u32 r1) {
+    const k_i32 rows = (k_i32)(r1 - r0), topk = a->topk, scales = a->num_scales;
+    for (k_i32 i = k->lane; i < rows * topk; i += K_LANES) {
+        const k_u32 row = r0 + (k_u32)(i / topk);
+        const k_i32 j = i % topk;
+        const k_u32 *side = side_of(a, row);
         const k_i32 to = expanded_row(a, s, side, j);
-        a->h.expand_row[(k_i64)row * a->topk + j] = to;
+        a->h.expand_row[(k_i64)row * topk + j] = to;
         if (to >= 0 && to < a->capacity) {
             write_source(a, to, s, (k_i32)side[0]);
             if (a->recv_weights.data) {
-                *weight_at(a, to, 0) = k_float(side[1 + 2 * a->topk + j]);
+                *weight_at(a, to, 0) = k_float(side[1 + 2 * topk + j]);
             }
         }
     }
-    for (k_i32 j = 0; a->recv_scales.data && j < a->topk; j++) {
-        const k_i32 to = expanded_row(a, s, side, j);
-        if (to >= 0 && to < a->capacity) {
-            unpack_scales(k, a, side, to);
+    for (k_i32 i = k->lane; a->recv_scales.data && i < rows * scales; i += K_LANES) {
+        const k_u32 *side = side_of(a, r0 + (k_u32)(i / scales));
+        for (k_i32 j = 0; j < topk; j++) {
+            const k_i32 to = expanded_row(a, s, side, j);
+            if (to >= 0 && to < a->capacity) {
+                unpack_scale(a, side, to, i % scales);
+            }
         }
     }
 }
@@ -504,12 +547,10 @@ static K_FN k_bool receive_channel(struct k_thread *k, const struct k_dispatch_a
     if (!k_await(k, word, k->epoch, s, K_PHASE_ROWS, &rows)) {
         return 0;
     }
-    for (k_u32 row = r0; row < r1; row++) {
-        if (a->flags & K_DO_EXPAND) {
-            unpack_expanded(k, a, s, row);
-        } else {
-            unpack_compact(k, a, s, row);
-        }
+    if (a->flags & K_DO_EXPAND) {
+        unpack_expanded(k, a, s, r0, r1);
+    } else {
+        unpack_compact(k, a, s, r0, r1);
     }
     if (a->recv_x.data) {
         copy_out(k, a, m, s, r0, r1);
@@ -584,7 +625,11 @@ static K_FN void run(struct k_thread *k, const struct k_dispatch_args *a) {
     if (k->block == 0 && sends && !control(k, a)) {
         return;
     }
-    if (!k_await(k, &g->ctl->go, k->epoch, g->rank, K_PHASE_SELF, &go) || go == SKIP) {
+    k_bool ok = k_await(k, &g->ctl->go, k->epoch, g->rank, K_PHASE_SELF, &go) && go != SKIP;
+    if (k->block == 0) {
+        ok = k_barrier(k, ok); /* its warps go on to `prepare` together, or not at all */
+    }
+    if (!ok) {
         return;
     }
     if (k->block == 0 && receives && !prepare(k, a)) {

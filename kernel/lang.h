@@ -17,9 +17,10 @@
  *               k_syncwarp(k)            lanes of a warp; orders their memory
  *               k_barrier(k, ok)         warps of a block; the AND of all ok
  * Rows          k_mover_*                a pipeline of row copies: load, wait, store (to any
- *                                        number of places), retire, drain
+ *                                        number of places), retire, drain; or fill and filled,
+ *                                        for what the lanes write themselves
  *               k_reduce(k, ...)         sum of rows in float32 in the order given, rounded once
- *               k_copy_words, k_zero     small unpipelined copies
+ *               k_zero(k, ...)           fills own memory
  * Time          k_now(k), k_spin(k, ...) deadline and abort are inside
  *
  * Addresses: a pointer is this rank's own memory; a struct k_peer is memory of some rank's arena
@@ -150,7 +151,9 @@ static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k
                 ok = k_spin(k, &s, peer, phase);
                 w = k_poll(word);
             } while (ok && (k_u32)(w >> 32) != epoch);
-            k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+            if (k->lane == 0) {
+                k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+            }
             ok = ok || (k_u32)(w >> 32) == epoch;
         }
         *value = (k_u32)w;

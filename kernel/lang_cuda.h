@@ -172,6 +172,17 @@ static K_INLINE struct k_16 k_load16(const void *p) {
     return v;
 }
 
+/* The same from global or shared memory. */
+static K_INLINE struct k_16 k_load16_any(const void *p)
+{
+    struct k_16 v;
+    asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
 static K_INLINE void k_store16(k_u64 p, struct k_16 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y),
                  "r"(v.z), "r"(v.w)
@@ -185,13 +196,15 @@ struct k_mover {
     k_u32 bars; /* shared address of the stages' barriers, 8 bytes each */
     k_i32 stage_bytes;
     k_u32 phases; /* a bit per stage */
+    k_u8 *stages; /* stage 0 again, for the lanes to write */
 };
 
 /* The ring's first 128 bytes hold the barriers. */
 static K_INLINE void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
                                    k_i32 stages, k_i32 stage_bytes) {
     m->bars = (k_u32)__cvta_generic_to_shared(ring);
-    m->ring = m->bars + 128u;
+    m->ring = m->bars + (k_u32)K_RING_HEAD;
+    m->stages = (k_u8 *)ring + K_RING_HEAD;
     m->stage_bytes = stage_bytes;
     m->phases = 0;
     if (k->lane == 0) {
@@ -218,6 +231,22 @@ static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 s
                      "l"(src), "r"(bytes), "r"(bar)
                      : "memory");
     }
+}
+
+/* The stage was retired: its last stores have read it. */
+static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage)
+{
+    (void)k;
+    __syncwarp();
+    return (k_u32 *)(m->stages + (k_u64)stage * (k_u64)m->stage_bytes);
+}
+
+static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m)
+{
+    (void)k;
+    (void)m;
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
 }
 
 static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 stage) {
@@ -277,11 +306,17 @@ static K_INLINE void k_mover_end(struct k_thread *k, struct k_mover *m) {
 
 struct k_mover {
     k_u64 src[K_MOVER_STAGES];
+    k_u8 *stages;
+    k_i32 stage_bytes;
 };
 
 static K_INLINE void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
-                                   k_i32 stages, k_i32 stage_bytes) {
-    (void)k, (void)m, (void)ring, (void)stages, (void)stage_bytes;
+                                   k_i32 stages, k_i32 stage_bytes)
+{
+    (void)k;
+    (void)stages;
+    m->stages = (k_u8 *)ring + K_RING_HEAD;
+    m->stage_bytes = stage_bytes;
 }
 
 static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 stage,
@@ -293,6 +328,21 @@ static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 s
             m->src[i] = (k_u64)src;
         }
     }
+}
+
+static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage)
+{
+    k_u8 *at = m->stages + (k_u64)stage * (k_u64)m->stage_bytes;
+    k_mover_load(k, m, stage, at, 0);
+    __syncwarp(); /* the last reads of the stage were plain loads */
+    return (k_u32 *)at;
+}
+
+static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m)
+{
+    (void)k;
+    (void)m;
+    __syncwarp();
 }
 
 static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 stage) {
@@ -310,17 +360,17 @@ static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 
     }
     k_i32 i = k->lane * 16;
     for (; i + 3 * 512 < bytes; i += 4 * 512) { /* four loads in flight */
-        struct k_16 v0 = k_load16((const void *)(from + (k_u64)i));
-        struct k_16 v1 = k_load16((const void *)(from + (k_u64)i + 512));
-        struct k_16 v2 = k_load16((const void *)(from + (k_u64)i + 1024));
-        struct k_16 v3 = k_load16((const void *)(from + (k_u64)i + 1536));
+        struct k_16 v0 = k_load16_any((const void *)(from + (k_u64)i));
+        struct k_16 v1 = k_load16_any((const void *)(from + (k_u64)i + 512));
+        struct k_16 v2 = k_load16_any((const void *)(from + (k_u64)i + 1024));
+        struct k_16 v3 = k_load16_any((const void *)(from + (k_u64)i + 1536));
         k_store16(dst.address + (k_u64)i, v0);
         k_store16(dst.address + (k_u64)i + 512, v1);
         k_store16(dst.address + (k_u64)i + 1024, v2);
         k_store16(dst.address + (k_u64)i + 1536, v3);
     }
     for (; i < bytes; i += 512) {
-        k_store16(dst.address + (k_u64)i, k_load16((const void *)(from + (k_u64)i)));
+        k_store16(dst.address + (k_u64)i, k_load16_any((const void *)(from + (k_u64)i)));
     }
 }
 
@@ -380,48 +430,113 @@ struct k_term {
     k_i32 pad;
 };
 
-static K_INLINE k_u32 k_pack2(k_i32 dtype, k_f32 a, k_f32 b) {
+/* Pieces of 16 bytes that a lane has in flight at once, to cover the latency of memory. */
+#define K_REDUCE_PIECES 4
+
+/* acc += row * weight for one piece; the products are left out where all weights are 1. */
+static K_INLINE void k_add_piece(k_f32 *acc, struct k_16 v, k_i32 dtype, k_bool weighted, k_f32 w)
+{
+    const k_u32 u[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (k_i32 q = 0; q < 4; q++) {
+        if (dtype == K_F32) {
+            const k_f32 x = __uint_as_float(u[q]);
+            acc[q] = acc[q] + (weighted ? x * w : x);
+        } else {
+            const k_f32 lo = dtype == K_BF16 ? __uint_as_float(u[q] << 16)
+                                             : k_from_f16((k_u16)(u[q] & 0xffffu));
+            const k_f32 hi = dtype == K_BF16 ? __uint_as_float(u[q] & 0xffff0000u)
+                                             : k_from_f16((k_u16)(u[q] >> 16));
+            acc[2 * q] = acc[2 * q] + (weighted ? lo * w : lo);
+            acc[2 * q + 1] = acc[2 * q + 1] + (weighted ? hi * w : hi);
+        }
+    }
+}
+
+static K_INLINE k_u32 k_pack2(k_i32 dtype, k_f32 a, k_f32 b)
+{
     return dtype == K_BF16 ? (k_u32)k_to_bf16(a) | ((k_u32)k_to_bf16(b) << 16)
                            : (k_u32)k_to_f16(a) | ((k_u32)k_to_f16(b) << 16);
 }
 
-static K_INLINE k_f32 k_half(k_i32 dtype, k_u32 two, k_i32 high) {
-    k_u16 h = (k_u16)(high ? two >> 16 : two & 0xffffu);
-    return dtype == K_BF16 ? k_from_bf16(h) : k_from_f16(h);
+static K_INLINE struct k_16 k_round_piece(const k_f32 *acc, k_i32 dtype)
+{
+    struct k_16 o;
+    if (dtype == K_F32) {
+        o.x = k_bits(acc[0]);
+        o.y = k_bits(acc[1]);
+        o.z = k_bits(acc[2]);
+        o.w = k_bits(acc[3]);
+    } else {
+        o.x = k_pack2(dtype, acc[0], acc[1]);
+        o.y = k_pack2(dtype, acc[2], acc[3]);
+        o.z = k_pack2(dtype, acc[4], acc[5]);
+        o.w = k_pack2(dtype, acc[6], acc[7]);
+    }
+    return o;
 }
 
-/* Each lane takes 16 bytes of the row at a time and walks the terms. */
-static K_FN void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype, k_i32 bytes,
-                          const struct k_term *terms, k_i32 num) {
-    for (k_i32 i = k->lane * 16; i < bytes; i += 512) {
-        k_f32 acc[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-        for (k_i32 j = 0; j < num; j++) {
-            const k_f32 w = terms[j].weight;
-            struct k_16 v = k_load16((const k_u8 *)terms[j].row + i);
-            const k_u32 u[4] = {v.x, v.y, v.z, v.w};
+static K_INLINE void k_load_pieces(struct k_16 *v, const void *row, k_i32 base, k_i32 bytes)
+{
 #pragma unroll
-            for (k_i32 q = 0; q < 4; q++) {
-                if (dtype == K_F32) {
-                    acc[q] = acc[q] + __uint_as_float(u[q]) * w;
-                } else {
-                    acc[2 * q] = acc[2 * q] + k_half(dtype, u[q], 0) * w;
-                    acc[2 * q + 1] = acc[2 * q + 1] + k_half(dtype, u[q], 1) * w;
-                }
+    for (k_i32 p = 0; p < K_REDUCE_PIECES; p++) {
+        if (base + p * 512 < bytes) {
+            v[p] = k_load16((const k_u8 *)row + base + p * 512);
+        }
+    }
+}
+
+/* One body per type: `dtype` and `weighted` are constants where this is called. */
+static K_INLINE void k_reduce_as(k_i32 lane, k_u64 dst, k_i32 dtype, k_bool weighted, k_i32 bytes,
+                                 const struct k_term *terms, k_i32 num)
+{
+    for (k_i32 base = lane * 16; base < bytes; base += 512 * K_REDUCE_PIECES) {
+        k_f32 acc[K_REDUCE_PIECES][8];
+        struct k_16 v[K_REDUCE_PIECES], next[K_REDUCE_PIECES];
+#pragma unroll
+        for (k_i32 p = 0; p < K_REDUCE_PIECES; p++) {
+#pragma unroll
+            for (k_i32 q = 0; q < 8; q++) {
+                acc[p][q] = 0.0f;
             }
         }
-        struct k_16 o;
-        if (dtype == K_F32) {
-            o.x = k_bits(acc[0]);
-            o.y = k_bits(acc[1]);
-            o.z = k_bits(acc[2]);
-            o.w = k_bits(acc[3]);
-        } else {
-            o.x = k_pack2(dtype, acc[0], acc[1]);
-            o.y = k_pack2(dtype, acc[2], acc[3]);
-            o.z = k_pack2(dtype, acc[4], acc[5]);
-            o.w = k_pack2(dtype, acc[6], acc[7]);
+        if (num > 0) {
+            k_load_pieces(v, terms[0].row, base, bytes);
         }
-        k_store16(dst.address + (k_u64)i, o);
+        for (k_i32 j = 0; j < num; j++) {
+            if (j + 1 < num) { /* on their way while these are added */
+                k_load_pieces(next, terms[j + 1].row, base, bytes);
+            }
+#pragma unroll
+            for (k_i32 p = 0; p < K_REDUCE_PIECES; p++) {
+                if (base + p * 512 < bytes) {
+                    k_add_piece(acc[p], v[p], dtype, weighted, terms[j].weight);
+                }
+                v[p] = next[p];
+            }
+        }
+#pragma unroll
+        for (k_i32 p = 0; p < K_REDUCE_PIECES; p++) {
+            if (base + p * 512 < bytes) {
+                k_store16(dst + (k_u64)base + (k_u64)(p * 512), k_round_piece(acc[p], dtype));
+            }
+        }
+    }
+}
+
+static K_FN void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype, k_bool weighted,
+                          k_i32 bytes, const struct k_term *terms, k_i32 num)
+{
+    if (dtype == K_BF16) {
+        if (weighted) {
+            k_reduce_as(k->lane, dst.address, K_BF16, 1, bytes, terms, num);
+        } else {
+            k_reduce_as(k->lane, dst.address, K_BF16, 0, bytes, terms, num);
+        }
+    } else if (dtype == K_F16) {
+        k_reduce_as(k->lane, dst.address, K_F16, 1, bytes, terms, num);
+    } else {
+        k_reduce_as(k->lane, dst.address, K_F32, 1, bytes, terms, num);
     }
 }
 

@@ -26,7 +26,7 @@ static inline void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ri
                                  k_i32 stages, k_i32 stage_bytes) {
     (void)k, (void)stages;
     memset(m, 0, sizeof(*m));
-    m->ring = (k_u8 *)ring + 128;
+    m->ring = (k_u8 *)ring + K_RING_HEAD;
     m->stage_bytes = stage_bytes;
     m->loader = epi_late_start();
     m->storer = epi_late_start();
@@ -40,6 +40,17 @@ static inline void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 sta
                                 const void *src, k_i32 bytes) {
     (void)k;
     m->loaded[stage] = epi_late_post(m->loader, k_mover_stage(m, stage), src, (size_t)bytes);
+}
+
+static inline k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage)
+{
+    (void)k;
+    return (k_u32 *)(void *)k_mover_stage(m, stage);
+}
+
+static inline void k_mover_filled(struct k_thread *k, struct k_mover *m)
+{
+    (void)k, (void)m;
 }
 
 static inline void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 stage) {

@@ -72,7 +72,7 @@ ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, ep_stream *
     k->dtype = a->x->dtype;
     k->row_bytes = (k_i32)(a->x->shape[1] * (int64_t)ep_dtype_bytes((ep_dtype)a->x->dtype));
     k->stages = EPI_HOST_STAGES;
-    k->stage_bytes = k->row_bytes < EPI_HOST_STAGE_BYTES ? k->row_bytes : EPI_HOST_STAGE_BYTES;
+    k->stage_bytes = epi_plan_stage_bytes(k->row_bytes);
     k->x = epi_array(a->x);
     k->weights = epi_array(a->weights);
     k->topk_weights = epi_array(a->topk_weights);

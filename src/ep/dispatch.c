@@ -209,7 +209,7 @@ static void prepare_task(struct epi_dispatch_task *t, ep_handle *h,
     fill_inputs(k, a);
     t->cached = h->dispatched;
     k->flags |= t->cached ? 0 : K_DO_COUNTS;
-    k->stage_bytes = k->row_bytes < EPI_HOST_STAGE_BYTES ? k->row_bytes : EPI_HOST_STAGE_BYTES;
+    k->stage_bytes = epi_plan_stage_bytes(k->row_bytes);
 }
 
 /* Under the group's mutex: what the operation is, and its number. */

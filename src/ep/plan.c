@@ -223,9 +223,14 @@ size_t epi_plan_table_bytes(const struct ep_group_config *c, int num_ranks) {
     return (size_t)num_ranks * 8 + (size_t)c->num_experts * 12 + ((size_t)num_ranks + 1) * 4;
 }
 
+int epi_plan_stage_bytes(int row_bytes) {
+    return row_bytes < EPI_HOST_STAGE_MIN   ? EPI_HOST_STAGE_MIN
+           : row_bytes > EPI_HOST_STAGE_MAX ? EPI_HOST_STAGE_MAX
+                                            : row_bytes;
+}
+
 size_t epi_plan_warp_bytes(const struct ep_group_config *c, const struct epi_plan *p) {
-    int stage =
-        c->max_row_bytes < EPI_HOST_STAGE_BYTES ? c->max_row_bytes : EPI_HOST_STAGE_BYTES;
+    const int stage = epi_plan_stage_bytes(c->max_row_bytes);
     return (size_t)K_SCRATCH_BYTES(p->max_dests) + (size_t)K_RING_BYTES(EPI_HOST_STAGES, stage);
 }
 

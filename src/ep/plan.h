@@ -16,13 +16,17 @@
 /* Rows that gaps between experts may add to an expanded output, per expert. */
 #define EPI_EXPANDED_SLACK 127
 
-/* Stages of a host warp's ring, and the most bytes of one: check builds cut rows into pieces. */
+/* Stages of a host warp's ring. One holds a whole row, or, in check builds, pieces of it; and a
+ * sidecar, or pieces of that. */
 #define EPI_HOST_STAGES 2
 #if defined(K_LATE_MOVERS)
-#define EPI_HOST_STAGE_BYTES 2048
+#define EPI_HOST_STAGE_MIN 64
+#define EPI_HOST_STAGE_MAX 2048
 #else
-#define EPI_HOST_STAGE_BYTES (1 << 24)
+#define EPI_HOST_STAGE_MIN 1024
+#define EPI_HOST_STAGE_MAX (1 << 24)
 #endif
+int epi_plan_stage_bytes(int row_bytes);
 
 struct epi_plan {
     struct ep_plan_info info;
