@@ -36,7 +36,7 @@ ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *st
                               ep_status_string((ep_status)all[r].status), all[r].text);
             }
         }
-    } else if (mine != EP_OK && mine != EP_ERR_UNSUPPORTED) {
+    } else if (mine != EP_OK && mine != EP_ERR_UNSUPPORTED && mine != EP_ERR_PEER) {
         /* What could not be reached was perhaps its owner's who has given up: that is in st. */
         st = epi_fail(mine, "%s", v.text);
     }

@@ -168,7 +168,7 @@ int epi_fd_connect(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadli
             "in another container; this version joins ranks of one host",
             strerror(errno));
     } else if (send(s, token, EPI_FD_TOKEN, MSG_NOSIGNAL) != EPI_FD_TOKEN) {
-        *st = epi_fail(EP_ERR_SYSTEM, "cannot ask rank 0 for the shared memory: %s",
+        *st = epi_fail(EP_ERR_PEER, "cannot ask rank 0 for the shared memory: %s",
                        strerror(errno));
     } else {
         return s;
@@ -180,7 +180,7 @@ int epi_fd_connect(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadli
 int epi_fd_receive(int s, struct epi_deadline deadline, ep_status *st) {
     int fd = wait_for(s, POLLIN, deadline) ? receive_fd(s) : -1;
     if (fd < 0) {
-        *st = epi_fail(EP_ERR_SYSTEM,
+        *st = epi_fail(EP_ERR_PEER,
                        "rank 0 did not pass the shared memory (another user's job?)");
     }
     return fd;
