@@ -54,7 +54,7 @@ static K_FN k_bool await_counts(struct k_thread *k, const struct k_dispatch_args
     for (k_i32 base = 0; base < g->count_words; base += K_LANES) {
         k_i32 i = base + k->lane;
         k_u32 v = 0;
-        if (!k_await(k, i < g->count_words ? words + i : 0, k->epoch, src, K_PHASE_COUNTS,
+        if (!k_await_word(k, i < g->count_words ? words + i : 0, k->epoch, src, K_PHASE_COUNTS,
                      &v)) {
             return 0;
         }
@@ -101,8 +101,8 @@ static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args 
     for (k_i32 p = k->warp; ok && p < a->g.num_ranks; p += k->num_warps) {
         const k_u64 *words = (const k_u64 *)k_own(&a->g, answer_offset(&a->g, k->epoch, p));
         k_u32 base = 0, need = 0;
-        ok = k_await(k, words, k->epoch, p, K_PHASE_BASES, &base) &&
-             k_await(k, words + 1, k->epoch, p, K_PHASE_BASES, &need);
+        ok = k_await_word(k, words, k->epoch, p, K_PHASE_BASES, &base) &&
+             k_await_word(k, words + 1, k->epoch, p, K_PHASE_BASES, &need);
         if (ok && k->lane == 0) {
             a->h.remote_base[p] = base;
             if (need) {

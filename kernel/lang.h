@@ -14,6 +14,9 @@
  *               k_publish_local(p, w)    the same within this rank
  *               k_await(k, p, e, ...)    all lanes call: wait until word *p (own memory; NULL:
  *                                        nothing) has epoch e; then what was published is visible
+ *               k_await_word             the same for posted words, which order nothing
+ *               k_all(k, ok)             the AND over a warp's lanes
+ *               k_scan(k, x, &total)     sum of x over the lanes before this one, and over all
  *               k_syncwarp(k)            lanes of a warp; orders their memory
  *               k_barrier(k, ok)         warps of a block; the AND of all ok
  * Rows          k_mover_*                a pipeline of row copies: load, wait, store (to any
@@ -136,11 +139,11 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
 /*
  * Waits until *word (this rank's memory) carries `epoch`; its value goes to *value. All lanes of
  * the warp call, each with its own word or NULL; the result is the AND over the warp. `peer` and
- * `phase` name what is awaited if it never comes. After true, everything that the writers of the
- * words published before is visible to the whole warp, also to its row movers.
+ * `phase` name what is awaited if it never comes. For posted words, which are their own data:
+ * nothing else becomes visible.
  */
-static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_i32 peer,
-                           k_i32 phase, k_u32 *value) {
+static K_FN k_bool k_await_word(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_i32 peer,
+                                k_i32 phase, k_u32 *value) {
     k_bool ok = 1;
     if (word) {
         k_u64 w = k_poll(word);
@@ -158,7 +161,16 @@ static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k
         }
         *value = (k_u32)w;
     }
-    return k_acquired(k, ok);
+    return k_all(k, ok);
+}
+
+/* The same for published words: after true, everything that their writers did before is visible
+ * to the whole warp, also to its row movers. */
+static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_i32 peer,
+                           k_i32 phase, k_u32 *value) {
+    const k_bool ok = k_await_word(k, word, epoch, peer, phase, value);
+    k_acquired(k);
+    return ok;
 }
 
 /*

@@ -125,14 +125,30 @@ static K_INLINE void k_syncwarp(struct k_thread *k) {
     __syncwarp();
 }
 
-static K_INLINE k_bool k_acquired(struct k_thread *k, k_bool ok) {
+static K_INLINE k_bool k_all(struct k_thread *k, k_bool ok) {
+    (void)k;
+    return __all_sync(0xffffffffu, ok) != 0;
+}
+
+static K_INLINE k_u32 k_scan(struct k_thread *k, k_u32 x, k_u32 *total) {
+    k_u32 sum = x;
+#pragma unroll
+    for (k_i32 d = 1; d < 32; d *= 2) {
+        const k_u32 before = __shfl_up_sync(0xffffffffu, sum, (unsigned)d);
+        sum += k->lane >= d ? before : 0u;
+    }
+    *total = __shfl_sync(0xffffffffu, sum, 31);
+    return sum - x;
+}
+
+/* After polling by any lanes: each fences for itself, as each may be the one that reads next. */
+static K_INLINE void k_acquired(struct k_thread *k) {
     (void)k;
     asm volatile("fence.acq_rel.sys;" ::: "memory");
-    ok = __all_sync(0xffffffffu, ok) != 0;
+    __syncwarp();
 #if defined(K_MOVER_TMA)
     asm volatile("fence.proxy.async;" ::: "memory");
 #endif
-    return ok;
 }
 
 /* ---- waiting -------------------------------------------------------------------------------- */

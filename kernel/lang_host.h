@@ -121,10 +121,20 @@ static K_INLINE k_u64 k_poll(const k_u64 *p) {
     return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 
-/* After polling: the AND over the warp, and what the words announced is visible. */
-static K_INLINE k_bool k_acquired(struct k_thread *k, k_bool ok) {
+static K_INLINE k_bool k_all(struct k_thread *k, k_bool ok) {
     (void)k;
     return ok;
+}
+
+static K_INLINE k_u32 k_scan(struct k_thread *k, k_u32 x, k_u32 *total) {
+    (void)k;
+    *total = x;
+    return 0;
+}
+
+/* After polling: what the words announced is visible; here the load was an acquire. */
+static K_INLINE void k_acquired(struct k_thread *k) {
+    (void)k;
 }
 
 static K_INLINE void k_syncwarp(struct k_thread *k) {

@@ -76,23 +76,25 @@ static K_INLINE void tell_ready(struct k_thread *k, k_i32 p, const struct op_sig
 static K_FN k_bool await_ready(struct k_thread *k, k_i32 p, const struct op_signature *sig,
                                k_u32 *where) {
     const k_u64 *words = (const k_u64 *)k_own(k->g, ready_offset(k->g, k->epoch, p));
-    for (k_i32 i = 0; i < K_READY_WORDS; i++) {
+    k_bool ok = 1;
+    for (k_i32 base = 0; ok && base < K_READY_WORDS; base += K_LANES) {
+        const k_i32 i = base + k->lane;
         k_u32 value = 0;
-        if (!k_await(k, words + i, k->epoch, p, K_PHASE_READY, &value)) {
-            return 0;
+        ok = k_await_word(k, i < K_READY_WORDS ? words + i : 0, k->epoch, p, K_PHASE_READY,
+                          &value);
+        const k_bool differs = i < 3 && value != signature_word(sig, i);
+        if (ok && differs) {
+            struct k_blame b = {K_ERR_MISMATCH, K_PHASE_READY, p, i, signature_word(sig, i),
+                                value};
+            k_raise(k, 0, b);
         }
         if (i == 3) {
             *where = value;
-        } else if (value != signature_word(sig, i)) {
-            if (k->lane == 0) {
-                struct k_blame b = {K_ERR_MISMATCH,         K_PHASE_READY, p, i,
-                                    signature_word(sig, i), value};
-                k_raise(k, 0, b);
-            }
-            return 0;
         }
+        ok = k_all(k, ok && !differs);
     }
-    return 1;
+    k_acquired(k); /* p's reads of what this rank may now write to are over */
+    return ok;
 }
 
 /* All warps of a block: all peers' ready messages. `wheres` [R] receives their last words. */
@@ -100,11 +102,7 @@ static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature
                                    k_u32 *wheres) {
     k_bool ok = 1;
     for (k_i32 p = k->warp; ok && p < k->g->num_ranks; p += k->num_warps) {
-        k_u32 where = 0;
-        ok = await_ready(k, p, sig, &where);
-        if (ok && k->lane == 0) {
-            wheres[p] = where;
-        }
+        ok = await_ready(k, p, sig, &wheres[p]);
     }
     return ok;
 }

@@ -8,14 +8,18 @@
  */
 #include "kernel/op.h"
 
+/* Selections that a warp looks at together. */
+#define BATCH 64
+
 struct route_scratch {
-    k_i32 rank[K_MAX_TOPK]; /* of each selection, -1: none */
-    k_i32 id[K_MAX_TOPK];
-    k_i32 first[K_MAX_TOPK]; /* this selection is the token's first of its rank */
-    k_i32 last[K_MAX_TOPK];  /* how often its expert was named, at the last naming; else 0 */
+    k_i32 rank[BATCH];  /* of each selection, -1: none */
+    k_i32 id[BATCH];    /* -1: none */
+    k_i32 first[BATCH]; /* this selection is its token's first of its rank */
+    k_i32 count[BATCH]; /* selections of its expert so far, at the last of the batch; else 0 */
 };
 
 _Static_assert(sizeof(struct route_scratch) <= K_SCRATCH_BYTES(1), "route_scratch");
+_Static_assert(BATCH >= K_MAX_TOPK, "a batch holds a token");
 
 /*
  * Barrier number `step` (0, 1) of all blocks. Each has words of its own: a block that is through
@@ -53,61 +57,83 @@ static K_INLINE k_i32 read_id(const struct k_route_args *a, k_i32 t, k_i32 j) {
     return id == -1 || a->lenient ? -1 : -2;
 }
 
-/* Destinations and expert indices of one token, counted from the start of its channel. */
-static K_FN void route_token(struct k_thread *k, const struct k_route_args *a, k_i32 c,
-                             k_i32 t) {
-    const struct k_handle *h = &a->h;
-    struct route_scratch *s = (struct route_scratch *)warp_scratch(k);
-    const k_i32 topk = a->topk, dests = a->g.max_dests, chans = a->g.num_channels + 1;
-    k_u32 *experts = h->chan_expert + (k_i64)c * a->g.num_experts;
-    for (k_i32 j = k->lane; j < topk; j += K_LANES) {
-        k_i32 id = read_id(a, t, j);
-        k_u64 number = (k_u64)t * (k_u64)topk + (k_u64)j;
+/* Reads the selections of tokens [t0, t0 + n / K) into the scratch. */
+static K_FN void read_batch(struct k_thread *k, const struct k_route_args *a, k_i32 c, k_i32 t0,
+                            k_i32 n, struct route_scratch *s) {
+    const k_i32 topk = a->topk;
+    for (k_i32 i = k->lane; i < n; i += K_LANES) {
+        const k_u64 number = (k_u64)t0 * (k_u64)topk + (k_u64)i;
+        k_i32 id = read_id(a, t0 + i / topk, i % topk);
         if (id == -2) {
-            k_lower(&h->chan_bad[c], number);
+            k_lower(&a->h.chan_bad[c], number);
             id = -1;
         }
-        s->id[j] = id;
-        s->rank[j] = id < 0 ? -1 : a->g.expert_rank[id];
-        h->ids[number] = id;
+        s->id[i] = id;
+        s->rank[i] = id < 0 ? -1 : a->g.expert_rank[id];
+        a->h.ids[number] = id;
     }
     k_syncwarp(k);
-    for (k_i32 j = k->lane; j < topk; j += K_LANES) {
-        k_i32 first = s->rank[j] >= 0;
-        for (k_i32 i = 0; i < j; i++) {
-            first = first && s->rank[i] != s->rank[j];
+    for (k_i32 i = k->lane; i < n; i += K_LANES) {
+        k_i32 first = s->rank[i] >= 0;
+        for (k_i32 j = i - i % topk; j < i; j++) {
+            first = first && s->rank[j] != s->rank[i];
         }
-        s->first[j] = first;
+        s->first[i] = first;
     }
     k_syncwarp(k);
-    k_i32 num = 0;
-    for (k_i32 j = 0; j < topk; j++) {
-        num += s->first[j];
-    }
-    for (k_i32 j = k->lane; j < topk; j += K_LANES) {
-        k_i32 before = 0, same = 0, later = 0, r = s->rank[j], id = s->id[j];
-        for (k_i32 i = 0; i < topk; i++) {
-            before += s->first[i] && s->rank[i] < r;
-            same += i < j && s->id[i] == id;
-            later += i > j && s->id[i] == id;
+}
+
+/* Writes destinations and expert indices of a batch, counted from the start of its channel; the
+ * channel's counters are read here and advanced by the caller. */
+static K_FN void place_batch(struct k_thread *k, const struct k_route_args *a, k_i32 c, k_i32 t0,
+                             k_i32 n, struct route_scratch *s) {
+    const struct k_handle *h = &a->h;
+    const k_i32 topk = a->topk, chans = a->g.num_channels + 1;
+    const k_u32 *experts = h->chan_expert + (k_i64)c * a->g.num_experts;
+    for (k_i32 i = k->lane; i < n; i += K_LANES) {
+        const k_i32 t = t0 + i / topk, r = s->rank[i], id = s->id[i];
+        const k_i32 begin = i - i % topk, end = begin + topk;
+        k_i32 same = 0, later = 0, slot = 0, before = 0, num = 0;
+        for (k_i32 j = 0; j < n; j++) { /* all of the batch: its order is the result */
+            same += j < i && s->id[j] == id;
+            later += j > i && s->id[j] == id;
+            slot += j < i && s->first[j] && s->rank[j] == r;
         }
-        if (s->first[j]) {
-            k_u32 *count = &h->send_chan[(k_i64)r * chans + c + 1];
-            h->dest_rank[(k_i64)t * dests + before] = r;
-            h->dest_slot[(k_i64)t * dests + before] = (*count)++;
+        for (k_i32 j = begin; j < end; j++) {
+            before += s->first[j] && s->rank[j] < r;
+            num += s->first[j];
         }
-        /* Lanes that name one expert read its count; the last of them advances it below. */
-        s->last[j] = later == 0 && id >= 0 ? same + 1 : 0;
-        h->sel_index[(k_i64)t * topk + j] = id < 0 ? 0 : experts[id] + (k_u32)same;
+        if (s->first[i]) {
+            const k_i64 at = (k_i64)t * a->g.max_dests + before;
+            h->dest_rank[at] = r;
+            h->dest_slot[at] = h->send_chan[(k_i64)r * chans + c] + (k_u32)slot;
+        }
+        h->sel_index[(k_i64)t * topk + i % topk] = id < 0 ? 0 : experts[id] + (k_u32)same;
+        s->count[i] = later == 0 && id >= 0 ? same + 1 : 0;
+        if (i == begin) {
+            h->num_dests[t] = num;
+        }
     }
     k_syncwarp(k);
-    for (k_i32 j = k->lane; j < topk; j += K_LANES) {
-        if (s->last[j]) {
-            experts[s->id[j]] += (k_u32)s->last[j];
+}
+
+/* Adds a batch to its channel's counters: one lane for each expert, one for each rank. */
+static K_FN void count_batch(struct k_thread *k, const struct k_route_args *a, k_i32 c, k_i32 n,
+                             const struct route_scratch *s) {
+    const struct k_handle *h = &a->h;
+    for (k_i32 i = k->lane; i < n; i += K_LANES) {
+        if (s->count[i]) {
+            h->chan_expert[(k_i64)c * a->g.num_experts + s->id[i]] += (k_u32)s->count[i];
         }
-    }
-    if (k->lane == 0) {
-        h->num_dests[t] = num;
+        k_i32 firsts = s->first[i], later = 0; /* of this rank in the batch, up to here */
+        for (k_i32 j = 0; s->first[i] && j < n; j++) {
+            const k_i32 same = j != i && s->first[j] && s->rank[j] == s->rank[i];
+            firsts += same && j < i;
+            later += same && j > i;
+        }
+        if (s->first[i] && later == 0) {
+            h->send_chan[(k_i64)s->rank[i] * (a->g.num_channels + 1) + c] += (k_u32)firsts;
+        }
     }
     k_syncwarp(k);
 }
@@ -122,7 +148,7 @@ static K_FN void route_mask(struct k_thread *k, const struct k_route_args *a, k_
             const k_u8 *in = (const k_u8 *)(a->mask.data + (k_u64)((k_i64)t * a->mask.s0 +
                                                                    (k_i64)r * a->mask.s1));
             if (*in) {
-                k_u32 *count = &h->send_chan[(k_i64)r * (a->g.num_channels + 1) + c + 1];
+                k_u32 *count = &h->send_chan[(k_i64)r * (a->g.num_channels + 1) + c];
                 h->dest_rank[(k_i64)t * a->g.max_dests + num] = r;
                 h->dest_slot[(k_i64)t * a->g.max_dests + num] = (*count)++;
                 num++;
@@ -139,7 +165,7 @@ static K_FN void count_channel(struct k_thread *k, const struct k_route_args *a,
         h->chan_expert[(k_i64)c * a->g.num_experts + e] = 0;
     }
     for (k_i32 r = k->lane; r < a->g.num_ranks; r += K_LANES) {
-        h->send_chan[(k_i64)r * (a->g.num_channels + 1) + c + 1] = 0;
+        h->send_chan[(k_i64)r * (a->g.num_channels + 1) + c] = 0;
     }
     if (k->lane == 0) {
         h->chan_bad[c] = ~0ull;
@@ -147,38 +173,56 @@ static K_FN void count_channel(struct k_thread *k, const struct k_route_args *a,
     k_syncwarp(k);
     k_i32 t0, t1;
     channel_tokens(a->tokens, a->g.num_channels, c, &t0, &t1);
-    for (k_i32 t = t0; t < t1; t++) {
-        if (a->id_bytes) {
-            route_token(k, a, c, t);
-        } else {
-            route_mask(k, a, c, t);
+    if (a->id_bytes) {
+        struct route_scratch *s = (struct route_scratch *)warp_scratch(k);
+        const k_i32 most = K_LANES == 1 ? 1 : BATCH / a->topk; /* one lane gains nothing by more */
+        for (k_i32 t = t0; t < t1; t += most) {
+            const k_i32 n = (t1 - t < most ? t1 - t : most) * a->topk;
+            read_batch(k, a, c, t, n, s);
+            place_batch(k, a, c, t, n, s);
+            count_batch(k, a, c, n, s);
         }
+        return;
+    }
+    for (k_i32 t = t0; t < t1; t++) {
+        route_mask(k, a, c, t);
     }
 }
 
-/* Sums over channels: each lane of the grid takes ranks, then experts. */
+/* Turns counts of channels, `step` words apart, into what lies before each; returns the sum. */
+static K_FN k_u32 scan_channels(struct k_thread *k, k_u32 *counts, k_i64 step, k_i32 chans) {
+    k_u32 sum = 0;
+    for (k_i32 base = 0; base < chans; base += K_LANES) {
+        const k_i32 c = base + k->lane;
+        k_u32 total = 0;
+        const k_u32 n = c < chans ? counts[(k_i64)c * step] : 0;
+        const k_u32 before = k_scan(k, n, &total);
+        if (c < chans) {
+            counts[(k_i64)c * step] = sum + before;
+        }
+        sum += total;
+    }
+    return sum;
+}
+
+/* Sums over channels: each warp of the grid takes ranks, then experts. */
 static K_FN void sum_channels(struct k_thread *k, const struct k_route_args *a) {
     const struct k_handle *h = &a->h;
-    const k_i32 chans = a->g.num_channels;
-    const k_i32 me = k_first(k, 0) * K_LANES + k->lane;
-    const k_i32 all = k_stride(k, k->num_blocks) * K_LANES;
-    for (k_i32 r = me; r < a->g.num_ranks; r += all) {
-        k_u32 *at = h->send_chan + (k_i64)r * (chans + 1);
-        at[0] = 0;
-        for (k_i32 c = 0; c < chans; c++) {
-            at[c + 1] += at[c];
+    const k_i32 chans = a->g.num_channels, experts = a->g.num_experts, ranks = a->g.num_ranks;
+    for (k_i32 i = k_first(k, 0); i < ranks + experts; i += k_stride(k, k->num_blocks)) {
+        if (i < ranks) {
+            k_u32 *row = h->send_chan + (k_i64)i * (chans + 1);
+            const k_u32 sum = scan_channels(k, row, 1, chans);
+            if (k->lane == 0) {
+                row[chans] = sum;
+                h->send_count[i] = sum;
+            }
+        } else {
+            const k_u32 sum = scan_channels(k, h->chan_expert + (i - ranks), experts, chans);
+            if (k->lane == 0) {
+                h->send_expert[i - ranks] = sum;
+            }
         }
-        h->send_count[r] = at[chans];
-    }
-    for (k_i32 e = me; e < a->g.num_experts; e += all) {
-        k_u32 sum = 0;
-        for (k_i32 c = 0; c < chans; c++) {
-            k_u32 *at = &h->chan_expert[(k_i64)c * a->g.num_experts + e];
-            k_u32 n = *at;
-            *at = sum;
-            sum += n;
-        }
-        h->send_expert[e] = sum;
     }
 }
 
@@ -187,17 +231,17 @@ static K_FN void shift_channel(struct k_thread *k, const struct k_route_args *a,
     const struct k_handle *h = &a->h;
     k_i32 t0, t1;
     channel_tokens(a->tokens, a->g.num_channels, c, &t0, &t1);
-    for (k_i32 t = t0; t < t1; t++) {
-        for (k_i32 j = k->lane; j < h->num_dests[t]; j += K_LANES) {
-            k_i64 at = (k_i64)t * a->g.max_dests + j;
-            h->dest_slot[at] +=
-                h->send_chan[(k_i64)h->dest_rank[at] * (a->g.num_channels + 1) + c];
+    const k_i32 dests = a->g.max_dests, chans = a->g.num_channels + 1;
+    for (k_i32 i = k->lane; i < (t1 - t0) * dests; i += K_LANES) {
+        const k_i64 at = (k_i64)t0 * dests + i;
+        if (i % dests < h->num_dests[t0 + i / dests]) {
+            h->dest_slot[at] += h->send_chan[(k_i64)h->dest_rank[at] * chans + c];
         }
-        for (k_i32 j = k->lane; j < a->topk; j += K_LANES) {
-            k_i64 at = (k_i64)t * a->topk + j;
-            if (h->ids[at] >= 0) {
-                h->sel_index[at] += h->chan_expert[(k_i64)c * a->g.num_experts + h->ids[at]];
-            }
+    }
+    for (k_i32 i = k->lane; i < (t1 - t0) * a->topk; i += K_LANES) {
+        const k_i64 at = (k_i64)t0 * a->topk + i;
+        if (h->ids[at] >= 0) {
+            h->sel_index[at] += h->chan_expert[(k_i64)c * a->g.num_experts + h->ids[at]];
         }
     }
 }
