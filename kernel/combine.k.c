@@ -56,25 +56,28 @@ static K_INLINE k_u64 x_row(const struct k_combine_args *a, k_u32 row) {
 
 static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
                             struct k_mover *m, k_i32 owner, k_u32 r0, k_u32 r1) {
-    const k_i32 chunks = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes;
-    const k_i32 units = (k_i32)(r1 - r0) * chunks, depth = a->stages - 1;
-    for (k_i32 u = 0; u < units + depth; u++) {
-        if (u < units) {
-            const k_i32 from = (u % chunks) * a->stage_bytes, left = a->row_bytes - from;
+    const k_i32 pieces = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes, end = (k_i32)r1;
+    const k_u64 to = k_peer_at(&a->g, owner, landing(a, landing_row(a, owner, r0))).address;
+    struct walk in = {(k_i32)r0, 0, 0}, out = in;
+    k_i32 ahead = 0;
+    while (out.item < end) {
+        if (in.item < end) {
+            const k_i32 from = in.piece * a->stage_bytes;
             k_mover_retire(k, m);
-            k_mover_load(k, m, u % a->stages,
-                         (const void *)(x_row(a, r0 + (k_u32)(u / chunks)) + (k_u64)from),
-                         left < a->stage_bytes ? left : a->stage_bytes);
+            k_mover_load(k, m, in.stage, (const void *)(x_row(a, (k_u32)in.item) + (k_u64)from),
+                         at_most(a->row_bytes - from, a->stage_bytes));
+            walk_on(&in, pieces, a->stages);
+            ahead++;
         }
-        const k_i32 v = u - depth;
-        if (v >= 0) {
-            const k_i32 from = (v % chunks) * a->stage_bytes, left = a->row_bytes - from;
-            const k_u64 row = landing_row(a, owner, r0 + (k_u32)(v / chunks));
-            k_mover_wait(k, m, v % a->stages);
-            k_mover_store(k, m, v % a->stages,
-                          k_peer_at(&a->g, owner, landing(a, row) + (k_u64)from),
-                          left < a->stage_bytes ? left : a->stage_bytes);
+        if (ahead == a->stages || in.item == end) {
+            const k_i32 from = out.piece * a->stage_bytes;
+            const k_u64 row = (k_u64)((k_u32)out.item - r0) * (k_u64)a->row_bytes;
+            k_mover_wait(k, m, out.stage);
+            k_mover_store(k, m, out.stage, one_lane(k, to + row + (k_u64)from),
+                          at_most(a->row_bytes - from, a->stage_bytes));
             k_mover_commit(k, m);
+            walk_on(&out, pieces, a->stages);
+            ahead--;
         }
     }
 }
@@ -245,22 +248,22 @@ static K_FN k_bool await_answers(struct k_thread *k, const struct k_combine_args
     return 1;
 }
 
+/* Warps take tokens in turn, not channels: all of them work on what has just arrived, and little
+ * is left to do when the last answer has. */
 static K_FN void reduce(struct k_thread *k, const struct k_combine_args *a, k_i32 warp,
                         k_i32 warps) {
     const struct k_group *g = &a->g;
-    for (k_i32 c = warp; c < g->num_channels; c += warps) {
-        k_i32 t0, t1;
-        channel_tokens(a->tokens, g->num_channels, c, &t0, &t1);
-        if (!await_answers(k, a, c)) {
+    const k_i32 per = (a->tokens + g->num_channels - 1) / g->num_channels; /* of a channel */
+    k_i32 arrived = -1;
+    for (k_i32 t = warp; t < a->tokens; t += warps) {
+        const k_i32 c = t / per;
+        if (c != arrived && !await_answers(k, a, c)) {
             return;
         }
-        for (k_i32 t = t0; t < t1; t++) {
-            if (a->out.data) {
-                reduce_token(k, a, t);
-            }
-            if (a->out_weights.data) {
-                sum_weights(k, a, t);
-            }
+        arrived = c;
+        reduce_token(k, a, t);
+        if (a->out_weights.data) {
+            sum_weights(k, a, t);
         }
     }
 }

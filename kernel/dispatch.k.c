@@ -55,7 +55,7 @@ static K_FN k_bool await_counts(struct k_thread *k, const struct k_dispatch_args
         k_i32 i = base + k->lane;
         k_u32 v = 0;
         if (!k_await_word(k, i < g->count_words ? words + i : 0, k->epoch, src, K_PHASE_COUNTS,
-                     &v)) {
+                          &v)) {
             return 0;
         }
         if (i == 0) {
@@ -217,76 +217,110 @@ static K_INLINE k_u32 side_word(const struct k_dispatch_args *a, k_i32 t, k_i32 
 /* What travels of a token, in pieces that fit a stage: the row, then its sidecar. */
 struct send_shape {
     k_i32 row_pieces, pieces; /* of the row; of both */
-    k_i32 side_bytes;
+    k_i32 side_words, side_bytes;
 };
 
 static K_INLINE struct send_shape shape_of(const struct k_dispatch_args *a) {
     struct send_shape s;
-    const k_i32 words = side_scales_word(a) + (a->num_scales * a->scale_bytes + 3) / 4;
-    s.side_bytes = (4 * words + 15) / 16 * 16;
+    s.side_words = side_scales_word(a) + (a->num_scales * a->scale_bytes + 3) / 4;
+    s.side_bytes = (4 * s.side_words + 15) / 16 * 16;
     s.row_pieces = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes;
     s.pieces = s.row_pieces + (s.side_bytes + a->stage_bytes - 1) / a->stage_bytes;
     return s;
 }
 
-/* Piece `piece` of token t into a stage: loaded, or written by the lanes. */
+/* The next piece of a token into its stage: loaded, or written by the lanes. */
 static K_INLINE void begin_piece(struct k_thread *k, const struct k_dispatch_args *a,
-                                 struct k_mover *m, const struct send_shape *s, k_i32 stage,
-                                 k_i32 t, k_i32 piece) {
+                                 struct k_mover *m, const struct send_shape *s,
+                                 const struct walk *in) {
+    const k_i32 t = in->item;
     k_mover_retire(k, m);
-    if (piece < s->row_pieces) {
-        const k_i32 from = piece * a->stage_bytes, left = a->row_bytes - from;
-        k_mover_load(k, m, stage,
+    if (in->piece < s->row_pieces) {
+        const k_i32 from = in->piece * a->stage_bytes;
+        k_mover_load(k, m, in->stage,
                      (const void *)(a->x.data + (k_u64)((k_i64)t * a->x.s0) + (k_u64)from),
-                     left < a->stage_bytes ? left : a->stage_bytes);
+                     at_most(a->row_bytes - from, a->stage_bytes));
         return;
     }
-    const k_i32 first = (piece - s->row_pieces) * (a->stage_bytes / 4);
-    const k_i32 words = side_scales_word(a) + (a->num_scales * a->scale_bytes + 3) / 4;
-    k_u32 *out = k_mover_fill(k, m, stage);
+    const k_i32 first = (in->piece - s->row_pieces) * (a->stage_bytes / 4);
+    k_u32 *out = k_mover_fill(k, m, in->stage);
     for (k_i32 i = k->lane; i < a->stage_bytes / 4 && first + i < s->side_bytes / 4;
          i += K_LANES) {
-        out[i] = first + i < words ? side_word(a, t, first + i) : 0;
+        out[i] = first + i < s->side_words ? side_word(a, t, first + i) : 0;
     }
     k_mover_filled(k, m);
 }
 
-/* The same piece to every destination of the token. */
-static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args *a,
-                               struct k_mover *m, const struct send_shape *s, k_i32 stage,
-                               k_i32 t, k_i32 piece) {
-    const struct k_group *g = &a->g;
-    const k_i32 num = a->h.num_dests[t], turn = g->rank + k->warp;
-    const k_bool row = piece < s->row_pieces;
-    const k_i32 from = (row ? piece : piece - s->row_pieces) * a->stage_bytes;
-    const k_i32 left = (row ? a->row_bytes : s->side_bytes) - from;
-    if (row) {
-        k_mover_wait(k, m, stage);
-    }
-    for (k_i32 i = 0; i < num; i++) {
-        const k_i64 at = (k_i64)t * g->max_dests + (i + turn) % num; /* spreads the warps */
+/* Where one destination of a token takes its row and its sidecar; 0: there is none. */
+struct place {
+    k_u64 row, side;
+};
+
+static K_INLINE struct place find_place(const struct k_dispatch_args *a, k_i32 t, k_i32 i,
+                                        k_i32 num, k_i32 turn) {
+    struct place p = {0, 0};
+    if (i < num) {
+        const k_i64 at = (k_i64)t * a->g.max_dests + (i + turn) % num; /* spreads the warps */
         const k_i32 d = a->h.dest_rank[at];
         const k_u32 to = a->h.remote_base[d] + a->h.dest_slot[at];
-        k_mover_store(k, m, stage,
-                      k_peer_at(g, d, (row ? row_place(a, d, to) : side_place(a, d, to)) +
-                                          (k_u64)from),
-                      left < a->stage_bytes ? left : a->stage_bytes);
+        p.row = k_peer_at(&a->g, d, row_place(a, d, to)).address;
+        p.side = k_peer_at(&a->g, d, side_place(a, d, to)).address;
+    }
+    return p;
+}
+
+/* The same piece to every destination of the token, one for each lane. `place` is kept from the
+ * token's first piece to its last. */
+static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args *a,
+                               struct k_mover *m, const struct send_shape *s,
+                               const struct walk *out, struct place *place, k_i32 *num) {
+    const k_bool row = out->piece < s->row_pieces;
+    const k_i32 from = (row ? out->piece : out->piece - s->row_pieces) * a->stage_bytes;
+    const k_i32 bytes = at_most((row ? a->row_bytes : s->side_bytes) - from, a->stage_bytes);
+    if (out->piece == 0) {
+        *num = a->h.num_dests[out->item];
+        *place = find_place(a, out->item, k->lane, *num, a->g.rank + k->warp);
+    }
+    if (row) {
+        k_mover_wait(k, m, out->stage);
+    }
+    for (k_i32 base = 0; base < *num; base += K_LANES) {
+        if (*num > K_LANES) {
+            *place = find_place(a, out->item, base + k->lane, *num, a->g.rank + k->warp);
+        }
+        const k_u64 to = row ? place->row : place->side;
+        k_mover_store(k, m, out->stage, own_memory(to ? to + (k_u64)from : 0), bytes);
     }
     k_mover_commit(k, m);
+}
+
+/* The first token from t on that goes anywhere. */
+static K_INLINE k_i32 next_token(const struct k_dispatch_args *a, k_i32 t, k_i32 t1) {
+    while (t < t1 && a->h.num_dests[t] == 0) {
+        t++;
+    }
+    return t;
 }
 
 /* Rows and sidecars of tokens [t0, t1): each is made once and stored to all its destinations. */
 static K_FN void send_tokens(struct k_thread *k, const struct k_dispatch_args *a,
                              struct k_mover *m, k_i32 t0, k_i32 t1) {
     const struct send_shape s = shape_of(a);
-    const k_i32 units = (t1 - t0) * s.pieces, depth = a->stages - 1;
-    for (k_i32 u = 0; u < units + depth; u++) {
-        const k_i32 v = u - depth;
-        if (u < units && a->h.num_dests[t0 + u / s.pieces]) {
-            begin_piece(k, a, m, &s, u % a->stages, t0 + u / s.pieces, u % s.pieces);
+    struct walk in = {next_token(a, t0, t1), 0, 0}, out = in;
+    struct place place = {0, 0};
+    k_i32 ahead = 0, num = 0;
+    while (out.item < t1) {
+        if (in.item < t1) {
+            begin_piece(k, a, m, &s, &in);
+            walk_on(&in, s.pieces, a->stages);
+            in.item = in.piece == 0 ? next_token(a, in.item, t1) : in.item;
+            ahead++;
         }
-        if (v >= 0 && a->h.num_dests[t0 + v / s.pieces]) {
-            end_piece(k, a, m, &s, v % a->stages, t0 + v / s.pieces, v % s.pieces);
+        if (ahead == a->stages || in.item == t1) {
+            end_piece(k, a, m, &s, &out, &place, &num);
+            walk_on(&out, s.pieces, a->stages);
+            out.item = out.piece == 0 ? next_token(a, out.item, t1) : out.item;
+            ahead--;
         }
     }
 }
@@ -379,7 +413,8 @@ static K_INLINE const k_u8 *row_of(const struct k_dispatch_args *a, k_u32 row) {
 }
 
 /* Index among this rank's experts of selection j of a received row; -1: another rank's. */
-static K_INLINE k_i32 local_expert(const struct k_dispatch_args *a, const k_u32 *side, k_i32 j) {
+static K_INLINE k_i32 local_expert(const struct k_dispatch_args *a, const k_u32 *side,
+                                   k_i32 j) {
     const k_i32 id = (k_i32)side[1 + j];
     return id >= 0 && a->g.expert_rank[id] == a->g.rank ? a->g.expert_local[id] : -1;
 }
@@ -489,25 +524,27 @@ static K_FN void unpack_expanded(struct k_thread *k, const struct k_dispatch_arg
     }
 }
 
-/* Stores a loaded row (or part of one) to its one or several places in the output. */
+/* Stores a piece of a received row to its one or several places in the output. */
 static K_INLINE void store_out(struct k_thread *k, const struct k_dispatch_args *a,
-                               struct k_mover *m, k_i32 stage, k_i32 s, k_u32 row, k_i32 from,
-                               k_i32 bytes) {
+                               struct k_mover *m, const struct walk *out, k_i32 s) {
+    const k_u32 row = (k_u32)out->item;
+    const k_i32 from = out->piece * a->stage_bytes;
+    const k_i32 bytes = at_most(a->row_bytes - from, a->stage_bytes);
     if (a->flags & K_DO_EXPAND) {
         const k_u32 *side = side_of(a, row);
-        for (k_i32 j = 0; j < a->topk; j++) {
-            const k_i32 to = expanded_row(a, s, side, j);
+        for (k_i32 base = 0; base < a->topk; base += K_LANES) {
+            const k_i32 j = base + k->lane;
+            const k_i64 to = j < a->topk ? expanded_row(a, s, side, j) : -1;
+            k_u64 at = 0;
             if (to >= 0 && to < a->x_rows) {
-                k_mover_store(k, m, stage,
-                              own_memory(a->recv_x.data + (k_u64)((k_i64)to * a->recv_x.s0) +
-                                         (k_u64)from),
-                              bytes);
+                at = a->recv_x.data + (k_u64)(to * a->recv_x.s0) + (k_u64)from;
             }
+            k_mover_store(k, m, out->stage, own_memory(at), bytes);
         }
     } else if ((k_i64)row < a->x_rows) {
         k_mover_store(
-            k, m, stage,
-            own_memory(a->recv_x.data + (k_u64)((k_i64)row * a->recv_x.s0) + (k_u64)from),
+            k, m, out->stage,
+            one_lane(k, a->recv_x.data + (k_u64)((k_i64)row * a->recv_x.s0) + (k_u64)from),
             bytes);
     }
     k_mover_commit(k, m);
@@ -515,21 +552,23 @@ static K_INLINE void store_out(struct k_thread *k, const struct k_dispatch_args 
 
 static K_FN void copy_out(struct k_thread *k, const struct k_dispatch_args *a,
                           struct k_mover *m, k_i32 s, k_u32 r0, k_u32 r1) {
-    const k_i32 chunks = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes;
-    const k_i32 units = (k_i32)(r1 - r0) * chunks, depth = a->stages - 1;
-    for (k_i32 u = 0; u < units + depth; u++) {
-        if (u < units) {
-            k_i32 from = (u % chunks) * a->stage_bytes, left = a->row_bytes - from;
+    const k_i32 pieces = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes, end = (k_i32)r1;
+    struct walk in = {(k_i32)r0, 0, 0}, out = in;
+    k_i32 ahead = 0;
+    while (out.item < end) {
+        if (in.item < end) {
+            const k_i32 from = in.piece * a->stage_bytes;
             k_mover_retire(k, m);
-            k_mover_load(k, m, u % a->stages, row_of(a, r0 + (k_u32)(u / chunks)) + from,
-                         left < a->stage_bytes ? left : a->stage_bytes);
+            k_mover_load(k, m, in.stage, row_of(a, (k_u32)in.item) + from,
+                         at_most(a->row_bytes - from, a->stage_bytes));
+            walk_on(&in, pieces, a->stages);
+            ahead++;
         }
-        const k_i32 v = u - depth;
-        if (v >= 0) {
-            const k_i32 from = (v % chunks) * a->stage_bytes, left = a->row_bytes - from;
-            k_mover_wait(k, m, v % a->stages);
-            store_out(k, a, m, v % a->stages, s, r0 + (k_u32)(v / chunks), from,
-                      left < a->stage_bytes ? left : a->stage_bytes);
+        if (ahead == a->stages || in.item == end) {
+            k_mover_wait(k, m, out.stage);
+            store_out(k, a, m, &out, s);
+            walk_on(&out, pieces, a->stages);
+            ahead--;
         }
     }
 }

@@ -19,9 +19,10 @@
  *               k_scan(k, x, &total)     sum of x over the lanes before this one, and over all
  *               k_syncwarp(k)            lanes of a warp; orders their memory
  *               k_barrier(k, ok)         warps of a block; the AND of all ok
- * Rows          k_mover_*                a pipeline of row copies: load, wait, store (to any
- *                                        number of places), retire, drain; or fill and filled,
- *                                        for what the lanes write themselves
+ * Rows          k_mover_*                a pipeline of row copies: load, wait, store (each lane
+ *                                        to a place of its own, or to address 0: nowhere),
+ *                                        commit, retire, drain; or fill and filled, for what
+ *                                        the lanes write themselves
  *               k_reduce(k, ...)         sum of rows in float32 in the order given, rounded once
  *               k_zero(k, ...)           fills own memory
  * Time          k_now(k), k_spin(k, ...) deadline and abort are inside
@@ -97,7 +98,9 @@ static K_COLD void k_raise_at(const struct k_group *g, k_i32 kind, k_u32 epoch, 
     f->theirs = b.theirs;
     f->word = b.word;
     k_u64 code = K_ABORT_PACK(b.status, g->rank, b.subject, kind, b.phase, epoch);
-    k_publish_local(&ctl->abort, code);
+    if (k_peek(&ctl->abort) == 0) { /* a death that the boot has told of says more */
+        k_publish_local(&ctl->abort, code);
+    }
     for (k_i32 p = 0; p < g->num_ranks; p++) {
         if (p != g->rank) {
             k_publish(k_peer_at(g, p, g->map.abort), code);

@@ -19,7 +19,6 @@
 #define K_FN __device__ __forceinline__
 #define K_COLD                                                                                 \
     __device__ __noinline__ /* takes no struct k_thread: that must stay in registers */
-#define K_LATE_NS 10000000000ll
 #if defined(K_BLOCK_WARPS)
 #define K_BLOCK_THREADS (K_BLOCK_WARPS * 32)
 #else
@@ -189,8 +188,7 @@ static K_INLINE struct k_16 k_load16(const void *p) {
 }
 
 /* The same from global or shared memory. */
-static K_INLINE struct k_16 k_load16_any(const void *p)
-{
+static K_INLINE struct k_16 k_load16_any(const void *p) {
     struct k_16 v;
     asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -250,15 +248,13 @@ static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 s
 }
 
 /* The stage was retired: its last stores have read it. */
-static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage)
-{
+static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage) {
     (void)k;
     __syncwarp();
     return (k_u32 *)(m->stages + (k_u64)stage * (k_u64)m->stage_bytes);
 }
 
-static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m)
-{
+static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m) {
     (void)k;
     (void)m;
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -266,23 +262,24 @@ static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m)
 }
 
 static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 stage) {
+    (void)k;
     k_u32 bar = m->bars + 8u * (k_u32)stage, parity = (m->phases >> stage) & 1u, done = 0;
-    if (k->lane == 0) {
-        while (!done) {
-            asm volatile("{\n.reg .pred p;\n"
-                         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                         "selp.u32 %0, 1, 0, p;\n}"
-                         : "=r"(done)
-                         : "r"(bar), "r"(parity)
-                         : "memory");
-        }
+    while (!done) { /* every lane, as every lane may store */
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(bar), "r"(parity)
+                     : "memory");
     }
     m->phases ^= 1u << stage;
 }
 
+/* Each lane stores the stage to a place of its own, or, at address 0, nowhere. */
 static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
                                    struct k_peer dst, k_i32 bytes) {
-    if (k->lane == 0) {
+    (void)k;
+    if (dst.address) {
         k_u32 src = m->ring + (k_u32)stage * (k_u32)m->stage_bytes;
         asm volatile(
             "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst.address),
@@ -292,25 +289,23 @@ static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 
 }
 
 static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
+    (void)k;
     (void)m;
-    if (k->lane == 0) {
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-    }
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
 static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m) {
+    (void)k;
     (void)m;
-    if (k->lane == 0) {
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    }
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    __syncwarp();
 }
 
 static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
+    (void)k;
     (void)m;
-    if (k->lane == 0) {
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-        asm volatile("fence.proxy.async;" ::: "memory");
-    }
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
     __syncwarp();
 }
 
@@ -327,8 +322,7 @@ struct k_mover {
 };
 
 static K_INLINE void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
-                                   k_i32 stages, k_i32 stage_bytes)
-{
+                                   k_i32 stages, k_i32 stage_bytes) {
     (void)k;
     (void)stages;
     m->stages = (k_u8 *)ring + K_RING_HEAD;
@@ -346,16 +340,14 @@ static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 s
     }
 }
 
-static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage)
-{
+static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage) {
     k_u8 *at = m->stages + (k_u64)stage * (k_u64)m->stage_bytes;
     k_mover_load(k, m, stage, at, 0);
     __syncwarp(); /* the last reads of the stage were plain loads */
     return (k_u32 *)at;
 }
 
-static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m)
-{
+static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m) {
     (void)k;
     (void)m;
     __syncwarp();
@@ -365,6 +357,7 @@ static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 s
     (void)k, (void)m, (void)stage;
 }
 
+/* The whole warp copies for one lane after the other. */
 static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
                                    struct k_peer dst, k_i32 bytes) {
     k_u64 from = 0;
@@ -374,19 +367,22 @@ static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 
             from = m->src[i];
         }
     }
-    k_i32 i = k->lane * 16;
-    for (; i + 3 * 512 < bytes; i += 4 * 512) { /* four loads in flight */
-        struct k_16 v0 = k_load16_any((const void *)(from + (k_u64)i));
-        struct k_16 v1 = k_load16_any((const void *)(from + (k_u64)i + 512));
-        struct k_16 v2 = k_load16_any((const void *)(from + (k_u64)i + 1024));
-        struct k_16 v3 = k_load16_any((const void *)(from + (k_u64)i + 1536));
-        k_store16(dst.address + (k_u64)i, v0);
-        k_store16(dst.address + (k_u64)i + 512, v1);
-        k_store16(dst.address + (k_u64)i + 1024, v2);
-        k_store16(dst.address + (k_u64)i + 1536, v3);
-    }
-    for (; i < bytes; i += 512) {
-        k_store16(dst.address + (k_u64)i, k_load16_any((const void *)(from + (k_u64)i)));
+    for (k_u32 left = __ballot_sync(0xffffffffu, dst.address != 0); left; left &= left - 1u) {
+        const k_u64 to = __shfl_sync(0xffffffffu, dst.address, __ffs((int)left) - 1);
+        k_i32 i = k->lane * 16;
+        for (; i + 3 * 512 < bytes; i += 4 * 512) { /* four loads in flight */
+            struct k_16 v0 = k_load16_any((const void *)(from + (k_u64)i));
+            struct k_16 v1 = k_load16_any((const void *)(from + (k_u64)i + 512));
+            struct k_16 v2 = k_load16_any((const void *)(from + (k_u64)i + 1024));
+            struct k_16 v3 = k_load16_any((const void *)(from + (k_u64)i + 1536));
+            k_store16(to + (k_u64)i, v0);
+            k_store16(to + (k_u64)i + 512, v1);
+            k_store16(to + (k_u64)i + 1024, v2);
+            k_store16(to + (k_u64)i + 1536, v3);
+        }
+        for (; i < bytes; i += 512) {
+            k_store16(to + (k_u64)i, k_load16_any((const void *)(from + (k_u64)i)));
+        }
     }
 }
 
@@ -450,8 +446,8 @@ struct k_term {
 #define K_REDUCE_PIECES 4
 
 /* acc += row * weight for one piece; the products are left out where all weights are 1. */
-static K_INLINE void k_add_piece(k_f32 *acc, struct k_16 v, k_i32 dtype, k_bool weighted, k_f32 w)
-{
+static K_INLINE void k_add_piece(k_f32 *acc, struct k_16 v, k_i32 dtype, k_bool weighted,
+                                 k_f32 w) {
     const k_u32 u[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (k_i32 q = 0; q < 4; q++) {
@@ -469,14 +465,12 @@ static K_INLINE void k_add_piece(k_f32 *acc, struct k_16 v, k_i32 dtype, k_bool 
     }
 }
 
-static K_INLINE k_u32 k_pack2(k_i32 dtype, k_f32 a, k_f32 b)
-{
+static K_INLINE k_u32 k_pack2(k_i32 dtype, k_f32 a, k_f32 b) {
     return dtype == K_BF16 ? (k_u32)k_to_bf16(a) | ((k_u32)k_to_bf16(b) << 16)
                            : (k_u32)k_to_f16(a) | ((k_u32)k_to_f16(b) << 16);
 }
 
-static K_INLINE struct k_16 k_round_piece(const k_f32 *acc, k_i32 dtype)
-{
+static K_INLINE struct k_16 k_round_piece(const k_f32 *acc, k_i32 dtype) {
     struct k_16 o;
     if (dtype == K_F32) {
         o.x = k_bits(acc[0]);
@@ -492,8 +486,7 @@ static K_INLINE struct k_16 k_round_piece(const k_f32 *acc, k_i32 dtype)
     return o;
 }
 
-static K_INLINE void k_load_pieces(struct k_16 *v, const void *row, k_i32 base, k_i32 bytes)
-{
+static K_INLINE void k_load_pieces(struct k_16 *v, const void *row, k_i32 base, k_i32 bytes) {
 #pragma unroll
     for (k_i32 p = 0; p < K_REDUCE_PIECES; p++) {
         if (base + p * 512 < bytes) {
@@ -503,9 +496,8 @@ static K_INLINE void k_load_pieces(struct k_16 *v, const void *row, k_i32 base, 
 }
 
 /* One body per type: `dtype` and `weighted` are constants where this is called. */
-static K_INLINE void k_reduce_as(k_i32 lane, k_u64 dst, k_i32 dtype, k_bool weighted, k_i32 bytes,
-                                 const struct k_term *terms, k_i32 num)
-{
+static K_INLINE void k_reduce_as(k_i32 lane, k_u64 dst, k_i32 dtype, k_bool weighted,
+                                 k_i32 bytes, const struct k_term *terms, k_i32 num) {
     for (k_i32 base = lane * 16; base < bytes; base += 512 * K_REDUCE_PIECES) {
         k_f32 acc[K_REDUCE_PIECES][8];
         struct k_16 v[K_REDUCE_PIECES], next[K_REDUCE_PIECES];
@@ -541,8 +533,7 @@ static K_INLINE void k_reduce_as(k_i32 lane, k_u64 dst, k_i32 dtype, k_bool weig
 }
 
 static K_FN void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype, k_bool weighted,
-                          k_i32 bytes, const struct k_term *terms, k_i32 num)
-{
+                          k_i32 bytes, const struct k_term *terms, k_i32 num) {
     if (dtype == K_BF16) {
         if (weighted) {
             k_reduce_as(k->lane, dst.address, K_BF16, 1, bytes, terms, num);

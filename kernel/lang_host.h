@@ -25,7 +25,6 @@
 #define K_FN __attribute__((unused))
 #define K_COLD __attribute__((unused, noinline))
 #define K_INLINE inline __attribute__((always_inline, unused))
-#define K_LATE_NS 10000000000ll /* waits longer than this are logged by the host */
 typedef bool k_bool;
 
 /* A block: shared by its warps; allocated and zeroed by src/run before the kernel starts. */
@@ -205,31 +204,27 @@ struct k_mover {
 };
 
 static K_INLINE void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
-                                   k_i32 stages, k_i32 stage_bytes)
-{
+                                   k_i32 stages, k_i32 stage_bytes) {
     (void)k, (void)stages;
     m->ring = (k_u8 *)ring + K_RING_HEAD;
     m->stage_bytes = stage_bytes;
 }
 
 static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 stage,
-                                  const void *src, k_i32 bytes)
-{
+                                  const void *src, k_i32 bytes) {
     (void)k, (void)bytes;
     m->src[stage] = src;
 }
 
 /* A stage that the warp's lanes write themselves instead of loading it; then filled, then store. */
-static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage)
-{
+static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage) {
     (void)k;
     k_u8 *at = m->ring + (size_t)stage * (size_t)m->stage_bytes;
     m->src[stage] = at;
     return (k_u32 *)(void *)at;
 }
 
-static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m)
-{
+static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
 }
 
@@ -240,7 +235,9 @@ static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 s
 static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
                                    struct k_peer dst, k_i32 bytes) {
     (void)k;
-    memcpy((void *)dst.address, m->src[stage], (size_t)bytes);
+    if (dst.address) {
+        memcpy((void *)dst.address, m->src[stage], (size_t)bytes);
+    }
 }
 
 static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
@@ -365,7 +362,8 @@ static inline __attribute__((unused)) void k_reduce_chunk(k_u8 *dst, k_i32 dtype
 /* dst = round(0 + terms[0] * w0 + terms[1] * w1 + ...), elementwise, in that order. `weighted`
  * says that some weight is not 1. */
 static K_INLINE void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype,
-                              k_bool weighted, k_i32 bytes, const struct k_term *terms, k_i32 num) {
+                              k_bool weighted, k_i32 bytes, const struct k_term *terms,
+                              k_i32 num) {
     (void)k, (void)weighted;
     k_i32 n = dtype == K_F32 ? bytes / 4 : bytes / 2;
     for (k_i32 i = 0; i < n; i += K_REDUCE_CHUNK) {

@@ -42,14 +42,12 @@ static inline void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 sta
     m->loaded[stage] = epi_late_post(m->loader, k_mover_stage(m, stage), src, (size_t)bytes);
 }
 
-static inline k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage)
-{
+static inline k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage) {
     (void)k;
     return (k_u32 *)(void *)k_mover_stage(m, stage);
 }
 
-static inline void k_mover_filled(struct k_thread *k, struct k_mover *m)
-{
+static inline void k_mover_filled(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
 }
 
@@ -65,6 +63,9 @@ static inline void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 sta
 static inline void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
                                  struct k_peer dst, k_i32 bytes) {
     (void)k;
+    if (!dst.address) {
+        return;
+    }
     volatile const k_u8 *first = k_mover_stage(m, stage);
     (void)*first; /* the warp itself relies on the load, as the storer does */
     m->stored =

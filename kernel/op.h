@@ -84,8 +84,8 @@ static K_FN k_bool await_ready(struct k_thread *k, k_i32 p, const struct op_sign
                           &value);
         const k_bool differs = i < 3 && value != signature_word(sig, i);
         if (ok && differs) {
-            struct k_blame b = {K_ERR_MISMATCH, K_PHASE_READY, p, i, signature_word(sig, i),
-                                value};
+            struct k_blame b = {K_ERR_MISMATCH,         K_PHASE_READY, p, i,
+                                signature_word(sig, i), value};
             k_raise(k, 0, b);
         }
         if (i == 3) {
@@ -105,6 +105,32 @@ static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature
         ok = await_ready(k, p, sig, &wheres[p]);
     }
     return ok;
+}
+
+/* A walk over items cut into pieces, each of which takes the next stage of a mover. */
+struct walk {
+    k_i32 item, piece, stage;
+};
+
+static K_INLINE void walk_on(struct walk *w, k_i32 pieces, k_i32 stages) {
+    w->piece++;
+    if (w->piece == pieces) {
+        w->piece = 0;
+        w->item++;
+    }
+    w->stage++;
+    w->stage = w->stage == stages ? 0 : w->stage;
+}
+
+static K_INLINE k_i32 at_most(k_i32 a, k_i32 b) {
+    return a < b ? a : b;
+}
+
+/* An address for one lane only; the other lanes store nowhere. */
+static K_INLINE struct k_peer one_lane(const struct k_thread *k, k_u64 address) {
+    struct k_peer p;
+    p.address = k->lane == 0 ? address : 0;
+    return p;
 }
 
 /* The warp's scratch and the ring of its mover, in the block's shared memory. */

@@ -85,8 +85,8 @@ static K_FN void read_batch(struct k_thread *k, const struct k_route_args *a, k_
 
 /* Writes destinations and expert indices of a batch, counted from the start of its channel; the
  * channel's counters are read here and advanced by the caller. */
-static K_FN void place_batch(struct k_thread *k, const struct k_route_args *a, k_i32 c, k_i32 t0,
-                             k_i32 n, struct route_scratch *s) {
+static K_FN void place_batch(struct k_thread *k, const struct k_route_args *a, k_i32 c,
+                             k_i32 t0, k_i32 n, struct route_scratch *s) {
     const struct k_handle *h = &a->h;
     const k_i32 topk = a->topk, chans = a->g.num_channels + 1;
     const k_u32 *experts = h->chan_expert + (k_i64)c * a->g.num_experts;
@@ -175,7 +175,8 @@ static K_FN void count_channel(struct k_thread *k, const struct k_route_args *a,
     channel_tokens(a->tokens, a->g.num_channels, c, &t0, &t1);
     if (a->id_bytes) {
         struct route_scratch *s = (struct route_scratch *)warp_scratch(k);
-        const k_i32 most = K_LANES == 1 ? 1 : BATCH / a->topk; /* one lane gains nothing by more */
+        const k_i32 most =
+            K_LANES == 1 ? 1 : BATCH / a->topk; /* one lane gains nothing by more */
         for (k_i32 t = t0; t < t1; t += most) {
             const k_i32 n = (t1 - t < most ? t1 - t : most) * a->topk;
             read_batch(k, a, c, t, n, s);

@@ -75,6 +75,7 @@ int main(void) {
     char name[32];
 
     tap_deadline(300);
+    tap_expect_log("alive but late"); /* ranks outnumber cores by far: 10 s may well pass */
     for (int i = 0; i < 3; i++) {
         case_default(&c, 64, seed + (uint64_t)i);
         c.num_experts = 256;
