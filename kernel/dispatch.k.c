@@ -5,7 +5,8 @@
  *   control   block 0: ready words; uncached: counts to every peer, bases back, everybody reads
  *             every answer, so all ranks know alike whether the rows fit. Then `go`.
  *   send      one copy per (token, destination) to its final row of the destination's slot, its
- *             sidecar beside it, then one progress word per (destination, channel).
+ *             sidecar beside it, then one progress word per (destination, channel). Where some
+ *             blocks send and others receive, the receivers make the copies to this rank itself.
  *   receive   per (source, channel): await its progress word, unpack sidecars, copy rows out.
  *
  * A sidecar is 32-bit words: token, K expert ids, K indices within (source, expert), K weights if
@@ -251,17 +252,27 @@ static K_INLINE void begin_piece(struct k_thread *k, const struct k_dispatch_arg
     k_mover_filled(k, m);
 }
 
+/* Which destinations a pass over the tokens serves. Blocks that send keep the link busy; where
+ * others receive, those also copy what stays here. */
+#define TO_ALL 0
+#define TO_PEERS 1
+#define TO_SELF 2
+
+static K_INLINE k_bool serves(const struct k_dispatch_args *a, k_i32 whom, k_i32 d) {
+    return whom == TO_ALL || (d == a->g.rank) == (whom == TO_SELF);
+}
+
 /* Where one destination of a token takes its row and its sidecar; 0: there is none. */
 struct place {
     k_u64 row, side;
 };
 
-static K_INLINE struct place find_place(const struct k_dispatch_args *a, k_i32 t, k_i32 i,
-                                        k_i32 num, k_i32 turn) {
+static K_INLINE struct place find_place(const struct k_dispatch_args *a, k_i32 whom, k_i32 t,
+                                        k_i32 i, k_i32 num, k_i32 turn) {
     struct place p = {0, 0};
-    if (i < num) {
-        const k_i64 at = (k_i64)t * a->g.max_dests + (i + turn) % num; /* spreads the warps */
-        const k_i32 d = a->h.dest_rank[at];
+    const k_i64 at = (k_i64)t * a->g.max_dests + (i + turn) % num; /* spreads the warps */
+    const k_i32 d = i < num ? a->h.dest_rank[at] : -1;
+    if (d >= 0 && serves(a, whom, d)) {
         const k_u32 to = a->h.remote_base[d] + a->h.dest_slot[at];
         p.row = k_peer_at(&a->g, d, row_place(a, d, to)).address;
         p.side = k_peer_at(&a->g, d, side_place(a, d, to)).address;
@@ -273,20 +284,21 @@ static K_INLINE struct place find_place(const struct k_dispatch_args *a, k_i32 t
  * token's first piece to its last. */
 static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args *a,
                                struct k_mover *m, const struct send_shape *s,
-                               const struct walk *out, struct place *place, k_i32 *num) {
+                               k_i32 whom, const struct walk *out, struct place *place,
+                               k_i32 *num) {
     const k_bool row = out->piece < s->row_pieces;
     const k_i32 from = (row ? out->piece : out->piece - s->row_pieces) * a->stage_bytes;
     const k_i32 bytes = at_most((row ? a->row_bytes : s->side_bytes) - from, a->stage_bytes);
     if (out->piece == 0) {
         *num = a->h.num_dests[out->item];
-        *place = find_place(a, out->item, k->lane, *num, a->g.rank + k->warp);
+        *place = find_place(a, whom, out->item, k->lane, *num, a->g.rank + k->warp);
     }
     if (row) {
         k_mover_wait(k, m, out->stage);
     }
     for (k_i32 base = 0; base < *num; base += K_LANES) {
         if (*num > K_LANES) {
-            *place = find_place(a, out->item, base + k->lane, *num, a->g.rank + k->warp);
+            *place = find_place(a, whom, out->item, base + k->lane, *num, a->g.rank + k->warp);
         }
         const k_u64 to = row ? place->row : place->side;
         k_mover_store(k, m, out->stage, own_memory(to ? to + (k_u64)from : 0), bytes);
@@ -294,52 +306,60 @@ static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args 
     k_mover_commit(k, m);
 }
 
-/* The first token from t on that goes anywhere. */
-static K_INLINE k_i32 next_token(const struct k_dispatch_args *a, k_i32 t, k_i32 t1) {
-    while (t < t1 && a->h.num_dests[t] == 0) {
-        t++;
+/* The first token from t on that has a destination to serve. */
+static K_INLINE k_i32 next_token(const struct k_dispatch_args *a, k_i32 whom, k_i32 t,
+                                 k_i32 t1) {
+    for (; t < t1; t++) {
+        const k_i32 num = a->h.num_dests[t];
+        k_bool any = 0;
+        for (k_i32 i = 0; i < num && !any; i++) {
+            any = whom != TO_SELF || a->h.dest_rank[(k_i64)t * a->g.max_dests + i] == a->g.rank;
+        }
+        if (any) {
+            break;
+        }
     }
     return t;
 }
 
 /* Rows and sidecars of tokens [t0, t1): each is made once and stored to all its destinations. */
 static K_FN void send_tokens(struct k_thread *k, const struct k_dispatch_args *a,
-                             struct k_mover *m, k_i32 t0, k_i32 t1) {
+                             struct k_mover *m, k_i32 whom, k_i32 t0, k_i32 t1) {
     const struct send_shape s = shape_of(a);
-    struct walk in = {next_token(a, t0, t1), 0, 0}, out = in;
+    struct walk in = {next_token(a, whom, t0, t1), 0, 0}, out = in;
     struct place place = {0, 0};
     k_i32 ahead = 0, num = 0;
     while (out.item < t1) {
         if (in.item < t1) {
             begin_piece(k, a, m, &s, &in);
             walk_on(&in, s.pieces, a->stages);
-            in.item = in.piece == 0 ? next_token(a, in.item, t1) : in.item;
+            in.item = in.piece == 0 ? next_token(a, whom, in.item, t1) : in.item;
             ahead++;
         }
         if (ahead == a->stages || in.item == t1) {
-            end_piece(k, a, m, &s, &out, &place, &num);
+            end_piece(k, a, m, &s, whom, &out, &place, &num);
             walk_on(&out, s.pieces, a->stages);
-            out.item = out.piece == 0 ? next_token(a, out.item, t1) : out.item;
+            out.item = out.piece == 0 ? next_token(a, whom, out.item, t1) : out.item;
             ahead--;
         }
     }
 }
 
 static K_FN void send_channel(struct k_thread *k, const struct k_dispatch_args *a,
-                              struct k_mover *m, k_i32 c) {
+                              struct k_mover *m, k_i32 whom, k_i32 c) {
     const struct k_group *g = &a->g;
     k_i32 t0, t1;
     channel_tokens(a->tokens, g->num_channels, c, &t0, &t1);
     if (t0 == t1) {
         return;
     }
-    send_tokens(k, a, m, t0, t1);
+    send_tokens(k, a, m, whom, t0, t1);
     k_mover_drain(k, m);
     k_syncwarp(k);
     for (k_i32 i = k->lane; i < g->num_ranks; i += K_LANES) {
         const k_i32 d = (g->rank + 1 + i) % g->num_ranks;
         const k_u32 *chan = a->h.send_chan + (k_i64)d * (g->num_channels + 1) + c;
-        const k_u32 rows = chan[1] - chan[0];
+        const k_u32 rows = serves(a, whom, d) ? chan[1] - chan[0] : 0;
         if (rows) {
             k_publish(k_peer_at(g, d, channel_word(g, g->map.progress, g->rank, c)),
                       K_WORD(k->epoch, rows));
@@ -678,11 +698,15 @@ static K_FN void run(struct k_thread *k, const struct k_dispatch_args *a) {
     k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
     if (sends && k->block < senders) {
         for (k_i32 c = k_first(k, 0); c < g->num_channels; c += k_stride(k, senders)) {
-            send_channel(k, a, &m, c);
+            send_channel(k, a, &m, both ? TO_PEERS : TO_ALL, c);
         }
     }
     if (receives && k->block >= first_recv) {
-        receive(k, a, &m, k_first(k, first_recv), k_stride(k, k->num_blocks - first_recv));
+        const k_i32 warps = k_stride(k, k->num_blocks - first_recv);
+        for (k_i32 c = k_first(k, first_recv); both && c < g->num_channels; c += warps) {
+            send_channel(k, a, &m, TO_SELF, c);
+        }
+        receive(k, a, &m, k_first(k, first_recv), warps);
     }
     k_mover_end(k, &m);
 }

@@ -247,20 +247,24 @@ static K_FN void shift_channel(struct k_thread *k, const struct k_route_args *a,
     }
 }
 
-/* One lane: where each rank's answers will land, and the first bad selection. */
-static K_FN void finish_route(const struct k_route_args *a) {
+/* One warp: where each rank's answers will land, and the first bad selection. */
+static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a) {
     const struct k_handle *h = &a->h;
-    k_u32 sum = 0;
-    for (k_i32 r = 0; r < a->g.num_ranks; r++) {
-        h->send_base[r] = sum;
-        sum += h->send_count[r];
-    }
-    h->send_base[a->g.num_ranks] = sum;
     k_u64 bad = ~0ull;
-    for (k_i32 c = 0; c < a->g.num_channels; c++) {
+    if (k->lane == 0) {
+        k_u32 sum = 0;
+        for (k_i32 r = 0; r < a->g.num_ranks; r++) {
+            h->send_base[r] = sum;
+            sum += h->send_count[r];
+        }
+        h->send_base[a->g.num_ranks] = sum;
+        h->bad[0] = bad;
+    }
+    for (k_i32 c = k->lane; c < a->g.num_channels; c += K_LANES) {
         bad = h->chan_bad[c] < bad ? h->chan_bad[c] : bad;
     }
-    h->bad[0] = bad;
+    k_syncwarp(k);
+    k_lower(&h->bad[0], bad);
 }
 
 static K_FN void leave_route(struct k_thread *k, const struct k_handle *h) {
@@ -286,8 +290,8 @@ K_KERNEL(route, k_route_args) {
                  c += k_stride(k, k->num_blocks)) {
                 shift_channel(k, a, c);
             }
-            if (k->block == 0 && k->warp == 0 && k->lane == 0) {
-                finish_route(a);
+            if (k->block == k->num_blocks - 1 && k->warp == k->num_warps - 1) {
+                finish_route(k, a);
             }
         }
     }
