@@ -283,9 +283,8 @@ static K_INLINE struct place find_place(const struct k_dispatch_args *a, k_i32 w
 /* The same piece to every destination of the token, one for each lane. `place` is kept from the
  * token's first piece to its last. */
 static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args *a,
-                               struct k_mover *m, const struct send_shape *s,
-                               k_i32 whom, const struct walk *out, struct place *place,
-                               k_i32 *num) {
+                               struct k_mover *m, const struct send_shape *s, k_i32 whom,
+                               const struct walk *out, struct place *place, k_i32 *num) {
     const k_bool row = out->piece < s->row_pieces;
     const k_i32 from = (row ? out->piece : out->piece - s->row_pieces) * a->stage_bytes;
     const k_i32 bytes = at_most((row ? a->row_bytes : s->side_bytes) - from, a->stage_bytes);

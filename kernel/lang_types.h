@@ -6,25 +6,17 @@
 #ifndef KERNEL_LANG_TYPES_H
 #define KERNEL_LANG_TYPES_H
 
-#if defined(__CUDACC__)
 typedef unsigned char k_u8;
 typedef unsigned short k_u16;
 typedef unsigned int k_u32;
 typedef unsigned long long k_u64;
 typedef int k_i32;
 typedef long long k_i64;
-#if !defined(_Static_assert)
+typedef float k_f32;
+
+#if defined(__CUDACC__) && !defined(_Static_assert)
 #define _Static_assert static_assert
 #endif
-#else
-typedef unsigned char k_u8;
-typedef unsigned short k_u16;
-typedef unsigned int k_u32;
-typedef unsigned long long k_u64;
-typedef int k_i32;
-typedef long long k_i64;
-#endif
-typedef float k_f32;
 
 #define K_BF16 1 /* the values of ep_dtype */
 #define K_F16 2

@@ -5,37 +5,7 @@
  */
 #include "src/ep/group.h"
 
-#include <stdalign.h>
 #include <string.h>
-
-static void carve(struct k_handle *k, char *block, const struct epi_handle_map *m) {
-#define AT(field) k->field = (void *)(block + m->field)
-    AT(num_dests);
-    AT(dest_rank);
-    AT(dest_slot);
-    AT(ids);
-    AT(sel_index);
-    AT(send_count);
-    AT(send_base);
-    AT(send_chan);
-    AT(send_expert);
-    AT(chan_expert);
-    AT(chan_bad);
-    AT(bad);
-    AT(recv_count);
-    AT(recv_base);
-    AT(recv_chan);
-    AT(recv_expert);
-    AT(expert_base);
-    AT(expert_start);
-    AT(expert_rows);
-    AT(remote_base);
-    AT(remote_slot);
-    AT(expand_row);
-    AT(counts);
-    AT(sync);
-#undef AT
-}
 
 ep_status epi_handle_create(ep_handle **out, ep_group *g,
                             const struct ep_handle_config *config) {
@@ -51,7 +21,7 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
     h->group = g;
     h->block = block;
     h->config = *config;
-    carve(&h->k, block, &map);
+    epi_plan_carve(&h->k, block, &map);
     pthread_mutex_lock(&g->mutex);
     h->id = g->next_handle++ & 0xffff;
     g->num_handles++;

@@ -265,3 +265,32 @@ void epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p,
     m->sync = take(&at, (2 + 2 * K_MAX_BLOCKS) * 8);
     m->bytes = at;
 }
+
+void epi_plan_carve(struct k_handle *k, char *block, const struct epi_handle_map *m) {
+#define AT(field) k->field = (void *)(block + m->field)
+    AT(num_dests);
+    AT(dest_rank);
+    AT(dest_slot);
+    AT(ids);
+    AT(sel_index);
+    AT(send_count);
+    AT(send_base);
+    AT(send_chan);
+    AT(send_expert);
+    AT(chan_expert);
+    AT(chan_bad);
+    AT(bad);
+    AT(recv_count);
+    AT(recv_base);
+    AT(recv_chan);
+    AT(recv_expert);
+    AT(expert_base);
+    AT(expert_start);
+    AT(expert_rows);
+    AT(remote_base);
+    AT(remote_slot);
+    AT(expand_row);
+    AT(counts);
+    AT(sync);
+#undef AT
+}

@@ -59,5 +59,7 @@ struct epi_handle_map {
 };
 void epi_plan_handle(const struct ep_group_config *config, const struct epi_plan *plan,
                      struct epi_handle_map *map);
+/* Points the fields of *k into `block`, which may be memory of another device. */
+void epi_plan_carve(struct k_handle *k, char *block, const struct epi_handle_map *map);
 
 #endif

@@ -442,41 +442,14 @@ static void fill_group(struct rig *rig, int r) {
     k->ctl = (struct k_ctl *)(uintptr_t)rank->ctl;
 }
 
-/* As carve of src/ep/handle.c. */
 static void make_handle(struct rig *rig, int r) {
     struct rig_rank *rank = &rig->rank[r];
-    struct k_handle *k = &rank->h;
     struct epi_handle_map m;
 
     epi_plan_handle(&rig->config, &rig->plan, &m);
     rig_must(epi_cu_alloc(rank->device, &rank->block, m.bytes), "handle");
     rig_fill(rig, r, rank->block, 0, m.bytes);
-#define AT(field) k->field = (void *)(uintptr_t)(rank->block + m.field)
-    AT(num_dests);
-    AT(dest_rank);
-    AT(dest_slot);
-    AT(ids);
-    AT(sel_index);
-    AT(send_count);
-    AT(send_base);
-    AT(send_chan);
-    AT(send_expert);
-    AT(chan_expert);
-    AT(chan_bad);
-    AT(bad);
-    AT(recv_count);
-    AT(recv_base);
-    AT(recv_chan);
-    AT(recv_expert);
-    AT(expert_base);
-    AT(expert_start);
-    AT(expert_rows);
-    AT(remote_base);
-    AT(remote_slot);
-    AT(expand_row);
-    AT(counts);
-    AT(sync);
-#undef AT
+    epi_plan_carve(&rank->h, (char *)(uintptr_t)rank->block, &m);
 }
 
 void rig_free_group(struct rig *rig) {
