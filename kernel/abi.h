@@ -180,7 +180,7 @@ struct k_handle {
     k_u32 *send_base;   /* [R + 1] exclusive prefix: where a rank's answers land */
     k_u32 *send_chan;   /* [R][C + 1] exclusive prefix over channels */
     k_u32 *send_expert; /* [E] */
-    k_u32 *chan_expert; /* [C][E] scratch of route */
+    k_u32 *chan_expert; /* [E][C] scratch of route */
     k_u64 *chan_bad;    /* [C] scratch: first bad selection of a channel, or ~0 */
     k_u64 *bad;         /* [1] first bad selection (t * K + k), or ~0 */
     /* receive side */

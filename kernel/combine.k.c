@@ -63,13 +63,13 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
     while (out.item < end) {
         if (in.item < end) {
             const k_i32 from = in.piece * a->stage_bytes;
-            k_mover_retire(k, m);
+            k_mover_retire(k, m, newest_stores(a->stages));
             k_mover_load(k, m, in.stage, (const void *)(x_row(a, (k_u32)in.item) + (k_u64)from),
                          at_most(a->row_bytes - from, a->stage_bytes));
             walk_on(&in, pieces, a->stages);
             ahead++;
         }
-        if (ahead == a->stages || in.item == end) {
+        if (ahead == most_ahead(a->stages) || in.item == end) {
             const k_i32 from = out.piece * a->stage_bytes;
             const k_u64 row = (k_u64)((k_u32)out.item - r0) * (k_u64)a->row_bytes;
             k_mover_wait(k, m, out.stage);

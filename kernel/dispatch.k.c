@@ -235,7 +235,7 @@ static K_INLINE void begin_piece(struct k_thread *k, const struct k_dispatch_arg
                                  struct k_mover *m, const struct send_shape *s,
                                  const struct walk *in) {
     const k_i32 t = in->item;
-    k_mover_retire(k, m);
+    k_mover_retire(k, m, newest_stores(a->stages));
     if (in->piece < s->row_pieces) {
         const k_i32 from = in->piece * a->stage_bytes;
         k_mover_load(k, m, in->stage,
@@ -335,7 +335,7 @@ static K_FN void send_tokens(struct k_thread *k, const struct k_dispatch_args *a
             in.item = in.piece == 0 ? next_token(a, whom, in.item, t1) : in.item;
             ahead++;
         }
-        if (ahead == a->stages || in.item == t1) {
+        if (ahead == most_ahead(a->stages) || in.item == t1) {
             end_piece(k, a, m, &s, whom, &out, &place, &num);
             walk_on(&out, s.pieces, a->stages);
             out.item = out.piece == 0 ? next_token(a, whom, out.item, t1) : out.item;
@@ -577,13 +577,13 @@ static K_FN void copy_out(struct k_thread *k, const struct k_dispatch_args *a,
     while (out.item < end) {
         if (in.item < end) {
             const k_i32 from = in.piece * a->stage_bytes;
-            k_mover_retire(k, m);
+            k_mover_retire(k, m, newest_stores(a->stages));
             k_mover_load(k, m, in.stage, row_of(a, (k_u32)in.item) + from,
                          at_most(a->row_bytes - from, a->stage_bytes));
             walk_on(&in, pieces, a->stages);
             ahead++;
         }
-        if (ahead == a->stages || in.item == end) {
+        if (ahead == most_ahead(a->stages) || in.item == end) {
             k_mover_wait(k, m, out.stage);
             store_out(k, a, m, &out, s);
             walk_on(&out, pieces, a->stages);

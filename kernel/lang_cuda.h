@@ -294,10 +294,15 @@ static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m) {
+/* All stores but those of the newest `newest` (0 or 1) commits have read their stages. */
+static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32 newest) {
     (void)k;
     (void)m;
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    if (newest) {
+        asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+    } else {
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    }
     __syncwarp();
 }
 
@@ -390,7 +395,8 @@ static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
 }
 
-static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m) {
+static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32 newest) {
+    (void)newest;
     (void)k, (void)m;
 }
 

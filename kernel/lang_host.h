@@ -244,7 +244,8 @@ static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
 }
 
-static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m) {
+static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32 newest) {
+    (void)newest;
     (void)k, (void)m;
 }
 

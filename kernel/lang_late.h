@@ -20,6 +20,7 @@ struct k_mover {
     k_i32 stage_bytes;
     struct epi_late *loader, *storer;
     uint64_t loaded[K_MOVER_STAGES], stored;
+    uint64_t committed[2]; /* the last store of the newest commit, and of the one before */
 };
 
 static inline void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
@@ -73,12 +74,14 @@ static inline void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 st
 }
 
 static inline void k_mover_commit(struct k_thread *k, struct k_mover *m) {
-    (void)k, (void)m;
+    (void)k;
+    m->committed[1] = m->committed[0];
+    m->committed[0] = m->stored;
 }
 
-static inline void k_mover_retire(struct k_thread *k, struct k_mover *m) {
+static inline void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32 newest) {
     (void)k;
-    epi_late_await(m->storer, m->stored);
+    epi_late_await(m->storer, m->committed[newest]);
 }
 
 static inline void k_mover_drain(struct k_thread *k, struct k_mover *m) {

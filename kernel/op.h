@@ -122,6 +122,18 @@ static K_INLINE void walk_on(struct walk *w, k_i32 pieces, k_i32 stages) {
     w->stage = w->stage == stages ? 0 : w->stage;
 }
 
+/*
+ * Pieces begun and not ended, at most: with three stages or more one is left over, so that the
+ * stores of the newest piece may still read theirs while the next is loaded.
+ */
+static K_INLINE k_i32 most_ahead(k_i32 stages) {
+    return stages > 2 ? stages - 1 : stages;
+}
+
+static K_INLINE k_i32 newest_stores(k_i32 stages) {
+    return stages > 2 ? 1 : 0;
+}
+
 static K_INLINE k_i32 at_most(k_i32 a, k_i32 b) {
     return a < b ? a : b;
 }

@@ -15,7 +15,9 @@ struct route_scratch {
     k_i32 rank[BATCH];  /* of each selection, -1: none */
     k_i32 id[BATCH];    /* -1: none */
     k_i32 first[BATCH]; /* this selection is its token's first of its rank */
-    k_i32 count[BATCH]; /* selections of its expert so far, at the last of the batch; else 0 */
+    /* At the last of the batch that names an expert, how often it was named; at the last first
+     * of a rank, how many there are; else 0. */
+    k_u16 expert_count[BATCH], rank_count[BATCH];
 };
 
 _Static_assert(sizeof(struct route_scratch) <= K_SCRATCH_BYTES(1), "route_scratch");
@@ -57,6 +59,15 @@ static K_INLINE k_i32 read_id(const struct k_route_args *a, k_i32 t, k_i32 j) {
     return id == -1 || a->lenient ? -1 : -2;
 }
 
+/* What channel c counts of an expert or a rank: a row of channels for each. */
+static K_INLINE k_u32 *expert_counter(const struct k_route_args *a, k_i32 e, k_i32 c) {
+    return a->h.chan_expert + (k_i64)e * a->g.num_channels + c;
+}
+
+static K_INLINE k_u32 *rank_counter(const struct k_route_args *a, k_i32 r, k_i32 c) {
+    return a->h.send_chan + (k_i64)r * (a->g.num_channels + 1) + c;
+}
+
 /* Reads the selections of tokens [t0, t0 + n / K) into the scratch. */
 static K_FN void read_batch(struct k_thread *k, const struct k_route_args *a, k_i32 c, k_i32 t0,
                             k_i32 n, struct route_scratch *s) {
@@ -83,21 +94,21 @@ static K_FN void read_batch(struct k_thread *k, const struct k_route_args *a, k_
     k_syncwarp(k);
 }
 
-/* Writes destinations and expert indices of a batch, counted from the start of its channel; the
- * channel's counters are read here and advanced by the caller. */
+/* Writes destinations and expert indices of a batch, counted from the start of its channel. */
 static K_FN void place_batch(struct k_thread *k, const struct k_route_args *a, k_i32 c,
                              k_i32 t0, k_i32 n, struct route_scratch *s) {
     const struct k_handle *h = &a->h;
-    const k_i32 topk = a->topk, chans = a->g.num_channels + 1;
-    const k_u32 *experts = h->chan_expert + (k_i64)c * a->g.num_experts;
+    const k_i32 topk = a->topk;
     for (k_i32 i = k->lane; i < n; i += K_LANES) {
         const k_i32 t = t0 + i / topk, r = s->rank[i], id = s->id[i];
         const k_i32 begin = i - i % topk, end = begin + topk;
-        k_i32 same = 0, later = 0, slot = 0, before = 0, num = 0;
+        k_i32 same = 0, later = 0, slot = 0, later_slot = 0, before = 0, num = 0;
         for (k_i32 j = 0; j < n; j++) { /* all of the batch: its order is the result */
-            same += j < i && s->id[j] == id;
-            later += j > i && s->id[j] == id;
-            slot += j < i && s->first[j] && s->rank[j] == r;
+            const k_i32 named = s->id[j] == id, goes = s->first[j] && s->rank[j] == r;
+            same += j < i ? named : 0;
+            later += j > i ? named : 0;
+            slot += j < i ? goes : 0;
+            later_slot += j > i ? goes : 0;
         }
         for (k_i32 j = begin; j < end; j++) {
             before += s->first[j] && s->rank[j] < r;
@@ -106,33 +117,23 @@ static K_FN void place_batch(struct k_thread *k, const struct k_route_args *a, k
         if (s->first[i]) {
             const k_i64 at = (k_i64)t * a->g.max_dests + before;
             h->dest_rank[at] = r;
-            h->dest_slot[at] = h->send_chan[(k_i64)r * chans + c] + (k_u32)slot;
+            h->dest_slot[at] = *rank_counter(a, r, c) + (k_u32)slot;
         }
-        h->sel_index[(k_i64)t * topk + i % topk] = id < 0 ? 0 : experts[id] + (k_u32)same;
-        s->count[i] = later == 0 && id >= 0 ? same + 1 : 0;
+        h->sel_index[(k_i64)t * topk + i % topk] =
+            id < 0 ? 0 : *expert_counter(a, id, c) + (k_u32)same;
+        s->expert_count[i] = (k_u16)(later == 0 && id >= 0 ? same + 1 : 0);
+        s->rank_count[i] = (k_u16)(later_slot == 0 && s->first[i] ? slot + 1 : 0);
         if (i == begin) {
             h->num_dests[t] = num;
         }
     }
     k_syncwarp(k);
-}
-
-/* Adds a batch to its channel's counters: one lane for each expert, one for each rank. */
-static K_FN void count_batch(struct k_thread *k, const struct k_route_args *a, k_i32 c, k_i32 n,
-                             const struct route_scratch *s) {
-    const struct k_handle *h = &a->h;
-    for (k_i32 i = k->lane; i < n; i += K_LANES) {
-        if (s->count[i]) {
-            h->chan_expert[(k_i64)c * a->g.num_experts + s->id[i]] += (k_u32)s->count[i];
+    for (k_i32 i = k->lane; i < n; i += K_LANES) { /* one lane for each expert and each rank */
+        if (s->expert_count[i]) {
+            *expert_counter(a, s->id[i], c) += s->expert_count[i];
         }
-        k_i32 firsts = s->first[i], later = 0; /* of this rank in the batch, up to here */
-        for (k_i32 j = 0; s->first[i] && j < n; j++) {
-            const k_i32 same = j != i && s->first[j] && s->rank[j] == s->rank[i];
-            firsts += same && j < i;
-            later += same && j > i;
-        }
-        if (s->first[i] && later == 0) {
-            h->send_chan[(k_i64)s->rank[i] * (a->g.num_channels + 1) + c] += (k_u32)firsts;
+        if (s->rank_count[i]) {
+            *rank_counter(a, s->rank[i], c) += s->rank_count[i];
         }
     }
     k_syncwarp(k);
@@ -148,7 +149,7 @@ static K_FN void route_mask(struct k_thread *k, const struct k_route_args *a, k_
             const k_u8 *in = (const k_u8 *)(a->mask.data + (k_u64)((k_i64)t * a->mask.s0 +
                                                                    (k_i64)r * a->mask.s1));
             if (*in) {
-                k_u32 *count = &h->send_chan[(k_i64)r * (a->g.num_channels + 1) + c];
+                k_u32 *count = rank_counter(a, r, c);
                 h->dest_rank[(k_i64)t * a->g.max_dests + num] = r;
                 h->dest_slot[(k_i64)t * a->g.max_dests + num] = (*count)++;
                 num++;
@@ -162,10 +163,10 @@ static K_FN void route_mask(struct k_thread *k, const struct k_route_args *a, k_
 static K_FN void count_channel(struct k_thread *k, const struct k_route_args *a, k_i32 c) {
     const struct k_handle *h = &a->h;
     for (k_i32 e = k->lane; e < a->g.num_experts; e += K_LANES) {
-        h->chan_expert[(k_i64)c * a->g.num_experts + e] = 0;
+        *expert_counter(a, e, c) = 0;
     }
     for (k_i32 r = k->lane; r < a->g.num_ranks; r += K_LANES) {
-        h->send_chan[(k_i64)r * (a->g.num_channels + 1) + c] = 0;
+        *rank_counter(a, r, c) = 0;
     }
     if (k->lane == 0) {
         h->chan_bad[c] = ~0ull;
@@ -181,7 +182,6 @@ static K_FN void count_channel(struct k_thread *k, const struct k_route_args *a,
             const k_i32 n = (t1 - t < most ? t1 - t : most) * a->topk;
             read_batch(k, a, c, t, n, s);
             place_batch(k, a, c, t, n, s);
-            count_batch(k, a, c, n, s);
         }
         return;
     }
@@ -190,20 +190,22 @@ static K_FN void count_channel(struct k_thread *k, const struct k_route_args *a,
     }
 }
 
-/* Turns counts of channels, `step` words apart, into what lies before each; returns the sum. */
-static K_FN k_u32 scan_channels(struct k_thread *k, k_u32 *counts, k_i64 step, k_i32 chans) {
-    k_u32 sum = 0;
-    for (k_i32 base = 0; base < chans; base += K_LANES) {
-        const k_i32 c = base + k->lane;
-        k_u32 total = 0;
-        const k_u32 n = c < chans ? counts[(k_i64)c * step] : 0;
-        const k_u32 before = k_scan(k, n, &total);
-        if (c < chans) {
-            counts[(k_i64)c * step] = sum + before;
-        }
-        sum += total;
+/* Turns the counts of a row of channels into what lies before each; returns the sum. Each lane
+ * adds up a run of channels, the lanes add up their runs. */
+static K_FN k_u32 scan_channels(struct k_thread *k, k_u32 *counts, k_i32 chans) {
+    const k_i32 run = (chans + K_LANES - 1) / K_LANES;
+    const k_i32 first = at_most(k->lane * run, chans), end = at_most(first + run, chans);
+    k_u32 sum = 0, total = 0;
+    for (k_i32 c = first; c < end; c++) {
+        sum += counts[c];
     }
-    return sum;
+    k_u32 before = k_scan(k, sum, &total);
+    for (k_i32 c = first; c < end; c++) {
+        const k_u32 n = counts[c];
+        counts[c] = before;
+        before += n;
+    }
+    return total;
 }
 
 /* Sums over channels: each warp of the grid takes ranks, then experts. */
@@ -213,13 +215,13 @@ static K_FN void sum_channels(struct k_thread *k, const struct k_route_args *a) 
     for (k_i32 i = k_first(k, 0); i < ranks + experts; i += k_stride(k, k->num_blocks)) {
         if (i < ranks) {
             k_u32 *row = h->send_chan + (k_i64)i * (chans + 1);
-            const k_u32 sum = scan_channels(k, row, 1, chans);
+            const k_u32 sum = scan_channels(k, row, chans);
             if (k->lane == 0) {
                 row[chans] = sum;
                 h->send_count[i] = sum;
             }
         } else {
-            const k_u32 sum = scan_channels(k, h->chan_expert + (i - ranks), experts, chans);
+            const k_u32 sum = scan_channels(k, expert_counter(a, i - ranks, 0), chans);
             if (k->lane == 0) {
                 h->send_expert[i - ranks] = sum;
             }
@@ -232,17 +234,17 @@ static K_FN void shift_channel(struct k_thread *k, const struct k_route_args *a,
     const struct k_handle *h = &a->h;
     k_i32 t0, t1;
     channel_tokens(a->tokens, a->g.num_channels, c, &t0, &t1);
-    const k_i32 dests = a->g.max_dests, chans = a->g.num_channels + 1;
+    const k_i32 dests = a->g.max_dests;
     for (k_i32 i = k->lane; i < (t1 - t0) * dests; i += K_LANES) {
         const k_i64 at = (k_i64)t0 * dests + i;
         if (i % dests < h->num_dests[t0 + i / dests]) {
-            h->dest_slot[at] += h->send_chan[(k_i64)h->dest_rank[at] * chans + c];
+            h->dest_slot[at] += *rank_counter(a, h->dest_rank[at], c);
         }
     }
     for (k_i32 i = k->lane; i < (t1 - t0) * a->topk; i += K_LANES) {
         const k_i64 at = (k_i64)t0 * a->topk + i;
         if (h->ids[at] >= 0) {
-            h->sel_index[at] += h->chan_expert[(k_i64)c * a->g.num_experts + h->ids[at]];
+            h->sel_index[at] += *expert_counter(a, h->ids[at], c);
         }
     }
 }

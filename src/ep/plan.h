@@ -18,11 +18,12 @@
 
 /* Stages of a host warp's ring. One holds a whole row, or, in check builds, pieces of it; and a
  * sidecar, or pieces of that. */
-#define EPI_HOST_STAGES 2
 #if defined(K_LATE_MOVERS)
+#define EPI_HOST_STAGES 3
 #define EPI_HOST_STAGE_MIN 64
 #define EPI_HOST_STAGE_MAX 2048
 #else
+#define EPI_HOST_STAGES 2
 #define EPI_HOST_STAGE_MIN 1024
 #define EPI_HOST_STAGE_MAX (1 << 24)
 #endif
