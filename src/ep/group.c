@@ -303,6 +303,12 @@ ep_status epi_group_create(ep_group **out, const struct ep_group_config *config)
 void epi_group_destroy(ep_group **group) {
     ep_group *g = *group;
     *group = NULL;
+    if (g->num_handles) {
+        epi_log(EPI_LOG_WARN,
+                "ep_group_destroy: %d handle(s) of the group are alive and must "
+                "not be used or destroyed any more",
+                g->num_handles);
+    }
     if (!epi_group_faulted(g)) {
         /* Peers may still write here or read what this rank wrote: leave together. One that
          * is in, or begins, an operation that this rank will not join is not left waiting. */
@@ -313,13 +319,6 @@ void epi_group_destroy(ep_group **group) {
 }
 
 /* ---- order of operations -------------------------------------------------------------------- */
-
-uint64_t epi_group_issue(ep_group *g) {
-    pthread_mutex_lock(&g->mutex);
-    uint64_t n = ++g->issued;
-    pthread_mutex_unlock(&g->mutex);
-    return n;
-}
 
 void epi_group_await_turn(ep_group *g, uint64_t n) {
     pthread_mutex_lock(&g->mutex);

@@ -35,7 +35,6 @@ struct ep_group {
     ep_handle *begun;       /* dispatch between begin and finish */
     int next_slot, next_handle, num_handles;
 
-    atomic_int faulted;       /* ep_status; set once, by end_operation or the boot's thread */
     atomic_ullong fault_told; /* the operation that returned the fault; 0: none has yet */
     uint64_t fault_last;      /* issued by then */
     atomic_int dead_rank;     /* -1, or who died */
@@ -103,8 +102,6 @@ void epi_group_leave(ep_group *g);
 /* A kernel's wait has become long; `word` is {epoch | phase : 16 | peer : 16}. */
 void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
 
-/* Gives an operation its number, in issue order. */
-uint64_t epi_group_issue(ep_group *g);
 /* Blocks until the operation before number n has ended, or until n has nothing to wait for. */
 void epi_group_await_turn(ep_group *g, uint64_t n);
 /* Operation n has ended. `ran`: its kernel did, so its epoch is counted already. */
