@@ -16,7 +16,7 @@
 #include "tests/tap.h"
 
 #define RANKS 3
-#define STEP (rig_scale() > 4 ? 3 : 1) /* where it is slow, every third allocation */
+#define STEP (rig_scale() > 1 ? 3 : 1) /* where it is slow, every third allocation */
 #define TIMEOUT_MS (400 * (rig_scale() > 1 ? 2 : 1)) /* ranks that fail alone are waited for */
 
 /* Shared by the ranks of a walk. */
