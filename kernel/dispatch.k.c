@@ -328,6 +328,7 @@ static K_FN void send_tokens(struct k_thread *k, const struct k_dispatch_args *a
     struct walk in = {next_token(a, whom, t0, t1), 0, 0}, out = in;
     struct place place = {0, 0};
     k_i32 ahead = 0, num = 0;
+    k_mover_retire(k, m, 0);
     while (out.item < t1) {
         if (in.item < t1) {
             begin_piece(k, a, m, &s, &in);
@@ -574,6 +575,7 @@ static K_FN void copy_out(struct k_thread *k, const struct k_dispatch_args *a,
     const k_i32 pieces = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes, end = (k_i32)r1;
     struct walk in = {(k_i32)r0, 0, 0}, out = in;
     k_i32 ahead = 0;
+    k_mover_retire(k, m, 0);
     while (out.item < end) {
         if (in.item < end) {
             const k_i32 from = in.piece * a->stage_bytes;

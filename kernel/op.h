@@ -107,7 +107,8 @@ static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature
     return ok;
 }
 
-/* A walk over items cut into pieces, each of which takes the next stage of a mover. */
+/* A walk over items cut into pieces, each of which takes the next stage of a mover, from stage 0
+ * on: whoever begins one first retires all stores of the walk before, wherever that ended. */
 struct walk {
     k_i32 item, piece, stage;
 };

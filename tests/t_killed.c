@@ -328,6 +328,7 @@ int main(void) {
     tap_deadline(110);
     kill_at_birth();
     tap_expect_log(" died: ");
+    tap_expect_log("dropped a connection"); /* killed while it was meeting the others */
     for (int m = 0; m < NUM_MOMENTS; m++) {
         kill_at((enum moment)m, 3);
         kill_at((enum moment)m, 0);
