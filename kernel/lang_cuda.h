@@ -449,7 +449,11 @@ struct k_term {
 };
 
 /* Pieces of 16 bytes that a lane has in flight at once, to cover the latency of memory. */
+#if __CUDA_ARCH__ >= 1000
+#define K_REDUCE_PIECES 2 /* four do not fit the registers of 16 warps there */
+#else
 #define K_REDUCE_PIECES 4
+#endif
 
 /* acc += row * weight for one piece; the products are left out where all weights are 1. */
 static K_INLINE void k_add_piece(k_f32 *acc, struct k_16 v, k_i32 dtype, k_bool weighted,
