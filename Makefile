@@ -107,7 +107,7 @@ all:
 help:
 	@echo 'make            the library, the program build/ep, examples'
 	@echo 'make demo       build, then a Mixture-of-Experts layer over 4 processes'
-	@echo 'make check      everything a change must pass (about 10 minutes on 2 cores)'
+	@echo 'make check      everything a change must pass (about 15 minutes on 2 cores)'
 	@echo 'make soak       the tests with many seeds, SOAK_SECONDS=600'
 	@echo 'make asan|ubsan|tsan   the tests under one sanitizer'
 	@echo 'make gate       kernels for every GPU generation, and aarch64; needs no GPU'

@@ -98,16 +98,16 @@ step build-gcc 'build with gcc' build build-all tests
 step build-clang 'build with clang' build VARIANT=clang build-all tests
 step headers 'ep.h alone: C99, C11, C++17, cffi' scripts/headers.sh
 step exports 'exported symbols' scripts/exports.sh build/libep.so
-# Alone, as its bounds on time are strict; those of the variants are not, so they share the cores.
+# One program at a time: beside one with a thousand threads, a bound on time means nothing.
 counted plain 'tests' scripts/run_tests.sh
 step example 'examples' run_examples
 step demo 'ep demo' run_demo
 step build-san 'build with AddressSanitizer and UndefinedBehaviorSanitizer' \
     build VARIANT=san tests fuzzers
 counted san 'tests under AddressSanitizer and UndefinedBehaviorSanitizer' \
-    env TAP_JOBS="$cores" scripts/run_tests.sh san
+    scripts/run_tests.sh san
 step build-tsan 'build with ThreadSanitizer and late movers' build VARIANT=tsan tests
-counted tsan 'tests under ThreadSanitizer' env TAP_JOBS="$cores" scripts/run_tests.sh tsan
+counted tsan 'tests under ThreadSanitizer' scripts/run_tests.sh tsan
 counted must-fail 'tests that must fail' scripts/must_fail.sh
 counted fuzz 'fuzzers: corpus and seeded mutants' scripts/fuzz.sh replay
 step build-gate 'build the gate' build build/gate
@@ -116,7 +116,7 @@ step build-cov 'build for coverage' build VARIANT=cov tests
 if wanted cov-tests; then
     find build/cov -name '*.gcda' -delete 2>/dev/null
 fi
-counted cov-tests 'tests for coverage' env TAP_JOBS="$cores" scripts/run_tests.sh cov
+counted cov-tests 'tests for coverage' scripts/run_tests.sh cov
 step coverage 'line coverage' scripts/cov.sh
 
 heading 'result'
