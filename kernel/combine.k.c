@@ -58,9 +58,8 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
                             struct k_mover *m, k_i32 owner, k_u32 r0, k_u32 r1) {
     const k_i32 pieces = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes, end = (k_i32)r1;
     const k_u64 to = k_peer_at(&a->g, owner, landing(a, landing_row(a, owner, r0))).address;
-    struct walk in = {(k_i32)r0, 0, 0}, out = in;
+    struct walk in = begin_walk(k, m, (k_i32)r0), out = in;
     k_i32 ahead = 0;
-    k_mover_retire(k, m, 0);
     while (out.item < end) {
         if (in.item < end) {
             const k_i32 from = in.piece * a->stage_bytes;

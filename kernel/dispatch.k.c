@@ -177,7 +177,7 @@ static K_INLINE k_u64 side_place(const struct k_dispatch_args *a, k_i32 d, k_u32
            (k_u64)row * (k_u64)a->g.side_stride;
 }
 
-/* Four bytes of token t's scales, from element `j` on; past the end zeros. */
+/* Four bytes of token t's scales, from byte `byte` on; past the end zeros. */
 static K_INLINE k_u32 scales_word(const struct k_dispatch_args *a, k_i32 t, k_i32 byte) {
     k_u32 word = 0;
     for (k_i32 b = 0; b < 4; b += a->scale_bytes) {
@@ -325,10 +325,9 @@ static K_INLINE k_i32 next_token(const struct k_dispatch_args *a, k_i32 whom, k_
 static K_FN void send_tokens(struct k_thread *k, const struct k_dispatch_args *a,
                              struct k_mover *m, k_i32 whom, k_i32 t0, k_i32 t1) {
     const struct send_shape s = shape_of(a);
-    struct walk in = {next_token(a, whom, t0, t1), 0, 0}, out = in;
+    struct walk in = begin_walk(k, m, next_token(a, whom, t0, t1)), out = in;
     struct place place = {0, 0};
     k_i32 ahead = 0, num = 0;
-    k_mover_retire(k, m, 0);
     while (out.item < t1) {
         if (in.item < t1) {
             begin_piece(k, a, m, &s, &in);
@@ -573,9 +572,8 @@ static K_INLINE void store_out(struct k_thread *k, const struct k_dispatch_args 
 static K_FN void copy_out(struct k_thread *k, const struct k_dispatch_args *a,
                           struct k_mover *m, k_i32 s, k_u32 r0, k_u32 r1) {
     const k_i32 pieces = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes, end = (k_i32)r1;
-    struct walk in = {(k_i32)r0, 0, 0}, out = in;
+    struct walk in = begin_walk(k, m, (k_i32)r0), out = in;
     k_i32 ahead = 0;
-    k_mover_retire(k, m, 0);
     while (out.item < end) {
         if (in.item < end) {
             const k_i32 from = in.piece * a->stage_bytes;

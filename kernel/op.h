@@ -107,11 +107,17 @@ static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature
     return ok;
 }
 
-/* A walk over items cut into pieces, each of which takes the next stage of a mover, from stage 0
- * on: whoever begins one first retires all stores of the walk before, wherever that ended. */
+/* A walk over items cut into pieces, each of which takes the next stage of a mover. */
 struct walk {
     k_i32 item, piece, stage;
 };
+
+/* A walk starts at stage 0, wherever the mover's last one ended: its stores are retired first. */
+static K_INLINE struct walk begin_walk(struct k_thread *k, struct k_mover *m, k_i32 first) {
+    struct walk w = {first, 0, 0};
+    k_mover_retire(k, m, 0);
+    return w;
+}
 
 static K_INLINE void walk_on(struct walk *w, k_i32 pieces, k_i32 stages) {
     w->piece++;

@@ -125,7 +125,7 @@ if [ -z "$tests" ]; then
     :
 elif command -v prove >/dev/null; then
     # shellcheck disable=SC2086
-    prove ${TAP_JOBS:+-j "$TAP_JOBS"} --exec "scripts/run_tests.sh --one" $tests \
+    prove --exec "scripts/run_tests.sh --one" $tests \
         >>"$TAP_LOGS/prove.txt" 2>&1 || rc=1
 else
     for t in $tests; do

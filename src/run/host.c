@@ -128,10 +128,6 @@ void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *arg
     pthread_mutex_unlock(&run->launch);
 }
 
-int epi_run_workers(const struct epi_run *run) {
-    return run->workers;
-}
-
 ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes) {
     struct epi_run *run = epi_alloc(sizeof(*run));
     if (!run) {

@@ -32,7 +32,6 @@ struct epi_grid epi_run_grid(int workers);
  * memory are set aside for each. */
 ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes);
 void epi_run_destroy(struct epi_run **run);
-int epi_run_workers(const struct epi_run *run);
 
 /* Runs a kernel with `workers` threads (at most the pool's) and returns when all have left it.
  * The calling thread is one of them. Kernels of one pool run one after the other. */
