@@ -289,7 +289,7 @@ $(EXAMPLES): $(B)/examples/%: examples/%.c include/ep.h $(B)/libep.so
 	$(Q)$(CC) -std=c11 $(OPT) -g $(WARN) -Iinclude $(VARIANT_FLAGS) $(EXTRA_CFLAGS) $< -o $@ \
 	    -L$(B) -lep -lm -Wl,-rpath,'$$ORIGIN/..'
 
-build/gate: tests/gate/gate.c
+build/gate: tests/gate/gate.c src/cu/nvrtc.h
 	@mkdir -p $(@D)
 	$(SAY) CC $<
 	$(Q)$(CC) -std=c11 -D_GNU_SOURCE -O1 -g $(WARN) -I. $< -o $@ -ldl

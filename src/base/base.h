@@ -62,6 +62,15 @@ void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per 
     X(PORT, INT, "0", 0, 65535, NULL, "rendezvous port of rank 0; 0 means MASTER_PORT + 1")    \
     X(JOB, STR, NULL, 1, 200, NULL, "name of the job; two jobs of different names never meet") \
     X(WORKERS, INT, "0", 0, 1024, NULL, "host worker threads per rank; 0 chooses")             \
+    X(NVRTC_PATH, STR, NULL, 1, 1000, NULL,                                                    \
+      "the libnvrtc.so that compiles kernels, or its folder; no other is looked for")          \
+    X(JIT_CACHE, STR, NULL, 1, 1000, NULL,                                                     \
+      "folder that keeps compiled kernels, off for none; else libep in XDG_CACHE_HOME or in "  \
+      "HOME/.cache")                                                                           \
+    X(JIT_DUMP, STR, NULL, 1, 1000, NULL,                                                      \
+      "folder for each kernel's text, PTX, cubin and compiler report; compiles them anew")     \
+    X(ARENA, CHOICE, "auto", 0, 0, "auto|device|host",                                         \
+      "where the arenas of CUDA groups lie: host is pinned host memory")                       \
     X(TEST_ALLOC_FAIL, INT, "0", 0, INT64_MAX, NULL,                                           \
       "for tests: the n-th allocation of the process fails; 0 is off")
 
@@ -97,7 +106,7 @@ bool epi_opt_is_set(enum epi_opt opt);
 size_t epi_opt_count(void);
 const struct epi_opt_info *epi_opt_info(size_t index);
 
-/* A variable that is not ours: only those listed in opt.c (launchers, HOME); NULL when unset,
+/* A variable that is not ours: only those listed in opt.c (launchers, HOME, CUDA); NULL when unset,
  * empty or not listed. */
 const char *epi_env(const char *name);
 

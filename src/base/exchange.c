@@ -15,7 +15,9 @@ struct verdict {
     char text[VERDICT_TEXT];
 };
 
-ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *step) {
+/* Everybody's verdicts, to be freed; NULL with the error in *st. */
+static struct verdict *gather(const struct epi_exchange *x, ep_status mine, const char *step,
+                              ep_status *st) {
     struct verdict v;
     memset(&v, 0, sizeof(v));
     v.status = mine;
@@ -24,21 +26,63 @@ ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *st
     }
     struct verdict *all = epi_alloc_array((size_t)x->num_ranks, sizeof(v));
     if (!all) {
-        return epi_fail(EP_ERR_NOMEM, "%s: no memory to hear %d ranks", step, x->num_ranks);
+        *st = epi_fail(EP_ERR_NOMEM, "%s: no memory to hear %d ranks", step, x->num_ranks);
+        return NULL;
     }
-    ep_status st = x->allgather(x->ctx, &v, sizeof(v), all);
-    if (st == EP_OK) {
-        st = mine;
-        for (int r = 0; st == EP_OK && r < x->num_ranks; r++) {
-            if (all[r].status != EP_OK) {
-                all[r].text[VERDICT_TEXT - 1] = 0;
-                st = epi_fail(EP_ERR_PEER, "%s failed on rank %d: %s: %s", step, r,
-                              ep_status_string((ep_status)all[r].status), all[r].text);
-            }
+    *st = x->allgather(x->ctx, &v, sizeof(v), all);
+    if (*st == EP_OK) {
+        return all;
+    }
+    if (mine != EP_OK && mine != EP_ERR_UNSUPPORTED && mine != EP_ERR_PEER) {
+        /* What could not be reached was perhaps its owner's who has given up: that is in *st. */
+        *st = epi_fail(mine, "%s", v.text);
+    }
+    epi_free(all);
+    return NULL;
+}
+
+static ep_status blame(struct verdict *all, int rank, const char *step) {
+    all[rank].text[VERDICT_TEXT - 1] = 0;
+    return epi_fail(EP_ERR_PEER, "%s failed on rank %d: %s: %s", step, rank,
+                    ep_status_string((ep_status)all[rank].status), all[rank].text);
+}
+
+ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *step) {
+    ep_status st;
+    struct verdict *all = gather(x, mine, step, &st);
+    if (!all) {
+        return st;
+    }
+    st = mine;
+    for (int r = 0; st == EP_OK && r < x->num_ranks; r++) {
+        if (all[r].status != EP_OK) {
+            st = blame(all, r, step);
         }
-    } else if (mine != EP_OK && mine != EP_ERR_UNSUPPORTED && mine != EP_ERR_PEER) {
-        /* What could not be reached was perhaps its owner's who has given up: that is in st. */
-        st = epi_fail(mine, "%s", v.text);
+    }
+    epi_free(all);
+    return st;
+}
+
+ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const char *step) {
+    ep_status st;
+    int without = -1, worse = -1;
+    struct verdict *all = gather(x, mine, step, &st);
+    if (!all) {
+        return st;
+    }
+    for (int r = x->num_ranks - 1; r >= 0; r--) {
+        if (all[r].status == EP_ERR_UNSUPPORTED) {
+            without = r;
+        } else if (all[r].status != EP_OK) {
+            worse = r;
+        }
+    }
+    st = mine;
+    if (worse >= 0 && (mine == EP_OK || mine == EP_ERR_UNSUPPORTED)) {
+        st = blame(all, worse, step);
+    } else if (worse < 0 && without >= 0) {
+        all[without].text[VERDICT_TEXT - 1] = 0;
+        st = epi_fail(EP_ERR_UNSUPPORTED, "%s", all[without].text);
     }
     epi_free(all);
     return st;

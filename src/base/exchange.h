@@ -21,4 +21,11 @@ struct epi_exchange {
  */
 ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *step);
 
+/*
+ * As epi_agree, for a step that can be done without: where nothing worse than EP_ERR_UNSUPPORTED
+ * happened, every rank returns that, with the text of the first rank it happened to. No rank
+ * returns EP_ERR_UNSUPPORTED unless all do.
+ */
+ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const char *step);
+
 #endif

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The environment: the knobs of EPI_OPTS, and the few foreign variables launchers set.
+ * The environment: the knobs of EPI_OPTS, and the few foreign variables that say who and
+ * where we are.
  *
  * Owns the parsing rules and the memory of which malformed values were already reported. Runs
  * on any thread; values are read anew on every call, so a program (or a test) may change them
@@ -68,8 +69,13 @@ static const char *const foreign_names[] = {
     "SLURM_STEPID",
     "SLURM_STEP_NUM_NODES",
     "SLURM_NNODES",
+    "DISABLE_SM90_FEATURES",
     "HOME",
     "XDG_CACHE_HOME",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "VIRTUAL_ENV",
+    "CONDA_PREFIX",
 };
 
 static bool parse_int(const struct opt_row *row, const char *text, int64_t *out) {

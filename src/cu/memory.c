@@ -10,6 +10,9 @@
 #define HOST_ALLOC_DEVICEMAP 2u
 #define STREAM_NON_BLOCKING 1u
 #define WAIT_VALUE_GEQ 0u
+#define EVENT_DISABLE_TIMING 2u
+
+enum capture_status { CAPTURE_NONE, CAPTURE_ACTIVE, CAPTURE_INVALIDATED };
 
 /* `call` within the device's context. */
 #define WITHIN(d, call)                                                                        \
@@ -63,6 +66,35 @@ void epi_cu_free_host(const struct epi_cu_device *d, void **p) {
     *p = NULL;
 }
 
+ep_status epi_cu_pool_alloc(const struct epi_cu_device *d, void *stream, uint64_t *at,
+                            size_t bytes) {
+    uint64_t got = 0;
+    if (epi_alloc_should_fail()) {
+        return epi_fail(EP_ERR_NOMEM, "no device memory (%zu bytes, injected)", bytes);
+    }
+    ep_status st = epi_cu_enter(d);
+    if (st == EP_OK) {
+        st = CU(MemAllocAsync, &got, bytes ? bytes : 1, stream);
+        epi_cu_leave();
+    }
+    if (st == EP_ERR_NOMEM) {
+        return epi_fail(st, "no memory in the pool of device %d (%zu bytes): %s", d->index,
+                        bytes, epi_error_text());
+    }
+    if (st == EP_OK) {
+        *at = got;
+    }
+    return st;
+}
+
+void epi_cu_pool_free(const struct epi_cu_device *d, void *stream, uint64_t *at) {
+    if (*at && epi_cu_enter(d) == EP_OK) {
+        epi_cu_driver.MemFreeAsync(*at, stream);
+        epi_cu_leave();
+    }
+    *at = 0;
+}
+
 static ep_status then_sync(ep_status st, void *stream) {
     return st == EP_OK ? CU(StreamSynchronize, stream) : st;
 }
@@ -108,6 +140,19 @@ ep_status epi_cu_stream_create(const struct epi_cu_device *d, void **stream) {
     WITHIN(d, CU(StreamCreate, stream, STREAM_NON_BLOCKING));
 }
 
+ep_status epi_cu_stream_create_high(const struct epi_cu_device *d, void **stream) {
+    int least = 0, greatest = 0;
+    ep_status st = epi_cu_enter(d);
+    if (st == EP_OK) {
+        st = CU(CtxGetStreamPriorityRange, &least, &greatest);
+        if (st == EP_OK) {
+            st = CU(StreamCreateWithPriority, stream, STREAM_NON_BLOCKING, greatest);
+        }
+        epi_cu_leave();
+    }
+    return st;
+}
+
 void epi_cu_stream_destroy(const struct epi_cu_device *d, void **stream) {
     if (*stream && epi_cu_enter(d) == EP_OK) {
         epi_cu_driver.StreamDestroy(*stream);
@@ -132,8 +177,39 @@ ep_status epi_cu_stream_hold(const struct epi_cu_device *d, void *stream, uint32
     WITHIN(d, CU(StreamWaitValue32, stream, (uint64_t)(uintptr_t)word, value, WAIT_VALUE_GEQ));
 }
 
+ep_status epi_cu_capture_id(const struct epi_cu_device *d, void *stream, uint64_t *id) {
+    int status = CAPTURE_NONE;
+    uint64_t got = 0;
+    ep_status st = epi_cu_enter(d);
+    if (st != EP_OK) {
+        return st;
+    }
+    const int result =
+        epi_cu_driver.StreamGetCaptureInfo(stream, &status, &got, NULL, NULL, NULL);
+    epi_cu_leave();
+    if (result == CU_STREAM_CAPTURE_IMPLICIT) {
+        return epi_fail(EP_ERR_STATE,
+                        "the legacy default stream cannot be used while a stream that it waits "
+                        "for is being captured: pass a stream of your own");
+    }
+    st = epi_cu_result(result, "cuStreamGetCaptureInfo");
+    if (st == EP_OK && status == CAPTURE_INVALIDATED) {
+        st = epi_fail(EP_ERR_STATE,
+                      "the stream's capture was invalidated by an earlier error: end it "
+                      "(cudaStreamEndCapture) before the stream is used");
+    }
+    if (st == EP_OK) {
+        *id = status == CAPTURE_ACTIVE ? got : 0;
+    }
+    return st;
+}
+
 ep_status epi_cu_event_create(const struct epi_cu_device *d, void **event) {
     WITHIN(d, CU(EventCreate, event, 0));
+}
+
+ep_status epi_cu_event_create_plain(const struct epi_cu_device *d, void **event) {
+    WITHIN(d, CU(EventCreate, event, EVENT_DISABLE_TIMING));
 }
 
 void epi_cu_event_destroy(const struct epi_cu_device *d, void **event) {
@@ -150,6 +226,16 @@ ep_status epi_cu_event_record(const struct epi_cu_device *d, void *event, void *
 
 ep_status epi_cu_event_wait(const struct epi_cu_device *d, void *stream, void *event) {
     WITHIN(d, CU(StreamWaitEvent, stream, event, 0));
+}
+
+ep_status epi_cu_event_query(const struct epi_cu_device *d, void *event) {
+    int mode;
+    ep_status st = epi_cu_enter_apart(d, &mode);
+    if (st == EP_OK) {
+        st = CU(EventQuery, event);
+        epi_cu_leave_apart(mode);
+    }
+    return st;
 }
 
 ep_status epi_cu_event_elapsed(const struct epi_cu_device *d, void *a, void *b, double *us) {

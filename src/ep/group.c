@@ -236,9 +236,10 @@ static ep_status form(ep_group *g) {
         st = check_agreement(g);
     }
     if (st == EP_OK) {
-        struct epi_mem_config m = {x, (size_t)g->plan.info.arena_bytes,
-                                   epi_boot_is_threads(g->boot),
-                                   epi_deadline_after(g->timeout_ns)};
+        struct epi_mem_config m = {.exchange = x,
+                                   .arena_bytes = (size_t)g->plan.info.arena_bytes,
+                                   .threads = epi_boot_is_threads(g->boot),
+                                   .deadline = epi_deadline_after(g->timeout_ns)};
         st = epi_mem_create(&g->mem, &m);
     }
     if (st == EP_OK) {

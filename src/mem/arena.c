@@ -1,64 +1,99 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Maps the arenas of all ranks of the host. Called by the threads that create and destroy groups;
- * every step is collective, so that a rank that fails takes the others back with it.
+ * Maps the memory of all ranks of the host, and chooses where arenas lie. Owns the mapping. Called
+ * by the threads that create and destroy groups; every step is collective, so that a rank that
+ * fails takes the others back with it.
  */
 #include "src/mem/shared.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Longer than any scheduling delay; ranks on other hosts were already told apart by their hint. */
-#define PASS_NS (10 * EPI_NS_PER_S)
-
-/* One mapping of all arenas; threads of a process share it. */
-struct mapping {
-    void *base;
-    size_t bytes;
-    _Atomic int users;
-};
+#define NO_BYTES ((size_t)4096) /* what is mapped where there is nothing to share */
 
 struct epi_mem {
-    struct mapping *map;
-    size_t arena_bytes;
+    struct epi_mapping *map;
+    size_t arena_bytes, board_bytes;
+    int rank, num_ranks;
+    bool on_device;               /* the arenas */
+    struct epi_mem_device device; /* all NULL: there is none */
 };
 
-static void mapping_release(struct mapping *m) {
-    if (m && atomic_fetch_sub(&m->users, 1) == 1) {
-        munmap(m->base, m->bytes);
-        epi_free(m);
-    }
+ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const char *step) {
+    return c->device ? epi_agree_optional(&c->exchange, mine, step)
+                     : epi_agree(&c->exchange, mine, step);
 }
 
-static struct mapping *mapping_create(int fd, size_t bytes, int users, ep_status *st) {
+/* ---- the mapping ---------------------------------------------------------------------------- */
+
+static void mapping_release(struct epi_mapping *m, const struct epi_mem_device *d) {
+    if (!m || atomic_fetch_sub(&m->users, 1) != 1) {
+        return;
+    }
+    for (int r = 0; r < m->num_pieces; r++) {
+        if (m->piece[r].address) {
+            d->release(d->ctx, &m->piece[r]);
+        }
+    }
+    if (m->attached) {
+        d->detach(d->ctx, m->base);
+    }
+    munmap(m->base, m->bytes);
+    epi_free(m);
+}
+
+static ep_status map_shared(struct epi_mapping *m, int fd, size_t bytes) {
     struct stat s;
+    memset(&s, 0, sizeof(s));
     if (fstat(fd, &s) != 0 || (size_t)s.st_size != bytes) {
-        *st = epi_fail(EP_ERR_INTERNAL, "shared memory of %lld bytes, expected %zu",
-                       (long long)s.st_size, bytes);
-        return NULL;
+        return epi_fail(EP_ERR_INTERNAL, "shared memory of %lld bytes, expected %zu",
+                        (long long)s.st_size, bytes);
     }
-    struct mapping *m = epi_alloc(sizeof(*m));
-    void *base = MAP_FAILED;
-    if (m && !epi_alloc_should_fail()) {
-        base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    } else {
-        errno = ENOMEM;
+    m->base = MAP_FAILED;
+    errno = ENOMEM;
+    if (!epi_alloc_should_fail()) {
+        m->base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     }
-    if (base == MAP_FAILED) {
-        epi_free(m);
-        *st = epi_fail(EP_ERR_NOMEM, "cannot map %zu bytes of arenas: %s", bytes,
-                       strerror(errno));
-        return NULL;
+    if (m->base == MAP_FAILED) {
+        return epi_fail(EP_ERR_NOMEM, "cannot map %zu bytes of arenas: %s", bytes,
+                        strerror(errno));
     }
-    madvise(base, bytes, MADV_HUGEPAGE); /* where shared memory may use them */
-    m->base = base;
+    madvise(m->base, bytes, MADV_HUGEPAGE); /* where shared memory may use them */
     m->bytes = bytes;
+    m->address = (uint64_t)(uintptr_t)m->base;
+    return EP_OK;
+}
+
+/* Of `fd`, for so many users; known to the device if there is one. */
+static struct epi_mapping *mapping_create(const struct epi_mem *mem, int fd, size_t bytes,
+                                          int users, ep_status *st) {
+    const struct epi_mem_device *d = &mem->device;
+    const int num_pieces = mem->on_device ? mem->num_ranks : 0;
+    struct epi_mapping *m =
+        epi_alloc(sizeof(*m) + (size_t)num_pieces * sizeof(struct epi_mem_piece));
+    if (!m) {
+        *st = epi_fail(EP_ERR_NOMEM, "no memory to map arenas");
+        return NULL;
+    }
+    m->num_pieces = num_pieces;
     atomic_init(&m->users, users);
+    *st = map_shared(m, fd, bytes);
+    if (*st == EP_OK && d->attach) {
+        *st = d->attach(d->ctx, m->base, bytes, &m->address);
+        m->attached = *st == EP_OK;
+        if (*st != EP_OK) {
+            epi_fail(*st, "rank %d cannot show the shared memory to its device: %s", mem->rank,
+                     epi_error_text());
+            munmap(m->base, bytes);
+        }
+    }
+    if (*st != EP_OK) {
+        epi_free(m);
+        return NULL;
+    }
     return m;
 }
 
@@ -66,21 +101,22 @@ static struct mapping *mapping_create(int fd, size_t bytes, int users, ep_status
 static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c,
                              size_t bytes) {
     const struct epi_exchange *x = &c->exchange;
-    struct mapping *mine = NULL;
+    struct epi_mapping *mine = NULL;
     ep_status st = EP_OK;
     if (x->rank == 0) {
         int fd = epi_memfd_create(bytes, &st);
         if (fd >= 0) {
-            mine = mapping_create(fd, bytes, x->num_ranks, &st);
+            mine = mapping_create(mem, fd, bytes, x->num_ranks, &st);
             close(fd);
         }
     }
-    struct mapping **all = epi_alloc_array((size_t)x->num_ranks, sizeof(*all));
+    struct epi_mapping **all = epi_alloc_array((size_t)x->num_ranks, sizeof(*all));
     if (!all && st == EP_OK) {
         st = epi_fail(EP_ERR_NOMEM, "no memory to hear %d ranks", x->num_ranks);
     }
-    ep_status agreed = epi_agree(x, st, "mapping the arenas");
-    if (agreed == EP_OK) {
+    ep_status agreed = epi_mem_agree(c, st, "mapping the arenas");
+    const bool told = agreed == EP_OK;
+    if (told) {
         agreed = x->allgather(x->ctx, &mine, sizeof(mine), all);
     }
     if (agreed == EP_OK) {
@@ -88,119 +124,106 @@ static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c
     } else if (mine) {
         /* When somebody did not come at all, nobody has got the pointer. After a timeout some may
          * yet get it; they fail in the next step and release their shares. */
-        if (agreed != EP_ERR_TIMEOUT) {
+        if (!told || agreed != EP_ERR_TIMEOUT) {
             atomic_store(&mine->users, 1);
         }
-        mapping_release(mine);
+        mapping_release(mine, &mem->device);
     }
     epi_free(all);
     return agreed;
 }
 
-struct greeting {
-    struct epi_host_hint hint;
-    uint8_t token[EPI_FD_TOKEN];
-};
-
-/* Names the ranks that are not where rank 0 is. */
-static ep_status check_hosts(const struct greeting *all, int num_ranks) {
-    char names[128] = "";
-    int others = 0;
-    for (int r = 1; r < num_ranks; r++) {
-        if (memcmp(&all[r].hint, &all[0].hint, sizeof(all[0].hint)) != 0) {
-            size_t len = strlen(names);
-            epi_format(names + len, sizeof(names) - len, "%s%d", others++ ? ", " : "", r);
-        }
-    }
-    if (others) {
-        return epi_fail(EP_ERR_UNSUPPORTED,
-                        "rank(s) %s are on another host, or in another network namespace, than "
-                        "rank 0; this version joins ranks of one host",
-                        names);
-    }
-    return EP_OK;
-}
-
-/* Every step ends in agreement before the next one waits for anybody: rank 0 serves only those
- * whose connection and token are there already. */
-static ep_status pass_memory(struct epi_mem *mem, const struct epi_mem_config *c, size_t bytes,
-                             const struct greeting *root, int listener, int *fd) {
-    const struct epi_exchange *x = &c->exchange;
-    const struct epi_deadline pass = epi_deadline_min(c->deadline, epi_deadline_after(PASS_NS));
+static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config *c,
+                               size_t bytes) {
+    struct epi_share share;
     ep_status st = EP_OK;
-    int s = x->rank == 0 ? -1 : epi_fd_connect(root->token, pass, &st);
-    st = epi_agree(x, st, "reaching the arenas");
-    if (st == EP_OK) {
-        if (x->rank == 0) {
-            st = epi_fd_serve(listener, root->token, *fd, x->num_ranks - 1, pass);
-        } else {
-            *fd = epi_fd_receive(s, pass, &st);
-        }
-        if (st == EP_OK) {
-            mem->map = mapping_create(*fd, bytes, 1, &st);
-        }
-        st = epi_agree(x, st, "sharing the arenas");
+    int fd = -1;
+    if (c->exchange.rank == 0) {
+        fd = epi_memfd_create(bytes, &st);
     }
-    if (s >= 0) {
-        close(s);
+    st = epi_share_open(&share, c, 1, st);
+    if (st == EP_OK) {
+        st = epi_share_pass(&share, c, &fd);
+        if (st == EP_OK) {
+            mem->map = mapping_create(mem, fd, bytes, 1, &st);
+        }
+        st = epi_mem_agree(c, st, "sharing the arenas");
+    }
+    epi_share_close(&share);
+    if (fd >= 0) {
+        close(fd);
     }
     return st;
 }
 
-static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config *c,
-                               size_t bytes) {
-    const struct epi_exchange *x = &c->exchange;
-    struct greeting hello;
-    memset(&hello, 0, sizeof(hello));
-    epi_host_hint(&hello.hint);
-    ep_status st = EP_OK;
-    int fd = -1, listener = -1;
-    if (x->rank == 0) {
-        fd = epi_memfd_create(bytes, &st);
-        if (fd >= 0) {
-            listener = epi_fd_listen(hello.token, &st);
-        }
+/* ---- a group's memory ----------------------------------------------------------------------- */
+
+/* In the shared memory: arenas, if they are there, and boards. */
+static size_t arenas_end(const struct epi_mem *mem) {
+    return mem->on_device ? 0 : (size_t)mem->num_ranks * mem->arena_bytes;
+}
+
+static ep_status build(struct epi_mem *mem, const struct epi_mem_config *c, bool on_device) {
+    mem->on_device = on_device;
+    const size_t boards = (size_t)mem->num_ranks * mem->board_bytes;
+    size_t bytes = arenas_end(mem) + boards;
+    if (bytes == 0) {
+        bytes = NO_BYTES;
     }
-    struct greeting *all = epi_alloc_array((size_t)x->num_ranks, sizeof(*all));
-    if (!all && st == EP_OK) {
-        st = epi_fail(EP_ERR_NOMEM, "no memory to hear %d ranks", x->num_ranks);
+    ep_status st = c->threads ? map_threads(mem, c, bytes) : map_processes(mem, c, bytes);
+    if (st == EP_OK && on_device) {
+        st = epi_device_arenas(mem->map, c);
     }
-    st = epi_agree(x, st, "allocating the arenas");
-    if (st == EP_OK) {
-        st = x->allgather(x->ctx, &hello, sizeof(hello), all);
+    if (st != EP_OK && mem->map) {
+        char text[EPI_ERROR_TEXT_BYTES]; /* what releases may say is not what failed */
+        epi_format(text, sizeof(text), "%s", epi_error_text());
+        mapping_release(mem->map, &mem->device);
+        mem->map = NULL;
+        epi_fail(st, "%s", text);
     }
-    if (st == EP_OK) {
-        st = check_hosts(all, x->num_ranks); /* the same verdict on every rank */
+    return st;
+}
+
+/* On the device if it can be, else in host memory. That it cannot, all ranks know alike. */
+static ep_status build_best(struct epi_mem *mem, const struct epi_mem_config *c) {
+    char why[EPI_ERROR_TEXT_BYTES];
+    if (!c->device || c->arena_kind == EPI_MEM_HOST) {
+        return build(mem, c, false);
     }
-    if (st == EP_OK) {
-        st = pass_memory(mem, c, bytes, &all[0], listener, &fd);
+    ep_status st = build(mem, c, true);
+    if (st != EP_ERR_UNSUPPORTED || c->arena_kind == EPI_MEM_DEVICE) {
+        return st;
     }
-    if (fd >= 0) {
-        close(fd);
+    epi_format(why, sizeof(why), "%s", epi_error_text());
+    st = build(mem, c, false);
+    if (st == EP_OK && c->exchange.rank == 0) {
+        epi_log(EPI_LOG_WARN, "%s; arenas lie in pinned host memory, which is as fast as PCIe",
+                why);
     }
-    if (listener >= 0) {
-        close(listener);
-    }
-    epi_free(all);
     return st;
 }
 
 ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *config) {
-    const struct epi_exchange *x = &config->exchange;
+    const int num_ranks = config->exchange.num_ranks;
+    const size_t most = PTRDIFF_MAX / (size_t)num_ranks;
     struct epi_mem *mem = epi_alloc(sizeof(*mem));
     ep_status st = EP_OK;
     if (!mem) {
         st = epi_fail(EP_ERR_NOMEM, "no memory to map arenas");
-    } else if (config->arena_bytes > PTRDIFF_MAX / (size_t)x->num_ranks) {
+    } else if (config->arena_bytes > most || config->board_bytes > most - config->arena_bytes) {
         st = epi_fail(EP_ERR_NOMEM, "%d arenas of %zu bytes are more than can be addressed",
-                      x->num_ranks, config->arena_bytes);
+                      num_ranks, config->arena_bytes);
     }
-    st = epi_agree(x, st, "mapping the arenas");
+    st = epi_mem_agree(config, st, "mapping the arenas");
     if (st == EP_OK) {
-        size_t bytes = config->arena_bytes * (size_t)x->num_ranks;
+        mem->rank = config->exchange.rank;
+        mem->num_ranks = num_ranks;
         mem->arena_bytes = config->arena_bytes;
-        st = config->threads ? map_threads(mem, config, bytes)
-                             : map_processes(mem, config, bytes);
+        mem->board_bytes = config->board_bytes;
+        if (config->device) {
+            mem->device = *config->device;
+        }
+        st = build_best(mem, config);
     }
     if (st != EP_OK) {
         epi_mem_destroy(&mem);
@@ -212,12 +235,39 @@ ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *conf
 
 void epi_mem_destroy(struct epi_mem **mem) {
     if (mem && *mem) {
-        mapping_release((*mem)->map);
+        mapping_release((*mem)->map, &(*mem)->device);
         epi_free(*mem);
         *mem = NULL;
     }
 }
 
+/* ---- where things are ----------------------------------------------------------------------- */
+
+static size_t arena_at(const struct epi_mem *mem, int rank) {
+    return (size_t)rank * mem->arena_bytes;
+}
+
+static size_t board_at(const struct epi_mem *mem, int rank) {
+    return arenas_end(mem) + (size_t)rank * mem->board_bytes;
+}
+
+bool epi_mem_on_device(const struct epi_mem *mem) {
+    return mem->on_device;
+}
+
 void *epi_mem_arena(const struct epi_mem *mem, int rank) {
-    return (uint8_t *)mem->map->base + (size_t)rank * mem->arena_bytes;
+    return mem->on_device ? NULL : (uint8_t *)mem->map->base + arena_at(mem, rank);
+}
+
+void *epi_mem_board(const struct epi_mem *mem, int rank) {
+    return (uint8_t *)mem->map->base + board_at(mem, rank);
+}
+
+uint64_t epi_mem_arena_address(const struct epi_mem *mem, int rank) {
+    return mem->on_device ? mem->map->piece[rank].address
+                          : mem->map->address + arena_at(mem, rank);
+}
+
+uint64_t epi_mem_board_address(const struct epi_mem *mem, int rank) {
+    return mem->map->address + board_at(mem, rank);
 }

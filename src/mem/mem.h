@@ -1,11 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The arenas of a group and the mappings by which ranks reach each other's. L1: knows bytes, not
- * what lies in them.
+ * The arenas and boards of a group and the mappings by which ranks reach each other's. L1: knows
+ * bytes, not what lies in them, and of a device only the calls it is handed.
  *
- * On one host all ranks' arenas are one piece of shared memory, in rank order: a sealed memfd,
- * made and fully allocated by rank 0, whose descriptor the others get over a Unix socket (that it
- * arrives is the proof that they share a host). Ranks that are threads share one mapping.
+ * On one host the memory of all ranks is one piece of shared memory: a sealed memfd, made and fully
+ * allocated by rank 0, whose descriptor the others get over a Unix socket (that it arrives is the
+ * proof that they share a host). Ranks that are threads share one mapping. First come the arenas,
+ * in rank order, then the boards, in rank order.
+ *
+ * With a device the arenas are its memory, one piece per rank, and the shared memory holds only
+ * the boards and is made known to the device. Where the devices of any two ranks cannot share
+ * memory, all ranks' arenas lie in shared memory instead.
  */
 #ifndef EPI_MEM_H
 #define EPI_MEM_H
@@ -14,24 +19,68 @@
 
 struct epi_mem;
 
-struct epi_mem_config {
-    struct epi_exchange exchange;
-    size_t arena_bytes; /* of each rank; whole pages */
-    bool threads;       /* the ranks are threads of this process */
-    struct epi_deadline deadline;
+/* Memory of a device. Plain data: whoever has a copy can use it. */
+struct epi_mem_piece {
+    uint64_t address; /* for kernels; 0: there is none */
+    uint64_t own[3];  /* what the device keeps with it; not read here */
 };
 
 /*
- * Collective: all succeed or all fail. Arenas start zeroed.
+ * A rank's device in the words of this directory. Outputs are set on success only, and
+ * EP_ERR_UNSUPPORTED says that it cannot be done here: all ranks then do without. `release` and
+ * `detach` cannot fail.
+ *
+ * Ranks that are threads share their pieces and the mapping, and the last of them to leave, which
+ * may be any, undoes what all have done, with its own ctx: `release` takes pieces that others
+ * created, `detach` what another has attached. So what a piece or an attached mapping rests on (a
+ * device's context) must last until all ranks of the process have left.
+ */
+struct epi_mem_device {
+    void *ctx;
+    /* Own arena: zeroed. `fd` is NULL, or gets a descriptor for the others, the caller's to close. */
+    ep_status (*create)(void *ctx, size_t bytes, struct epi_mem_piece *out, int *fd);
+    /* Threads: lets a peer's device use own arena, at the same address. */
+    ep_status (*admit)(void *ctx, const struct epi_mem_piece *own, void *peer_ctx);
+    /* Processes: maps a peer's arena; the descriptor stays the caller's. */
+    ep_status (*import)(void *ctx, int fd, size_t bytes, struct epi_mem_piece *out);
+    void (*release)(void *ctx, const struct epi_mem_piece *piece); /* created or imported */
+    /* Makes host memory known to the devices of all ranks of this process. */
+    ep_status (*attach)(void *ctx, void *host, size_t bytes, uint64_t *address);
+    void (*detach)(void *ctx, void *host);
+};
+
+enum epi_mem_kind {
+    EPI_MEM_AUTO, /* on the device if that can be shared, else in host memory, with a warning */
+    EPI_MEM_DEVICE, /* EP_ERR_UNSUPPORTED if it cannot */
+    EPI_MEM_HOST
+};
+
+struct epi_mem_config {
+    struct epi_exchange exchange;
+    size_t arena_bytes; /* of each rank; whole pages */
+    size_t board_bytes; /* of each rank, always in host memory; whole pages, may be 0 */
+    bool threads;       /* the ranks are threads of this process */
+    struct epi_deadline deadline;
+    const struct epi_mem_device *device; /* copied; NULL: arenas are host memory */
+    int arena_kind;                      /* enum epi_mem_kind; the same on all ranks */
+};
+
+/*
+ * Collective: all succeed or all fail. Arenas and boards start zeroed.
  * EP_ERR_NOMEM says how much was asked for and how much there is; EP_ERR_UNSUPPORTED names ranks
- * that are on another host; EP_ERR_SYSTEM.
+ * that are on another host, or devices that cannot share memory; EP_ERR_SYSTEM.
  */
 ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *config);
 
 /* Unmaps. Local; the memory itself goes when the last rank has unmapped it. */
 void epi_mem_destroy(struct epi_mem **mem);
 
-/* Rank r's arena as mapped here. */
+/* Rank r's arena and board as this process sees them; an arena on a device is NULL. */
 void *epi_mem_arena(const struct epi_mem *mem, int rank);
+void *epi_mem_board(const struct epi_mem *mem, int rank);
+/* The same as this rank's kernels see them; without a device the host's pointers. */
+uint64_t epi_mem_arena_address(const struct epi_mem *mem, int rank);
+uint64_t epi_mem_board_address(const struct epi_mem *mem, int rank);
+bool epi_mem_on_device(const struct epi_mem *mem);
 
 #endif

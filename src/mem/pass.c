@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Passes the descriptor of the shared memory from rank 0 to the other processes of the host, over
- * an abstract Unix socket whose name nobody can guess. Strangers are dropped: another user's
- * process by its credentials, anybody who does not know the token by that. Nothing appears in the
- * file system.
+ * Passes a descriptor from the rank that has it to the other processes of the host, over an
+ * abstract Unix socket whose name nobody can guess. Strangers are dropped: another user's process
+ * by its credentials, anybody who does not know the token by that. Nothing appears in the file
+ * system.
  */
 #include "src/mem/shared.h"
 
@@ -144,7 +144,7 @@ static int receive_fd(int s) {
     return fd;
 }
 
-int epi_fd_connect(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline,
+int epi_fd_connect(int source, const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline,
                    ep_status *st) {
     if (epi_alloc_should_fail()) {
         *st = epi_fail(EP_ERR_NOMEM, "no memory for a socket (injected)");
@@ -164,11 +164,11 @@ int epi_fd_connect(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadli
     if (connect(s, (struct sockaddr *)&a, len) != 0) {
         *st = epi_fail(
             EP_ERR_UNSUPPORTED,
-            "cannot reach rank 0's shared memory (%s): this rank is on another host or "
+            "cannot reach rank %d's shared memory (%s): this rank is on another host or "
             "in another container; this version joins ranks of one host",
-            strerror(errno));
+            source, strerror(errno));
     } else if (send(s, token, EPI_FD_TOKEN, MSG_NOSIGNAL) != EPI_FD_TOKEN) {
-        *st = epi_fail(EP_ERR_PEER, "cannot ask rank 0 for the shared memory: %s",
+        *st = epi_fail(EP_ERR_PEER, "cannot ask rank %d for the shared memory: %s", source,
                        strerror(errno));
     } else {
         return s;
@@ -177,11 +177,11 @@ int epi_fd_connect(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadli
     return -1;
 }
 
-int epi_fd_receive(int s, struct epi_deadline deadline, ep_status *st) {
+int epi_fd_receive(int source, int s, struct epi_deadline deadline, ep_status *st) {
     int fd = wait_for(s, POLLIN, deadline) ? receive_fd(s) : -1;
     if (fd < 0) {
         *st = epi_fail(EP_ERR_PEER,
-                       "rank 0 did not pass the shared memory (another user's job?)");
+                       "rank %d did not pass the shared memory (another user's job?)", source);
     }
     return fd;
 }

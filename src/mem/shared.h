@@ -1,11 +1,29 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Inside src/mem: one shared memory object and how its descriptor travels.
+ * Inside src/mem: one shared memory object, device arenas, and how descriptors travel.
  */
 #ifndef EPI_MEM_SHARED_H
 #define EPI_MEM_SHARED_H
 
+#include <stdatomic.h>
+
 #include "src/mem/mem.h"
+
+/* What a rank's epi_mem stands on; threads of a process share one, the last user undoes it. */
+struct epi_mapping {
+    void *base; /* of the shared memory */
+    size_t bytes;
+    uint64_t address; /* of the same for kernels */
+    bool attached;
+    _Atomic int users;
+    int num_pieces;               /* 0: arenas are in the shared memory; else num_ranks */
+    struct epi_mem_piece piece[]; /* the arenas of all ranks as this process has them */
+};
+
+/* epi_agree. With a device, EP_ERR_UNSUPPORTED is a verdict of all ranks or of none. */
+ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const char *step);
+
+/* ---- memfd.c ------------------------------------------------------------------------------ */
 
 /* What says that two processes may share a host: kernel boot and network namespace. A hint that
  * saves waiting; the proof is the descriptor that arrives. */
@@ -18,17 +36,46 @@ void epi_host_hint(struct epi_host_hint *out);
 /* A sealed memfd of `bytes`, fully allocated, or -1 with the error told in *st. */
 int epi_memfd_create(size_t bytes, ep_status *st);
 
+/* ---- device.c ----------------------------------------------------------------------------- */
+
+/* Collective: makes this rank's arena and maps those of the others. What it has put into
+ * map->piece when it fails is released with the mapping. */
+ep_status epi_device_arenas(struct epi_mapping *map, const struct epi_mem_config *c);
+
+/* ---- share.c ------------------------------------------------------------------------------ */
+
 #define EPI_FD_TOKEN 24
+
+/* The first num_sources ranks give a descriptor each to all other ranks. */
+struct epi_share {
+    int num_sources;
+    int listener;               /* -1: not a source */
+    int *socket;                /* [num_sources], to each source; -1: to none */
+    struct epi_greeting *hello; /* [num_ranks] */
+    struct epi_deadline deadline;
+};
+
+/* Collective, ends in agreement: everybody is connected with all sources. `made` is whether this
+ * rank has what comes next. Close it also after a failure. */
+ep_status epi_share_open(struct epi_share *s, const struct epi_mem_config *c, int num_sources,
+                         ep_status made);
+/* fds is [num_sources]: a source's own is in its place, those of the others, -1 before, become
+ * the caller's to close. Waits only for ranks that have agreed to come. */
+ep_status epi_share_pass(struct epi_share *s, const struct epi_mem_config *c, int *fds);
+void epi_share_close(struct epi_share *s);
+
+/* ---- pass.c ------------------------------------------------------------------------------- */
 
 /* Listens on an abstract Unix socket named by `token`, which it makes up. -1 on error. */
 int epi_fd_listen(uint8_t token[EPI_FD_TOKEN], ep_status *st);
 /* Serves `fd` to `count` processes of this user that know the token; they have connected. */
 ep_status epi_fd_serve(int listener, const uint8_t token[EPI_FD_TOKEN], int fd, int count,
                        struct epi_deadline deadline);
-/* Connects to who serves the descriptor, and does not wait until it does. -1 on error. */
-int epi_fd_connect(const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline,
+/* Connects to rank `source`, who serves the descriptor, and does not wait until it does. -1 on
+ * error. */
+int epi_fd_connect(int source, const uint8_t token[EPI_FD_TOKEN], struct epi_deadline deadline,
                    ep_status *st);
 /* Waits for the descriptor on such a connection; -1 on error. */
-int epi_fd_receive(int s, struct epi_deadline deadline, ep_status *st);
+int epi_fd_receive(int source, int s, struct epi_deadline deadline, ep_status *st);
 
 #endif

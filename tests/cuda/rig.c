@@ -39,15 +39,8 @@ void rig_must(ep_status st, const char *what) {
 
 /* ---- compilation ----------------------------------------------------------------------- */
 
-static const char *variable(const char *name) {
-    const char *text = getenv(name);
-    return text && *text ? text : NULL;
-}
-
 static ep_status open_compiler(struct epi_nvrtc **nvrtc, int max_major) {
-    const struct epi_nvrtc_search where = {variable("EP_NVRTC_PATH"), variable("CUDA_HOME"),
-                                           variable("VIRTUAL_ENV"), max_major};
-    ep_status st = epi_nvrtc_open(nvrtc, &where);
+    ep_status st = epi_nvrtc_open(nvrtc, max_major);
 
     if (st == EP_OK) {
         const int v = epi_nvrtc_version(*nvrtc);

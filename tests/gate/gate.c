@@ -19,35 +19,16 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "src/cu/nvrtc.h"
+
 #define MAX_OPTIONS 48
 
 static const char *const archs[] = {"80", "90", "100", "120"};
 
-/* What is the same for NVRTC, for nvcc and (see src/cu) for the library at run time. */
-#define FLOAT_OPTIONS "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"
-
 static int num_passed;
 static int num_failed;
 
-/* One list of symbols gives the fields and the loader. */
-typedef struct nvrtc_program *program_t;
-#define NVRTC_SYMBOLS(X)                                                                       \
-    X(int, nvrtcVersion, (int *, int *))                                                       \
-    X(const char *, nvrtcGetErrorString, (int))                                                \
-    X(int, nvrtcCreateProgram,                                                                 \
-      (program_t *, const char *, const char *, int, const char *const *,                      \
-       const char *const *))                                                                   \
-    X(int, nvrtcDestroyProgram, (program_t *))                                                 \
-    X(int, nvrtcCompileProgram, (program_t, int, const char *const *))                         \
-    X(int, nvrtcGetProgramLogSize, (program_t, size_t *))                                      \
-    X(int, nvrtcGetProgramLog, (program_t, char *))                                            \
-    X(int, nvrtcGetCUBINSize, (program_t, size_t *))
-
-static struct {
-#define FIELD(ret, name, args) ret(*name) args;
-    NVRTC_SYMBOLS(FIELD)
-#undef FIELD
-} nvrtc;
+static struct epi_nvrtc nvrtc;
 
 static struct {
     int num;
@@ -241,14 +222,15 @@ static int split(const char *variant, char *storage, size_t bytes, const char **
 static bool compile_nvrtc(const char *path, const char *arch, const char *variant, char **log) {
     char arch_option[64];
     char storage[1024];
-    const char *options[MAX_OPTIONS] = {arch_option, FLOAT_OPTIONS, "-diag-error=1866",
-                                        "--ptxas-options=-v"};
-    int num = 7;
+    static const char *const always[] = {NVRTC_OPTIONS};
+    const char *options[MAX_OPTIONS] = {arch_option};
+    int num = 1 + (int)(sizeof(always) / sizeof(always[0]));
     program_t program = NULL;
     char *source = read_file(path);
     size_t bytes = 0;
     int rc;
 
+    memcpy(&options[1], always, sizeof(always));
     snprintf(arch_option, sizeof(arch_option), "--gpu-architecture=sm_%s", arch);
     num = split(variant, storage, sizeof(storage), options, num);
     *log = strdup("");

@@ -1,0 +1,341 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Compiled kernels on disk: one file per kernel, architecture and library, named by the hash of
+ * all that decides what it holds. Owns the format of an entry and the rules for the folder. Any
+ * thread and any process; a folder may be deleted at any time. Must not use a folder into which
+ * others can write, because what lies there runs on the GPU; must not fail because of the disk:
+ * without it kernels are compiled by every process.
+ */
+#include "src/cu/jit.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define MAGIC "libepjit"
+#define FORMAT 1
+#define MAX_ENTRY_BYTES ((uint64_t)64 << 20)
+#define NAME_BYTES 48
+#define LOCK_POLL_NS (5 * EPI_NS_PER_MS)
+
+/* An entry is this and the cubin. */
+struct entry_head {
+    char magic[8];
+    uint32_t format;
+    uint32_t nvrtc_version; /* that made it; for the log */
+    struct epi_jit_key key;
+    uint64_t cubin_bytes;
+    uint64_t cubin_hash[2];
+    uint64_t head_hash; /* of all before */
+};
+
+/* ---- keys --------------------------------------------------------------------------------- */
+
+void epi_jit_key_begin(struct epi_jit_key *key) {
+    key->hash[0] = UINT64_C(0x62b821756295c58d);
+    key->hash[1] = UINT64_C(0x6c62272e07bb0142);
+    key->bytes = 0;
+}
+
+void epi_jit_key_add(struct epi_jit_key *key, const void *data, size_t bytes) {
+    const unsigned __int128 prime = (unsigned __int128)1 << 88 | 0x13b;
+    unsigned __int128 hash = (unsigned __int128)key->hash[1] << 64 | key->hash[0];
+    for (size_t i = 0; i < bytes; i++) {
+        hash = (hash ^ ((const unsigned char *)data)[i]) * prime;
+    }
+    key->hash[0] = (uint64_t)hash;
+    key->hash[1] = (uint64_t)(hash >> 64);
+    key->bytes += bytes;
+}
+
+static struct epi_jit_key hash_of(const void *data, size_t bytes) {
+    struct epi_jit_key key;
+    epi_jit_key_begin(&key);
+    epi_jit_key_add(&key, data, bytes);
+    return key;
+}
+
+static void name_of(char name[NAME_BYTES], const struct epi_jit_key *key, const char *tail) {
+    epi_format(name, NAME_BYTES, "%016" PRIx64 "%016" PRIx64 "%s", key->hash[1], key->hash[0],
+               tail);
+}
+
+/* ---- the folder --------------------------------------------------------------------------- */
+
+/* One line per state of things, however many kernels meet it. */
+static void report(enum epi_log_level level, const char *path, const char *why) {
+    static _Atomic uint64_t reported;
+    struct epi_jit_key hash = hash_of(path, strlen(path) + 1);
+    epi_jit_key_add(&hash, why, strlen(why));
+    if (atomic_exchange(&reported, hash.hash[0]) != hash.hash[0]) {
+        epi_log(level, "compiled kernels are not kept in %s: %s", path, why);
+    }
+}
+
+int epi_open_folder(const char *path, size_t given, unsigned mode) {
+    char part[EPI_CACHE_PATH_BYTES];
+    for (size_t n = given + 1; n <= strlen(path); n++) {
+        if (path[n] == '/' || path[n] == '\0') {
+            epi_format(part, sizeof(part), "%.*s", (int)n, path);
+            if (mkdir(part, mode) != 0 && errno != EEXIST) {
+                return -1;
+            }
+        }
+    }
+    return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
+/* "" when there is none. Returns how many characters of it the user gave: HOME must be there. */
+static size_t choose_folder(char path[EPI_CACHE_PATH_BYTES]) {
+    const char *named = epi_opt_str(EPI_OPT_JIT_CACHE);
+    const char *xdg = epi_env("XDG_CACHE_HOME");
+    const char *home = epi_env("HOME");
+    const size_t room = EPI_CACHE_PATH_BYTES - sizeof("/.cache/libep");
+    path[0] = '\0';
+    if (named && strcmp(named, "off") == 0) {
+        return 0;
+    }
+    if (named) { /* at most 1000 characters */
+        epi_format(path, EPI_CACHE_PATH_BYTES, "%s", named);
+    } else if (xdg && *xdg == '/' && strlen(xdg) < room) {
+        epi_format(path, EPI_CACHE_PATH_BYTES, "%s/libep", xdg);
+    } else if (home && *home == '/' && strlen(home) < room) {
+        epi_format(path, EPI_CACHE_PATH_BYTES, "%s/.cache/libep", home);
+        return strlen(home);
+    } else {
+        report(EPI_LOG_INFO, "any folder", "EP_JIT_CACHE, XDG_CACHE_HOME and HOME name none");
+    }
+    return 0;
+}
+
+static bool is_ours_alone(const struct epi_cache *c) {
+    struct stat st;
+    const char *why = NULL;
+    if (fstat(c->dir, &st) != 0) {
+        why = strerror(errno);
+    } else if (st.st_uid != geteuid()) {
+        why = "it belongs to another user; remove it or set EP_JIT_CACHE";
+    } else if (st.st_mode & (S_IWGRP | S_IWOTH)) {
+        why = "others can write to it; chmod go-w it or set EP_JIT_CACHE";
+    }
+    if (why) {
+        report(EPI_LOG_WARN, c->path, why);
+    }
+    return !why;
+}
+
+bool epi_cache_open(struct epi_cache *c) {
+    const size_t given = choose_folder(c->path);
+    c->dir = -1;
+    if (!*c->path) {
+        return false;
+    }
+    c->dir = epi_open_folder(c->path, given, 0700);
+    if (c->dir < 0) {
+        report(EPI_LOG_INFO, c->path, strerror(errno));
+    } else if (is_ours_alone(c)) {
+        return true;
+    }
+    epi_cache_close(c);
+    return false;
+}
+
+void epi_cache_close(struct epi_cache *c) {
+    if (c->dir >= 0) {
+        close(c->dir);
+    }
+    c->dir = -1;
+    c->path[0] = '\0';
+}
+
+/* ---- files -------------------------------------------------------------------------------- */
+
+static int write_all(int fd, const char *data, size_t bytes) {
+    while (bytes > 0) {
+        const ssize_t n = write(fd, data, bytes);
+        if (n < 0 && errno != EINTR) {
+            return errno;
+        }
+        data += n > 0 ? n : 0;
+        bytes -= n > 0 ? (size_t)n : 0;
+    }
+    return 0;
+}
+
+static bool read_all(int fd, char *data, size_t bytes) {
+    while (bytes > 0) {
+        const ssize_t n = read(fd, data, bytes);
+        if (n == 0 || (n < 0 && errno != EINTR)) {
+            return false;
+        }
+        data += n > 0 ? n : 0;
+        bytes -= n > 0 ? (size_t)n : 0;
+    }
+    return true;
+}
+
+int epi_put_file(int dir, const char *name, const struct epi_piece *pieces, int num_pieces) {
+    char temporary[256];
+    int err = 0;
+    epi_format(temporary, sizeof(temporary), "%s.%d-%" PRIx64 ".tmp", name, (int)getpid(),
+               (uint64_t)epi_now_ns());
+    const int fd = openat(dir, temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (fd < 0) {
+        return errno;
+    }
+    for (int i = 0; err == 0 && i < num_pieces; i++) {
+        err = write_all(fd, pieces[i].data, pieces[i].bytes);
+    }
+    if (close(fd) != 0 && err == 0) {
+        err = errno;
+    }
+    if (err == 0 && renameat(dir, temporary, dir, name) != 0) {
+        err = errno;
+    }
+    if (err != 0) {
+        unlinkat(dir, temporary, 0);
+    }
+    return err;
+}
+
+/* ---- entries ------------------------------------------------------------------------------ */
+
+static uint64_t hash_of_head(const struct entry_head *h) {
+    return hash_of(h, offsetof(struct entry_head, head_hash)).hash[0];
+}
+
+/* What is wrong with the head of a file of `bytes`; NULL: nothing. */
+static const char *examine(const struct entry_head *h, const struct epi_jit_key *key,
+                           uint64_t bytes) {
+    if (memcmp(h->magic, MAGIC, sizeof(h->magic)) != 0 || h->format != FORMAT) {
+        return "it is not of this format";
+    }
+    if (h->head_hash != hash_of_head(h)) {
+        return "its head is damaged";
+    }
+    if (memcmp(&h->key, key, sizeof(*key)) != 0) {
+        return "it is of another kernel";
+    }
+    if (bytes != sizeof(*h) + h->cubin_bytes) {
+        return "it is cut short";
+    }
+    return NULL;
+}
+
+/* As epi_cache_read, of an open file; *why when it is bad. */
+static ep_status read_entry(int fd, const struct epi_jit_key *key, struct epi_cubin *out,
+                            int *nvrtc_version, const char **why) {
+    struct stat st;
+    struct entry_head h;
+    struct epi_cubin c;
+    memset(&c, 0, sizeof(c));
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || (uint64_t)st.st_size > MAX_ENTRY_BYTES ||
+        !read_all(fd, (char *)&h, sizeof(h))) {
+        *why = "it is no entry";
+        return EP_AGAIN;
+    }
+    if ((*why = examine(&h, key, (uint64_t)st.st_size)) != NULL) {
+        return EP_AGAIN;
+    }
+    c.bytes = h.cubin_bytes;
+    c.data = epi_alloc(c.bytes);
+    if (!c.data) {
+        return epi_fail(EP_ERR_NOMEM, "no memory for a kernel of %zu bytes", c.bytes);
+    }
+    if (!read_all(fd, c.data, c.bytes) ||
+        memcmp(hash_of(c.data, c.bytes).hash, h.cubin_hash, sizeof(h.cubin_hash)) != 0) {
+        *why = "its kernel is damaged";
+        epi_cubin_free(&c);
+        return EP_AGAIN;
+    }
+    *nvrtc_version = (int)h.nvrtc_version;
+    *out = c;
+    return EP_OK;
+}
+
+ep_status epi_cache_read(const struct epi_cache *c, const struct epi_jit_key *key, bool quiet,
+                         struct epi_cubin *out, int *nvrtc_version) {
+    char name[NAME_BYTES];
+    const char *why = NULL;
+    ep_status st = EP_AGAIN;
+    name_of(name, key, ".cubin");
+    /* Not to hang on a pipe that somebody put there. */
+    const int fd = openat(c->dir, name, O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOFOLLOW);
+    if (fd >= 0) {
+        st = read_entry(fd, key, out, nvrtc_version, &why);
+        close(fd);
+    } else if (errno != ENOENT) {
+        why = strerror(errno);
+    }
+    if (why && !quiet) {
+        epi_log(EPI_LOG_INFO, "%s/%s is made anew: %s", c->path, name, why);
+    }
+    return st;
+}
+
+bool epi_cache_write(const struct epi_cache *c, const struct epi_jit_key *key,
+                     const struct epi_cubin *cubin, int nvrtc_version) {
+    char name[NAME_BYTES];
+    struct entry_head h;
+    const struct epi_jit_key hash = hash_of(cubin->data, cubin->bytes);
+    const struct epi_piece pieces[2] = {{&h, sizeof(h)}, {cubin->data, cubin->bytes}};
+    memset(&h, 0, sizeof(h));
+    memcpy(h.magic, MAGIC, sizeof(h.magic));
+    h.format = FORMAT;
+    h.nvrtc_version = (uint32_t)nvrtc_version;
+    h.key = *key;
+    h.cubin_bytes = cubin->bytes;
+    memcpy(h.cubin_hash, hash.hash, sizeof(h.cubin_hash));
+    h.head_hash = hash_of_head(&h);
+    name_of(name, key, ".cubin");
+    const int err = epi_put_file(c->dir, name, pieces, 2);
+    if (err != 0) {
+        report(EPI_LOG_INFO, c->path, strerror(err));
+    }
+    return err == 0;
+}
+
+int epi_cache_lock(const struct epi_cache *c, const struct epi_jit_key *key) {
+    char name[NAME_BYTES];
+    name_of(name, key, ".lock");
+    const int fd = openat(c->dir, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (fd < 0) {
+        report(EPI_LOG_INFO, c->path, strerror(errno));
+        return -1;
+    }
+    const struct epi_deadline limit =
+        epi_deadline_after(epi_opt_int(EPI_OPT_TIMEOUT_MS) * EPI_NS_PER_MS / 4);
+    while (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        if (errno == EINTR) {
+            continue;
+        }
+        if (errno != EWOULDBLOCK || epi_deadline_expired(limit)) {
+            epi_log(EPI_LOG_INFO, "%s/%s is not waited for any longer: %s", c->path, name,
+                    errno == EWOULDBLOCK ? "another process holds it" : strerror(errno));
+            close(fd);
+            return -1;
+        }
+        epi_sleep_ns(LOCK_POLL_NS);
+    }
+    return fd;
+}
+
+/* The file goes with the need for it: whoever comes now finds the entry and takes no lock, and
+ * whoever waited on the old file looks for the entry before anything else. At worst, where there
+ * is no entry after all, two make it. */
+void epi_cache_unlock(const struct epi_cache *c, const struct epi_jit_key *key, int lock) {
+    char name[NAME_BYTES];
+    if (lock < 0) {
+        return;
+    }
+    name_of(name, key, ".lock");
+    unlinkat(c->dir, name, 0);
+    flock(lock, LOCK_UN); /* a forked child may hold the file open still */
+    close(lock);
+}

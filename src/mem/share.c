@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * How descriptors get from the ranks that have one to all others: the collective around pass.c.
+ * Every step ends in agreement before the next one waits for anybody, so a source serves only
+ * those whose connection and token are there already. Called by the threads that create groups.
+ */
+#include "src/mem/shared.h"
+
+#include <string.h>
+#include <unistd.h>
+
+/* Longer than any scheduling delay; ranks on other hosts were already told apart by their hint. */
+#define PASS_NS (10 * EPI_NS_PER_S)
+
+struct epi_greeting {
+    struct epi_host_hint hint;
+    uint8_t token[EPI_FD_TOKEN];
+};
+
+/* Names the ranks that are not where rank 0 is: the same verdict on every rank. */
+static ep_status check_hosts(const struct epi_greeting *all, int num_ranks) {
+    char names[128] = "";
+    int others = 0;
+    for (int r = 1; r < num_ranks; r++) {
+        if (memcmp(&all[r].hint, &all[0].hint, sizeof(all[0].hint)) != 0) {
+            size_t len = strlen(names);
+            epi_format(names + len, sizeof(names) - len, "%s%d", others++ ? ", " : "", r);
+        }
+    }
+    if (others) {
+        return epi_fail(EP_ERR_UNSUPPORTED,
+                        "rank(s) %s are on another host, or in another network namespace, than "
+                        "rank 0; this version joins ranks of one host",
+                        names);
+    }
+    return EP_OK;
+}
+
+static ep_status greet(struct epi_share *s, const struct epi_mem_config *c, ep_status made) {
+    const struct epi_exchange *x = &c->exchange;
+    struct epi_greeting mine;
+    ep_status st = made;
+    memset(&mine, 0, sizeof(mine));
+    epi_host_hint(&mine.hint);
+    if (st == EP_OK && x->rank < s->num_sources) {
+        s->listener = epi_fd_listen(mine.token, &st);
+    }
+    s->hello = epi_alloc_array((size_t)x->num_ranks, sizeof(*s->hello));
+    s->socket = epi_alloc_array((size_t)s->num_sources, sizeof(*s->socket));
+    for (int i = 0; s->socket && i < s->num_sources; i++) {
+        s->socket[i] = -1;
+    }
+    if ((!s->hello || !s->socket) && st == EP_OK) {
+        st = epi_fail(EP_ERR_NOMEM, "no memory to hear %d ranks", x->num_ranks);
+    }
+    st = epi_mem_agree(c, st, "allocating the arenas");
+    if (st == EP_OK) {
+        st = x->allgather(x->ctx, &mine, sizeof(mine), s->hello);
+    }
+    return st == EP_OK ? check_hosts(s->hello, x->num_ranks) : st;
+}
+
+ep_status epi_share_open(struct epi_share *s, const struct epi_mem_config *c, int num_sources,
+                         ep_status made) {
+    memset(s, 0, sizeof(*s));
+    s->num_sources = num_sources;
+    s->listener = -1;
+    ep_status st = greet(s, c, made);
+    if (st != EP_OK) {
+        return st;
+    }
+    s->deadline = epi_deadline_min(c->deadline, epi_deadline_after(PASS_NS));
+    for (int i = 0; st == EP_OK && i < num_sources; i++) {
+        if (i != c->exchange.rank) {
+            s->socket[i] = epi_fd_connect(i, s->hello[i].token, s->deadline, &st);
+        }
+    }
+    return epi_mem_agree(c, st, "reaching the arenas");
+}
+
+ep_status epi_share_pass(struct epi_share *s, const struct epi_mem_config *c, int *fds) {
+    const int rank = c->exchange.rank;
+    ep_status st = EP_OK;
+    if (s->listener >= 0) {
+        st = epi_fd_serve(s->listener, s->hello[rank].token, fds[rank],
+                          c->exchange.num_ranks - 1, s->deadline);
+    }
+    for (int i = 0; st == EP_OK && i < s->num_sources; i++) {
+        if (i != rank) {
+            fds[i] = epi_fd_receive(i, s->socket[i], s->deadline, &st);
+        }
+    }
+    return st;
+}
+
+void epi_share_close(struct epi_share *s) {
+    for (int i = 0; s->socket && i < s->num_sources; i++) {
+        if (s->socket[i] >= 0) {
+            close(s->socket[i]);
+        }
+    }
+    if (s->listener >= 0) {
+        close(s->listener);
+    }
+    epi_free(s->socket);
+    epi_free(s->hello);
+}
