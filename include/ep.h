@@ -192,12 +192,14 @@ typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t byte
  */
 struct ep_group_config {
     uint32_t size;
-    uint32_t flags;    /* EP_GROUP_... */
-    int32_t device;    /* EP_DEVICE_... */
-    int32_t rank;      /* -1: from the environment */
-    int32_t num_ranks; /* -1: from the environment */
-    int32_t reserved0;
-    ep_world *world;           /* borrowed until the group is destroyed */
+    uint32_t flags;       /* EP_GROUP_... */
+    int32_t device;       /* EP_DEVICE_... */
+    int32_t rank;         /* -1: from the environment */
+    int32_t num_ranks;    /* -1: from the environment */
+    int32_t device_index; /* CUDA: the device of this rank, as the process numbers them. -1:
+                                  that of the calling thread's current context, or where it has
+                                  none, LOCAL_RANK or else rank, modulo the visible devices */
+    ep_world *world;      /* borrowed until the group is destroyed */
     ep_allgather_fn allgather; /* used during create only */
     void *allgather_ctx;
     const char *address;        /* borrowed during create */
@@ -220,13 +222,14 @@ struct ep_group_config {
     int64_t timeout_ms;         /* how long a living peer is waited for; 0: EP_TIMEOUT_MS or
                                      100000; at least 100 */
     int32_t num_workers;        /* host: threads that run a rank's kernels, CUDA: SMs; 0: the
-                                     library's choice. May differ between ranks */
+                                     library's choice (docs/performance.md has the formula).
+                                     May differ between ranks */
     int32_t mask_routing;       /* not 0: handles may be routed by a mask (memory for up to R
                                      destinations per token instead of min(R, K)) */
 };
 #define EP_GROUP_CONFIG_INIT                                                                   \
     {                                                                                          \
-        sizeof(struct ep_group_config), 0, 0, -1, -1, 0, NULL, NULL, NULL, NULL, NULL, 0, 0,   \
+        sizeof(struct ep_group_config), 0, 0, -1, -1, -1, NULL, NULL, NULL, NULL, NULL, 0, 0,  \
             0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, 0                                                 \
     }
 
@@ -284,6 +287,12 @@ int ep_group_num_local_experts(const ep_group *group);
 
 /* The plan the group was made with. Local. EP_ERR_ARG, EP_ERR_VERSION. */
 ep_status ep_group_plan(const ep_group *group, struct ep_plan_info *info);
+
+/*
+ * A CUDA group's own stream (CUstream), of the highest priority: for work that is to overlap with
+ * the caller's. Owned by the group. NULL for a host group.
+ */
+void *ep_group_stream(const ep_group *group);
 
 /*
  * Ends every wait of this group, here and at the peers, with EP_ERR_INTERRUPTED. Local, not
@@ -345,8 +354,9 @@ ep_status ep_group_stats(ep_group *group, struct ep_group_stats *stats);
  * Streams and events of host groups
  *
  * A host group has the same asynchrony as a GPU: work is queued on streams, runs in order on
- * each, and streams are ordered among each other by events. A CUDA group takes CUstream
- * instead.
+ * each, and streams are ordered among each other by events. A CUDA group takes a CUstream where
+ * a function has `stream` (NULL: the legacy default stream; the call returns when the work is
+ * queued), and CUDA's own events; ep_stream and ep_event are not for it.
  * ------------------------------------------------------------------------------------------ */
 
 /* Creates a stream: one thread that runs what is queued, in order. Local.
@@ -365,7 +375,8 @@ ep_status ep_stream_run(ep_stream *stream, void (*fn)(void *arg), void *arg);
  */
 ep_status ep_stream_sync(ep_stream *stream);
 
-/* An event marks a point in a stream. Created unrecorded, which counts as passed. Local. */
+/* An event marks a point in a stream. Created unrecorded, which counts as passed. Local.
+ * EP_ERR_UNSUPPORTED: the group is not a host group. EP_ERR_NOMEM. */
 ep_status ep_event_create(ep_event **out, ep_group *group);
 void ep_event_destroy(ep_event **event);
 /* Marks the end of what is queued on `stream` now; may be called again. Not blocking. */
@@ -380,6 +391,28 @@ ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
 /* ---------------------------------------------------------------------------------------------
  * Routing: handle and layout
  * ------------------------------------------------------------------------------------------ */
+
+/*
+ * CUDA groups, beside the rules above:
+ *   - One process per GPU, several processes on one GPU, or several ranks in one process (threads,
+ *     ep_world), on GPUs of their own or on one, whose SMs they then share. Where ranks of one
+ *     process share a GPU each needs a hardware queue: set CUDA_DEVICE_MAX_CONNECTIONS=32 before
+ *     the process first uses CUDA.
+ *   - Tensors are memory that the group's device can use: its own, managed, or pinned host memory;
+ *     anything else is EP_ERR_ARG. A host group refuses device memory.
+ *   - Kernels are compiled when a group is created, at the latest; no operation compiles,
+ *     allocates or waits for the device.
+ *   - What the enqueued work finds out (a bad expert id, rows that did not fit) is told by
+ *     ep_handle_status and ep_handle_counts, a fault also by ep_group_fault and by the next
+ *     operation. Work on the stream goes on in bounds.
+ *   - Graphs: ep_handle_route, ep_handle_layout, ep_dispatch and ep_combine may be captured and
+ *     replayed; routing and data may change between replays, shapes and addresses not. Every rank
+ *     replays alike. A replay is ordered with the group's other operations by its stream only, and
+ *     two operations of a group must not run at the same time on one rank. The handle and the
+ *     group must outlive the graph. ep_dispatch_begin and _finish, ep_handle_counts and create
+ *     and destroy functions are refused in a capture, or must not be called.
+ *   - After a fault of the group the process can use its GPU as before.
+ */
 
 /* What a handle must be able to hold; zero means the group's maximum. */
 struct ep_handle_config {
@@ -403,8 +436,20 @@ struct ep_handle_config {
 ep_status ep_handle_create(ep_handle **out, ep_group *group,
                            const struct ep_handle_config *config);
 
-/* Waits for the operations that use the handle, then frees it. Local. */
+/* Waits for the operations that use the handle, then frees it; of a CUDA group the memory goes
+ * when they have ended, and the call does not wait. Local. */
 void ep_handle_destroy(ep_handle **handle);
+
+/*
+ * What the work that was enqueued for this handle has found so far. Local, not blocking.
+ * EP_OK: nothing is wrong. EP_AGAIN: the routing or the counts of the last call are not known
+ * yet. EP_ERR_ARG: an id outside 0..E-1, which was treated as -1. EP_ERR_CAPACITY: rows that did
+ * not fit max_recv_rows somewhere (nothing was sent), or this rank's outputs. Each is told once,
+ * also by ep_handle_counts. Or the group's fault.
+ * Of a host group only what ep_stream_sync has not told yet; calls without a stream tell
+ * themselves.
+ */
+ep_status ep_handle_status(ep_handle *handle);
 
 /*
  * Where the tokens of this rank go. Set topk_ids, or token_in_rank, not both.
@@ -466,11 +511,13 @@ ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, vo
 
 /*
  * What arrived. Blocks until the counts of the handle's last uncached dispatch are known here
- * (not until its rows are). Each pointer may be NULL.
+ * (not until its rows are). Each pointer may be NULL. Not for a dispatch that was captured in a
+ * graph: read num_rows and expert_counts.
  *   rows             rows this rank receives: one per (source rank, token) that selected it
  *   rows_per_source  [R]
  *   rows_per_expert  [L] selections of each local expert, all sources
- * EP_ERR_STATE: the handle was not dispatched since it was routed.
+ * EP_ERR_STATE: the handle was not dispatched since it was routed, or captured. Errors as of
+ * ep_handle_status.
  */
 ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_source,
                            int32_t *rows_per_expert);
@@ -562,7 +609,10 @@ ep_status ep_dispatch(ep_handle *handle, const struct ep_dispatch_args *args, vo
  * The same in two steps, for output of exactly the right size: begin sends (it looks at the
  * inputs only), ep_handle_counts says how many rows come, finish receives into the outputs
  * (it looks at the outputs, flags and alignment only). Other operations of the group are
- * refused in between with EP_ERR_STATE. Not capturable in a CUDA graph.
+ * refused in between with EP_ERR_STATE. A CUDA group sends on its own stream, from where `stream`
+ * is at begin; finish receives on its `stream` beside it and blocks until the counts are known;
+ * the inputs must not change until the stream has passed finish. Not capturable in a CUDA graph
+ * (EP_ERR_STATE).
  */
 ep_status ep_dispatch_begin(ep_handle *handle, const struct ep_dispatch_args *args,
                             void *stream);

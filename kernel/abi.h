@@ -61,8 +61,7 @@
 #define K_PHASE_SELF 6 /* another block of the same rank */
 
 /*
- * The abort word of an arena, written by the peer that faults first (or by the owner's host), read
- * by every wait: 1:1 at 63 | status:8 at 48 | reporter:10 at 38 | subject + 1:11 at 27 | kind:3 at
+ * An abort word ends waits; see struct k_board for who writes one: 1:1 at 63 | status:8 at 48 | reporter:10 at 38 | subject + 1:11 at 27 | kind:3 at
  * 24 | phase:3 at 20 | epoch:20 at 0. Status is the negated ep_status. The epoch is that of the
  * operation that faulted: an earlier one that is still on its way somewhere may finish, because
  * whoever reached a later one has sent all its rows. Death and cancellation end all of them.
@@ -82,6 +81,7 @@
                   (((k_u32)(epoch) - (k_u32)((w)&0xfffff)) & 0xfffff) < 0x80000))
 
 /* Statuses that kernels raise; the values of ep_status. */
+#define K_ERR_ARG (-1)
 #define K_ERR_TIMEOUT (-5)
 #define K_ERR_PEER (-6)
 #define K_ERR_MISMATCH (-7)
@@ -89,9 +89,8 @@
 
 /* ---- a rank's own memory -------------------------------------------------------------------- */
 
-/* The first fault of a rank, written once by whoever claims it. */
+/* The first fault of a rank, written once by the warp that claims it (k_ctl.fault_claim). */
 struct k_fault {
-    k_u64 claim; /* 0, then 1 */
     k_i32 status;
     k_i32 subject;
     k_i32 reporter;
@@ -104,24 +103,47 @@ struct k_fault {
     k_i32 pad;
 };
 
+/*
+ * A rank's board: what ends its waits, and what its kernels have to tell its host. In host memory
+ * on every backend, mapped by all ranks of the host, so that hosts can write to it whatever their
+ * devices do. Kernels look at it when they look at the clock, which is seldom.
+ */
+struct k_board {
+    k_u64 told;    /* an abort word by the peer that faults first */
+    k_u64 abort;   /* an abort word by this rank: its kernels, its boot, its caller */
+    k_u64 failed;  /* {epoch | 1}: the last operation that ended early */
+    k_u64 waiting; /* {epoch | phase : 16 | peer : 16} of the last wait that became long */
+    k_i64 waited_ns;
+    k_i64 waiting_kind;
+    struct k_fault fault; /* holds where `abort` names a kind */
+};
+
+/* How an operation ended, beside well; k_ctl.ending. */
+#define K_END_FAULT 1u
+#define K_END_SKIP 2u  /* its rows did not fit: nothing was sent */
+#define K_END_SHORT 3u /* this rank's outputs hold fewer rows than came */
+
 /* Control block of a rank: lives in its own memory, read and written by its own kernels. */
 struct k_ctl {
-    k_u64 epoch;   /* operations finished */
-    k_u64 abort;   /* not 0: stop waiting; an abort word */
-    k_u64 go;      /* {epoch | 0 go, 1 skip}: exchange is done, handle arrays are filled */
-    k_u64 go_recv; /* {epoch | ..}: offsets of the output are known */
-    k_u64 out;     /* warps that have left the current kernel */
+    k_u64 epoch;       /* operations finished */
+    k_u64 abort;       /* not 0: stop waiting; this rank's kernels have faulted */
+    k_u64 go;          /* {epoch | 0 go, 1 skip}: exchange is done, handle arrays are filled */
+    k_u64 go_recv;     /* {epoch | ..}: offsets of the output are known */
+    k_u64 out[2];      /* warps that have left: a kernel that only sends, any other */
+    k_u64 ending;      /* {epoch | K_END_...} of an operation that did not end well */
+    k_u64 fault_claim; /* 0, then 1 */
     k_i64 timeout_ns;
     k_i64 late_ns; /* a wait that lasts longer is worth a line in the log */
-    k_u64 waiting; /* {epoch | phase : 16 | peer : 16} of the last such wait */
     k_u64 wait_ns;
     k_u64 rows_sent, rows_received, remote_bytes, local_bytes;
-    struct k_fault fault;
+    k_i64 begun_ns;   /* when the current kernel began */
+    k_u64 op_ns[2];   /* in kernels of dispatch, of combine */
+    k_u64 num_ops[2]; /* ended */
 };
 
 /* Byte offsets into every arena; the same on all ranks. */
 struct k_map {
-    k_u64 abort;                 /* one word */
+    k_u64 board;                 /* struct k_board, where arenas are host memory */
     k_u64 ready;                 /* [2][R][K_READY_STRIDE] words, by writer */
     k_u64 counts;                /* [2][R][count_words] words, by writer */
     k_u64 answers;               /* [2][R][K_ANSWER_WORDS] words, by writer */
@@ -146,6 +168,7 @@ struct k_group {
     k_i32 pad;
     k_i64 max_recv_rows;
     const k_u64 *peer;         /* [R] address of each rank's arena as mapped here */
+    const k_u64 *board;        /* [R] the same of its board */
     const k_i32 *expert_rank;  /* [E] */
     const k_i32 *expert_local; /* [E] index among its rank's experts */
     const k_i32 *rank_expert;  /* [E] expert ids grouped by rank, ascending */
@@ -160,9 +183,12 @@ struct k_group {
 
 /* Counts the host may wait for while the kernel runs. */
 struct k_counts {
-    k_u64 known; /* {epoch | 0}: the fields below hold */
+    k_u64 known; /* {ticket | 0}: rows and need hold */
     k_i64 rows;
-    k_u64 need; /* not 0: max_recv_rows exceeded; K_NEED_PACK of the rank that lacks most */
+    k_u64 need;   /* not 0: max_recv_rows exceeded; K_NEED_PACK of the rank that lacks most */
+    k_u64 over;   /* not 0: rows for which outputs were too small; 1 + rows needed */
+    k_u64 bad;    /* the first bad selection of the routing (t * K + k), or ~0 */
+    k_u64 routed; /* {ticket | 0}: bad holds */
 };
 
 /*
@@ -196,6 +222,7 @@ struct k_handle {
         *remote_slot; /* [R] the slot each peer named in this operation; combine: landing row */
     k_i32 *expand_row; /* [max_recv_rows][K] expanded row of a selection, or -1 */
     struct k_counts *counts;
+    struct k_counts *notice; /* the same for the host to read; may be `counts` itself */
     /* route's own barrier between blocks */
     k_u64 *sync; /* [2 + 2 * K_MAX_BLOCKS]: generation, leavers, then for each of two
                             barriers a word per block */
@@ -215,6 +242,7 @@ struct k_route_args {
     k_i32 tokens, topk;
     k_i32 id_bytes; /* 4 or 8; 0: by mask */
     k_i32 lenient;
+    k_u64 ticket;        /* names this call to the host */
     struct k_array ids;  /* [T][K] */
     struct k_array mask; /* [T][R] bytes */
 };
@@ -225,8 +253,9 @@ struct k_route_args {
 #define K_DO_EXPAND 8u /* expanded output or input */
 #define K_DO_ZERO_GAPS 16u
 #define K_DO_SCALES_COLUMN 32u
-#define K_DO_WEIGHTS 64u /* top-k weights travel */
-#define K_DO_REDUCE 128u /* combine: rows are weighted or expanded, summed before sending */
+#define K_DO_WEIGHTS 64u  /* top-k weights travel */
+#define K_DO_REDUCE 128u  /* combine: rows are weighted or expanded, summed before sending */
+#define K_DO_NOTHING 256u /* after a fault: only leave the outputs as after a failure */
 
 struct k_dispatch_args {
     struct k_group g;
@@ -240,9 +269,9 @@ struct k_dispatch_args {
     k_i32 alignment;
     k_i32 id_bytes;            /* of recv_ids: 4 or 8 */
     k_i32 stages, stage_bytes; /* of each warp's mover */
-    k_i32 pad;
-    k_i64 capacity; /* rows that the outputs beside recv_x hold */
-    k_i64 x_rows;   /* rows that recv_x holds */
+    k_u32 ticket;              /* names this call to the host: k_counts.known */
+    k_i64 capacity;            /* rows that the outputs beside recv_x hold */
+    k_i64 x_rows;              /* rows that recv_x holds */
     struct k_array x, scales, weights;
     struct k_array recv_x, recv_scales, recv_ids, recv_weights, recv_source;
     struct k_array expert_counts, expert_offsets, num_rows;
@@ -258,6 +287,7 @@ struct k_combine_args {
     k_i32 dtype; /* K_BF16, K_F16, K_F32 */
     k_i32 stages, stage_bytes;
     k_i32 pad;
+    k_i64 x_rows; /* that x holds */
     struct k_array x, weights, topk_weights, bias0, bias1, out, out_weights;
 };
 
@@ -274,12 +304,13 @@ struct k_layout_args {
 
 _Static_assert(sizeof(struct k_array) == 24, "k_array");
 _Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
-_Static_assert(sizeof(struct k_fault) == 56, "k_fault");
-_Static_assert(sizeof(struct k_group) == 48 + 48 + 112, "k_group");
-_Static_assert(sizeof(struct k_handle) == 24 * 8, "k_handle");
-_Static_assert(sizeof(struct k_route_args) == 208 + 192 + 16 + 48, "k_route_args");
-_Static_assert(sizeof(struct k_dispatch_args) == 208 + 192 + 56 + 16 + 11 * 24,
+_Static_assert(sizeof(struct k_fault) == 48, "k_fault");
+_Static_assert(sizeof(struct k_board) == 6 * 8 + 48, "k_board");
+_Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
+_Static_assert(sizeof(struct k_handle) == 25 * 8, "k_handle");
+_Static_assert(sizeof(struct k_route_args) == 216 + 200 + 24 + 48, "k_route_args");
+_Static_assert(sizeof(struct k_dispatch_args) == 216 + 200 + 56 + 16 + 11 * 24,
                "k_dispatch_args");
-_Static_assert(sizeof(struct k_combine_args) == 208 + 192 + 40 + 7 * 24, "k_combine_args");
+_Static_assert(sizeof(struct k_combine_args) == 216 + 200 + 48 + 7 * 24, "k_combine_args");
 
 #endif

@@ -20,6 +20,24 @@ static K_INLINE k_bool reads_own_in_place(const struct k_combine_args *a) {
     return (a->flags & K_DO_REDUCE) == 0;
 }
 
+#define GO 0u
+#define SKIP 1u
+
+/* Rows of x that will be read; fewer in x are a fault of this rank, known only now. */
+static K_FN k_bool check_rows(struct k_thread *k, const struct k_combine_args *a) {
+    const k_i64 rows =
+        (a->flags & K_DO_EXPAND) ? (k_i64)a->h.expert_start[a->g.num_local] : a->h.counts->rows;
+    if (a->x_rows >= rows || a->h.counts->need) {
+        return 1;
+    }
+    if (k->warp == 0 && k->lane == 0) {
+        struct k_blame b = {K_ERR_ARG, K_PHASE_NONE,     a->g.rank,
+                            0,         (k_u32)a->x_rows, (k_u32)rows};
+        k_raise(k, 0, b);
+    }
+    return 0;
+}
+
 /* Block 0. Ends with `go`, unless the operation has faulted. */
 static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
     const struct k_group *g = &a->g;
@@ -31,10 +49,10 @@ static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
         k_i32 p = (g->rank + i) % g->num_ranks;
         tell_ready(k, p, &sig, a->h.send_base[p]);
     }
-    k_bool ok = await_all_ready(k, &sig, a->h.remote_slot);
+    k_bool ok = check_rows(k, a) && await_all_ready(k, &sig, a->h.remote_slot);
     ok = k_barrier(k, ok);
     if (ok && k->warp == 0 && k->lane == 0) {
-        k_publish_local(&g->ctl->go, K_WORD(k->epoch, 0));
+        k_publish_local(&g->ctl->go, K_WORD(k->epoch, a->h.counts->need ? SKIP : GO));
     }
     return ok;
 }
@@ -250,15 +268,15 @@ static K_FN k_bool await_answers(struct k_thread *k, const struct k_combine_args
 
 /* Warps take tokens in turn, not channels: all of them work on what has just arrived, and little
  * is left to do when the last answer has. */
-static K_FN void reduce(struct k_thread *k, const struct k_combine_args *a, k_i32 warp,
-                        k_i32 warps) {
+static K_FN k_bool reduce(struct k_thread *k, const struct k_combine_args *a, k_i32 warp,
+                          k_i32 warps) {
     const struct k_group *g = &a->g;
     const k_i32 per = (a->tokens + g->num_channels - 1) / g->num_channels; /* of a channel */
     k_i32 arrived = -1;
     for (k_i32 t = warp; t < a->tokens; t += warps) {
         const k_i32 c = t / per;
         if (c != arrived && !await_answers(k, a, c)) {
-            return;
+            return 0;
         }
         arrived = c;
         reduce_token(k, a, t);
@@ -266,21 +284,26 @@ static K_FN void reduce(struct k_thread *k, const struct k_combine_args *a, k_i3
             sum_weights(k, a, t);
         }
     }
+    return 1;
 }
 
 /* ---- entry ---------------------------------------------------------------------------------- */
 
-static K_FN void run(struct k_thread *k, const struct k_combine_args *a) {
+static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
     const struct k_group *g = &a->g;
     const k_bool both = k->num_blocks > 1;
     const k_i32 senders = both ? (k_i32)a->send_blocks : k->num_blocks;
     const k_i32 first_reduce = both ? senders : 0;
     k_u32 go = 0;
     if (k->block == 0 && !control(k, a)) {
-        return;
+        return 0;
     }
     if (!k_await(k, &g->ctl->go, k->epoch, g->rank, K_PHASE_SELF, &go)) {
-        return;
+        return 0;
+    }
+    if (go == SKIP) {
+        k_ends(k, K_END_SKIP);
+        return 1;
     }
     struct k_mover m;
     k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
@@ -292,13 +315,16 @@ static K_FN void run(struct k_thread *k, const struct k_combine_args *a) {
         }
     }
     k_mover_end(k, &m);
-    if (k->block >= first_reduce) {
-        reduce(k, a, k_first(k, first_reduce), k_stride(k, k->num_blocks - first_reduce));
-    }
+    return k->block < first_reduce ||
+           reduce(k, a, k_first(k, first_reduce), k_stride(k, k->num_blocks - first_reduce));
 }
 
 K_KERNEL(combine, k_combine_args) {
     k_enter(k, &a->g, K_OP_COMBINE);
-    run(k, a);
-    k_leave(k, 1);
+    if (!run(k, a)) {
+        k_ends(k, K_END_FAULT);
+    }
+    if (k_last_out(k, 1)) {
+        k_leave(k, 1);
+    }
 }

@@ -135,7 +135,12 @@ static K_FN k_bool exchange_counts(struct k_thread *k, const struct k_dispatch_a
     ok = await_bases(k, a);
     ok = k_barrier(k, ok);
     if (ok && k->warp == 0 && k->lane == 0) {
-        k_publish_local(&counts->known, K_WORD(k->epoch, 0));
+        struct k_counts *notice = a->h.notice;
+        if (notice != counts) {
+            notice->rows = counts->rows;
+            notice->need = counts->need;
+        }
+        k_publish_local(&notice->known, K_WORD(a->ticket, 0));
     }
     return ok;
 }
@@ -401,6 +406,10 @@ static K_FN k_bool prepare(struct k_thread *k, const struct k_dispatch_args *a) 
         h->expert_start[num_local] = start;
         k_i32 end = (a->flags & K_DO_EXPAND) ? (k_i32)start : (k_i32)h->recv_base[ranks];
         write_i32(&a->num_rows, 0, end);
+        if (end > a->capacity || (a->recv_x.data && end > a->x_rows)) {
+            h->notice->over = (k_u64)end;
+            k_ends(k, K_END_SHORT);
+        }
     }
     k_barrier(k, 1);
     for (k_i32 e = me; e <= num_local; e += all) {
@@ -646,17 +655,17 @@ static K_FN void fill_gaps(struct k_thread *k, const struct k_dispatch_args *a, 
     }
 }
 
-static K_FN void receive(struct k_thread *k, const struct k_dispatch_args *a, struct k_mover *m,
-                         k_i32 warp, k_i32 warps) {
+static K_FN k_bool receive(struct k_thread *k, const struct k_dispatch_args *a,
+                           struct k_mover *m, k_i32 warp, k_i32 warps) {
     const struct k_group *g = &a->g;
     k_u32 go = 0;
     if (!k_await(k, &g->ctl->go_recv, k->epoch, g->rank, K_PHASE_SELF, &go)) {
-        return;
+        return 0;
     }
     for (k_i64 i = warp; i < (k_i64)g->num_ranks * g->num_channels; i += warps) {
         const k_i32 s = (g->rank + (k_i32)(i % g->num_ranks)) % g->num_ranks;
         if (!receive_channel(k, a, m, s, (k_i32)(i / g->num_ranks))) {
-            return;
+            return 0;
         }
     }
     k_i64 end = a->h.recv_base[g->num_ranks];
@@ -668,11 +677,31 @@ static K_FN void receive(struct k_thread *k, const struct k_dispatch_args *a, st
     for (k_i64 r = end + warp; fills && r < a->capacity; r += warps) {
         fill_row(k, a, r);
     }
+    return 1;
+}
+
+/* One warp, after a failure: counts and offsets 0, ids and sources -1, so that kernels behind
+ * this one stay in bounds. */
+static K_FN void clear_outputs(struct k_thread *k, const struct k_dispatch_args *a) {
+    for (k_i32 e = k->lane; e <= a->g.num_local; e += K_LANES) {
+        if (e < a->g.num_local) {
+            write_i32(&a->expert_counts, e, 0);
+        }
+        write_i32(&a->expert_offsets, e, 0);
+    }
+    if (k->lane == 0) {
+        write_i32(&a->num_rows, 0, 0);
+    }
+    const k_bool fills = a->recv_source.data || a->recv_ids.data || a->recv_weights.data;
+    for (k_i64 r = 0; fills && r < a->capacity; r++) {
+        fill_row(k, a, r);
+    }
 }
 
 /* ---- entry ---------------------------------------------------------------------------------- */
 
-static K_FN void run(struct k_thread *k, const struct k_dispatch_args *a) {
+/* False after a fault. */
+static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
     const struct k_group *g = &a->g;
     const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
     /* Which blocks do what: with both parts the first send_blocks send, unless there is one. */
@@ -681,17 +710,21 @@ static K_FN void run(struct k_thread *k, const struct k_dispatch_args *a) {
     const k_i32 first_recv = both ? senders : 0;
     k_u32 go = 0;
     if (k->block == 0 && sends && !control(k, a)) {
-        return;
+        return 0;
     }
-    k_bool ok = k_await(k, &g->ctl->go, k->epoch, g->rank, K_PHASE_SELF, &go) && go != SKIP;
+    k_bool ok = k_await(k, &g->ctl->go, k->epoch, g->rank, K_PHASE_SELF, &go);
     if (k->block == 0) {
         ok = k_barrier(k, ok); /* its warps go on to `prepare` together, or not at all */
     }
     if (!ok) {
-        return;
+        return 0;
+    }
+    if (go == SKIP) {
+        k_ends(k, K_END_SKIP);
+        return 1;
     }
     if (k->block == 0 && receives && !prepare(k, a)) {
-        return;
+        return 0;
     }
     struct k_mover m;
     k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
@@ -705,13 +738,29 @@ static K_FN void run(struct k_thread *k, const struct k_dispatch_args *a) {
         for (k_i32 c = k_first(k, first_recv); both && c < g->num_channels; c += warps) {
             send_channel(k, a, &m, TO_SELF, c);
         }
-        receive(k, a, &m, k_first(k, first_recv), warps);
+        ok = receive(k, a, &m, k_first(k, first_recv), warps);
     }
     k_mover_end(k, &m);
+    return ok;
 }
 
 K_KERNEL(dispatch, k_dispatch_args) {
+    const k_bool receives = (a->flags & K_DO_RECV) != 0;
     k_enter(k, &a->g, K_OP_DISPATCH);
-    run(k, a);
-    k_leave(k, (a->flags & K_DO_RECV) != 0);
+    if (a->flags & K_DO_NOTHING) {
+        if (k->block == 0 && k->warp == 0) {
+            clear_outputs(k, a);
+        }
+        return;
+    }
+    if (!run(k, a)) {
+        k_ends(k, K_END_FAULT);
+    }
+    if (k_last_out(k, receives)) {
+        const k_u32 ending = k_ending(k);
+        if (ending && receives) {
+            clear_outputs(k, a);
+        }
+        k_leave(k, receives || ending == K_END_SKIP); /* else another kernel receives */
+    }
 }

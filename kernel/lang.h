@@ -42,7 +42,7 @@ struct k_peer {
 
 #if defined(__CUDACC__)
 #include "kernel/lang_cuda.h"
-#define K_LATE(g, kind, word, waited_ns) k_poke(&(g)->ctl->waiting, word) /* the host looks */
+#define K_LATE(g, kind, word, waited_ns) k_tell_late(g, kind, word, waited_ns)
 #else
 #include "kernel/lang_host.h"
 #define K_LATE(g, kind, word, waited_ns) epi_group_late(g, kind, word, waited_ns)
@@ -72,6 +72,21 @@ static K_INLINE k_i32 k_stride(const struct k_thread *k, k_i32 num_blocks) {
     return num_blocks * k->num_warps;
 }
 
+static K_INLINE struct k_board *k_board_of(const struct k_group *g, k_i32 rank) {
+    return (struct k_board *)g->board[rank];
+}
+
+#if defined(__CUDACC__)
+/* A wait has become long: for the host to see and to log. */
+static K_COLD void k_tell_late(const struct k_group *g, k_i32 kind, k_u64 word,
+                               k_i64 waited_ns) {
+    struct k_board *board = k_board_of(g, g->rank);
+    k_poke((k_u64 *)&board->waited_ns, (k_u64)waited_ns);
+    k_poke((k_u64 *)&board->waiting_kind, (k_u64)kind);
+    k_publish_local(&board->waiting, word);
+}
+#endif
+
 /* What ends an operation: who is to blame in which phase; of a mismatch also the two values and
  * which ready word they are. */
 struct k_blame {
@@ -82,9 +97,9 @@ struct k_blame {
 /* Ends every wait of this rank and tells the peers. The first caller's account is kept. */
 static K_COLD void k_raise_at(const struct k_group *g, k_i32 kind, k_u32 epoch, k_i64 waited_ns,
                               struct k_blame b) {
-    struct k_ctl *ctl = g->ctl;
-    struct k_fault *f = &ctl->fault;
-    if (!k_claim(&f->claim)) {
+    struct k_board *board = k_board_of(g, g->rank);
+    struct k_fault *f = &board->fault;
+    if (!k_claim(&g->ctl->fault_claim)) {
         return;
     }
     f->status = b.status;
@@ -97,13 +112,15 @@ static K_COLD void k_raise_at(const struct k_group *g, k_i32 kind, k_u32 epoch, 
     f->mine = b.mine;
     f->theirs = b.theirs;
     f->word = b.word;
-    k_u64 code = K_ABORT_PACK(b.status, g->rank, b.subject, kind, b.phase, epoch);
-    if (k_peek(&ctl->abort) == 0) { /* a death that the boot has told of says more */
-        k_publish_local(&ctl->abort, code);
+    const k_u64 code = K_ABORT_PACK(b.status, g->rank, b.subject, kind, b.phase, epoch);
+    if (k_peek(&board->abort) == 0) { /* a death that the boot has told of says more */
+        k_publish_local(&board->abort, code);
     }
+    k_poke(&g->ctl->abort, code);
     for (k_i32 p = 0; p < g->num_ranks; p++) {
         if (p != g->rank) {
-            k_publish(k_peer_at(g, p, g->map.abort), code);
+            struct k_peer told = {(k_u64)&k_board_of(g, p)->told};
+            k_publish(told, code);
         }
     }
 }
@@ -115,12 +132,15 @@ static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame
 /* One more turn of a wait that began at s->since: false when it must end. Called by one lane. */
 static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k_i32 phase) {
     struct k_ctl *ctl = k->g->ctl;
-    const k_u64 told = k_peek(k->peer_abort);
-    if (k_peek(&ctl->abort) != 0 || K_ABORT_ENDS(told, k->epoch)) {
+    if (k_peek(&ctl->abort) != 0) {
         return 0;
     }
     if (!k_pause(s)) {
-        return 1; /* time is looked at every now and then only */
+        return 1; /* the board and the clock are looked at every now and then only */
+    }
+    const struct k_board *board = k->board;
+    if (k_peek(&board->abort) != 0 || K_ABORT_ENDS(k_peek(&board->told), k->epoch)) {
+        return 0;
     }
     k_i64 now = k_now();
     if (s->since == 0) {
@@ -176,30 +196,65 @@ static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k
     return ok;
 }
 
+/* The operation does not end well; before k_last_out. */
+static K_INLINE void k_ends(struct k_thread *k, k_u32 how) {
+    if (k->lane == 0) {
+        k_poke(&k->g->ctl->ending, K_WORD(k->epoch, how));
+    }
+}
+
+/* How it ends: 0 well, or K_END_...; for the warp that was last out. */
+static K_INLINE k_u32 k_ending(const struct k_thread *k) {
+    const k_u64 w = k_peek(&k->g->ctl->ending);
+    return (k_u32)(w >> 32) == k->epoch ? (k_u32)w : 0u;
+}
+
 /*
- * The last thing a kernel does. The last warp of the grid to leave clears the counter and, if
- * `last`, ends the operation by advancing the epoch.
+ * Every warp's last step but one: true for the last of the grid, which sees all that the others
+ * did. `part` is 0 for a kernel that only sends, whose operation another kernel ends, else 1.
  */
-static K_FN void k_leave(struct k_thread *k, k_bool last) {
+static K_FN k_bool k_last_out(struct k_thread *k, k_i32 part) {
+    k_bool last = 1;
     k_syncwarp(k);
     if (k->lane == 0) {
         struct k_ctl *ctl = k->g->ctl;
-        k_u64 total = (k_u64)k->num_blocks * (k_u64)k->num_warps;
-        if (k_add(&ctl->out, 1) == total - 1) {
-            k_poke(&ctl->out, 0);
-            if (last) {
-                k_poke(&ctl->epoch, k_peek(&ctl->epoch) + 1);
-            }
+        const k_u64 total = (k_u64)k->num_blocks * (k_u64)k->num_warps;
+        last = k_add(&ctl->out[part], 1) == total - 1;
+        if (last) {
+            k_poke(&ctl->out[part], 0);
+        }
+    }
+    last = k_all(k, last);
+    k_syncwarp(k);
+    return last;
+}
+
+/* By the last warp out: the kernel has done its work; with `over` its operation has ended. */
+static K_FN void k_leave(struct k_thread *k, k_bool over) {
+    k_syncwarp(k);
+    if (k->lane == 0) {
+        struct k_ctl *ctl = k->g->ctl;
+        const k_i32 op = k->kind == (k_i32)K_OP_COMBINE ? 1 : 0;
+        k_add(&ctl->op_ns[op], (k_u64)(k_now() - (k_i64)k_peek((k_u64 *)&ctl->begun_ns)));
+        if (over) {
+            k_add(&ctl->num_ops[op], 1);
+            k_poke(&ctl->epoch, k_peek(&ctl->epoch) + 1);
+        }
+        if (k_ending(k) == K_END_FAULT) {
+            k_publish_local(&k_board_of(k->g, k->g->rank)->failed, K_WORD(k->epoch, 1));
         }
     }
 }
 
-/* The first thing an operation's kernel does: epoch and where to look while waiting. */
+/* The first thing a kernel does: epoch and where to look while waiting. */
 static K_INLINE void k_enter(struct k_thread *k, const struct k_group *g, k_i32 kind) {
     k->g = g;
     k->kind = kind;
     k->epoch = (k_u32)(k_peek(&g->ctl->epoch) + 1);
-    k->peer_abort = (const k_u64 *)k_own(g, g->map.abort);
+    k->board = k_board_of(g, g->rank);
+    if (kind && k->block == 0 && k->warp == 0 && k->lane == 0) {
+        k_poke((k_u64 *)&g->ctl->begun_ns, (k_u64)k_now());
+    }
 }
 
 #endif

@@ -34,7 +34,7 @@ struct k_thread {
     k_i32 kind;
     k_u32 epoch;
     const struct k_group *g;
-    const k_u64 *peer_abort;
+    const struct k_board *board;
 };
 
 #define K_KERNEL(name, args_t)                                                                 \

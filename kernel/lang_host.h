@@ -39,7 +39,7 @@ struct k_thread {
     k_i32 kind;
     k_u32 epoch;
     const struct k_group *g;
-    const k_u64 *peer_abort;
+    const struct k_board *board;
     struct k_team *team;
 };
 

@@ -267,6 +267,11 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a) 
     }
     k_syncwarp(k);
     k_lower(&h->bad[0], bad);
+    k_syncwarp(k);
+    if (k->lane == 0) {
+        h->notice->bad = h->bad[0];
+        k_publish_local(&h->notice->routed, a->ticket);
+    }
 }
 
 static K_FN void leave_route(struct k_thread *k, const struct k_handle *h) {

@@ -52,12 +52,7 @@ ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *inf
 }
 
 static ep_status check_config(const struct ep_group_config *config) {
-    if (config->device == EP_DEVICE_CUDA) {
-        return epi_fail(EP_ERR_UNSUPPORTED,
-                        "ep_group_config.device is EP_DEVICE_CUDA: this version "
-                        "has the host backend only, use EP_DEVICE_HOST");
-    }
-    if (config->device != EP_DEVICE_HOST) {
+    if (config->device != EP_DEVICE_HOST && config->device != EP_DEVICE_CUDA) {
         return epi_fail(EP_ERR_ARG,
                         "ep_group_config.device is %d, must be EP_DEVICE_HOST or "
                         "EP_DEVICE_CUDA",
@@ -129,19 +124,24 @@ ep_status ep_group_stats(ep_group *group, struct ep_group_stats *stats) {
     NOT_NULL("ep_group_stats", group);
     NOT_NULL("ep_group_stats", stats);
     SIZE_IS(ep_group_stats, stats);
+    struct k_ctl copy;
     const struct k_ctl *ctl = group->ctl;
-    pthread_mutex_lock(&group->mutex);
-    *stats = group->stats;
-    pthread_mutex_unlock(&group->mutex);
-    stats->size = sizeof(*stats);
+    if (group->cuda) {
+        TRY(epi_cuda_read_ctl(group, &copy));
+        ctl = &copy;
+    }
     const struct {
         uint64_t *to;
         const k_u64 *from;
-    } words[] = {{&stats->rows_sent, &ctl->rows_sent},
+    } words[] = {{&stats->num_dispatches, &ctl->num_ops[0]},
+                 {&stats->num_combines, &ctl->num_ops[1]},
+                 {&stats->rows_sent, &ctl->rows_sent},
                  {&stats->rows_received, &ctl->rows_received},
                  {&stats->remote_bytes_sent, &ctl->remote_bytes},
                  {&stats->local_bytes_sent, &ctl->local_bytes},
-                 {&stats->wait_ns, &ctl->wait_ns}};
+                 {&stats->wait_ns, &ctl->wait_ns},
+                 {&stats->dispatch_ns, &ctl->op_ns[0]},
+                 {&stats->combine_ns, &ctl->op_ns[1]}};
     for (size_t i = 0; i < sizeof(words) / sizeof(words[0]); i++) {
         *words[i].to =
             atomic_load_explicit((const _Atomic k_u64 *)words[i].from, memory_order_relaxed);
@@ -149,7 +149,51 @@ ep_status ep_group_stats(ep_group *group, struct ep_group_stats *stats) {
     return EP_OK;
 }
 
+static ep_status check_host_group(const char *fn, const void *out, const ep_group *group) {
+    if (!out || !group) {
+        return epi_fail(EP_ERR_ARG, "%s: %s is NULL", fn, out ? "group" : "out");
+    }
+    return group->cuda
+               ? epi_fail(EP_ERR_UNSUPPORTED,
+                          "%s: the group is a CUDA group: use CUDA's streams and events", fn)
+               : EP_OK;
+}
+
+ep_status ep_stream_create(ep_stream **out, ep_group *group) {
+    TRY(check_host_group("ep_stream_create", out, group));
+    return epi_stream_create(out);
+}
+
+ep_status ep_event_create(ep_event **out, ep_group *group) {
+    TRY(check_host_group("ep_event_create", out, group));
+    return epi_event_create(out);
+}
+
+void *ep_group_stream(const ep_group *group) {
+    return group && group->cuda ? epi_gpu_stream(epi_cuda_gpu(group)) : NULL;
+}
+
 /* ---- handle --------------------------------------------------------------------------------- */
+
+/* Whether the memory of each tensor is of the group's kind. */
+struct named {
+    const char *name;
+    const struct ep_tensor *t;
+};
+
+static ep_status check_places(const ep_group *g, const struct named *list, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (list[i].t && list[i].t->data) {
+            TRY(epi_cuda_check_place(g, list[i].name, list[i].t));
+        }
+    }
+    return EP_OK;
+}
+#define PLACES(g, ...)                                                                         \
+    do {                                                                                       \
+        const struct named places[] = {__VA_ARGS__};                                           \
+        TRY(check_places(g, places, sizeof(places) / sizeof(places[0])));                      \
+    } while (0)
 
 ep_status ep_handle_create(ep_handle **out, ep_group *group,
                            const struct ep_handle_config *config) {
@@ -229,6 +273,7 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
                         ids ? "topk_ids" : "token_in_rank", (long long)tokens,
                         handle->config.max_tokens);
     }
+    PLACES(handle->group, {"topk_ids", ids}, {"token_in_rank", mask});
     return epi_handle_route(handle, routing, stream);
 }
 
@@ -258,7 +303,17 @@ ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, vo
                        T(U8), EPI_DENSE));
     TRY(check_optional("channel_prefix", layout->channel_prefix, 2, g->num_ranks,
                        g->plan.info.num_channels, T(I32), EPI_DENSE));
+    PLACES(g, {"tokens_per_rank", layout->tokens_per_rank},
+           {"tokens_per_node", layout->tokens_per_node},
+           {"tokens_per_expert", layout->tokens_per_expert},
+           {"token_in_rank", layout->token_in_rank},
+           {"channel_prefix", layout->channel_prefix});
     return epi_handle_layout(handle, layout, stream);
+}
+
+ep_status ep_handle_status(ep_handle *handle) {
+    NOT_NULL("ep_handle_status", handle);
+    return epi_handle_status(handle);
 }
 
 ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_source,
@@ -333,6 +388,7 @@ static ep_status check_inputs(const ep_handle *h, const struct ep_dispatch_args 
                             h->group->config.max_scale_bytes);
         }
     }
+    PLACES(h->group, {"x", a->x}, {"scales", a->scales}, {"topk_weights", a->topk_weights});
     return EP_OK;
 }
 
@@ -423,6 +479,10 @@ static ep_status check_outputs(const ep_handle *h, const struct ep_dispatch_args
     TRY(check_optional("expert_offsets", a->expert_offsets, 1, local + 1, 0, T(I32),
                        EPI_DENSE));
     TRY(check_optional("num_rows", a->num_rows, 1, 1, 0, T(I32), EPI_DENSE));
+    PLACES(h->group, {"recv_x", arena ? NULL : a->recv_x}, {"recv_scales", a->recv_scales},
+           {"recv_topk_ids", a->recv_topk_ids}, {"recv_topk_weights", a->recv_topk_weights},
+           {"recv_source", a->recv_source}, {"expert_counts", a->expert_counts},
+           {"expert_offsets", a->expert_offsets}, {"num_rows", a->num_rows});
     return check_overlaps(a, arena);
 }
 
@@ -537,6 +597,9 @@ static ep_status check_combine(const ep_handle *h, const struct ep_combine_args 
             return epi_fail(EP_ERR_ARG, "out overlaps %s", names[i]);
         }
     }
+    PLACES(h->group, {"x", a->x}, {"weights", a->weights}, {"topk_weights", a->topk_weights},
+           {"bias[0]", a->bias[0]}, {"bias[1]", a->bias[1]}, {"out", a->out},
+           {"out_topk_weights", a->out_topk_weights});
     return EP_OK;
 }
 

@@ -10,7 +10,6 @@
 struct combine_task {
     ep_handle *h;
     struct k_combine_args args;
-    int64_t x_rows;
     uint64_t number;
     int workers;
 };
@@ -21,10 +20,10 @@ static ep_status check_rows(const struct combine_task *t) {
     const int64_t rows = (t->args.flags & K_DO_EXPAND)
                              ? (int64_t)k->expert_start[t->args.g.num_local]
                              : k->counts->rows;
-    if (t->x_rows < rows) {
+    if (t->args.x_rows < rows) {
         return epi_fail(EP_ERR_ARG,
                         "x.shape[0] is %lld, must be at least the %lld rows received",
-                        (long long)t->x_rows, (long long)rows);
+                        (long long)t->args.x_rows, (long long)rows);
     }
     return EP_OK;
 }
@@ -41,38 +40,34 @@ static ep_status run_combine(void *arg) {
         /* The peers are in this operation: do not let them wait. */
         epi_group_raise(g, st, g->rank, t->number);
     } else if (st == EP_OK) {
-        const int64_t start = epi_now_ns();
         epi_run_kernel(g->run, EPI_KERNEL_COMBINE, &t->args, t->workers);
         ran = true;
         st = epi_group_check(g, t->number);
-        pthread_mutex_lock(&g->mutex);
-        g->stats.num_combines++;
-        g->stats.combine_ns += (uint64_t)(epi_now_ns() - start);
-        pthread_mutex_unlock(&g->mutex);
     }
     epi_group_end(g, t->number, ran);
     atomic_fetch_sub(&t->h->pending, 1);
     return st;
 }
 
-ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, ep_stream *stream) {
+static void prepare_task(struct combine_task *t, ep_handle *h,
+                         const struct ep_combine_args *a) {
     ep_group *g = h->group;
-    struct combine_task t;
-    struct k_combine_args *k = &t.args;
-    memset(&t, 0, sizeof(t));
-    t.h = h;
-    t.workers = a->num_workers > 0 && a->num_workers < g->workers ? a->num_workers : g->workers;
-    t.x_rows = a->x->shape[0];
+    struct k_combine_args *k = &t->args;
+    memset(t, 0, sizeof(*t));
+    t->h = h;
+    t->workers = epi_group_workers(g, a->num_workers);
     k->g = g->k;
     k->h = h->k;
-    k->send_blocks = (k_u32)epi_run_grid(t.workers).send_blocks;
+    k->x_rows = a->x->shape[0];
     k->handle_id = h->id;
     k->tokens = h->tokens;
     k->topk = h->topk;
     k->dtype = a->x->dtype;
     k->row_bytes = (k_i32)(a->x->shape[1] * (int64_t)ep_dtype_bytes((ep_dtype)a->x->dtype));
-    k->stages = EPI_HOST_STAGES;
-    k->stage_bytes = epi_plan_stage_bytes(k->row_bytes);
+    const struct epi_shape shape = epi_group_shape(g, t->workers, k->row_bytes);
+    k->send_blocks = (k_u32)shape.send_blocks;
+    k->stages = shape.stages;
+    k->stage_bytes = shape.stage_bytes;
     k->x = epi_array(a->x);
     k->weights = epi_array(a->weights);
     k->topk_weights = epi_array(a->topk_weights);
@@ -82,6 +77,32 @@ ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, ep_stream *
     k->out_weights = epi_array(a->out_topk_weights);
     k->flags = (h->expanded ? K_DO_EXPAND : 0) | (a->topk_weights ? K_DO_WEIGHTS : 0) |
                (h->expanded || a->weights ? K_DO_REDUCE : 0);
+}
+
+/* On a device the stream has it when this returns; what it finds is told later. */
+static ep_status enqueue(struct combine_task *t, void *stream) {
+    ep_group *g = t->h->group;
+    ep_status st = epi_group_refuse_next(g);
+    if (st != EP_OK) {
+        return st;
+    }
+    pthread_mutex_lock(&g->mutex);
+    t->number = ++g->issued;
+    st = epi_cuda_run(g, EPI_KERNEL_COMBINE, &t->args, t->workers, stream, NULL);
+    pthread_mutex_unlock(&g->mutex);
+    if (st != EP_OK) { /* peers count on this operation */
+        epi_group_raise(g, st, g->rank, t->number);
+    }
+    return st;
+}
+
+ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, void *stream) {
+    ep_group *g = h->group;
+    struct combine_task t;
+    prepare_task(&t, h, a);
+    if (g->cuda) {
+        return enqueue(&t, stream);
+    }
     if (stream == NULL && atomic_load(&h->pending) == 0 && !atomic_load(&h->unfit)) {
         ep_status st = check_rows(&t); /* known already: refuse before the peers are involved */
         if (st != EP_OK) {

@@ -7,38 +7,10 @@
 
 #include <string.h>
 
-/* After a fault or a refusal: counts and offsets 0, ids and sources -1, so that kernels behind
- * this one stay in bounds. */
-static void clear_outputs(const struct k_dispatch_args *a) {
-    const struct {
-        const struct k_array *to;
-        int64_t n;
-    } zeros[] = {{&a->expert_counts, a->g.num_local},
-                 {&a->expert_offsets, a->g.num_local + 1},
-                 {&a->num_rows, 1}};
-    for (int i = 0; i < 3; i++) {
-        char *at = (char *)(uintptr_t)zeros[i].to->data;
-        for (int64_t j = 0; at && j < zeros[i].n; j++) {
-            memset(at + j * zeros[i].to->s0, 0, 4);
-        }
-    }
-    const bool rows = a->recv_ids.data || a->recv_source.data;
-    for (int64_t r = 0; rows && r < a->capacity; r++) {
-        char *ids = (char *)(uintptr_t)a->recv_ids.data;
-        char *source = (char *)(uintptr_t)a->recv_source.data;
-        for (int64_t j = 0; ids && j < a->topk; j++) {
-            memset(ids + r * a->recv_ids.s0 + j * a->recv_ids.s1, 0xff, (size_t)a->id_bytes);
-        }
-        if (source) {
-            memset(source + r * a->recv_source.s0, 0xff, 8);
-        }
-    }
-}
-
-/* Ends an operation whose rows did not fit anywhere and that had only begun. */
-static void end_unfit(struct epi_dispatch_task *t) {
+/* A dispatch that is refused before its kernel runs leaves its outputs as a failed one does. */
+static void clear_outputs(struct epi_dispatch_task *t) {
     struct k_dispatch_args a = t->args;
-    a.flags = K_DO_RECV;
+    a.flags |= K_DO_NOTHING;
     epi_run_kernel(t->h->group->run, EPI_KERNEL_DISPATCH, &a, 1);
 }
 
@@ -61,21 +33,12 @@ static ep_status check_output(struct epi_dispatch_task *t) {
                     (long long)rows, (long long)t->args.capacity);
 }
 
-static void count_time(ep_group *g, int64_t ns, enum epi_dispatch_part part) {
-    pthread_mutex_lock(&g->mutex);
-    g->stats.num_dispatches += part != EPI_DISPATCH_BEGIN;
-    g->stats.dispatch_ns += (uint64_t)ns;
-    pthread_mutex_unlock(&g->mutex);
-}
-
 /* Runs the kernel and says how it went. */
 static ep_status run_kernel(struct epi_dispatch_task *t) {
     ep_handle *h = t->h;
     ep_group *g = h->group;
-    const int64_t start = epi_now_ns();
     epi_run_kernel(g->run, EPI_KERNEL_DISPATCH, &t->args, t->workers);
     t->ran = true;
-    count_time(g, epi_now_ns() - start, t->part);
     ep_status st = epi_group_check(g, t->number);
     if (st != EP_OK) {
         return st;
@@ -84,9 +47,6 @@ static ep_status run_kernel(struct epi_dispatch_task *t) {
         atomic_store(&h->unfit, h->k.counts->need != 0);
     }
     if (atomic_load(&h->unfit)) {
-        if (t->part == EPI_DISPATCH_BEGIN) {
-            end_unfit(t);
-        }
         return epi_unfit(h->k.counts, g->plan.info.max_recv_rows);
     }
     return EP_OK;
@@ -112,8 +72,8 @@ static ep_status run_dispatch(void *arg) {
     if (st == EP_OK && t->part != EPI_DISPATCH_BEGIN) {
         st = check_output(t);
     }
-    if (st != EP_OK) {
-        clear_outputs(&t->args);
+    if (st != EP_OK && !t->ran) {
+        clear_outputs(t);
     }
     if (over) {
         epi_group_end(g, t->number, t->ran);
@@ -197,19 +157,19 @@ static void prepare_task(struct epi_dispatch_task *t, ep_handle *h,
     memset(t, 0, sizeof(*t));
     t->h = h;
     t->part = part;
-    t->workers =
-        a->num_workers > 0 && a->num_workers < g->workers ? a->num_workers : g->workers;
+    t->workers = epi_group_workers(g, a->num_workers);
     k->g = g->k;
     k->h = h->k;
-    k->send_blocks = (k_u32)epi_run_grid(t->workers).send_blocks;
     k->handle_id = h->id;
     k->tokens = h->tokens;
     k->topk = h->topk;
-    k->stages = EPI_HOST_STAGES;
     fill_inputs(k, a);
     t->cached = h->dispatched;
     k->flags |= t->cached ? 0 : K_DO_COUNTS;
-    k->stage_bytes = epi_plan_stage_bytes(k->row_bytes);
+    const struct epi_shape shape = epi_group_shape(g, t->workers, k->row_bytes);
+    k->send_blocks = (k_u32)shape.send_blocks;
+    k->stages = shape.stages;
+    k->stage_bytes = shape.stage_bytes;
 }
 
 /* Under the group's mutex: what the operation is, and its number. */
@@ -233,6 +193,7 @@ static void issue(struct epi_dispatch_task *t, ep_handle *h, const struct ep_dis
     t->args.slot = h->slot;
     t->args.flags |= K_DO_SEND;
     t->number = ++g->issued;
+    t->args.ticket = (k_u32)t->number;
     if (!t->cached) {
         h->counted_by = t->number;
     }
@@ -254,21 +215,92 @@ static void take_back(ep_handle *h) {
     pthread_mutex_unlock(&g->mutex);
 }
 
-ep_status epi_dispatch(ep_handle *h, const struct ep_dispatch_args *a, ep_stream *stream,
+/* What the operation writes. */
+static void add_outputs(struct epi_dispatch_task *t, const struct ep_dispatch_args *a) {
+    ep_handle *h = t->h;
+    t->args.flags |= K_DO_RECV;
+    t->arena = (a->flags & EP_DISPATCH_ARENA) != 0;
+    h->expanded = (a->flags & EP_DISPATCH_EXPANDED) != 0;
+    fill_outputs(&t->args, a);
+    if (t->arena) {
+        fill_view(h, &t->args, a);
+    }
+}
+
+/* ---- on a device ---------------------------------------------------------------------------- */
+
+/* Under the group's mutex. A begun dispatch sends on the group's own stream, so that finish can
+ * receive on the caller's at the same time. */
+static ep_status launch(struct epi_dispatch_task *t, void *stream) {
+    ep_group *g = t->h->group;
+    struct epi_gpu *gpu = epi_cuda_gpu(g);
+    const struct epi_shape shape = epi_group_shape(g, t->workers, t->args.row_bytes);
+    ep_status st;
+    if (t->part == EPI_DISPATCH_ALL) {
+        return epi_cuda_run(g, EPI_KERNEL_DISPATCH, &t->args, shape.blocks, stream, NULL);
+    }
+    if (t->part == EPI_DISPATCH_BEGIN) {
+        st = epi_gpu_fork(gpu, stream);
+        return st == EP_OK ? epi_cuda_run(g, EPI_KERNEL_DISPATCH, &t->args, shape.send_blocks,
+                                          epi_gpu_stream(gpu), NULL)
+                           : st;
+    }
+    const int rest = shape.blocks - shape.send_blocks;
+    st = epi_gpu_launch(gpu, EPI_KERNEL_DISPATCH, &t->args, rest < 1 ? 1 : rest, stream);
+    if (st == EP_OK) {
+        st = epi_gpu_join(gpu, stream);
+    }
+    return st == EP_OK ? epi_gpu_end(gpu, stream) : st;
+}
+
+static ep_status enqueue(ep_handle *h, const struct ep_dispatch_args *a, void *stream,
+                         enum epi_dispatch_part part) {
+    ep_group *g = h->group;
+    struct epi_dispatch_task t;
+    bool capturing = false;
+    ep_status st = epi_group_refuse_next(g);
+    if (st == EP_OK) {
+        st = epi_gpu_is_capturing(epi_cuda_gpu(g), stream, &capturing);
+    }
+    if (st == EP_OK && capturing && part != EPI_DISPATCH_ALL) {
+        st =
+            epi_fail(EP_ERR_STATE,
+                     "ep_dispatch_%s: the stream is being captured, and the size of the output "
+                     "is learnt by the host: use ep_dispatch with worst-case outputs",
+                     part == EPI_DISPATCH_BEGIN ? "begin" : "finish");
+    }
+    if (st == EP_OK && part == EPI_DISPATCH_FINISH) {
+        st = epi_handle_counts(h, NULL, NULL, NULL); /* what did not fit has no finish */
+    }
+    if (st != EP_OK) {
+        return st;
+    }
+    pthread_mutex_lock(&g->mutex);
+    issue(&t, h, a, part);
+    h->captured = capturing;
+    if (part != EPI_DISPATCH_BEGIN) {
+        add_outputs(&t, a);
+    }
+    st = launch(&t, stream);
+    pthread_mutex_unlock(&g->mutex);
+    if (st != EP_OK) { /* peers count on this operation */
+        epi_group_raise(g, st, g->rank, t.number);
+    }
+    return st;
+}
+
+ep_status epi_dispatch(ep_handle *h, const struct ep_dispatch_args *a, void *stream,
                        enum epi_dispatch_part part) {
     ep_group *g = h->group;
     struct epi_dispatch_task t;
+    if (g->cuda) {
+        return enqueue(h, a, stream, part);
+    }
     pthread_mutex_lock(&g->mutex);
     issue(&t, h, a, part);
     pthread_mutex_unlock(&g->mutex);
     if (part != EPI_DISPATCH_BEGIN) {
-        t.args.flags |= K_DO_RECV;
-        t.arena = (a->flags & EP_DISPATCH_ARENA) != 0;
-        h->expanded = (a->flags & EP_DISPATCH_EXPANDED) != 0;
-        fill_outputs(&t.args, a);
-        if (t.arena) {
-            fill_view(h, &t.args, a);
-        }
+        add_outputs(&t, a);
     }
     atomic_fetch_add(&h->pending, 1);
     ep_status st = epi_stream_submit(stream, run_dispatch, &t, sizeof(t));
@@ -295,6 +327,12 @@ void epi_dispatch_drop(ep_handle *h) {
         t.args.flags |= K_DO_RECV;
         t.args.alignment = 1;
         t.args.capacity = INT32_MAX; /* no output has rows */
+        if (g->cuda) {
+            pthread_mutex_lock(&g->mutex);
+            launch(&t, epi_gpu_stream(epi_cuda_gpu(g)));
+            pthread_mutex_unlock(&g->mutex);
+            return;
+        }
         atomic_fetch_add(&h->pending, 1);
         (void)epi_stream_submit(NULL, run_dispatch, &t, sizeof(t));
     }

@@ -11,8 +11,31 @@ static k_u64 read_word(const k_u64 *p) {
     return atomic_load_explicit((const _Atomic k_u64 *)p, memory_order_acquire);
 }
 
-static const k_u64 *own_abort(const ep_group *g) {
-    return (const k_u64 *)((const char *)epi_mem_arena(g->mem, g->rank) + g->plan.map.abort);
+static struct k_board *board_of(const ep_group *g, int rank) {
+    return g->cuda ? epi_mem_board(g->mem, rank)
+                   : (void *)((char *)epi_mem_arena(g->mem, rank) + g->plan.map.board);
+}
+
+/* This rank's board; before there is memory a rank can only have been told of a death. */
+static const struct k_board *own_board(const ep_group *g) {
+    return atomic_load(&g->board);
+}
+
+void epi_group_hang_board(ep_group *g) {
+    atomic_store(&g->board, board_of(g, g->rank));
+    const int dead = atomic_load(&g->dead_rank);
+    if (dead >= 0) {
+        epi_group_died(g, dead);
+    }
+}
+
+void epi_group_died(ep_group *g, int rank) {
+    struct k_board *board = atomic_load(&g->board);
+    k_u64 zero = 0;
+    if (board) {
+        atomic_compare_exchange_strong((_Atomic k_u64 *)&board->abort, &zero,
+                                       K_ABORT_PACK(K_ERR_PEER, 0, rank, 0, 0, 0));
+    }
 }
 
 /* A peer in ep_group_destroy leaves an abort word without a status, of the first operation that
@@ -22,25 +45,26 @@ static bool is_goodbye(k_u64 w) {
 }
 
 bool epi_group_faulted(ep_group *g) {
-    const k_u64 told = read_word(own_abort(g));
-    return read_word(&g->ctl->abort) != 0 || (told != 0 && !is_goodbye(told));
+    const struct k_board *b = own_board(g);
+    const k_u64 told = read_word(&b->told);
+    return read_word(&b->abort) != 0 || (told != 0 && !is_goodbye(told)) ||
+           (g->cuda && read_word(&b->failed) != 0);
 }
 
 bool epi_group_ends(ep_group *g, uint64_t n) {
-    const k_u64 told = read_word(own_abort(g));
-    return read_word(&g->ctl->abort) != 0 || K_ABORT_ENDS(told, (k_u32)n);
+    const struct k_board *b = own_board(g);
+    if (g->cuda) { /* operations in graphs have no numbers here: kernels judge by their own */
+        return epi_group_faulted(g);
+    }
+    return read_word(&b->abort) != 0 || K_ABORT_ENDS(read_word(&b->told), (k_u32)n);
 }
 
-void epi_group_leave(ep_group *g) {
-    pthread_mutex_lock(&g->mutex);
-    const k_u64 code = K_ABORT_PACK(EP_OK, g->rank, g->rank, 0, 0, g->issued + 1);
-    pthread_mutex_unlock(&g->mutex);
+void epi_group_leave(ep_group *g, uint64_t last) {
+    const k_u64 code = K_ABORT_PACK(EP_OK, g->rank, g->rank, 0, 0, last + 1);
     for (int r = 0; r < g->num_ranks; r++) {
         k_u64 zero = 0; /* a fault says more than a goodbye */
         if (r != g->rank) {
-            char *arena = epi_mem_arena(g->mem, r);
-            atomic_compare_exchange_strong((_Atomic k_u64 *)(arena + g->plan.map.abort), &zero,
-                                           code);
+            atomic_compare_exchange_strong((_Atomic k_u64 *)&board_of(g, r)->told, &zero, code);
         }
     }
 }
@@ -83,7 +107,7 @@ static void describe_mismatch(const struct k_fault *k, char *out, size_t bytes) 
 }
 
 static void describe_own(const ep_group *g, struct ep_fault *f) {
-    const struct k_fault *k = &g->ctl->fault;
+    const struct k_fault *k = &own_board(g)->fault;
     f->status = k->status;
     f->rank = k->subject;
     f->reporter = k->reporter;
@@ -97,6 +121,11 @@ static void describe_own(const ep_group *g, struct ep_fault *f) {
         epi_format(f->message, sizeof(f->message),
                    "ranks %d and %d disagree in operation %u (%s): %s", g->rank, k->subject,
                    k->epoch, operation_name(k->kind), what);
+    } else if (k->status == K_ERR_ARG) {
+        epi_format(f->message, sizeof(f->message),
+                   "rank %d, operation %u (%s): x.shape[0] is %u, must be at least the %u rows "
+                   "received",
+                   k->subject, k->epoch, operation_name(k->kind), k->mine, k->theirs);
     } else {
         epi_format(
             f->message, sizeof(f->message),
@@ -114,7 +143,8 @@ static void describe_word(ep_group *g, k_u64 w, struct ep_fault *f) {
     f->rank = K_ABORT_SUBJECT(w);
     f->reporter = K_ABORT_REPORTER(w);
     f->operation = K_ABORT_KIND(w);
-    f->epoch = (uint32_t)(told ? told : read_word(&g->ctl->epoch) + 1);
+    const k_u64 failed = read_word(&own_board(g)->failed);
+    f->epoch = (uint32_t)(failed ? failed >> 32 : told ? told : g->issued + 1);
     epi_format(f->phase, sizeof(f->phase), "%s", phase_name(K_ABORT_PHASE(w)));
     if (is_goodbye(w)) {
         f->reporter = g->rank;
@@ -142,8 +172,10 @@ void epi_group_describe(ep_group *g, struct ep_fault *f) {
     memset(f, 0, sizeof(*f));
     f->size = sizeof(*f);
     f->rank = f->reporter = -1;
-    k_u64 own = read_word(&g->ctl->abort), peer = read_word(own_abort(g));
-    if (own == 0 && (peer == 0 || (is_goodbye(peer) && !atomic_load(&g->fault_told)))) {
+    const struct k_board *b = own_board(g);
+    const k_u64 own = read_word(&b->abort), peer = read_word(&b->told);
+    const bool in_time = !atomic_load(&g->fault_told) && read_word(&b->failed) == 0;
+    if (own == 0 && (peer == 0 || (is_goodbye(peer) && in_time))) {
         return;
     }
     /* Only kernels name a kind in the rank's own word, after they have filled in their account,
@@ -192,30 +224,46 @@ ep_status epi_group_refuse(ep_group *g) {
     return epi_fail(EP_ERR_FAULTED, "the group has faulted: %s", f.message);
 }
 
+ep_status epi_group_refuse_next(ep_group *g) {
+    pthread_mutex_lock(&g->mutex);
+    const uint64_t next = g->issued + 1;
+    pthread_mutex_unlock(&g->mutex);
+    return epi_group_check(g, next);
+}
+
 void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n) {
     k_u64 zero = 0, code = K_ABORT_PACK((int)status, g->rank, subject, 0, 0, n);
-    atomic_compare_exchange_strong((_Atomic k_u64 *)&g->ctl->abort, &zero, code);
+    atomic_compare_exchange_strong((_Atomic k_u64 *)&own_board(g)->abort, &zero, code);
     if (n) {
         tell(g, n);
     }
     for (int r = 0; r < g->num_ranks; r++) {
         if (r != g->rank) {
-            char *arena = epi_mem_arena(g->mem, r);
-            atomic_store((_Atomic k_u64 *)(arena + g->plan.map.abort), code);
+            atomic_store((_Atomic k_u64 *)&board_of(g, r)->told, code);
         }
     }
 }
 
-void epi_group_late(const struct k_group *k, k_i32 kind, k_u64 word, k_i64 waited_ns) {
-    _Atomic k_u64 *last = (_Atomic k_u64 *)&k->ctl->waiting;
-    k_u64 old = atomic_load_explicit(last, memory_order_relaxed);
-    if (old >> 32 == word >> 32 || !atomic_compare_exchange_strong(last, &old, word)) {
-        return; /* this operation has its line */
-    }
+static void log_late(const struct k_group *k, k_i64 timeout_ns, k_i32 kind, k_u64 word,
+                     k_i64 waited_ns) {
     epi_log(EPI_LOG_WARN,
             "rank %d has waited %.1f s for rank %u in operation %u (%s), phase %s: it is alive "
             "but late; the wait ends after %.1f s",
             k->rank, (double)waited_ns / 1e9, (unsigned)(word & 0xffff), (unsigned)(word >> 32),
             operation_name(kind), phase_name((int)(word >> 16 & 0xffff)),
-            (double)k->ctl->timeout_ns / 1e9);
+            (double)timeout_ns / 1e9);
+}
+
+void epi_group_log_late(const ep_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns) {
+    log_late(&g->k, g->timeout_ns, kind, word, waited_ns);
+}
+
+void epi_group_late(const struct k_group *k, k_i32 kind, k_u64 word, k_i64 waited_ns) {
+    struct k_board *board = (struct k_board *)(uintptr_t)k->board[k->rank];
+    _Atomic k_u64 *last = (_Atomic k_u64 *)&board->waiting;
+    k_u64 old = atomic_load_explicit(last, memory_order_relaxed);
+    if (old >> 32 == word >> 32 || !atomic_compare_exchange_strong(last, &old, word)) {
+        return; /* this operation has its line */
+    }
+    log_late(k, k->ctl->timeout_ns, kind, word, waited_ns);
 }

@@ -117,8 +117,8 @@ static ep_status make_tables(ep_group *g) {
     if (!g->tables) {
         return epi_fail(EP_ERR_NOMEM, "no memory for the expert tables (%zu bytes)", bytes);
     }
-    k_u64 *peer = g->tables;
-    k_i32 *rank = (k_i32 *)(peer + ranks), *local = rank + experts, *of = local + experts;
+    k_u64 *peer = g->tables, *board = peer + ranks;
+    k_i32 *rank = (k_i32 *)(board + ranks), *local = rank + experts, *of = local + experts;
     k_i32 *first = of + experts;
     k_i32 at = 0;
     for (int e = 0; e < c->num_experts; e++) {
@@ -139,6 +139,7 @@ static ep_status make_tables(ep_group *g) {
     }
     g->num_local = first[g->rank + 1] - first[g->rank];
     g->k.peer = peer;
+    g->k.board = board;
     g->k.expert_rank = rank;
     g->k.expert_local = local;
     g->k.rank_expert = of;
@@ -160,6 +161,11 @@ static void fill_kernel_group(ep_group *g) {
     k->max_recv_rows = g->plan.info.max_recv_rows;
     k->ctl = g->ctl;
     k->map = g->plan.map;
+    k_u64 *peer = g->tables, *board = peer + g->num_ranks;
+    for (int r = 0; r < g->num_ranks; r++) {
+        peer[r] = epi_mem_arena_address(g->mem, r);
+        board[r] = g->cuda ? epi_mem_board_address(g->mem, r) : peer[r] + g->plan.map.board;
+    }
     g->ctl->timeout_ns = g->timeout_ns;
     g->ctl->late_ns = g->timeout_ns / 2 < LATE_NS ? g->timeout_ns / 2 : LATE_NS;
 }
@@ -184,9 +190,7 @@ static void on_dead(void *ctx, int rank, const char *why) {
     int none = -1;
     if (atomic_compare_exchange_strong(&g->dead_rank, &none, rank)) {
         epi_format(g->dead_why, sizeof(g->dead_why), "%s", why ? why : "");
-        k_u64 zero = 0;
-        atomic_compare_exchange_strong((_Atomic k_u64 *)&g->ctl->abort, &zero,
-                                       K_ABORT_PACK(K_ERR_PEER, 0, rank, 0, 0, 0));
+        epi_group_died(g, rank);
     }
 }
 
@@ -212,15 +216,64 @@ static ep_status meet(ep_group *g) {
     return st;
 }
 
-/* Everything that needs memory of this rank alone. */
+int epi_group_workers(const ep_group *g, int wanted) {
+    const int n = wanted ? wanted : g->workers;
+    return n < g->most_workers ? n : g->most_workers;
+}
+
+struct epi_shape epi_group_shape(const ep_group *g, int workers, int row_bytes) {
+    if (g->cuda) {
+        return epi_cuda_shape(g, workers, row_bytes);
+    }
+    const struct epi_grid grid = epi_run_grid(workers);
+    const struct epi_shape s = {grid.blocks, grid.send_blocks, EPI_HOST_STAGES,
+                                epi_plan_stage_bytes(row_bytes)};
+    return s;
+}
+
+/* Everything that needs this rank alone. */
 static ep_status make_local(ep_group *g) {
     ep_status st = epi_plan(&g->config, g->num_ranks, &g->plan);
     if (st == EP_OK) {
         st = make_tables(g);
     }
-    if (st == EP_OK) {
-        g->workers = choose_workers(g);
+    if (st == EP_OK && g->config.device == EP_DEVICE_CUDA) {
+        st = epi_cuda_open(g);
+    } else if (st == EP_OK) {
+        g->workers = g->most_workers = choose_workers(g);
         st = epi_run_create(&g->run, g->workers, epi_plan_warp_bytes(&g->config, &g->plan));
+    }
+    return st;
+}
+
+static ep_status make_memory(ep_group *g, const struct epi_exchange *x) {
+    struct epi_mem_device device;
+    struct epi_mem_config m;
+    memset(&m, 0, sizeof(m));
+    m.exchange = *x;
+    m.arena_bytes = (size_t)g->plan.info.arena_bytes;
+    m.threads = epi_boot_is_threads(g->boot);
+    m.deadline = epi_deadline_after(g->timeout_ns);
+    if (g->cuda) {
+        epi_cuda_memory(g, &m, &device);
+    }
+    return epi_mem_create(&g->mem, &m);
+}
+
+/* With memory: what kernels read, and the boards. */
+static ep_status make_readable(ep_group *g, const struct epi_exchange *x) {
+    ep_status st = EP_OK;
+    fill_kernel_group(g);
+    epi_group_hang_board(g);
+    if (g->cuda) {
+        st = epi_cuda_choose_workers(g, x);
+        if (st == EP_OK) {
+            st = epi_cuda_fill(g);
+        }
+        if (st == EP_OK) {
+            st = epi_cuda_watch(g);
+        }
+        st = epi_agree(x, st, "preparing the device");
     }
     return st;
 }
@@ -236,27 +289,24 @@ static ep_status form(ep_group *g) {
         st = check_agreement(g);
     }
     if (st == EP_OK) {
-        struct epi_mem_config m = {.exchange = x,
-                                   .arena_bytes = (size_t)g->plan.info.arena_bytes,
-                                   .threads = epi_boot_is_threads(g->boot),
-                                   .deadline = epi_deadline_after(g->timeout_ns)};
-        st = epi_mem_create(&g->mem, &m);
+        st = make_memory(g, &x);
     }
     if (st == EP_OK) {
-        k_u64 *peer = g->tables;
-        for (int r = 0; r < g->num_ranks; r++) {
-            peer[r] = (k_u64)(uintptr_t)epi_mem_arena(g->mem, r);
-        }
-        fill_kernel_group(g);
-        st = epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns));
+        st = make_readable(g, &x);
     }
-    return st;
+    return st == EP_OK ? epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns)) : st;
 }
 
 static void free_group(ep_group *g) {
     epi_boot_destroy(&g->boot); /* first: its thread calls on_dead */
     epi_run_destroy(&g->run);
+    if (g->cuda) {
+        epi_cuda_stop(g);
+    }
     epi_mem_destroy(&g->mem);
+    if (g->cuda) {
+        epi_cuda_close(g);
+    }
     epi_free(g->tables);
     epi_free(g->ctl);
     pthread_cond_destroy(&g->turn);
@@ -301,6 +351,18 @@ ep_status epi_group_create(ep_group **out, const struct ep_group_config *config)
     return EP_OK;
 }
 
+/* The last operation that this rank has taken part in. */
+static uint64_t last_operation(ep_group *g) {
+    struct k_ctl ctl;
+    pthread_mutex_lock(&g->mutex);
+    uint64_t last = g->issued;
+    pthread_mutex_unlock(&g->mutex);
+    if (g->cuda && epi_cuda_read_ctl(g, &ctl) == EP_OK) {
+        last = ctl.epoch; /* graphs have run some that nobody has issued */
+    }
+    return last;
+}
+
 void epi_group_destroy(ep_group **group) {
     ep_group *g = *group;
     *group = NULL;
@@ -310,13 +372,18 @@ void epi_group_destroy(ep_group **group) {
                 "not be used or destroyed any more",
                 g->num_handles);
     }
-    if (!epi_group_faulted(g)) {
+    const bool settled = !g->cuda || epi_cuda_settle(g);
+    if (settled && !epi_group_faulted(g)) {
         /* Peers may still write here or read what this rank wrote: leave together. One that
          * is in, or begins, an operation that this rank will not join is not left waiting. */
-        epi_group_leave(g);
+        epi_group_leave(g, last_operation(g));
         epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns));
     }
-    free_group(g);
+    if (settled) {
+        free_group(g);
+    } else {
+        epi_boot_destroy(&g->boot);
+    }
 }
 
 /* ---- order of operations -------------------------------------------------------------------- */

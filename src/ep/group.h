@@ -22,12 +22,15 @@ struct ep_group {
     struct epi_plan plan;
     struct epi_boot *boot;
     struct epi_mem *mem;
-    struct epi_run *run;
-    int rank, num_ranks, num_local, workers;
+    struct epi_run *run;   /* of a host group ... */
+    struct epi_cuda *cuda; /* ... or all that a CUDA group has instead */
+    int rank, num_ranks, num_local;
+    int workers, most_workers; /* of an operation: by default, at most */
     int64_t timeout_ns;
     struct k_group k;
-    void *tables; /* the arrays that k points to */
-    struct k_ctl *ctl;
+    void *tables;      /* the arrays that k points to, or a copy of them in host memory */
+    struct k_ctl *ctl; /* of a host group */
+    _Atomic(struct k_board *) board; /* this rank's, once there is memory */
 
     pthread_mutex_t mutex;
     pthread_cond_t turn;
@@ -39,7 +42,6 @@ struct ep_group {
     uint64_t fault_last;      /* issued by then */
     atomic_int dead_rank;     /* -1, or who died */
     char dead_why[96];
-    struct ep_group_stats stats; /* guarded by mutex */
 };
 
 enum epi_dispatch_part { EPI_DISPATCH_ALL, EPI_DISPATCH_BEGIN, EPI_DISPATCH_FINISH };
@@ -60,9 +62,11 @@ struct ep_handle {
     ep_group *group;
     struct ep_handle_config config;
     int id;
-    struct k_handle k;
-    void *block;
-    atomic_int pending; /* pieces of work queued and not ended */
+    struct k_handle k;       /* of a CUDA group: addresses of the device */
+    void *block;             /* that k points into */
+    struct k_counts *notice; /* what kernels tell the host */
+    int notice_slot;         /* of a CUDA group */
+    atomic_int pending;      /* pieces of work queued and not ended */
 
     /* As issued; the calling thread's view. */
     int tokens, topk;
@@ -73,6 +77,8 @@ struct ep_handle {
     int32_t x_dtype;     /* of the last dispatch's rows ... */
     int64_t x_cols;      /* ... and their elements */
     int32_t scales_dtype;
+    uint64_t routed_by;             /* CUDA: ticket of the last route ... */
+    bool captured;                  /* ... and whether what was last enqueued is in a graph */
     struct epi_dispatch_task begun; /* between begin and finish */
     atomic_bool unfit; /* the last uncached dispatch did not fit anywhere: nothing arrived */
 };
@@ -89,6 +95,8 @@ void epi_group_destroy(ep_group **group);
 ep_status epi_group_check(ep_group *g, uint64_t n);
 /* EP_ERR_FAULTED if an operation has returned the fault: nothing new is begun. */
 ep_status epi_group_refuse(ep_group *g);
+/* The same for the operation that would come next, which then returns the fault itself. */
+ep_status epi_group_refuse_next(ep_group *g);
 /* Whether the kernels, a peer or the boot have raised a fault. Not one: a peer in destroy. */
 bool epi_group_faulted(ep_group *g);
 /* Whether operation n is not to go on: after a fault, or without a peer that has left. */
@@ -97,8 +105,13 @@ void epi_group_describe(ep_group *g, struct ep_fault *f);
 /* Ends all waits of this rank, and of the peers from operation n on (all: 0). Operation n returns
  * the status itself. */
 void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n);
-/* Tells the peers that this rank takes no part in operations after those it has issued. */
-void epi_group_leave(ep_group *g);
+/* Tells the peers that this rank takes no part in operations after `last`. */
+void epi_group_leave(ep_group *g, uint64_t last);
+/* There is memory: from now on boards are read and written. */
+void epi_group_hang_board(ep_group *g);
+/* A rank has died; from any thread. */
+void epi_group_died(ep_group *g, int rank);
+void epi_group_log_late(const ep_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
 /* A kernel's wait has become long; `word` is {epoch | phase : 16 | peer : 16}. */
 void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
 
@@ -112,8 +125,9 @@ void epi_group_end(ep_group *g, uint64_t n, bool ran);
 ep_status epi_handle_create(ep_handle **out, ep_group *g,
                             const struct ep_handle_config *config);
 void epi_handle_destroy(ep_handle **handle);
-ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, ep_stream *stream);
-ep_status epi_handle_layout(ep_handle *h, const struct ep_layout *l, ep_stream *stream);
+ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, void *stream);
+ep_status epi_handle_layout(ep_handle *h, const struct ep_layout *l, void *stream);
+ep_status epi_handle_status(ep_handle *h);
 ep_status epi_handle_counts(ep_handle *h, int64_t *rows, int32_t *per_source,
                             int32_t *per_expert);
 ep_status epi_handle_arena(ep_handle *h, uint32_t flags, ep_dtype dtype, int64_t cols,
@@ -121,11 +135,48 @@ ep_status epi_handle_arena(ep_handle *h, uint32_t flags, ep_dtype dtype, int64_t
 /* EP_ERR_CAPACITY for rows that do not fit max_recv_rows somewhere. */
 ep_status epi_unfit(const struct k_counts *c, int64_t max_recv_rows);
 
-ep_status epi_dispatch(ep_handle *h, const struct ep_dispatch_args *a, ep_stream *stream,
+ep_status epi_dispatch(ep_handle *h, const struct ep_dispatch_args *a, void *stream,
                        enum epi_dispatch_part part);
 /* Ends a dispatch that has begun and will not be finished: its rows arrive and are not read. */
 void epi_dispatch_drop(ep_handle *h);
-ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, ep_stream *stream);
+ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, void *stream);
+
+/* ---- cuda.c: CUDA groups -------------------------------------------------------------------- */
+
+/* How an operation is launched. */
+struct epi_shape {
+    int blocks, send_blocks, stages, stage_bytes;
+};
+/* Of both kinds of groups. Workers: as a call asks for, 0 the group's. */
+int epi_group_workers(const ep_group *g, int wanted);
+struct epi_shape epi_group_shape(const ep_group *g, int workers, int row_bytes);
+
+/* In the order of create: the device and its kernels; the table for src/mem; then SMs; what kernels
+ * read; the thread that reports. */
+ep_status epi_cuda_open(ep_group *g);
+void epi_cuda_memory(ep_group *g, struct epi_mem_config *m, struct epi_mem_device *ops);
+ep_status epi_cuda_choose_workers(ep_group *g, const struct epi_exchange *x);
+ep_status epi_cuda_fill(ep_group *g);
+ep_status epi_cuda_watch(ep_group *g);
+/* And of destroy: operations have ended, or not in time; before the memory goes; after it. */
+bool epi_cuda_settle(ep_group *g);
+void epi_cuda_stop(ep_group *g);
+void epi_cuda_close(ep_group *g);
+
+/* SMs that saturate a link with rows of this size. Pure. */
+int epi_cuda_send_sms(int major, bool nvlink, int row_bytes);
+struct epi_shape epi_cuda_shape(const ep_group *g, int workers, int row_bytes);
+struct epi_gpu *epi_cuda_gpu(const ep_group *g);
+/* Under the group's mutex: launches a kernel behind the last one. */
+ep_status epi_cuda_run(ep_group *g, enum epi_kernel kernel, const void *args, int blocks,
+                       void *stream, bool *capturing);
+ep_status epi_cuda_handle(ep_handle *h, const struct epi_handle_map *map);
+void epi_cuda_drop_handle(ep_handle *h);
+/* Copies device memory of the group's own; waits for the copy only. */
+ep_status epi_cuda_read(ep_group *g, void *out, const void *at, size_t bytes);
+ep_status epi_cuda_read_ctl(ep_group *g, struct k_ctl *out);
+/* EP_ERR_ARG for memory of the other kind of group; of both kinds. */
+ep_status epi_cuda_check_place(const ep_group *g, const char *name, const struct ep_tensor *t);
 
 /* ---- tensor.c ------------------------------------------------------------------------------- */
 

@@ -7,21 +7,35 @@
 
 #include <string.h>
 
-ep_status epi_handle_create(ep_handle **out, ep_group *g,
-                            const struct ep_handle_config *config) {
+static ep_status make_block(ep_handle *h) {
+    ep_group *g = h->group;
     struct epi_handle_map map;
-    struct ep_group_config sizes = g->config;
-    epi_plan_handle(&sizes, &g->plan, &map);
-    ep_handle *h = epi_alloc(sizeof(*h));
-    void *block = h ? epi_alloc(map.bytes) : NULL;
-    if (!block) {
-        epi_free(h);
+    epi_plan_handle(&g->config, &g->plan, &map);
+    if (g->cuda) {
+        return epi_cuda_handle(h, &map);
+    }
+    h->block = epi_alloc(map.bytes);
+    if (!h->block) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)", map.bytes);
     }
+    epi_plan_carve(&h->k, h->block, &map);
+    h->notice = h->k.notice;
+    return EP_OK;
+}
+
+ep_status epi_handle_create(ep_handle **out, ep_group *g,
+                            const struct ep_handle_config *config) {
+    ep_handle *h = epi_alloc(sizeof(*h));
+    if (!h) {
+        return epi_fail(EP_ERR_NOMEM, "no memory for a handle");
+    }
     h->group = g;
-    h->block = block;
     h->config = *config;
-    epi_plan_carve(&h->k, block, &map);
+    ep_status st = make_block(h);
+    if (st != EP_OK) {
+        epi_free(h);
+        return st;
+    }
     pthread_mutex_lock(&g->mutex);
     h->id = g->next_handle++ & 0xffff;
     g->num_handles++;
@@ -40,7 +54,11 @@ void epi_handle_destroy(ep_handle **handle) {
     pthread_mutex_lock(&h->group->mutex);
     h->group->num_handles--;
     pthread_mutex_unlock(&h->group->mutex);
-    epi_free(h->block);
+    if (h->group->cuda) {
+        epi_cuda_drop_handle(h);
+    } else {
+        epi_free(h->block);
+    }
     epi_free(h);
 }
 
@@ -56,10 +74,7 @@ struct route_task {
 #define UNFINISHED (~UINT64_C(0) - 1)
 
 static ep_status refuse_route(ep_group *g) {
-    pthread_mutex_lock(&g->mutex);
-    const uint64_t next = g->issued + 1;
-    pthread_mutex_unlock(&g->mutex);
-    ep_status st = epi_group_check(g, next);
+    ep_status st = epi_group_refuse_next(g);
     return st != EP_OK ? st : epi_fail(EP_ERR_INTERNAL, "the routing was not computed");
 }
 
@@ -94,7 +109,17 @@ static ep_status run_route(void *arg) {
     return st;
 }
 
-ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, ep_stream *stream) {
+/* Local work of a CUDA group: the stream has it when this returns. */
+static ep_status run_on_device(ep_handle *h, enum epi_kernel kernel, const void *args,
+                               void *stream) {
+    ep_group *g = h->group;
+    pthread_mutex_lock(&g->mutex);
+    ep_status st = epi_cuda_run(g, kernel, args, g->workers, stream, &h->captured);
+    pthread_mutex_unlock(&g->mutex);
+    return st;
+}
+
+ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, void *stream) {
     const struct ep_tensor *in = r->topk_ids ? r->topk_ids : r->token_in_rank;
     struct route_task t;
     memset(&t, 0, sizeof(t));
@@ -115,6 +140,10 @@ ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, ep_stream *
     h->by_mask = r->topk_ids == NULL;
     h->dispatched = false;
     h->routed = true;
+    t.args.ticket = ++h->routed_by;
+    if (h->group->cuda) {
+        return run_on_device(h, EPI_KERNEL_ROUTE, &t.args, stream);
+    }
     atomic_fetch_add(&h->pending, 1);
     ep_status st = epi_stream_submit(stream, run_route, &t, sizeof(t));
     if (st != EP_OK) {
@@ -144,7 +173,7 @@ static k_u64 address_of(const struct ep_tensor *t) {
     return t ? (k_u64)(uintptr_t)t->data : 0;
 }
 
-ep_status epi_handle_layout(ep_handle *h, const struct ep_layout *l, ep_stream *stream) {
+ep_status epi_handle_layout(ep_handle *h, const struct ep_layout *l, void *stream) {
     struct layout_task t;
     memset(&t, 0, sizeof(t));
     t.h = h;
@@ -158,19 +187,25 @@ ep_status epi_handle_layout(ep_handle *h, const struct ep_layout *l, ep_stream *
     t.args.tokens_per_expert = address_of(l->tokens_per_expert);
     t.args.token_in_rank = address_of(l->token_in_rank);
     t.args.channel_prefix = address_of(l->channel_prefix);
+    if (h->group->cuda) {
+        return run_on_device(h, EPI_KERNEL_LAYOUT, &t.args, stream);
+    }
     atomic_fetch_add(&h->pending, 1);
     return epi_stream_submit(stream, run_layout, &t, sizeof(t));
 }
 
 /* ---- what arrived --------------------------------------------------------------------------- */
 
+static bool is_known(const k_u64 *word, uint64_t ticket) {
+    return (uint32_t)(atomic_load_explicit((const _Atomic k_u64 *)word, memory_order_acquire) >>
+                      32) == (uint32_t)ticket;
+}
+
 /* Waits for the exchange of operation `number` on this handle. */
 static ep_status await_counts(ep_handle *h) {
     ep_group *g = h->group;
-    const _Atomic k_u64 *known = (const _Atomic k_u64 *)&h->k.counts->known;
     for (int turn = 0;; turn++) {
-        if ((uint32_t)(atomic_load_explicit(known, memory_order_acquire) >> 32) ==
-            (uint32_t)h->counted_by) {
+        if (is_known(&h->notice->known, h->counted_by)) {
             return EP_OK;
         }
         if (epi_group_ends(g, h->counted_by) && atomic_load(&h->pending) == 0) {
@@ -178,6 +213,50 @@ static ep_status await_counts(ep_handle *h) {
         }
         epi_sleep_ns(turn < 100 ? 2 * EPI_NS_PER_US : 50 * EPI_NS_PER_US);
     }
+}
+
+/* What kernels of a CUDA group have found, told once. */
+static ep_status take_findings(ep_handle *h) {
+    struct k_counts *n = h->notice;
+    const uint64_t bad = n->bad, over = n->over;
+    if (!h->captured && n->routed != h->routed_by) {
+        return EP_AGAIN;
+    }
+    n->bad = ~UINT64_C(0);
+    n->over = 0;
+    if (bad != ~UINT64_C(0)) {
+        const int topk = h->topk > 0 ? h->topk : 1;
+        return epi_fail(EP_ERR_ARG,
+                        "topk_ids[%lld][%lld] is not -1 or 0..%d; it was treated as -1",
+                        (long long)(bad / (uint64_t)topk), (long long)(bad % (uint64_t)topk),
+                        h->group->config.num_experts - 1);
+    }
+    if (over) {
+        return epi_fail(EP_ERR_CAPACITY,
+                        "%lld rows are needed and the outputs hold fewer: rows past them were "
+                        "not written",
+                        (long long)over);
+    }
+    return EP_OK;
+}
+
+ep_status epi_handle_status(ep_handle *h) {
+    ep_group *g = h->group;
+    if (epi_group_faulted(g)) {
+        return epi_group_refuse_next(g);
+    }
+    if (!g->cuda) {
+        return atomic_load(&h->pending) > 0 ? EP_AGAIN
+               : atomic_load(&h->unfit)     ? epi_unfit(h->notice, g->plan.info.max_recv_rows)
+                                            : EP_OK;
+    }
+    if (h->dispatched && !h->captured && !is_known(&h->notice->known, h->counted_by)) {
+        return EP_AGAIN;
+    }
+    if (h->dispatched && h->notice->need) {
+        return epi_unfit(h->notice, g->plan.info.max_recv_rows);
+    }
+    return h->routed ? take_findings(h) : EP_OK;
 }
 
 ep_status epi_unfit(const struct k_counts *c, int64_t max_recv_rows) {
@@ -189,33 +268,67 @@ ep_status epi_unfit(const struct k_counts *c, int64_t max_recv_rows) {
         (long long)K_NEED_ROWS(c->need));
 }
 
+/* The counts that kernels left in memory that may be a device's. */
+static ep_status read_counts(ep_handle *h, int32_t *per_source, int32_t *per_expert) {
+    const int ranks = h->group->num_ranks, local = h->group->num_local;
+    const size_t words = (size_t)ranks + (size_t)ranks * (size_t)local;
+    k_u32 *copy = NULL;
+    const k_u32 *source = h->k.recv_count, *expert = h->k.recv_expert;
+    ep_status st = EP_OK;
+    if (h->group->cuda && (per_source || per_expert)) {
+        copy = epi_alloc_array(words, sizeof(*copy));
+        if (!copy) {
+            return epi_fail(EP_ERR_NOMEM, "no memory for counts");
+        }
+        source = copy;
+        expert = copy + ranks;
+        st = epi_cuda_read(h->group, copy, h->k.recv_count, (size_t)ranks * 4);
+        if (st == EP_OK && per_expert) {
+            st = epi_cuda_read(h->group, copy + ranks, h->k.recv_expert,
+                               (size_t)ranks * (size_t)local * 4);
+        }
+    }
+    for (int s = 0; st == EP_OK && per_source && s < ranks; s++) {
+        per_source[s] = (int32_t)source[s];
+    }
+    for (int e = 0; st == EP_OK && per_expert && e < local; e++) {
+        per_expert[e] = 0;
+        for (int s = 0; s < ranks; s++) {
+            per_expert[e] += (int32_t)expert[s * local + e];
+        }
+    }
+    epi_free(copy);
+    return st;
+}
+
 ep_status epi_handle_counts(ep_handle *h, int64_t *rows, int32_t *per_source,
                             int32_t *per_expert) {
+    ep_group *g = h->group;
+    if (h->captured) {
+        return epi_fail(EP_ERR_STATE,
+                        "ep_handle_counts: the handle's last dispatch was captured "
+                        "in a graph: read num_rows and expert_counts");
+    }
     ep_status st = await_counts(h);
     if (st != EP_OK) {
         return st;
     }
-    if (h->k.counts->need) {
-        pthread_mutex_lock(&h->group->mutex);
+    if (h->notice->need) {
+        pthread_mutex_lock(&g->mutex);
         h->dispatched = false; /* and a dispatch that has begun needs no finish */
-        h->group->begun = h->group->begun == h ? NULL : h->group->begun;
-        pthread_mutex_unlock(&h->group->mutex);
-        return epi_unfit(h->k.counts, h->group->plan.info.max_recv_rows);
+        g->begun = g->begun == h ? NULL : g->begun;
+        pthread_mutex_unlock(&g->mutex);
+        return epi_unfit(h->notice, g->plan.info.max_recv_rows);
     }
-    const int ranks = h->group->num_ranks, local = h->group->num_local;
-    if (rows) {
-        *rows = h->k.counts->rows;
+    const int64_t known = h->notice->rows;
+    st = g->cuda ? take_findings(h) : EP_OK;
+    if (st == EP_OK) {
+        st = read_counts(h, per_source, per_expert);
     }
-    for (int s = 0; per_source && s < ranks; s++) {
-        per_source[s] = (int32_t)h->k.recv_count[s];
+    if (st == EP_OK && rows) {
+        *rows = known;
     }
-    for (int e = 0; per_expert && e < local; e++) {
-        per_expert[e] = 0;
-        for (int s = 0; s < ranks; s++) {
-            per_expert[e] += (int32_t)h->k.recv_expert[s * local + e];
-        }
-    }
-    return EP_OK;
+    return st;
 }
 
 ep_status epi_handle_arena(ep_handle *h, uint32_t flags, ep_dtype dtype, int64_t cols,
@@ -226,7 +339,7 @@ ep_status epi_handle_arena(ep_handle *h, uint32_t flags, ep_dtype dtype, int64_t
     const int64_t bytes = (int64_t)ep_dtype_bytes(dtype) * cols;
     const int64_t slot = (int64_t)(expanded ? m->expanded_slot_bytes : m->recv_slot_bytes);
     const int64_t rows = expanded ? g->plan.info.max_expanded_rows : g->plan.info.max_recv_rows;
-    char *arena = epi_mem_arena(g->mem, g->rank);
+    char *arena = (char *)(uintptr_t)epi_mem_arena_address(g->mem, g->rank);
     ep_tensor_2d(view, dtype,
                  arena + (expanded ? m->expanded : m->recv) + (int64_t)h->slot * slot,
                  bytes > 0 && slot / bytes < rows ? slot / bytes : rows, cols);

@@ -99,7 +99,7 @@ static uint64_t take(uint64_t *at, int64_t bytes) {
 
 static void map_control(struct epi_plan *p, uint64_t *at) {
     const int64_t ranks = p->num_ranks, chans = p->info.num_channels;
-    p->map.abort = take(at, 8);
+    p->map.board = take(at, (int64_t)sizeof(struct k_board));
     p->map.ready = take(at, 2 * ranks * K_READY_STRIDE * 8);
     p->map.counts = take(at, 2 * ranks * p->count_words * 8);
     p->map.answers = take(at, 2 * ranks * K_ANSWER_WORDS * 8);
@@ -220,7 +220,7 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
 }
 
 size_t epi_plan_table_bytes(const struct ep_group_config *c, int num_ranks) {
-    return (size_t)num_ranks * 8 + (size_t)c->num_experts * 12 + ((size_t)num_ranks + 1) * 4;
+    return (size_t)num_ranks * 16 + (size_t)c->num_experts * 12 + ((size_t)num_ranks + 1) * 4;
 }
 
 int epi_plan_stage_bytes(int row_bytes) {
@@ -291,6 +291,7 @@ void epi_plan_carve(struct k_handle *k, char *block, const struct epi_handle_map
     AT(remote_slot);
     AT(expand_row);
     AT(counts);
+    k->notice = k->counts;
     AT(sync);
 #undef AT
 }

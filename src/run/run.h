@@ -37,6 +37,47 @@ void epi_run_destroy(struct epi_run **run);
  * The calling thread is one of them. Kernels of one pool run one after the other. */
 void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *args, int workers);
 
+/* ---- kernels on a CUDA device (gpu.c) ------------------------------------------------------- */
+
+struct epi_cu_device;
+struct epi_gpu;
+
+/* Of every launch: warps of a block, and the ring of each warp's mover. */
+struct epi_gpu_shape {
+    int warps, stages, stage_bytes;
+};
+
+/* Opens the device, compiles what is not compiled, loads what is not loaded. `scratch_bytes` of
+ * shared memory are each warp's own. EP_ERR_UNSUPPORTED says what is missing. */
+ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bool generic);
+/* After epi_gpu_idle. Does not wait. */
+void epi_gpu_destroy(struct epi_gpu **gpu);
+const struct epi_cu_device *epi_gpu_device(const struct epi_gpu *g);
+void *epi_gpu_stream(const struct epi_gpu *g); /* of high priority */
+struct epi_gpu_shape epi_gpu_shape(const struct epi_gpu *g);
+
+/* Zeroed; returns when it is. */
+ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes);
+/* Returns at once; the memory goes when what was launched so far has ended. */
+void epi_gpu_free(struct epi_gpu *g, uint64_t *at);
+/* Copies that do not wait for kernels; done on return. */
+ep_status epi_gpu_in(struct epi_gpu *g, uint64_t to, const void *from, size_t bytes);
+ep_status epi_gpu_out(struct epi_gpu *g, void *to, uint64_t from, size_t bytes);
+
+/* Launches of a rank follow each other: begin, launch, end, one caller at a time. Begin makes the
+ * stream wait for the launch before; *capturing (may be NULL): the stream is being captured. */
+ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, bool *capturing);
+ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
+                         int blocks, void *stream);
+ep_status epi_gpu_end(struct epi_gpu *g, void *stream);
+ep_status epi_gpu_is_capturing(struct epi_gpu *g, void *stream, bool *capturing);
+/* The device's own stream waits for what is on `stream` now. */
+ep_status epi_gpu_fork(struct epi_gpu *g, void *stream);
+/* The stream waits for the last launch, outside of captures. */
+ep_status epi_gpu_join(struct epi_gpu *g, void *stream);
+/* EP_OK: all that was launched outside of captures has ended; EP_AGAIN. */
+ep_status epi_gpu_idle(struct epi_gpu *g);
+
 /* ---- streams -------------------------------------------------------------------------------- */
 
 #define EPI_TASK_BYTES 2048
@@ -44,6 +85,9 @@ void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *arg
 /* A queued piece of work: its argument is copied into the queue. Its status is kept for the next
  * synchronisation if it is the first that is not EP_OK, with the error text of the thread. */
 typedef ep_status (*epi_task_fn)(void *arg);
+
+ep_status epi_stream_create(ep_stream **out);
+ep_status epi_event_create(ep_event **out);
 
 /* Queues fn on the stream, or with stream NULL calls it here and returns its status. Blocks only
  * while the queue is full. */

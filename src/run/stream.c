@@ -81,10 +81,7 @@ ep_status epi_stream_submit(ep_stream *s, epi_task_fn fn, const void *arg, size_
     return EP_OK;
 }
 
-ep_status ep_stream_create(ep_stream **out, ep_group *group) {
-    if (!out || !group) {
-        return epi_fail(EP_ERR_ARG, "ep_stream_create: %s is NULL", out ? "group" : "out");
-    }
+ep_status epi_stream_create(ep_stream **out) {
     ep_stream *s = epi_alloc(sizeof(*s));
     if (!s) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a stream (%zu bytes)", sizeof(*s));
@@ -160,10 +157,7 @@ ep_status ep_stream_run(ep_stream *s, void (*fn)(void *), void *arg) {
 
 /* ---- events --------------------------------------------------------------------------------- */
 
-ep_status ep_event_create(ep_event **out, ep_group *group) {
-    if (!out || !group) {
-        return epi_fail(EP_ERR_ARG, "ep_event_create: %s is NULL", out ? "group" : "out");
-    }
+ep_status epi_event_create(ep_event **out) {
     ep_event *e = epi_alloc(sizeof(*e));
     if (!e) {
         return epi_fail(EP_ERR_NOMEM, "no memory for an event");

@@ -1,0 +1,434 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * CUDA groups: the device of a rank, its memory in the words of src/mem, what kernels need on the
+ * device, and the thread that reports what kernels leave on the board. Operations themselves are
+ * prepared where those of host groups are, and launched through epi_cuda_run.
+ */
+#include "src/ep/group.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "src/cu/cu.h"
+
+/* A rank's board and, behind it, what its handles tell the host. */
+#define BOARD_BYTES 65536
+#define NOTICE_BYTES 64
+#define FIRST_NOTICE 4096
+#define NUM_NOTICES ((BOARD_BYTES - FIRST_NOTICE) / NOTICE_BYTES)
+#define WATCH_NS (100 * EPI_NS_PER_MS)
+
+_Static_assert(sizeof(struct k_board) <= FIRST_NOTICE, "a board and notices do not overlap");
+_Static_assert(sizeof(struct k_counts) <= NOTICE_BYTES, "a notice is counts");
+
+struct epi_cuda {
+    struct epi_gpu *gpu;
+    uint64_t tables, ctl;
+    bool notice_taken[NUM_NOTICES]; /* guarded by the group's mutex, as is `stop` */
+    bool watching, stop;
+    pthread_t watcher;
+    pthread_cond_t stopping;
+};
+
+/* ---- choosing a device --------------------------------------------------------------------- */
+
+static ep_status choose_device(const ep_group *g, int *index) {
+    ep_status st = epi_cu_open();
+    if (st != EP_OK) {
+        return st;
+    }
+    const char *local = epi_env("LOCAL_RANK");
+    *index = g->config.device_index;
+    if (*index < 0) {
+        *index = epi_cu_current_device();
+    }
+    if (*index < 0) {
+        *index = (local && !g->config.world ? atoi(local) : g->rank) % epi_cu_num_devices();
+    }
+    return *index < epi_cu_num_devices()
+               ? EP_OK
+               : epi_fail(EP_ERR_ARG, "ep_group_config.device_index is %d, must be -1..%d",
+                          *index, epi_cu_num_devices() - 1);
+}
+
+static bool wants_generic_mover(void) {
+    const char *disable = epi_env("DISABLE_SM90_FEATURES");
+    return disable && strcmp(disable, "0") != 0;
+}
+
+ep_status epi_cuda_open(ep_group *g) {
+    int index = -1;
+    struct epi_cuda *c = epi_alloc(sizeof(*c));
+    if (!c) {
+        return epi_fail(EP_ERR_NOMEM, "no memory for a CUDA group");
+    }
+    g->cuda = c;
+    epi_cond_init(&c->stopping);
+    ep_status st = choose_device(g, &index);
+    if (st == EP_OK) {
+        st = epi_gpu_create(&c->gpu, index, K_SCRATCH_BYTES(g->plan.max_dests),
+                            wants_generic_mover());
+    }
+    if (st == EP_OK) {
+        const struct epi_cu_device *d = epi_gpu_device(c->gpu);
+        epi_log(EPI_LOG_INFO, "device %d: %s, sm_%d%d, %d SMs", d->index, d->name, d->major,
+                d->minor, d->num_sms);
+    }
+    return st;
+}
+
+/* ---- SMs ----------------------------------------------------------------------------------- */
+
+/* What one GPU sends to another, in GB/s, and what one SM can push. From measurements of H200s;
+ * other generations by the ratio of their links. */
+#define NVLINK3_GBPS 230
+#define NVLINK4_GBPS 344
+#define NVLINK5_GBPS 700
+#define PCIE_GBPS 50
+#define SM_GBPS 43
+#define SMALL_ROW 2048 /* below it a row costs more than its bytes */
+
+int epi_cuda_send_sms(int major, bool nvlink, int row_bytes) {
+    const int link = !nvlink       ? PCIE_GBPS
+                     : major >= 10 ? NVLINK5_GBPS
+                     : major == 9  ? NVLINK4_GBPS
+                                   : NVLINK3_GBPS;
+    const int sms = (link + SM_GBPS - 1) / SM_GBPS;
+    return row_bytes < SMALL_ROW ? 2 * sms : sms;
+}
+
+struct seat {
+    uint8_t uuid[16];
+    int64_t process;
+};
+
+/* Differs between processes, also of different containers. */
+static int64_t process_id(void) {
+    static _Atomic int64_t id;
+    int64_t none = 0;
+    atomic_compare_exchange_strong(&id, &none, epi_now_ns() ^ ((int64_t)getpid() << 40));
+    return atomic_load(&id);
+}
+
+/* How many SMs this rank's operations take unless a call says otherwise. Ranks of one process on
+ * one device must all fit at once, also while each routes. */
+ep_status epi_cuda_choose_workers(ep_group *g, const struct epi_exchange *x) {
+    const struct epi_cu_device *d = epi_gpu_device(g->cuda->gpu);
+    struct seat mine, *all = epi_alloc_array((size_t)g->num_ranks, sizeof(*all));
+    int sharing = 0, others = 0;
+    ep_status st = EP_OK;
+    memset(&mine, 0, sizeof(mine));
+    memcpy(mine.uuid, d->uuid, sizeof(mine.uuid));
+    mine.process = process_id();
+    if (!all) {
+        st = epi_fail(EP_ERR_NOMEM, "no memory to compare %d ranks", g->num_ranks);
+    }
+    st = epi_agree(x, st, "dividing the SMs");
+    if (st == EP_OK) {
+        st = x->allgather(x->ctx, &mine, sizeof(mine), all);
+    }
+    for (int r = 0; st == EP_OK && r < g->num_ranks; r++) {
+        const bool here = memcmp(all[r].uuid, mine.uuid, sizeof(mine.uuid)) == 0;
+        sharing += here && all[r].process == mine.process;
+        others += !here;
+    }
+    epi_free(all);
+    if (st != EP_OK) {
+        return st;
+    }
+    const int most = sharing > 1 ? d->num_sms / sharing / 2 : d->num_sms;
+    const int wanted = 3 * epi_cuda_send_sms(d->major, others == 0 || epi_mem_on_device(g->mem),
+                                             g->config.max_row_bytes);
+    const int cap = most < 1 ? 1 : most < K_MAX_BLOCKS ? most : K_MAX_BLOCKS;
+    g->workers = g->config.num_workers ? g->config.num_workers : wanted < cap ? wanted : cap;
+    if (g->workers > cap) {
+        st = epi_fail(EP_ERR_ARG,
+                      "ep_group_config.num_workers is %d, must be at most %d: device %d has %d "
+                      "SMs for %d rank(s) of this process",
+                      g->workers, cap, d->index, d->num_sms, sharing);
+    }
+    g->most_workers = cap;
+    return st;
+}
+
+/* ---- memory, in the words of src/mem -------------------------------------------------------- */
+
+static const struct epi_cu_device *device_of(void *ctx) {
+    return epi_gpu_device(((struct epi_cuda *)ctx)->gpu);
+}
+
+static struct epi_mem_piece piece_of(const struct epi_cu_memory *m) {
+    const struct epi_mem_piece p = {m->address, {m->bytes, m->handle, m->mapped}};
+    return p;
+}
+
+static struct epi_cu_memory memory_of(const struct epi_mem_piece *p) {
+    const struct epi_cu_memory m = {p->address, p->own[0], p->own[1], p->own[2]};
+    return m;
+}
+
+static ep_status create_memory(void *ctx, size_t bytes, struct epi_mem_piece *out, int *fd) {
+    struct epi_cu_memory m;
+    ep_status st = epi_cu_memory_create(device_of(ctx), bytes, &m);
+    if (st == EP_OK && fd) {
+        st = epi_cu_memory_export(&m, fd);
+        if (st != EP_OK) {
+            epi_cu_memory_release(device_of(ctx), &m);
+        }
+    }
+    if (st == EP_OK) {
+        *out = piece_of(&m);
+    }
+    return st;
+}
+
+static ep_status import_memory(void *ctx, int fd, size_t bytes, struct epi_mem_piece *out) {
+    struct epi_cu_memory m;
+    ep_status st = epi_cu_memory_import(device_of(ctx), fd, bytes, &m);
+    if (st == EP_OK) {
+        *out = piece_of(&m);
+    }
+    return st;
+}
+
+static ep_status admit_peer(void *ctx, const struct epi_mem_piece *own, void *peer_ctx) {
+    const struct epi_cu_memory m = memory_of(own);
+    (void)ctx;
+    return epi_cu_memory_admit(&m, device_of(peer_ctx));
+}
+
+static void release_memory(void *ctx, const struct epi_mem_piece *piece) {
+    struct epi_cu_memory m = memory_of(piece);
+    epi_cu_memory_release(device_of(ctx), &m);
+}
+
+static ep_status attach_host(void *ctx, void *host, size_t bytes, uint64_t *address) {
+    return epi_cu_register(device_of(ctx), host, bytes, address);
+}
+
+static void detach_host(void *ctx, void *host) {
+    epi_cu_unregister(device_of(ctx), host);
+}
+
+void epi_cuda_memory(ep_group *g, struct epi_mem_config *m, struct epi_mem_device *ops) {
+    const struct epi_mem_device mine = {g->cuda,       create_memory,  admit_peer,
+                                        import_memory, release_memory, attach_host,
+                                        detach_host};
+    *ops = mine;
+    m->device = ops;
+    m->board_bytes = BOARD_BYTES;
+    m->arena_kind = (int)epi_opt_int(EPI_OPT_ARENA);
+}
+
+/* ---- what kernels read ---------------------------------------------------------------------- */
+
+/* The group's tables, made in host memory, and its control block go to the device. */
+ep_status epi_cuda_fill(ep_group *g) {
+    struct epi_cuda *c = g->cuda;
+    const size_t bytes = epi_plan_table_bytes(&g->config, g->num_ranks);
+    ep_status st = epi_gpu_alloc(c->gpu, &c->tables, bytes);
+    if (st == EP_OK) {
+        st = epi_gpu_in(c->gpu, c->tables, g->tables, bytes);
+    }
+    if (st == EP_OK) {
+        st = epi_gpu_alloc(c->gpu, &c->ctl, sizeof(*g->ctl));
+    }
+    if (st == EP_OK) {
+        st = epi_gpu_in(c->gpu, c->ctl, g->ctl, sizeof(*g->ctl));
+    }
+    if (st != EP_OK) {
+        return st;
+    }
+    const uint64_t at = c->tables - (uint64_t)(uintptr_t)g->tables;
+#define MOVE(field) g->k.field = (const void *)(uintptr_t)((uint64_t)(uintptr_t)g->k.field + at)
+    MOVE(peer);
+    MOVE(board);
+    MOVE(expert_rank);
+    MOVE(expert_local);
+    MOVE(rank_expert);
+    MOVE(rank_first);
+#undef MOVE
+    g->k.ctl = (struct k_ctl *)(uintptr_t)c->ctl;
+    return EP_OK;
+}
+
+ep_status epi_cuda_read_ctl(ep_group *g, struct k_ctl *out) {
+    return epi_gpu_out(g->cuda->gpu, out, g->cuda->ctl, sizeof(*out));
+}
+
+ep_status epi_cuda_read(ep_group *g, void *out, const void *at, size_t bytes) {
+    return epi_gpu_out(g->cuda->gpu, out, (uint64_t)(uintptr_t)at, bytes);
+}
+
+ep_status epi_cuda_handle(ep_handle *h, const struct epi_handle_map *map) {
+    ep_group *g = h->group;
+    struct epi_cuda *c = g->cuda;
+    uint64_t at = 0;
+    int slot = 0;
+    pthread_mutex_lock(&g->mutex);
+    while (slot < NUM_NOTICES && c->notice_taken[slot]) {
+        slot++;
+    }
+    if (slot < NUM_NOTICES) {
+        c->notice_taken[slot] = true;
+    }
+    pthread_mutex_unlock(&g->mutex);
+    if (slot == NUM_NOTICES) {
+        return epi_fail(EP_ERR_NOMEM, "%d handles of the group are alive, at most %d can be",
+                        NUM_NOTICES, NUM_NOTICES);
+    }
+    ep_status st = epi_gpu_alloc(c->gpu, &at, map->bytes);
+    if (st != EP_OK) {
+        c->notice_taken[slot] = false;
+        return st;
+    }
+    const size_t offset = FIRST_NOTICE + (size_t)slot * NOTICE_BYTES;
+    h->notice_slot = slot;
+    h->block = (void *)(uintptr_t)at;
+    h->notice = (void *)((char *)epi_mem_board(g->mem, g->rank) + offset);
+    memset(h->notice, 0, sizeof(*h->notice));
+    h->notice->bad = ~UINT64_C(0);
+    epi_plan_carve(&h->k, h->block, map);
+    h->k.notice = (void *)(uintptr_t)(epi_mem_board_address(g->mem, g->rank) + offset);
+    return EP_OK;
+}
+
+void epi_cuda_drop_handle(ep_handle *h) {
+    ep_group *g = h->group;
+    uint64_t at = (uint64_t)(uintptr_t)h->block;
+    pthread_mutex_lock(&g->mutex);
+    epi_gpu_free(g->cuda->gpu, &at);
+    g->cuda->notice_taken[h->notice_slot] = false;
+    pthread_mutex_unlock(&g->mutex);
+}
+
+/* ---- operations ----------------------------------------------------------------------------- */
+
+struct epi_shape epi_cuda_shape(const ep_group *g, int workers, int row_bytes) {
+    const struct epi_gpu_shape s = epi_gpu_shape(g->cuda->gpu);
+    const int row = (row_bytes + 127) / 128 * 128;
+    struct epi_shape out = {workers, (workers + 1) / 3, s.stages, s.stage_bytes};
+    out.send_blocks = out.send_blocks < 1 ? 1 : out.send_blocks;
+    out.stage_bytes = row < out.stage_bytes ? row : out.stage_bytes;
+    return out;
+}
+
+ep_status epi_cuda_run(ep_group *g, enum epi_kernel kernel, const void *args, int blocks,
+                       void *stream, bool *capturing) {
+    struct epi_gpu *gpu = g->cuda->gpu;
+    ep_status st = epi_gpu_begin(gpu, stream, capturing);
+    if (st == EP_OK) {
+        st = epi_gpu_launch(gpu, kernel, args, blocks, stream);
+    }
+    return st == EP_OK ? epi_gpu_end(gpu, stream) : st;
+}
+
+struct epi_gpu *epi_cuda_gpu(const ep_group *g) {
+    return g->cuda->gpu;
+}
+
+ep_status epi_cuda_check_place(const ep_group *g, const char *name, const struct ep_tensor *t) {
+    int device = -1;
+    const enum epi_cu_pointer kind = epi_cu_pointer(t->data, &device);
+    if (!g->cuda) {
+        return kind != EPI_CU_POINTER_DEVICE
+                   ? EP_OK
+                   : epi_fail(
+                         EP_ERR_ARG,
+                         "%s.data is memory of CUDA device %d: a host group takes ordinary "
+                         "memory",
+                         name, device);
+    }
+    const int own = epi_gpu_device(g->cuda->gpu)->index;
+    if (kind == EPI_CU_POINTER_HOST || kind == EPI_CU_POINTER_UNKNOWN) {
+        return epi_fail(EP_ERR_ARG,
+                        "%s.data is ordinary host memory: a CUDA group takes memory of its "
+                        "device (%d), managed or pinned memory",
+                        name, own);
+    }
+    if (kind == EPI_CU_POINTER_DEVICE && device != own) {
+        return epi_fail(EP_ERR_ARG, "%s.data is memory of device %d, the group's device is %d",
+                        name, device, own);
+    }
+    return EP_OK;
+}
+
+/* ---- the watcher ---------------------------------------------------------------------------- */
+
+/* Kernels cannot log: what they leave on the board is logged from here. */
+static void *watch(void *arg) {
+    ep_group *g = arg;
+    struct epi_cuda *c = g->cuda;
+    struct k_board *b = epi_mem_board(g->mem, g->rank);
+    bool faulted = false;
+    k_u64 late = 0;
+    epi_log_set_rank(g->rank);
+    pthread_mutex_lock(&g->mutex);
+    while (!c->stop) {
+        epi_cond_wait(&c->stopping, &g->mutex, epi_deadline_after(WATCH_NS));
+        pthread_mutex_unlock(&g->mutex);
+        const k_u64 word = atomic_load((_Atomic k_u64 *)&b->waiting);
+        if (word >> 32 != late >> 32) {
+            late = word;
+            epi_group_log_late(g, (k_i32)b->waiting_kind, word, b->waited_ns);
+        }
+        if (!faulted && epi_group_faulted(g)) {
+            struct ep_fault f;
+            faulted = true;
+            epi_group_describe(g, &f);
+            epi_log(EPI_LOG_INFO, "group faulted: %s", f.message);
+        }
+        pthread_mutex_lock(&g->mutex);
+    }
+    pthread_mutex_unlock(&g->mutex);
+    return NULL;
+}
+
+ep_status epi_cuda_watch(ep_group *g) {
+    const int err = epi_thread_start(&g->cuda->watcher, watch, g, "ep-watch");
+    g->cuda->watching = err == 0;
+    return err ? epi_fail(EP_ERR_NOMEM, "cannot start a thread: %s", strerror(err)) : EP_OK;
+}
+
+/* ---- the end -------------------------------------------------------------------------------- */
+
+/* Kernels have deadlines, but what the caller queued before them may have none. */
+bool epi_cuda_settle(ep_group *g) {
+    const struct epi_deadline d = epi_deadline_after(g->timeout_ns);
+    ep_status st;
+    while ((st = epi_gpu_idle(g->cuda->gpu)) == EP_AGAIN && !epi_deadline_expired(d)) {
+        epi_sleep_ns(20 * EPI_NS_PER_US);
+    }
+    if (st == EP_AGAIN) {
+        epi_log(EPI_LOG_WARN,
+                "ep_group_destroy: operations of the group are still queued on a stream after "
+                "%lld ms; its memory is left mapped",
+                (long long)(g->timeout_ns / EPI_NS_PER_MS));
+    }
+    return st != EP_AGAIN;
+}
+
+/* Before the memory of src/mem goes. */
+void epi_cuda_stop(ep_group *g) {
+    struct epi_cuda *c = g->cuda;
+    if (c->watching) {
+        pthread_mutex_lock(&g->mutex);
+        c->stop = true;
+        pthread_cond_signal(&c->stopping);
+        pthread_mutex_unlock(&g->mutex);
+        pthread_join(c->watcher, NULL);
+    }
+    if (c->gpu) {
+        epi_gpu_free(c->gpu, &c->tables);
+        epi_gpu_free(c->gpu, &c->ctl);
+    }
+}
+
+void epi_cuda_close(ep_group *g) {
+    struct epi_cuda *c = g->cuda;
+    epi_gpu_destroy(&c->gpu);
+    pthread_cond_destroy(&c->stopping);
+    epi_free(c);
+    g->cuda = NULL;
+}

@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Kernels on a CUDA device: the device of one rank, its streams, the compiled kernels and their
+ * launches. Owns the order of a rank's launches: each waits for the one before it, whatever
+ * streams they are on, through one event; within a capture, through another. Loaded kernels are
+ * kept for the life of the process, one set per device and shape, because loading one may wait
+ * for kernels that wait for this thread. Must not look into a kernel's arguments, and never waits
+ * for a device.
+ */
+#include "src/cu/cu.h"
+#include "src/run/run.h"
+
+#include <string.h>
+
+#include "kernel/abi.h"
+
+#define MOST_WARPS 16
+#define STAGES 3
+#define MOST_STAGE_BYTES 4096
+#define LEAST_STAGE_BYTES 512
+
+/* One per device, number of warps and mover; guarded by `mutex`, freed never. */
+struct kernel_set {
+    int device, warps;
+    bool generic;
+    struct epi_cu_kernel kernel[EPI_KERNEL_COUNT];
+    struct kernel_set *next;
+};
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct kernel_set *sets;
+
+struct epi_gpu {
+    struct epi_cu_device device;
+    const struct kernel_set *set;
+    struct epi_gpu_shape shape;
+    size_t shared_bytes;
+    void *stream;  /* for overlap with the caller's work */
+    void *control; /* copies and fills that must not wait for kernels */
+    void *last;    /* event: the newest launch outside of captures ... */
+    void *last_stream;
+    bool launched;  /* ... of which there was one */
+    void *forked;   /* event: where the caller's stream was at the last fork */
+    void *captured; /* event: the newest launch within capture number `capture` */
+    void *captured_stream;
+    uint64_t capture;
+};
+
+/* ---- kernels ---------------------------------------------------------------------------- */
+
+static const struct {
+    const char *name;
+    int file;
+} kernels[EPI_KERNEL_COUNT] = {
+    [EPI_KERNEL_ROUTE] = {"ep_route", 0},
+    [EPI_KERNEL_LAYOUT] = {"ep_layout", 0},
+    [EPI_KERNEL_DISPATCH] = {"ep_dispatch", 1},
+    [EPI_KERNEL_COMBINE] = {"ep_combine", 2},
+};
+#define NUM_FILES 3
+static const char *const files[NUM_FILES] = {"kernel/route.k.c", "kernel/dispatch.k.c",
+                                             "kernel/combine.k.c"};
+
+static ep_status load_set(const struct epi_cu_device *d, struct kernel_set *s) {
+    char warps[32];
+    const char *defines[] = {warps, s->generic ? "-DK_MOVER_GENERIC=1" : NULL, NULL};
+    struct epi_jit_kernel built[NUM_FILES];
+    void *module[NUM_FILES] = {NULL};
+    epi_format(warps, sizeof(warps), "-DK_BLOCK_WARPS=%d", s->warps);
+    ep_status st = epi_jit_get_all(files, NUM_FILES, d->major * 10 + d->minor, defines,
+                                   epi_cu_driver_version(), built);
+    for (int i = 0; st == EP_OK && i < NUM_FILES; i++) {
+        st = epi_cu_module_load(d, built[i].cubin, &module[i]);
+    }
+    for (int i = 0; st == EP_OK && i < EPI_KERNEL_COUNT; i++) {
+        st = epi_cu_kernel_get(d, module[kernels[i].file], kernels[i].name, &s->kernel[i]);
+    }
+    for (int i = 0; st != EP_OK && i < NUM_FILES; i++) {
+        epi_cu_module_unload(d, &module[i]);
+    }
+    return st;
+}
+
+/* The kernels for a device, loaded by whoever comes first. A set keeps its device open. */
+static ep_status find_set(const struct epi_cu_device *d, int warps, bool generic,
+                          const struct kernel_set **out) {
+    ep_status st = EP_OK;
+    pthread_mutex_lock(&mutex);
+    struct kernel_set *s = sets;
+    while (s && (s->device != d->index || s->warps != warps || s->generic != generic)) {
+        s = s->next;
+    }
+    if (!s) {
+        struct epi_cu_device keep;
+        s = epi_alloc(sizeof(*s));
+        if (!s) {
+            st = epi_fail(EP_ERR_NOMEM, "no memory for the kernels of device %d", d->index);
+        } else {
+            s->device = d->index;
+            s->warps = warps;
+            s->generic = generic;
+            st = load_set(d, s);
+        }
+        if (st == EP_OK) {
+            st = epi_cu_device_open(&keep, d->index); /* and never closed */
+        }
+        if (st == EP_OK) {
+            s->next = sets;
+            sets = s;
+        } else {
+            epi_free(s);
+        }
+    }
+    pthread_mutex_unlock(&mutex);
+    *out = s;
+    return st;
+}
+
+/* As many warps as leave each a ring of useful stages. */
+static ep_status choose_shape(struct epi_gpu *g, int scratch_bytes) {
+    for (int warps = MOST_WARPS; warps >= 1; warps /= 2) {
+        const int each = g->device.max_shared_bytes / warps - scratch_bytes - K_RING_HEAD;
+        const int stage = each / STAGES / 128 * 128;
+        if (stage >= LEAST_STAGE_BYTES && (stage >= 2048 || warps <= 4)) {
+            g->shape.warps = warps;
+            g->shape.stages = STAGES;
+            g->shape.stage_bytes = stage < MOST_STAGE_BYTES ? stage : MOST_STAGE_BYTES;
+            g->shared_bytes =
+                (size_t)warps *
+                (size_t)(scratch_bytes + K_RING_BYTES(STAGES, g->shape.stage_bytes));
+            return EP_OK;
+        }
+    }
+    return epi_fail(EP_ERR_UNSUPPORTED,
+                    "device %d has %d bytes of shared memory for a block, a warp needs %d: "
+                    "lower the number of ranks",
+                    g->device.index, g->device.max_shared_bytes,
+                    scratch_bytes + K_RING_BYTES(STAGES, LEAST_STAGE_BYTES));
+}
+
+/* ---- create, destroy -------------------------------------------------------------------- */
+
+static ep_status make_streams(struct epi_gpu *g) {
+    ep_status st = epi_cu_stream_create_high(&g->device, &g->stream);
+    if (st == EP_OK) {
+        st = epi_cu_stream_create(&g->device, &g->control);
+    }
+    if (st == EP_OK) {
+        st = epi_cu_event_create_plain(&g->device, &g->last);
+    }
+    if (st == EP_OK) {
+        st = epi_cu_event_create_plain(&g->device, &g->captured);
+    }
+    if (st == EP_OK) {
+        st = epi_cu_event_create_plain(&g->device, &g->forked);
+    }
+    return st;
+}
+
+ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bool generic) {
+    struct epi_gpu *g = epi_alloc(sizeof(*g));
+    if (!g) {
+        return epi_fail(EP_ERR_NOMEM, "no memory for a device");
+    }
+    ep_status st = epi_cu_device_open(&g->device, device);
+    if (st == EP_OK) {
+        st = choose_shape(g, scratch_bytes);
+    }
+    if (st == EP_OK) {
+        st = find_set(&g->device, g->shape.warps, generic || g->device.major < 9, &g->set);
+    }
+    if (st == EP_OK) {
+        st = make_streams(g);
+    }
+    if (st != EP_OK) {
+        epi_gpu_destroy(&g);
+        return st;
+    }
+    *out = g;
+    return EP_OK;
+}
+
+void epi_gpu_destroy(struct epi_gpu **gpu) {
+    struct epi_gpu *g = *gpu;
+    *gpu = NULL;
+    if (g) {
+        epi_cu_event_destroy(&g->device, &g->forked);
+        epi_cu_event_destroy(&g->device, &g->captured);
+        epi_cu_event_destroy(&g->device, &g->last);
+        epi_cu_stream_destroy(&g->device, &g->control);
+        epi_cu_stream_destroy(&g->device, &g->stream);
+        epi_cu_device_close(&g->device);
+        epi_free(g);
+    }
+}
+
+const struct epi_cu_device *epi_gpu_device(const struct epi_gpu *g) {
+    return &g->device;
+}
+
+void *epi_gpu_stream(const struct epi_gpu *g) {
+    return g->stream;
+}
+
+struct epi_gpu_shape epi_gpu_shape(const struct epi_gpu *g) {
+    return g->shape;
+}
+
+/* ---- memory ----------------------------------------------------------------------------- */
+
+ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes) {
+    ep_status st = epi_cu_pool_alloc(&g->device, g->control, at, bytes);
+    if (st == EP_OK) {
+        st = epi_cu_fill(&g->device, g->control, *at, 0, bytes);
+    }
+    if (st == EP_OK) {
+        st = epi_cu_stream_sync(&g->device, g->control);
+    }
+    return st;
+}
+
+void epi_gpu_free(struct epi_gpu *g, uint64_t *at) {
+    if (*at && g->launched) { /* not before the kernels that use it have ended */
+        epi_cu_event_wait(&g->device, g->stream, g->last);
+    }
+    if (*at) {
+        epi_cu_pool_free(&g->device, g->stream, at);
+    }
+}
+
+ep_status epi_gpu_in(struct epi_gpu *g, uint64_t to, const void *from, size_t bytes) {
+    return epi_cu_copy_in(&g->device, g->control, to, from, bytes);
+}
+
+ep_status epi_gpu_out(struct epi_gpu *g, void *to, uint64_t from, size_t bytes) {
+    return epi_cu_copy_out(&g->device, g->control, to, from, bytes);
+}
+
+/* ---- launches --------------------------------------------------------------------------- */
+
+ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, bool *capturing) {
+    uint64_t id = 0;
+    ep_status st = epi_cu_capture_id(&g->device, stream, &id);
+    if (st != EP_OK) {
+        return st;
+    }
+    if (capturing) {
+        *capturing = id != 0;
+    }
+    if (id) {
+        const bool wait = g->capture == id && g->captured_stream != stream;
+        g->capture = id;
+        return wait ? epi_cu_event_wait(&g->device, stream, g->captured) : EP_OK;
+    }
+    g->capture = 0;
+    return g->launched && g->last_stream != stream
+               ? epi_cu_event_wait(&g->device, stream, g->last)
+               : EP_OK;
+}
+
+ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
+                         int blocks, void *stream) {
+    const struct epi_cu_launch l = {.blocks = blocks,
+                                    .threads = 32 * g->shape.warps,
+                                    .shared_bytes = g->shared_bytes,
+                                    .stream = stream};
+    return epi_cu_launch(&g->device, &g->set->kernel[kernel], &l, args);
+}
+
+ep_status epi_gpu_end(struct epi_gpu *g, void *stream) {
+    if (g->capture) {
+        g->captured_stream = stream;
+        return epi_cu_event_record(&g->device, g->captured, stream);
+    }
+    g->last_stream = stream;
+    g->launched = true;
+    return epi_cu_event_record(&g->device, g->last, stream);
+}
+
+ep_status epi_gpu_is_capturing(struct epi_gpu *g, void *stream, bool *capturing) {
+    uint64_t id = 0;
+    ep_status st = epi_cu_capture_id(&g->device, stream, &id);
+    *capturing = id != 0;
+    return st;
+}
+
+ep_status epi_gpu_fork(struct epi_gpu *g, void *stream) {
+    ep_status st = epi_cu_event_record(&g->device, g->forked, stream);
+    return st == EP_OK ? epi_cu_event_wait(&g->device, g->stream, g->forked) : st;
+}
+
+ep_status epi_gpu_join(struct epi_gpu *g, void *stream) {
+    return epi_cu_event_wait(&g->device, stream, g->last);
+}
+
+ep_status epi_gpu_idle(struct epi_gpu *g) {
+    return g->launched ? epi_cu_event_query(&g->device, g->last) : EP_OK;
+}
