@@ -68,6 +68,10 @@ want 2 "$ep" bench --topk 9 --experts 8 && says 9
 ok "more experts per token than experts are refused"
 want 2 "$ep" bench --sweep tokens=1,x && says tokens=1,x
 ok "a sweep that cannot be read is named"
+want 2 "$ep" bench --routing half --topk 8 --experts 8 && says half
+ok "half routing that a rank has too few experts for is refused"
+want 2 "$ep" bench --device cuda --plot "$tmp/p.svg" && says plot && [ ! -e "$tmp/p.svg" ]
+ok "what --device cuda does not draw is refused"
 want 2 "$ep" env surplus && says surplus
 ok "a surplus argument is named"
 
@@ -142,13 +146,30 @@ ok "when ep run itself is killed, nothing is left"
 
 # ---- ep doctor
 want 0 "$ep" doctor && has 'ok  *host mode, processes' && has 'ok  *host mode, threads' &&
-    has 'not built  *CUDA mode'
-ok "doctor tries both modes and says that there is no CUDA mode"
-want 0 "$ep" doctor --json && is_json "$tmp/out"
+    has '[a-z]  *CUDA mode'
+ok "doctor tries both modes and says what there is of CUDA"
+want 0 "$ep" doctor --json && is_json "$tmp/out" && grep -q '"links"' "$tmp/out"
 ok "doctor --json"
 
+# ---- without a driver: a machine that has one cannot be made to lose it
+case $(ldconfig -p 2>/dev/null; ls /usr/lib/*/libcuda.so.1 2>/dev/null) in
+*libcuda.so.1*) ;;
+*)
+    want 0 "$ep" doctor && [ "$(grep -c 'CUDA mode\|NVRTC\|NVIDIA driver' "$tmp/out")" = 1 ] &&
+        has 'missing  *CUDA mode'
+    ok "doctor has one finding about GPUs where there are none"
+    for command in bench demo; do
+        want 1 "$ep" $command --device cuda && [ "$(wc -l <"$tmp/err")" = 1 ] &&
+            [ ! -s "$tmp/out" ] && says "^ep $command: --device cuda: .*libcuda"
+        ok "$command --device cuda says in one sentence that there is no driver"
+    done
+    want 0 "$ep" demo --device auto --tokens 20 && has PASS && ! has GPU
+    ok "demo --device auto works without a GPU, and says nothing of one"
+    ;;
+esac
+
 # ---- ep demo
-want 0 "$ep" demo --tokens 300 --batch 32 && has PASS && ! has "$(printf '\r')"
+want 0 "$ep" demo --device host --tokens 300 --batch 32 && has PASS && ! has "$(printf '\r')"
 ok "demo passes, and draws no bar where there is no terminal"
 want 0 "$ep" demo -n 3 --tokens 10 --batch 4 && has PASS
 ok "demo with ranks that run out of tokens"
@@ -172,12 +193,14 @@ done
 small="--tokens 64 --hidden 64 --experts 16 --topk 4 --iters 3 --warmup 1"
 for more in "" "--expanded" "--threads" "--dtype fp8 --hidden 256" "--dtype f32" \
     "-n 3 --uncached" "--routing grouped --groups 4 --topk-groups 2" \
-    "--routing skewed --copy" "-n 1 --arena" \
+    "--routing skewed --copy" "-n 1 --arena" "--routing half" "-n 3 --routing half --expanded" \
     "--expanded --dtype fp8 --hidden 256 --routing skewed --threads"; do
     # shellcheck disable=SC2086
     want 0 "$ep" bench $small $more && has '^route' && has '^combine from' && has GB/s
     ok "bench ${more:-as it is} checks its data and passes"
 done
+want 0 "$ep" bench $small -n 3 --routing half --tokens 60 && has 'busiest rank 1.50 x'
+ok "half routing gives rank 0 half of all rows"
 printf '1 2 3 4\n5,6,7,8\n-1 9 10 11\n' >"$tmp/ids"
 want 0 "$ep" bench $small --routing "file:$tmp/ids" && has 'file routing'
 ok "bench replays ids from a file"

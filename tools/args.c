@@ -20,12 +20,13 @@ int args_refuse(const char *name, const char *fmt, ...) {
     return 2;
 }
 
+/* A number or a choice that is not set yet has no default here: its help says what is meant. */
 static void print_default(const struct opt *opt) {
-    if (opt->kind == OPT_INT) {
+    if (opt->kind == OPT_INT && *(int64_t *)opt->value >= opt->min) {
         printf(" (%lld)", (long long)*(int64_t *)opt->value);
     } else if (opt->kind == OPT_TEXT && *(const char **)opt->value != NULL) {
         printf(" (%s)", *(const char **)opt->value);
-    } else if (opt->kind == OPT_CHOICE) {
+    } else if (opt->kind == OPT_CHOICE && *(int *)opt->value >= 0) {
         const char *p = opt->meta;
         for (int i = *(int *)opt->value; i > 0; i--) {
             p += strcspn(p, "|") + 1;

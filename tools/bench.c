@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * `ep bench`: how long dispatch and combine take between local ranks, against the speed at
- * which the same ranks can copy memory.
+ * which the same ranks can copy memory or, on GPUs, at which the link can carry rows.
  *
- * Owns the options, the sweep and each case's memory; the ranks (bench_rank.c) fill it in.
+ * Owns the options, the sweep and each case's memory; the ranks (bench_rank.c, bench_cuda.c)
+ * fill it in.
  */
 #include <stdlib.h>
 
 #include "bench.h"
+#include "gpu.h"
 
 struct outputs {
     bool json, csv;
@@ -17,21 +19,59 @@ struct outputs {
 
 static const int element_bytes[] = {2, 1, 4}; /* by enum bench_dtype */
 
+int64_t bench_row_bytes(const struct bench_params *p, int dtype) {
+    return p->hidden * element_bytes[dtype];
+}
+
+int64_t bench_scale_bytes(const struct bench_params *p, int dtype) {
+    return dtype == DTYPE_FP8 ? (p->hidden + 127) / 128 * 4 : 0;
+}
+
+int64_t bench_answer_bytes(const struct bench_params *p, int dtype) {
+    return p->hidden * (dtype == DTYPE_F32 ? 4 : 2);
+}
+
+/* The types of the rows that are sent, as bits. */
+static unsigned dtypes_of(const struct bench_params *p) {
+    return p->device == DEVICE_CUDA ? cuda_dtypes(p) : 1u << p->dtype;
+}
+
+static int refuse_row(const struct bench_params *p) {
+    for (int dtype = 0; dtype <= DTYPE_F32; dtype++) {
+        int bytes = (int)bench_row_bytes(p, dtype);
+        if ((dtypes_of(p) >> dtype & 1) != 0 && bytes % EP_ROW_ALIGN != 0) {
+            return args_refuse("ep bench",
+                               "a row of --hidden %d %s is %d bytes, no multiple of %d",
+                               (int)p->hidden, dtype_names[dtype], bytes, EP_ROW_ALIGN);
+        }
+    }
+    return -1;
+}
+
 static int refuse_params(const struct bench_params *p) {
+    int status = refuse_row(p);
+    if (status >= 0) {
+        return status;
+    }
     if (p->topk > p->experts) {
         return args_refuse("ep bench", "--topk %d is more than --experts %d", (int)p->topk,
                            (int)p->experts);
-    }
-    if (p->hidden * element_bytes[p->dtype] % EP_ROW_ALIGN != 0) {
-        return args_refuse("ep bench", "a row of --hidden %d %s is %d bytes, no multiple of %d",
-                           (int)p->hidden, dtype_names[p->dtype],
-                           (int)p->hidden * element_bytes[p->dtype], EP_ROW_ALIGN);
     }
     if (p->routing == ROUTING_GROUPED &&
         (p->groups > p->experts || p->experts % p->groups != 0 || p->topk_groups > p->groups ||
          p->topk > p->topk_groups * (p->experts / p->groups))) {
         return args_refuse("ep bench", "--topk %d of %d of %d groups of --experts %d cannot be",
                            (int)p->topk, (int)p->topk_groups, (int)p->groups, (int)p->experts);
+    }
+    if (p->routing == ROUTING_HALF && (p->topk + 1) / 2 > p->experts / p->ranks) {
+        return args_refuse(
+            "ep bench",
+            "half routing: half of --topk %d is more than the experts of a rank, "
+            "%d of %d",
+            (int)p->topk, (int)(p->experts / p->ranks), (int)p->experts);
+    }
+    if (p->device == DEVICE_CUDA && p->expanded && p->arena_only) {
+        return args_refuse("ep bench", "--device cuda measures expanded output in memory only");
     }
     if (p->arena_only && p->memory_only) {
         return args_refuse("ep bench", "--arena and --copy exclude each other");
@@ -53,7 +93,8 @@ static int refuse_memory(const struct bench_case *c) {
     int64_t needed = c->p.ranks * (plan.arena_bytes + plan.local_bytes + plan.handle_bytes +
                                    c->p.tokens * row);
     for (int r = 0; r < c->p.ranks; r++) {
-        needed += c->output_rows[r] * (c->answer_bytes + c->scale_bytes + 8 * c->p.topk);
+        needed += bench_output_rows(c, r, c->p.expanded) *
+                  (c->answer_bytes + c->scale_bytes + 8 * c->p.topk);
     }
     if (free_memory_bytes() > 0 && needed > free_memory_bytes()) {
         fprintf(stderr,
@@ -88,25 +129,18 @@ static void reduce_times(struct bench_case *c, int64_t *ns) {
     c->p50[PHASE_MEMCPY_AGAIN] = 0;
 }
 
-int bench_case(const struct bench_params *p, bool quiet, struct bench_case **out) {
-    struct bench_case *c = ranks_memory(sizeof *c);
-    size_t num_ids = (size_t)(p->ranks * p->tokens * p->topk);
-    size_t num_times = (size_t)(NUM_PHASES * p->iters * p->ranks);
+static int host_case(struct bench_case *c, bool quiet) {
+    const struct bench_params *p = &c->p;
     int64_t *ns = malloc((size_t)p->iters * sizeof *ns);
-    if (c == NULL || (c->ids = ranks_memory(num_ids * sizeof *c->ids)) == NULL ||
-        (c->times = ranks_memory(num_times * sizeof *c->times)) == NULL || ns == NULL) {
-        fprintf(stderr, "ep bench: no memory for the ids\n");
+    c->times = ranks_memory((size_t)(NUM_PHASES * p->iters * p->ranks) * sizeof *c->times);
+    if (c->times == NULL || ns == NULL) {
+        fprintf(stderr, "ep bench: no memory for the times\n");
         return 1;
     }
-    c->p = *p;
-    c->row_bytes = p->hidden * element_bytes[p->dtype];
-    c->scale_bytes = p->dtype == DTYPE_FP8 ? (p->hidden + 127) / 128 * 4 : 0;
-    c->answer_bytes = p->hidden * (p->dtype == DTYPE_F32 ? 4 : 2);
     int64_t pass_bytes = 2 * p->tokens * c->row_bytes;
     int64_t passes = ((int64_t)32 << 20) / pass_bytes;
     c->memcpy_bytes = pass_bytes * (passes > 1 ? passes : 1);
-    int status = routing_make(c);
-    status = status == 0 ? refuse_memory(c) : status;
+    int status = refuse_memory(c);
     if (status >= 0) {
         return status;
     }
@@ -121,6 +155,31 @@ int bench_case(const struct bench_params *p, bool quiet, struct bench_case **out
     snprintf(c->why, sizeof c->why, "%s", job.why);
     reduce_times(c, ns);
     free(ns);
+    return status;
+}
+
+int bench_case(const struct bench_params *p, bool quiet, struct bench_case **out) {
+    struct bench_case *c = ranks_memory(sizeof *c);
+    size_t num_ids = (size_t)(p->ranks * p->tokens * p->topk);
+    if (c == NULL || (c->ids = ranks_memory(num_ids * sizeof *c->ids)) == NULL) {
+        fprintf(stderr, "ep bench: no memory for the ids\n");
+        return 1;
+    }
+    c->p = *p;
+    for (int dtype = 0; dtype <= DTYPE_F32; dtype++) { /* host ranks send one type only */
+        if (dtypes_of(p) >> dtype & 1) {
+            int64_t row = bench_row_bytes(p, dtype), scale = bench_scale_bytes(p, dtype);
+            int64_t answer = bench_answer_bytes(p, dtype);
+            c->row_bytes = row > c->row_bytes ? row : c->row_bytes;
+            c->scale_bytes = scale > c->scale_bytes ? scale : c->scale_bytes;
+            c->answer_bytes = answer > c->answer_bytes ? answer : c->answer_bytes;
+        }
+    }
+    int status = routing_make(c);
+    if (status != 0) {
+        return status;
+    }
+    status = p->device == DEVICE_CUDA ? cuda_case(c, quiet) : host_case(c, quiet);
     *out = c;
     return status;
 }
@@ -225,40 +284,68 @@ static int set_routing(struct bench_params *p, const char *text) {
             return -1;
         }
     }
-    return args_refuse("ep bench",
-                       "--routing must be uniform, grouped, skewed or file:F, not %s", text);
+    return args_refuse(
+        "ep bench", "--routing must be uniform, grouped, skewed, half or file:F, not %s", text);
+}
+
+/* What depends on the device, where it was not given. -1, or an exit status after a complaint. */
+static int set_defaults(struct bench_params *p, const struct outputs *to) {
+    bool cuda = p->device == DEVICE_CUDA;
+    if (cuda && to->plot != NULL) {
+        return args_refuse("ep bench", "--plot draws host ranks only; take --csv or --json");
+    }
+    p->dtype = p->dtype < 0 && !cuda ? DTYPE_BF16 : p->dtype;
+    p->iters = p->iters > 0 ? p->iters : cuda ? 200 : 20;
+    p->warmup = p->warmup >= 0 ? p->warmup : cuda ? 20 : 3;
+    if (p->ranks == 0 && cuda) {
+        const struct gpu_look *look = gpu_look("ep bench");
+        if (look->why[0] != '\0') {
+            fprintf(stderr, "ep bench: --device cuda: %s\n", look->why);
+            return 1;
+        }
+        p->ranks = look->num;
+    }
+    p->ranks = p->ranks > 0 ? p->ranks : 4;
+    return -1;
 }
 
 static const char about[] =
     "Times route, dispatch and combine between ranks of this machine, checks every byte, and "
     "compares with the time that memcpy needs in the same run for the bytes that the phase "
     "must "
-    "read and write. A time runs from the first rank's call to the last rank's usable output.";
+    "read and write. A time runs from the first rank's call to the last rank's usable output. "
+    "With --device cuda the ranks are on GPUs: FP8 and BF16, into arena and memory, compact "
+    "and "
+    "expanded, cached and not, eager and as a graph, against what the link carries in the same "
+    "run. --dtype, --arena, --copy, --expanded and --uncached then choose among these.";
 
 int cmd_bench(int argc, char **argv) {
-    struct bench_params p = {.ranks = 4,
-                             .tokens = 4096,
+    struct bench_params p = {.tokens = 4096,
                              .hidden = 7168,
                              .topk = 8,
                              .experts = 256,
                              .groups = 8,
                              .topk_groups = 4,
-                             .iters = 20,
-                             .warmup = 3,
+                             .dtype = -1, /* this and what is left out: set_defaults */
+                             .warmup = -1,
                              .seed = 1};
     struct outputs to = {0};
     const char *routing = "uniform";
     const struct opt opts[] = {
-        {"ranks", 'n', OPT_INT, &p.ranks, 1, BENCH_MAX_RANKS, "N", "how many ranks"},
+        {"device", 'd', OPT_CHOICE, &p.device, 0, 0, "host|cuda", "where ranks and rows are"},
+        {"ranks", 'n', OPT_INT, &p.ranks, 1, BENCH_MAX_RANKS, "N",
+         "how many ranks (4; cuda: one per GPU)"},
         {"threads", 0, OPT_FLAG, &p.threads, 0, 0, NULL, "ranks are threads, not processes"},
         {"tokens", 't', OPT_INT, &p.tokens, 1, 1 << 20, "T", "tokens per rank"},
         {"hidden", 0, OPT_INT, &p.hidden, 1, 1 << 20, "H", "elements of a row"},
         {"dtype", 0, OPT_CHOICE, &p.dtype, 0, 0, "bf16|fp8|f32",
-         "rows of dispatch; fp8 has scales per 128 and answers in bf16"},
+         "rows of dispatch; fp8 has scales per 128 and answers in bf16 (bf16; cuda: bf16 and "
+         "fp8)"},
         {"topk", 'k', OPT_INT, &p.topk, 1, EP_MAX_TOPK, "K", "experts per token"},
         {"experts", 'e', OPT_INT, &p.experts, 1, 1 << 16, "E", "experts of the layer"},
         {"routing", 0, OPT_TEXT, &routing, 0, 0, "R",
-         "uniform, grouped, skewed (Zipf), or file:F with K ids per token"},
+         "uniform, grouped, skewed (Zipf), half (of all rows go to rank 0), or file:F with K "
+         "ids per token"},
         {"groups", 0, OPT_INT, &p.groups, 1, 1 << 16, "G", "grouped: groups of experts"},
         {"topk-groups", 0, OPT_INT, &p.topk_groups, 1, 1 << 16, "N",
          "grouped: groups per token"},
@@ -267,10 +354,13 @@ int cmd_bench(int argc, char **argv) {
         {"arena", 0, OPT_FLAG, &p.arena_only, 0, 0, NULL, "views of the arena only"},
         {"copy", 0, OPT_FLAG, &p.memory_only, 0, 0, NULL, "the caller's own memory only"},
         {"uncached", 0, OPT_FLAG, &p.uncached, 0, 0, NULL, "no dispatch on a cached handle"},
-        {"iters", 'i', OPT_INT, &p.iters, 1, 100000, "N", "measured iterations"},
-        {"warmup", 'w', OPT_INT, &p.warmup, 0, 100000, "N", "iterations before them"},
+        {"iters", 'i', OPT_INT, &p.iters, 1, 100000, "N",
+         "measured iterations (20; cuda: 200)"},
+        {"warmup", 'w', OPT_INT, &p.warmup, 0, 100000, "N",
+         "iterations before them (3; cuda: 20)"},
         {"workers", 0, OPT_INT, &p.workers, 0, 1024, "N",
-         "threads per rank; 0: libep's choice"},
+         "threads per rank, or SMs; 0: libep's choice"},
+        {"no-graph", 0, OPT_FLAG, &p.no_graph, 0, 0, NULL, "cuda: eager only"},
         {"seed", 0, OPT_INT, &p.seed, 0, INT64_MAX, "N", "of the routing"},
         {"no-check", 0, OPT_FLAG, &p.no_check, 0, 0, NULL, "do not check the data"},
         {"sweep", 0, OPT_TEXT, &to.sweep, 0, 0, "S",
@@ -289,5 +379,6 @@ int cmd_bench(int argc, char **argv) {
     int rest = 0;
     int status = args_parse(&command, argc, argv, &rest);
     status = status < 0 ? set_routing(&p, routing) : status;
+    status = status < 0 ? set_defaults(&p, &to) : status;
     return status < 0 ? bench(&p, &to) : status;
 }

@@ -8,7 +8,8 @@
 #include "bench.h"
 
 const char *const dtype_names[] = {"bf16", "fp8", "f32"};
-const char *const routing_names[] = {"uniform", "grouped", "skewed", "file"};
+const char *const routing_names[] = {"uniform", "grouped", "skewed", "half", "file"};
+const ep_dtype bench_row_types[] = {EP_BF16, EP_F8E4M3, EP_F32};
 
 static const char *const phase_names[NUM_PHASES][2] = {
     {"memcpy of rows", "memcpy"},
@@ -69,18 +70,26 @@ struct bench_line bench_line(const struct bench_case *c, enum bench_phase phase)
     return line;
 }
 
+struct text bench_groups(const struct bench_params *p) {
+    struct text t = {""};
+    if (p->routing == ROUTING_GROUPED) {
+        snprintf(t.s, sizeof t.s, " (%d of %d groups)", (int)p->topk_groups, (int)p->groups);
+    }
+    return t;
+}
+
+double bench_imbalance(const struct bench_case *c, bool expanded) {
+    int64_t most = 0, sum = 0;
+    for (int r = 0; r < c->p.ranks; r++) {
+        int64_t rows = bench_output_rows(c, r, expanded);
+        most = rows > most ? rows : most;
+        sum += rows;
+    }
+    return (double)(most * c->p.ranks) / (double)sum;
+}
+
 static void print_heading(const struct bench_case *c) {
     const struct bench_params *p = &c->p;
-    int64_t most = 0;
-    for (int r = 0; r < p->ranks; r++) {
-        most = c->output_rows[r] > most ? c->output_rows[r] : most;
-    }
-    int64_t rows = p->expanded ? c->selections : bench_rows(c, false);
-    char groups[48] = "";
-    if (p->routing == ROUTING_GROUPED) {
-        snprintf(groups, sizeof groups, " (%d of %d groups)", (int)p->topk_groups,
-                 (int)p->groups);
-    }
     printf(
         "libep %s, host backend: %d ranks as %s on %d cores\n"
         "%d tokens per rank, hidden %d, %s, top-%d of %d experts, %s routing%s, %s output\n"
@@ -89,14 +98,19 @@ static void print_heading(const struct bench_case *c) {
         "busiest rank %.2f x the mean\n\n",
         text_version().s, (int)p->ranks, p->threads ? "threads" : "processes", num_cores(),
         (int)p->tokens, (int)p->hidden, dtype_names[p->dtype], (int)p->topk, (int)p->experts,
-        routing_names[p->routing], groups, p->expanded ? "expanded" : "compact", (int)p->iters,
-        (int)p->warmup, (int)p->seed, (int)p->workers, p->no_check ? "not checked" : "checked",
-        text_bytes((double)c->arena_bytes).s, text_count(p->ranks * p->tokens).s,
-        text_count(bench_rows(c, false)).s, text_count(bench_rows(c, true)).s,
-        text_count(c->selections).s, (double)(most * p->ranks) / (double)rows);
+        routing_names[p->routing], bench_groups(p).s, p->expanded ? "expanded" : "compact",
+        (int)p->iters, (int)p->warmup, (int)p->seed, (int)p->workers,
+        p->no_check ? "not checked" : "checked", text_bytes((double)c->arena_bytes).s,
+        text_count(p->ranks * p->tokens).s, text_count(bench_rows(c, false)).s,
+        text_count(bench_rows(c, true)).s, text_count(c->selections).s,
+        bench_imbalance(c, p->expanded));
 }
 
 void report_text(const struct bench_case *c) {
+    if (c->cuda != NULL) {
+        cuda_report_text(c);
+        return;
+    }
     print_heading(c);
     printf("%-28s %9s %9s  %9s %9s  %9s %6s  %8s\n", "first call to last output", "p50", "p99",
            "moved", "remote", "limit", "share", "logical");
@@ -136,53 +150,87 @@ void report_text(const struct bench_case *c) {
 
 enum { MEMBERS_BYTES = 2048 };
 
+/* Appends to a text of MEMBERS_BYTES. */
+static void add(char *out, const char *fmt, ...) EPI_PRINTF(2, 3);
+static void add(char *out, const char *fmt, ...) {
+    size_t len = strlen(out);
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(out + len, MEMBERS_BYTES - len, fmt, args);
+    va_end(args);
+}
+
 static void case_members(const struct bench_case *c, char *out) {
     const struct bench_params *p = &c->p;
-    int len = snprintf(
-        out, MEMBERS_BYTES,
-        "\"mode\": \"%s\", \"dtype\": \"%s\", \"routing\": \"%s\", \"output\": \"%s\", "
-        "\"checked\": %s, \"memcpy_gbs\": %.4f",
-        p->threads ? "threads" : "processes", dtype_names[p->dtype], routing_names[p->routing],
-        p->expanded ? "expanded" : "compact", p->no_check ? "false" : "true",
-        bench_memcpy_rate(c));
-    static const char *const keys[] = {
-        "ranks",       "tokens",       "hidden",      "topk",    "experts",     "groups",
-        "topk_groups", "iters",        "warmup",      "workers", "seed",        "row_bytes",
-        "scale_bytes", "answer_bytes", "arena_bytes", "rows",    "remote_rows", "selections"};
-    const int64_t values[] = {p->ranks,
-                              p->tokens,
-                              p->hidden,
-                              p->topk,
-                              p->experts,
-                              p->groups,
-                              p->topk_groups,
-                              p->iters,
-                              p->warmup,
-                              p->workers,
-                              p->seed,
-                              c->row_bytes,
-                              c->scale_bytes,
-                              c->answer_bytes,
-                              c->arena_bytes,
-                              bench_rows(c, false),
-                              bench_rows(c, true),
-                              c->selections};
-    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
-        len += snprintf(out + len, (size_t)(MEMBERS_BYTES - len), ", \"%s\": %lld", keys[i],
-                        (long long)values[i]);
+    snprintf(out, MEMBERS_BYTES, "\"mode\": \"%s\"", p->threads ? "threads" : "processes");
+    if (c->cuda == NULL) {
+        add(out, ", \"dtype\": \"%s\"", dtype_names[p->dtype]);
+    }
+    add(out, ", \"routing\": \"%s\"", routing_names[p->routing]);
+    if (c->cuda == NULL) {
+        add(out, ", \"output\": \"%s\"", p->expanded ? "expanded" : "compact");
+    }
+    add(out, ", \"checked\": %s", p->no_check ? "false" : "true");
+    if (c->cuda == NULL) {
+        add(out, ", \"memcpy_gbs\": %.4f", bench_memcpy_rate(c));
+    }
+    const struct {
+        const char *key;
+        int64_t value;
+        bool host; /* only */
+    } numbers[] = {{"ranks", p->ranks, false},
+                   {"tokens", p->tokens, false},
+                   {"hidden", p->hidden, false},
+                   {"topk", p->topk, false},
+                   {"experts", p->experts, false},
+                   {"groups", p->groups, false},
+                   {"topk_groups", p->topk_groups, false},
+                   {"iters", p->iters, false},
+                   {"warmup", p->warmup, false},
+                   {"workers", p->workers, false},
+                   {"seed", p->seed, false},
+                   {"row_bytes", c->row_bytes, true},
+                   {"scale_bytes", c->scale_bytes, true},
+                   {"answer_bytes", c->answer_bytes, true},
+                   {"arena_bytes", c->arena_bytes, false},
+                   {"rows", bench_rows(c, false), false},
+                   {"remote_rows", bench_rows(c, true), false},
+                   {"selections", c->selections, false}};
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+        if (c->cuda == NULL || !numbers[i].host) {
+            add(out, ", \"%s\": %lld", numbers[i].key, (long long)numbers[i].value);
+        }
+    }
+    if (c->cuda != NULL) {
+        add(out, ", ");
+        cuda_case_members(c, out + strlen(out), MEMBERS_BYTES - strlen(out));
     }
 }
 
-static void phase_members(const struct bench_case *c, int phase, char *out) {
-    struct bench_line line = bench_line(c, (enum bench_phase)phase);
-    double ns = (double)c->p50[phase];
+/* The lines of a case: phases, or operations in both modes. */
+static int num_lines(const struct bench_case *c) {
+    return c->cuda != NULL ? NUM_CUDA_OPS * NUM_MODES : NUM_PHASES;
+}
+
+static bool is_measured(const struct bench_case *c, int i) {
+    return (c->cuda != NULL ? c->cuda->result[i / NUM_MODES][i % NUM_MODES].p50_ns
+                            : c->p50[i]) != 0;
+}
+
+static void phase_members(const struct bench_case *c, int i, char *out) {
+    if (c->cuda != NULL) {
+        cuda_result_members(c, i / NUM_MODES, i % NUM_MODES, out, MEMBERS_BYTES);
+        return;
+    }
+    struct bench_line line = bench_line(c, (enum bench_phase)i);
+    double ns = (double)c->p50[i];
     snprintf(
         out, MEMBERS_BYTES,
         "\"phase\": \"%s\", \"p50_ns\": %.0f, \"p99_ns\": %lld, \"moved\": \"%s\", "
         "\"moved_bytes\": %.0f, \"remote_bytes\": %.0f, \"limit_ns\": %.0f, \"share\": %.4f, "
         "\"logical_gbs\": %.4f",
-        line.key, ns, (long long)c->p99[phase], line.formula, line.limit_bytes,
-        line.remote_bytes, line.limit_ns, line.limit_ns / ns, line.logical_bytes / ns);
+        line.key, ns, (long long)c->p99[i], line.formula, line.limit_bytes, line.remote_bytes,
+        line.limit_ns, line.limit_ns / ns, line.logical_bytes / ns);
 }
 
 /* `"key": value` members as a line of keys or of values. */
@@ -200,12 +248,12 @@ static void csv_members(FILE *out, const char *s, bool keys) {
 
 void report_csv(FILE *out, const struct bench_case *c, bool header) {
     char members[2 * MEMBERS_BYTES];
-    for (int phase = header ? -1 : 0; phase < NUM_PHASES; phase++) {
-        if (phase < 0 || c->p50[phase] != 0) {
+    for (int i = header ? -1 : 0; i < num_lines(c); i++) {
+        if (i < 0 || is_measured(c, i)) {
             case_members(c, members);
             strcat(members, ", ");
-            phase_members(c, phase < 0 ? 0 : phase, members + strlen(members));
-            csv_members(out, members, phase < 0);
+            phase_members(c, i < 0 ? 0 : i, members + strlen(members));
+            csv_members(out, members, i < 0);
         }
     }
 }
@@ -223,18 +271,19 @@ static void json_case(FILE *out, const struct bench_case *c) {
                                         : "]");
     }
     fprintf(out, "],\n   \"phases\": [");
-    for (int phase = 0; phase < NUM_PHASES; phase++) {
-        if (c->p50[phase] != 0) {
-            phase_members(c, phase, members);
-            fprintf(out, "%s\n    {%s}", phase > 0 ? "," : "", members);
+    for (int i = 0, num = 0; i < num_lines(c); i++) {
+        if (is_measured(c, i)) {
+            phase_members(c, i, members);
+            fprintf(out, "%s\n    {%s}", num++ > 0 ? "," : "", members);
         }
     }
     fprintf(out, "]}");
 }
 
 void report_json(FILE *out, struct bench_case *const *cases, int num_cases) {
-    fprintf(out, "{\"version\": \"%s\", \"backend\": \"host\", \"cores\": %d, \"knobs\": {",
-            text_version().s, num_cores());
+    bool cuda = num_cases > 0 && cases[0]->cuda != NULL;
+    fprintf(out, "{\"version\": \"%s\", \"backend\": \"%s\", \"cores\": %d, \"knobs\": {",
+            text_version().s, cuda ? "cuda" : "host", num_cores());
     for (size_t i = 0; i < epi_opt_count(); i++) {
         fprintf(out, "%s\"%s\": ", i > 0 ? ", " : "", epi_opt_info(i)->name);
         text_json(out, epi_opt_info(i)->value);

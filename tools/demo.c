@@ -2,50 +2,21 @@
 /*
  * `ep demo`: a Mixture-of-Experts layer over real text, spread over processes, and checked.
  *
- * Owns the text, its rows and the memory in which the ranks leave their results. The parent
- * draws the bar, then computes the whole layer alone and compares. Each rank holds its experts
- * only. Answers are written over the received rows in the arena and sent from there: no copy.
+ * Owns the text, its rows and the memory in which the ranks (demo_rank.c) leave their results.
+ * The parent draws the bar, then computes the whole layer alone and compares.
  */
-#include "tool.h"
-
 #include <ctype.h>
 #include <math.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "moe.h"
+#include "demo.h"
 
-#define ROW_BYTES (MOE_HIDDEN * 2)
 #define TOLERANCE 0.02 /* of the largest value, against float64 */
 
-enum phase { ROUTER, ROUTE, DISPATCH, EXPERTS, COMBINE, NUM_PHASES };
-static const char *const phase_names[NUM_PHASES] = {"router (arithmetic)", "route", "dispatch",
-                                                    "experts (arithmetic)", "combine"};
-
-struct rank_report {
-    int64_t ns[NUM_PHASES];
-    int64_t rows_remote;       /* rows sent to other ranks: one per token and rank */
-    int64_t selections_remote; /* experts chosen on other ranks */
-    int64_t selections_here;   /* rows this rank's experts computed */
-    int64_t arena_bytes;
-};
-
-struct shared {
-    _Atomic int64_t tokens_done;
-    struct rank_report rank[EP_MAX_RANKS];
-    int64_t expert_load[MOE_EXPERTS]; /* each written by the rank that holds the expert */
-};
-
-struct demo {
-    int64_t num_ranks;
-    int64_t num_tokens; /* 0: the whole text */
-    int64_t batch;      /* tokens per rank and step */
-    const char *file;
-    uint16_t *x;   /* [tokens][hidden] */
-    uint16_t *out; /* [tokens][hidden], shared */
-    struct shared *shared;
-    int64_t num_steps;
-};
+static const char *const phase_names[NUM_PHASES] = {
+    "router (arithmetic)",  "route",   "dispatch",
+    "experts (arithmetic)", "combine", "copies from and to GPUs"};
 
 /* ---- the text ---------------------------------------------------------------------------- */
 
@@ -115,169 +86,6 @@ static bool load_text(struct demo *demo) {
     return demo->x != NULL;
 }
 
-/* ---- a rank ------------------------------------------------------------------------------ */
-
-struct worker {
-    struct demo *demo;
-    struct rank *rank;
-    struct rank_report *report;
-    struct moe moe;
-    ep_group *group;
-    ep_handle *handle;
-    int32_t *ids;         /* [batch][topk] */
-    float *weights;       /* [batch][topk] */
-    uint16_t *shared_out; /* [batch][hidden] */
-    float *recv_weights;  /* [max rows] */
-    int64_t max_rows;
-    int32_t offsets[MOE_EXPERTS + 1];
-};
-
-/* Adds the time since *from to a phase and moves *from on. */
-static void lap(struct worker *w, enum phase phase, int64_t *from) {
-    int64_t now_ns = epi_now_ns();
-    w->report->ns[phase] += now_ns - *from;
-    *from = now_ns;
-}
-
-static void count_remote(struct worker *w, int num) {
-    for (int t = 0; t < num; t++) {
-        uint64_t seen[EP_MAX_RANKS / 64] = {0};
-        for (int k = 0; k < MOE_TOPK; k++) {
-            int owner = expert_owner(w->ids[t * MOE_TOPK + k], MOE_EXPERTS, w->rank->num_ranks);
-            if (owner != w->rank->rank) {
-                w->report->selections_remote++;
-                w->report->rows_remote += (seen[owner / 64] >> owner % 64 & 1) == 0;
-                seen[owner / 64] |= UINT64_C(1) << owner % 64;
-            }
-        }
-    }
-}
-
-static void compute_experts(struct worker *w, const struct ep_tensor *rows) {
-    int32_t *offsets = w->offsets;
-    for (int i = 0; i < w->moe.num; i++) {
-        uint16_t *x = (uint16_t *)rows->data + (int64_t)offsets[i] * MOE_HIDDEN;
-        int num = offsets[i + 1] - offsets[i];
-        moe_expert(&w->moe, w->moe.first + i, x, num, x);
-        w->demo->shared->expert_load[w->moe.first + i] += num;
-        w->report->selections_here += num;
-    }
-}
-
-static ep_status do_route(struct worker *w, int num) {
-    struct ep_routing routing = EP_ROUTING_INIT;
-    struct ep_tensor ids;
-    ep_tensor_2d(&ids, EP_I32, w->ids, num, MOE_TOPK);
-    routing.topk_ids = &ids;
-    return ep_handle_route(w->handle, &routing, NULL);
-}
-
-/* *rows becomes a view of the arena: this rank's rows, grouped by expert. */
-static ep_status do_dispatch(struct worker *w, const uint16_t *x, int num,
-                             struct ep_tensor *rows) {
-    struct ep_dispatch_args args = EP_DISPATCH_ARGS_INIT;
-    struct ep_tensor rows_in, weights, recv_weights, offsets;
-    ep_tensor_2d(&rows_in, EP_BF16, (void *)(uintptr_t)x, num, MOE_HIDDEN);
-    ep_tensor_2d(&weights, EP_F32, w->weights, num, MOE_TOPK);
-    ep_tensor_1d(&recv_weights, EP_F32, w->recv_weights, w->max_rows);
-    ep_tensor_1d(&offsets, EP_I32, w->offsets, w->moe.num + 1);
-    args.flags = EP_DISPATCH_EXPANDED | EP_DISPATCH_ARENA;
-    args.x = &rows_in;
-    args.topk_weights = &weights;
-    args.recv_x = rows;
-    args.recv_topk_weights = &recv_weights;
-    args.expert_offsets = &offsets;
-    return ep_dispatch(w->handle, &args, NULL);
-}
-
-/* out = shared expert + weighted sum of the answers, which lie where the rows were. */
-static ep_status do_combine(struct worker *w, const struct ep_tensor *rows, uint16_t *out,
-                            int num) {
-    struct ep_combine_args args = EP_COMBINE_ARGS_INIT;
-    struct ep_tensor weights, shared_out, result;
-    ep_tensor_1d(&weights, EP_F32, w->recv_weights, rows->shape[0]);
-    ep_tensor_2d(&shared_out, EP_BF16, w->shared_out, num, MOE_HIDDEN);
-    ep_tensor_2d(&result, EP_BF16, out, num, MOE_HIDDEN);
-    args.x = rows;
-    args.weights = &weights;
-    args.bias[0] = &shared_out;
-    args.out = &result;
-    return ep_combine(w->handle, &args, NULL);
-}
-
-/* One micro-batch: num tokens, which may be 0 here while other ranks have some left. */
-static int step(struct worker *w, const uint16_t *x, uint16_t *out, int num) {
-    struct ep_tensor rows = EP_TENSOR_INIT;
-    int64_t from = epi_now_ns();
-    moe_route(&w->moe, x, num, w->ids, w->weights);
-    lap(w, ROUTER, &from);
-    ep_status st = do_route(w, num);
-    lap(w, ROUTE, &from);
-    st = st == EP_OK ? do_dispatch(w, x, num, &rows) : st;
-    lap(w, DISPATCH, &from);
-    if (st != EP_OK) {
-        return rank_fail(w->rank, st, "route and dispatch");
-    }
-    compute_experts(w, &rows);
-    moe_expert(&w->moe, MOE_SHARED, x, num, w->shared_out);
-    lap(w, EXPERTS, &from);
-    st = do_combine(w, &rows, out, num);
-    lap(w, COMBINE, &from);
-    count_remote(w, num);
-    return st == EP_OK ? 0 : rank_fail(w->rank, st, "combine");
-}
-
-/* What it allocates goes with the process. */
-static int worker_open(struct worker *w) {
-    struct ep_group_config config = EP_GROUP_CONFIG_INIT;
-    struct ep_plan_info plan = EP_PLAN_INFO_INIT;
-    rank_config(w->rank, &config);
-    config.flags = EP_GROUP_EXPANDED_VIEW;
-    config.num_experts = MOE_EXPERTS;
-    config.max_tokens = (int32_t)w->demo->batch;
-    config.max_topk = MOE_TOPK;
-    config.max_row_bytes = ROW_BYTES;
-    ep_status st = ep_group_create(&w->group, &config);
-    st = st == EP_OK ? ep_handle_create(&w->handle, w->group, NULL) : st;
-    st = st == EP_OK ? ep_group_plan(w->group, &plan) : st;
-    if (st != EP_OK) {
-        return rank_fail(w->rank, st, "creating the group");
-    }
-    int first = 0;
-    while (expert_owner(first, MOE_EXPERTS, w->rank->num_ranks) < w->rank->rank) {
-        first++;
-    }
-    size_t batch = (size_t)w->demo->batch;
-    w->report->arena_bytes = plan.arena_bytes;
-    w->max_rows = plan.max_expanded_rows;
-    w->ids = malloc(sizeof *w->ids * batch * MOE_TOPK);
-    w->weights = malloc(sizeof *w->weights * batch * MOE_TOPK);
-    w->shared_out = malloc(batch * ROW_BYTES);
-    w->recv_weights = malloc(sizeof *w->recv_weights * (size_t)w->max_rows);
-    if (!moe_create(&w->moe, first, ep_group_num_local_experts(w->group)) || w->ids == NULL ||
-        w->weights == NULL || w->shared_out == NULL || w->recv_weights == NULL) {
-        return rank_fail(w->rank, EP_OK, "no memory");
-    }
-    return 0;
-}
-
-static int demo_rank(struct rank *rank, void *arg) {
-    struct demo *demo = arg;
-    struct worker w = {.demo = demo, .rank = rank, .report = &demo->shared->rank[rank->rank]};
-    int failed = worker_open(&w);
-    int64_t first = demo->num_tokens * rank->rank / rank->num_ranks;
-    int64_t end = demo->num_tokens * (rank->rank + 1) / rank->num_ranks;
-    for (int64_t i = 0; i < demo->num_steps && failed == 0; i++) {
-        int num = (int)(end - first < demo->batch ? end - first : demo->batch);
-        failed = step(&w, demo->x + first * MOE_HIDDEN, demo->out + first * MOE_HIDDEN, num);
-        first += num;
-        atomic_fetch_add(&demo->shared->tokens_done, num);
-    }
-    ep_handle_destroy(&w.handle);
-    ep_group_destroy(&w.group);
-    return failed;
-}
-
 /* ---- the parent -------------------------------------------------------------------------- */
 
 static void tick(void *arg) {
@@ -288,7 +96,7 @@ static void tick(void *arg) {
 static void print_times(const struct demo *demo) {
     int n = (int)demo->num_ranks;
     printf("  %-28s %12s %14s\n", "time per phase, all steps", "median rank", "slowest rank");
-    for (int p = 0; p < NUM_PHASES; p++) {
+    for (int p = 0; p < (demo->gpus != NULL ? NUM_PHASES : COPIES); p++) {
         int64_t ns[EP_MAX_RANKS];
         for (int r = 0; r < n; r++) {
             ns[r] = demo->shared->rank[r].ns[p];
@@ -297,10 +105,14 @@ static void print_times(const struct demo *demo) {
         printf("    %-26s %12s %14s\n", phase_names[p], text_ns((double)median).s,
                text_ns((double)ns[n - 1]).s);
     }
-    if (num_cores() < n) {
-        printf("    (%d ranks share %d cores: waiting for a peer's turn counts as dispatch or "
+    bool gpus = demo->gpus != NULL && demo->gpus->num < n;
+    if (num_cores() < n || gpus) {
+        printf("    (%d ranks share %d %s: waiting for a peer's turn counts as dispatch or "
                "combine)\n",
-               n, num_cores());
+               n, gpus ? demo->gpus->num : num_cores(),
+               !gpus                  ? "cores"
+               : demo->gpus->num == 1 ? "GPU"
+                                      : "GPUs");
     }
 }
 
@@ -370,17 +182,17 @@ static int check(const struct demo *demo) {
     return passed ? 0 : 1;
 }
 
-static int demo_run(struct demo *demo) {
-    int64_t share = (demo->num_tokens + demo->num_ranks - 1) / demo->num_ranks;
-    demo->num_steps = (share + demo->batch - 1) / demo->batch;
-    demo->shared = ranks_memory(sizeof *demo->shared);
-    demo->out = ranks_memory((size_t)demo->num_tokens * ROW_BYTES);
-    if (demo->shared == NULL || demo->out == NULL) {
-        fprintf(stderr, "ep demo: no memory for %s tokens\n", text_count(demo->num_tokens).s);
-        return 1;
+static void print_heading(const struct demo *demo) {
+    char gpus[320] = "";
+    if (demo->gpus != NULL) {
+        int num = demo->gpus->num < demo->num_ranks ? demo->gpus->num : (int)demo->num_ranks;
+        char names[256];
+        gpu_describe(demo->gpus, num, names, sizeof names);
+        snprintf(gpus, sizeof gpus, "\nwhose rows are on %s", names);
     }
-    printf("ep demo: a Mixture-of-Experts layer of DeepSeek-V3's shape across %d processes\n\n",
-           (int)demo->num_ranks);
+    printf(
+        "ep demo: a Mixture-of-Experts layer of DeepSeek-V3's shape across %d processes%s\n\n",
+        (int)demo->num_ranks, gpus);
     printf("  text   %s: %s tokens (words and punctuation)\n", demo->file,
            text_count(demo->num_tokens).s);
     printf(
@@ -392,12 +204,53 @@ static int demo_run(struct demo *demo) {
         MOE_HIDDEN, MOE_INTER);
     printf("  steps  %d, of up to %d tokens per rank: route, dispatch, compute, combine\n\n",
            (int)demo->num_steps, (int)demo->batch);
+}
+
+static void print_without_gpus(const char *why) {
+    char line[640];
+    snprintf(line, sizeof line, "are here but do not work, so without them (%s)", why);
+    printf("  GPUs   ");
+    text_wrap(line, 9);
+    putchar('\n');
+}
+
+/* Runs the ranks. `quiet`: why it failed is in `why` only. */
+static int run_ranks(struct demo *demo, bool quiet, char *why, size_t room) {
+    memset(demo->shared, 0, sizeof *demo->shared);
     struct ranks_job job = {.name = "ep demo",
                             .num_ranks = (int)demo->num_ranks,
+                            .quiet = quiet,
                             .fn = demo_rank,
                             .tick = tick,
                             .arg = demo};
     int status = ranks_run(&job);
+    snprintf(why, room, "%s", job.why);
+    return status;
+}
+
+/* `may_fall_back`: GPUs were not asked for, so where they do not work host ranks do. */
+static int demo_run(struct demo *demo, bool may_fall_back) {
+    char why[512];
+    const struct gpu_look *look = may_fall_back ? gpu_look("ep demo") : NULL;
+    int64_t share = (demo->num_tokens + demo->num_ranks - 1) / demo->num_ranks;
+    demo->num_steps = (share + demo->batch - 1) / demo->batch;
+    demo->shared = ranks_memory(sizeof *demo->shared);
+    demo->out = ranks_memory((size_t)demo->num_tokens * ROW_BYTES);
+    if (demo->shared == NULL || demo->out == NULL) {
+        fprintf(stderr, "ep demo: no memory for %s tokens\n", text_count(demo->num_tokens).s);
+        return 1;
+    }
+    print_heading(demo);
+    if (look != NULL && demo->gpus == NULL && look->num > 0) {
+        print_without_gpus(look->why);
+    }
+    bool retry = may_fall_back && demo->gpus != NULL;
+    int status = run_ranks(demo, retry, why, sizeof why);
+    if (retry && status == 1) {
+        print_without_gpus(why);
+        demo->gpus = NULL;
+        status = run_ranks(demo, false, why, sizeof why);
+    }
     if (status != 0) {
         return status;
     }
@@ -408,8 +261,12 @@ static int demo_run(struct demo *demo) {
 }
 
 int cmd_demo(int argc, char **argv) {
+    enum { AUTO, HOST, CUDA };
     struct demo demo = {.num_ranks = 4, .batch = 128};
+    int device = AUTO;
     const struct opt opts[] = {
+        {"device", 'd', OPT_CHOICE, &device, 0, 0, "auto|host|cuda",
+         "where rows are exchanged; auto: on GPUs if there are any that work"},
         {"ranks", 'n', OPT_INT, &demo.num_ranks, 1, MOE_EXPERTS, "N", "how many processes"},
         {"file", 'f', OPT_TEXT, &demo.file, 0, 0, "F", "the text; default: one that is here"},
         {"tokens", 't', OPT_INT, &demo.num_tokens, 0, 1000000, "N",
@@ -433,15 +290,23 @@ int cmd_demo(int argc, char **argv) {
     if (status >= 0) {
         return status;
     }
+    if (device != HOST) {
+        demo.gpus = gpu_look(command.name);
+        if (demo.gpus->why[0] != '\0' && device == CUDA) {
+            fprintf(stderr, "ep demo: --device cuda: %s\n", demo.gpus->why);
+            return 1;
+        }
+        demo.gpus = demo.gpus->why[0] == '\0' ? demo.gpus : NULL;
+    }
     if (!load_text(&demo)) {
         fprintf(stderr, "ep demo: no words in %s; name a text with --file\n",
                 demo.file != NULL ? demo.file : "any file tried");
         return 1;
     }
-    status = demo_run(&demo);
+    status = demo_run(&demo, device == AUTO);
     if (status == 0) {
-        printf("\nNext: `%s bench` measures dispatch and combine at the real size.\n",
-               tool_program);
+        printf("\nNext: `%s bench%s` measures dispatch and combine at the real size.\n",
+               tool_program, demo.gpus != NULL ? " --device cuda" : "");
     }
     free(demo.x);
     return status;

@@ -16,24 +16,14 @@
 #include <unistd.h>
 
 #include "bench.h"
+#include "doctor.h"
 
-enum { MAX_FINDINGS = 24 };
-
-struct finding {
-    const char *what;
-    const char *state; /* "ok", "missing", "low", "broken", "not built" */
-    char text[400];    /* one sentence: what is here, or the cost and the cure */
-};
-
-struct doctor {
-    struct finding findings[MAX_FINDINGS];
-    int num;
-};
-
-static void add(struct doctor *d, const char *what, const char *state, const char *fmt, ...)
-    EPI_PRINTF(4, 5);
-static void add(struct doctor *d, const char *what, const char *state, const char *fmt, ...) {
-    struct finding *f = &d->findings[d->num++];
+void doctor_add(struct doctor *d, const char *what, const char *state, const char *fmt, ...) {
+    struct finding *f = &d->findings[d->num];
+    if (d->num == MAX_FINDINGS) {
+        return;
+    }
+    d->num++;
     f->what = what;
     f->state = state;
     va_list args;
@@ -59,11 +49,13 @@ static bool try_mode(struct doctor *d, bool threads) {
     struct bench_case *c = NULL;
     int64_t start_ns = epi_now_ns();
     if (bench_case(&p, true, &c) != 0) {
-        add(d, what, "broken", "%s", c != NULL ? c->why : "no memory");
+        doctor_add(d, what, "broken", "%s",
+                   c != NULL && c->why[0] != '\0' ? c->why : "no memory");
         return false;
     }
-    add(d, what, "ok", "4 ranks met, dispatched, combined and checked every value, in %s",
-        text_ns((double)(epi_now_ns() - start_ns)).s);
+    doctor_add(d, what, "ok",
+               "4 ranks met, dispatched, combined and checked every value, in %s",
+               text_ns((double)(epi_now_ns() - start_ns)).s);
     return true;
 }
 
@@ -72,8 +64,8 @@ static void add_amount(struct doctor *d, const char *what, double have, double e
                        const char *fmt, const char *cost) {
     char amount[64];
     snprintf(amount, sizeof amount, have < 1e15 ? fmt : "no limit", have);
-    add(d, what, have >= enough ? "ok" : "low", "%s%s%s", amount, have >= enough ? "" : "; ",
-        have >= enough ? "" : cost);
+    doctor_add(d, what, have >= enough ? "ok" : "low", "%s%s%s", amount,
+               have >= enough ? "" : "; ", have >= enough ? "" : cost);
 }
 
 /* ---- the machine ------------------------------------------------------------------------- */
@@ -82,22 +74,23 @@ static void check_system(struct doctor *d) {
     int fd = memfd_create("ep-doctor", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd >= 0 && ftruncate(fd, 4096) == 0 &&
         fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0) {
-        add(d, "memfd with seals", "ok", "ranks share memory that no peer can truncate");
+        doctor_add(d, "memfd with seals", "ok", "ranks share memory that no peer can truncate");
     } else {
-        add(d, "memfd with seals", "missing",
+        doctor_add(
+            d, "memfd with seals", "missing",
             "processes cannot share memory, threads still can; use Linux 3.17 or newer and "
             "allow memfd_create in the sandbox");
     }
     close(fd);
     fd = (int)syscall(SYS_pidfd_open, getpid(), 0);
-    add(d, "pidfd", fd >= 0 ? "ok" : "missing",
-        "not needed: this version sees a peer's death by its closed connection%s",
-        fd >= 0 ? "" : " (Linux 5.3 or newer has it)");
+    doctor_add(d, "pidfd", fd >= 0 ? "ok" : "missing",
+               "not needed: this version sees a peer's death by its closed connection%s",
+               fd >= 0 ? "" : " (Linux 5.3 or newer has it)");
     close(fd);
     int port = free_port();
-    add(d, "loopback TCP", port != 0 ? "ok" : "missing", "%s",
-        port != 0 ? "processes meet at 127.0.0.1"
-                  : "processes cannot meet by address; bring the interface lo up");
+    doctor_add(d, "loopback TCP", port != 0 ? "ok" : "missing", "%s",
+               port != 0 ? "processes meet at 127.0.0.1"
+                         : "processes cannot meet by address; bring the interface lo up");
     struct rlimit files = {0}, procs = {0};
     (void)getrlimit(RLIMIT_NOFILE, &files);
     (void)getrlimit(RLIMIT_NPROC, &procs);
@@ -112,37 +105,16 @@ static void check_system(struct doctor *d) {
                "max_recv_rows (ep_plan() gives the bytes)");
 }
 
-static void check_library(struct doctor *d, const char *what, const char *const *names,
-                          const char *missing) {
-    for (; *names != NULL; names++) {
-        void *library = dlopen(*names, RTLD_LAZY | RTLD_LOCAL);
-        if (library != NULL) {
-            add(d, what, "ok", "%s is here; this version does not use it yet", *names);
-            dlclose(library);
-            return;
-        }
+static void check_fabric(struct doctor *d) {
+    void *library = dlopen("libfabric.so.1", RTLD_LAZY | RTLD_LOCAL);
+    doctor_add(d, "libfabric", library != NULL ? "ok" : "missing", "%s",
+               library != NULL
+                   ? "libfabric.so.1 is here; this version does not use it yet"
+                   : "costs nothing in this version, which connects the ranks of one host; "
+                     "later versions need it between hosts (Debian: libfabric1)");
+    if (library != NULL) {
+        dlclose(library);
     }
-    add(d, what, "missing", "%s", missing);
-}
-
-static void check_libraries(struct doctor *d) {
-    static const char *const cuda[] = {"libcuda.so.1", NULL};
-    static const char *const nvrtc[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so",
-                                        NULL};
-    static const char *const fabric[] = {"libfabric.so.1", NULL};
-    add(d, "CUDA mode", "not built",
-        "this version has the host backend only: ranks compute and communicate in ordinary "
-        "memory, and GPUs are not used");
-    check_library(d, "NVIDIA driver", cuda,
-                  "costs nothing in this version; the CUDA backend will need it: install the "
-                  "driver of your GPU (Debian: nvidia-driver)");
-    check_library(
-        d, "NVRTC", nvrtc,
-        "costs nothing in this version; the CUDA backend will need it: install CUDA's "
-        "nvrtc (Debian: libnvrtc12, pip: nvidia-cuda-nvrtc)");
-    check_library(d, "libfabric", fabric,
-                  "costs nothing in this version, which connects the ranks of one host; later "
-                  "versions need it between hosts (Debian: libfabric1)");
 }
 
 static void print_json(const struct doctor *d, bool works) {
@@ -157,7 +129,9 @@ static void print_json(const struct doctor *d, bool works) {
         text_json(stdout, d->findings[i].text);
         printf("}");
     }
-    printf("\n]}\n");
+    printf("\n]");
+    doctor_gpu_json(d);
+    printf("}\n");
 }
 
 int cmd_doctor(int argc, char **argv) {
@@ -168,8 +142,9 @@ int cmd_doctor(int argc, char **argv) {
         .usage = "[--json]",
         .about =
             "Says what works on this machine, what is missing, what that costs and how to "
-            "get it. Each mode is tried with a small checked dispatch and combine. The exit "
-            "status is 0 if ranks can work as processes or as threads.",
+            "get it. Each mode is tried with a small checked dispatch and combine; GPUs also "
+            "with copies between each two. The exit status is 0 if host ranks can work as "
+            "processes or as threads.",
         .opts = opts,
         .num_opts = 1,
     };
@@ -178,11 +153,12 @@ int cmd_doctor(int argc, char **argv) {
     if (status >= 0) {
         return status;
     }
-    struct doctor d = {.num = 0};
+    static struct doctor d; /* large */
     bool processes = try_mode(&d, false);
     bool threads = try_mode(&d, true);
     check_system(&d);
-    check_libraries(&d);
+    doctor_gpu(&d);
+    check_fabric(&d);
     if (json) {
         print_json(&d, processes || threads);
         return processes || threads ? 0 : 1;
@@ -195,6 +171,7 @@ int cmd_doctor(int argc, char **argv) {
         printf("  %-10s %-21s ", d.findings[i].state, d.findings[i].what);
         text_wrap(d.findings[i].text, 35);
     }
+    doctor_gpu_print(&d);
     printf("\n%s\n",
            processes && threads ? "The host backend works; nothing here needs repair to use it."
            : processes || threads ? "The host backend works in part; see what is broken above."

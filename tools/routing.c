@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Expert ids for `ep bench`: uniform, limited to groups, skewed, or replayed from a file.
+ * Expert ids for `ep bench`: uniform, limited to groups, skewed, half of all for one rank, or
+ * replayed from a file.
  *
  * Owns nothing: it fills in the case. The same seed gives the same ids everywhere, and all
  * ranks' ids are made in one place, so that each rank can tell what it must receive.
@@ -68,6 +69,35 @@ static int make_random(struct bench_case *c) {
     return score == NULL;
 }
 
+/* Half of a token's experts are rank 0's, the others all of one other rank: rank 0 receives half
+ * of all rows and computes half of all selections. */
+static int make_half(struct bench_case *c) {
+    const struct bench_params *p = &c->p;
+    double *score = malloc((size_t)p->experts * sizeof *score);
+    uint64_t state = (uint64_t)p->seed;
+    for (int64_t t = 0; score != NULL && t < p->ranks * p->tokens; t++) {
+        int64_t half = p->ranks > 1 ? (p->topk + (t & 1)) / 2 : p->topk;
+        int second = p->ranks > 1 ? 1 + (int)(rand_next(&state) % (uint64_t)(p->ranks - 1)) : 0;
+        for (int64_t i = 0; i < p->experts; i++) {
+            score[i] = (double)(rand_next(&state) >> 11);
+        }
+        for (int64_t k = 0; k < p->topk; k++) {
+            int owner = k < half ? 0 : second;
+            int64_t best = -1;
+            for (int64_t i = 0; i < p->experts; i++) {
+                if (expert_owner((int)i, (int)p->experts, (int)p->ranks) == owner &&
+                    (best < 0 || score[i] > score[best])) {
+                    best = i;
+                }
+            }
+            c->ids[t * p->topk + k] = (int32_t)best;
+            score[best] = -1;
+        }
+    }
+    free(score);
+    return score == NULL;
+}
+
 /* Ids as numbers, K to a token, rank after rank; begins again when the file is short. */
 static int read_file(struct bench_case *c) {
     const struct bench_params *p = &c->p;
@@ -95,7 +125,7 @@ static int read_file(struct bench_case *c) {
     return 0;
 }
 
-/* What the ids mean: rows between ranks, and rows of each rank's output. */
+/* What the ids mean: rows between ranks, and rows of each rank's output in either form. */
 static void count_traffic(struct bench_case *c) {
     const struct bench_params *p = &c->p;
     for (int64_t t = 0; t < p->ranks * p->tokens; t++) {
@@ -106,18 +136,20 @@ static void count_traffic(struct bench_case *c) {
                 int owner = expert_owner(id, (int)p->experts, (int)p->ranks);
                 seen |= UINT64_C(1) << owner;
                 c->selections++;
-                c->output_rows[owner] += p->expanded;
+                c->selected_rows[owner]++;
             }
         }
         for (int64_t r = 0; r < p->ranks; r++) {
             c->traffic[t / p->tokens][r] += (int64_t)(seen >> r & 1);
-            c->output_rows[r] += !p->expanded && (seen >> r & 1) != 0;
+            c->received_rows[r] += (int64_t)(seen >> r & 1);
         }
     }
 }
 
 int routing_make(struct bench_case *c) {
-    int failed = c->p.routing == ROUTING_FILE ? read_file(c) : make_random(c);
+    int failed = c->p.routing == ROUTING_FILE   ? read_file(c)
+                 : c->p.routing == ROUTING_HALF ? make_half(c)
+                                                : make_random(c);
     if (failed == 0) {
         count_traffic(c);
     }

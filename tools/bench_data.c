@@ -1,0 +1,226 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What ranks of `ep bench` send, and whether what they got is right: byte by byte for dispatch,
+ * value by value for combine.
+ *
+ * Owns the buffers of one rank, in host memory: host ranks hand them to the library, ranks on
+ * GPUs copy from and to them. Must not call the library.
+ */
+#include "bench.h"
+
+#define TABLE_STARTS 4096
+
+static void fill_table(char *table, size_t element, int64_t num) {
+    for (int64_t i = 0; i < num; i++) {
+        int v = (int)(rand_hash(7, (uint64_t)i) % 31) - 15;
+        if (element == 1) {
+            table[i] = (char)(v + 15);
+        } else if (element == 2) {
+            ((uint16_t *)(void *)table)[i] = bf16_from_float((float)v);
+        } else {
+            ((float *)(void *)table)[i] = (float)v;
+        }
+    }
+}
+
+static double read_number(const char *at, size_t element) {
+    return element == 4 ? (double)*(const float *)(const void *)at
+                        : (double)bf16_to_float(*(const uint16_t *)(const void *)at);
+}
+
+/* Rounds a sum as combine does when it leaves a rank. */
+static double rounded(double sum, size_t element) {
+    return element == 4 ? sum : (double)bf16_to_float(bf16_from_float((float)sum));
+}
+
+/* Where in the table the row of a token begins, in elements. */
+static int64_t start_of(const struct bench_data *d, int64_t source, int64_t token) {
+    uint64_t row = (uint64_t)(source * d->p->tokens + token);
+    return (int64_t)(rand_hash(row, d->salt) % TABLE_STARTS);
+}
+
+static const char *row_of(const struct bench_data *d, int64_t source, int64_t token,
+                          size_t element) {
+    return d->table[element] + start_of(d, source, token) * (int64_t)element;
+}
+
+static float scale_of(const struct bench_data *d, int64_t source, int64_t token, int64_t i) {
+    return (float)((start_of(d, source, token) + i) % 1021);
+}
+
+static float weight_of(int64_t k) {
+    return k % 2 == 0 ? 1.0f : 0.5f; /* exact in every sum here */
+}
+
+static int owner_of(const struct bench_data *d, int32_t id) {
+    return id < 0 ? -1 : expert_owner(id, (int)d->p->experts, (int)d->p->ranks);
+}
+
+const char *data_answer(const struct bench_data *d, int64_t i) {
+    return row_of(d, d->recv_source[2 * i], d->recv_source[2 * i + 1], d->answer_element);
+}
+
+/* ---- checks ------------------------------------------------------------------------------ */
+
+/* Row i of the output must be that of (source, token), chosen as k (expanded). */
+static bool row_is_right(const struct bench_data *d, int64_t i, int64_t source, int64_t token,
+                         int64_t k) {
+    const struct bench_params *p = d->p;
+    bool right = i < d->num_rows && d->recv_source[2 * i] == source &&
+                 d->recv_source[2 * i + 1] == token &&
+                 memcmp(d->rows + i * d->rows_stride, row_of(d, source, token, d->element),
+                        (size_t)d->row_bytes) == 0;
+    for (int64_t s = 0; right && s < d->num_scales; s++) {
+        right = d->recv_scales[i * d->num_scales + s] == scale_of(d, source, token, s);
+    }
+    const int32_t *ids = d->c->ids + (source * p->tokens + token) * p->topk;
+    for (int64_t j = 0; right && !d->expanded && j < p->topk; j++) {
+        bool here = owner_of(d, ids[j]) == d->rank->rank;
+        right = d->recv_ids[i * p->topk + j] == (here ? ids[j] - d->first_expert : -1) &&
+                d->recv_weights[i * p->topk + j] == (here ? weight_of(j) : 0);
+    }
+    return right && (!d->expanded || d->recv_weights[i] == weight_of(k));
+}
+
+/* Every row in the one order that ep.h allows. */
+int check_dispatch(struct bench_data *d) {
+    const struct bench_params *p = d->p;
+    int64_t i = 0;
+    for (int64_t e = 0; e < (d->expanded ? p->experts : 1); e++) {
+        for (int64_t t = 0; t < p->ranks * p->tokens; t++) {
+            bool once = false;
+            for (int64_t k = 0; k < p->topk && !once; k++) {
+                int32_t id = d->c->ids[t * p->topk + k];
+                if ((d->expanded && id != e) || owner_of(d, id) != d->rank->rank) {
+                    continue;
+                }
+                if (!row_is_right(d, i, t / p->tokens, t % p->tokens, k)) {
+                    return rank_fail(
+                        d->rank, EP_OK,
+                        "check: row %lld of %s is not that of rank %lld, token %lld",
+                        (long long)i, d->what, (long long)(t / p->tokens),
+                        (long long)(t % p->tokens));
+                }
+                i++;
+                once = !d->expanded;
+            }
+        }
+    }
+    return 0;
+}
+
+/* The answers were the rows themselves: a token's sum is its row times what each rank adds. */
+int check_combine(struct bench_data *d) {
+    const struct bench_params *p = d->p;
+    size_t element = d->answer_element;
+    for (int64_t t = 0; t < p->tokens; t++) {
+        const int32_t *ids = d->c->ids + (d->rank->rank * p->tokens + t) * p->topk;
+        const char *row = row_of(d, d->rank->rank, t, element);
+        double factor[BENCH_MAX_RANKS] = {0};
+        for (int64_t k = 0; k < p->topk; k++) {
+            if (ids[k] >= 0) {
+                double *f = &factor[owner_of(d, ids[k])];
+                *f = d->expanded ? *f + (double)weight_of(k) : 1;
+            }
+        }
+        for (int64_t h = 0; h < p->hidden; h++) {
+            double v = read_number(row + h * (int64_t)element, element);
+            double got =
+                read_number(d->out + t * d->answer_bytes + h * (int64_t)element, element);
+            double sum = 0;
+            for (int64_t r = 0; r < p->ranks; r++) {
+                sum += factor[r] != 0 ? rounded(factor[r] * v, element) : 0;
+            }
+            if (got != rounded(sum, element)) {
+                return rank_fail(d->rank, EP_OK,
+                                 "check: %s: token %lld, column %lld is %g, not %g", d->what,
+                                 (long long)t, (long long)h, got, sum);
+            }
+        }
+    }
+    return 0;
+}
+
+/* ---- buffers ----------------------------------------------------------------------------- */
+
+void data_use(struct bench_data *d, const char *what, uint64_t salt, int dtype, bool expanded) {
+    const struct bench_params *p = d->p;
+    d->what = what;
+    d->salt = salt;
+    d->dtype = dtype;
+    d->expanded = expanded;
+    d->num_rows = bench_output_rows(d->c, d->rank->rank, expanded);
+    d->row_bytes = bench_row_bytes(p, dtype);
+    d->answer_bytes = bench_answer_bytes(p, dtype);
+    d->num_scales = bench_scale_bytes(p, dtype) / (int64_t)sizeof(float);
+    d->element = (size_t)(d->row_bytes / p->hidden);
+    d->answer_element = (size_t)(d->answer_bytes / p->hidden);
+    for (int64_t t = 0; t < p->tokens; t++) {
+        memcpy(d->x + t * d->row_bytes, row_of(d, d->rank->rank, t, d->element),
+               (size_t)d->row_bytes);
+        for (int64_t i = 0; i < d->num_scales; i++) {
+            d->scales[t * d->num_scales + i] = scale_of(d, d->rank->rank, t, i);
+        }
+    }
+}
+
+/* Zeroed, hence resident: no page fault is timed. */
+static void *get(struct bench_data *d, int64_t num, int64_t bytes) {
+    return d->owned[d->num_owned++] = epi_alloc_array((size_t)num, (size_t)bytes);
+}
+
+static int64_t larger(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+bool data_create(struct bench_data *d, struct rank *rank, const struct bench_case *c,
+                 int64_t max_rows, unsigned dtypes) {
+    const struct bench_params *p = &c->p;
+    int64_t row_bytes = 0, scale_bytes = 0, answer_bytes = 0;
+    bool elements[5] = {false};
+    *d = (struct bench_data){.rank = rank, .c = c, .p = p};
+    for (int dtype = 0; dtype <= DTYPE_F32; dtype++) {
+        if (dtypes >> dtype & 1) {
+            row_bytes = larger(row_bytes, bench_row_bytes(p, dtype));
+            scale_bytes = larger(scale_bytes, bench_scale_bytes(p, dtype));
+            answer_bytes = larger(answer_bytes, bench_answer_bytes(p, dtype));
+            elements[bench_row_bytes(p, dtype) / p->hidden] = true;
+            elements[bench_answer_bytes(p, dtype) / p->hidden] = true;
+        }
+    }
+    while (owner_of(d, d->first_expert) < rank->rank && d->first_expert < p->experts) {
+        d->first_expert++;
+    }
+    d->recv = get(d, max_rows, answer_bytes); /* never less than row_bytes */
+    d->recv_scales = get(d, max_rows, scale_bytes);
+    d->recv_ids = get(d, max_rows * p->topk, sizeof *d->recv_ids);
+    d->recv_weights = get(d, max_rows * p->topk, sizeof *d->recv_weights);
+    d->recv_source = get(d, max_rows * 2, sizeof *d->recv_source);
+    d->x = get(d, p->tokens, row_bytes);
+    d->out = get(d, p->tokens, answer_bytes);
+    d->scales = get(d, p->tokens, scale_bytes);
+    d->weights = get(d, p->tokens * p->topk, sizeof *d->weights);
+    for (int element = 1; element <= 4; element *= 2) {
+        d->table[element] = get(d, elements[element] ? TABLE_STARTS + p->hidden : 0, element);
+    }
+    for (int i = 0; i < d->num_owned; i++) {
+        if (d->owned[i] == NULL) {
+            return false;
+        }
+    }
+    for (int element = 1; element <= 4; element *= 2) {
+        if (elements[element]) {
+            fill_table(d->table[element], (size_t)element, TABLE_STARTS + p->hidden);
+        }
+    }
+    for (int64_t i = 0; i < p->tokens * p->topk; i++) {
+        d->weights[i] = weight_of(i % p->topk);
+    }
+    return true;
+}
+
+void data_destroy(struct bench_data *d) {
+    for (int i = 0; i < d->num_owned; i++) {
+        epi_free(d->owned[i]);
+    }
+}

@@ -1,0 +1,242 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * How fast rows can cross between GPUs: what the copy engines reach, all GPUs at once or a pair
+ * alone. This is the limit that `ep bench` and `ep doctor` print.
+ *
+ * Owns buffers and streams on every GPU, in a child process that ends with the measurement.
+ * All streams are held back until all copies are queued, and are released by one store, so that
+ * neither launches nor a late GPU are measured.
+ */
+#include "gpu.h"
+
+#include "src/cu/cu.h"
+
+#define BUFFER_BYTES ((int64_t)128 << 20) /* of each GPU, to send and to receive */
+#define LINKS_SECONDS 120
+
+enum { ROUNDS = 4, REPEATS = 6, SMALL_REPEATS = 21, SMALL_BYTES = 8 };
+
+struct rig {
+    struct gpu_links *out;
+    int num;
+    struct epi_cu_device device[GPU_MAX];
+    uint64_t from[GPU_MAX], to[GPU_MAX];
+    /* Of device i: [i][0] begins and ends; [i][k] sends to device i + k when all go at once. */
+    void *stream[GPU_MAX][GPU_MAX];
+    void *begin[GPU_MAX], *end[GPU_MAX], *done[GPU_MAX][GPU_MAX];
+    uint32_t *word; /* pinned */
+    uint32_t held;
+};
+
+/* The k-th other GPU of i; at any time each receives from one only. */
+static int other(const struct rig *rig, int i, int k) {
+    return (i + k) % rig->num;
+}
+
+static ep_status open_device(struct rig *rig, int i) {
+    struct epi_cu_device *d = &rig->device[i];
+    ep_status st = epi_cu_device_open(d, i);
+    st = st == EP_OK ? epi_cu_alloc(d, &rig->from[i], (size_t)BUFFER_BYTES) : st;
+    st = st == EP_OK ? epi_cu_alloc(d, &rig->to[i], (size_t)BUFFER_BYTES) : st;
+    st = st == EP_OK ? epi_cu_event_create(d, &rig->begin[i]) : st;
+    st = st == EP_OK ? epi_cu_event_create(d, &rig->end[i]) : st;
+    for (int k = 0; k < rig->num && st == EP_OK; k++) {
+        st = epi_cu_stream_create(d, &rig->stream[i][k]);
+        st = st == EP_OK ? epi_cu_event_create(d, &rig->done[i][k]) : st;
+    }
+    st = st == EP_OK
+             ? epi_cu_fill(d, rig->stream[i][0], rig->from[i], i + 1, (size_t)BUFFER_BYTES)
+             : st;
+    return st == EP_OK ? epi_cu_stream_sync(d, rig->stream[i][0]) : st;
+}
+
+static ep_status open_all(struct rig *rig) {
+    void *word = NULL;
+    ep_status st = EP_OK;
+    for (int i = 0; i < rig->num && st == EP_OK; i++) {
+        st = open_device(rig, i);
+    }
+    for (int i = 0; i < rig->num * rig->num && st == EP_OK; i++) {
+        int from = i / rig->num, to = i % rig->num;
+        if (from != to) { /* without a path the driver copies through the host */
+            (void)epi_cu_peer(&rig->device[from], &rig->device[to]);
+        }
+    }
+    st = st == EP_OK ? epi_cu_alloc_host(&rig->device[0], &word, sizeof *rig->word) : st;
+    rig->word = word;
+    if (st == EP_OK) {
+        *rig->word = 0;
+    }
+    return st;
+}
+
+/* ---- what is timed ------------------------------------------------------------------------ */
+
+enum pattern { IN_TURN, AT_ONCE, PAIR, SMALL };
+
+struct task {
+    enum pattern pattern;
+    int from, to; /* PAIR, SMALL: the only one that sends; else all do */
+};
+
+static ep_status queue_all(struct rig *rig, int i, bool at_once) {
+    const struct epi_cu_device *d = &rig->device[i];
+    int64_t part = BUFFER_BYTES / (rig->num - 1) / 16 * 16;
+    ep_status st = EP_OK;
+    for (int k = 1; k < rig->num && at_once && st == EP_OK; k++) {
+        st = epi_cu_event_wait(d, rig->stream[i][k], rig->begin[i]);
+    }
+    for (int round = 0; round < ROUNDS; round++) {
+        for (int k = 1; k < rig->num && st == EP_OK; k++) {
+            st = epi_cu_copy(d, rig->stream[i][at_once ? k : 0],
+                             rig->to[other(rig, i, k)] + (uint64_t)(part * (k - 1)),
+                             rig->from[i] + (uint64_t)(part * (k - 1)), (size_t)part);
+        }
+    }
+    for (int k = 1; k < rig->num && at_once && st == EP_OK; k++) {
+        st = epi_cu_event_record(d, rig->done[i][k], rig->stream[i][k]);
+        st = st == EP_OK ? epi_cu_event_wait(d, rig->stream[i][0], rig->done[i][k]) : st;
+    }
+    return st;
+}
+
+static ep_status queue_pair(struct rig *rig, const struct task *task) {
+    const struct epi_cu_device *d = &rig->device[task->from];
+    bool small = task->pattern == SMALL;
+    ep_status st = EP_OK;
+    for (int round = 0; round < (small ? 1 : ROUNDS) && st == EP_OK; round++) {
+        st = epi_cu_copy(d, rig->stream[task->from][0], rig->to[task->to],
+                         rig->from[task->from], (size_t)(small ? SMALL_BYTES : BUFFER_BYTES));
+    }
+    return st;
+}
+
+static bool takes_part(const struct task *task, int i) {
+    return task->pattern == IN_TURN || task->pattern == AT_ONCE || i == task->from;
+}
+
+/* Once: *us is the time of the slowest GPU. */
+static ep_status run(struct rig *rig, const struct task *task, double *us) {
+    ep_status st = EP_OK;
+    bool held = true;
+    uint32_t value = rig->held + 1;
+    *us = 0;
+    for (int i = 0; i < rig->num && st == EP_OK; i++) {
+        const struct epi_cu_device *d = &rig->device[i];
+        if (!takes_part(task, i)) {
+            continue;
+        }
+        held = epi_cu_stream_hold(d, rig->stream[i][0], rig->word, value) == EP_OK && held;
+        st = epi_cu_event_record(d, rig->begin[i], rig->stream[i][0]);
+        if (st == EP_OK && (task->pattern == PAIR || task->pattern == SMALL)) {
+            st = queue_pair(rig, task);
+        } else if (st == EP_OK) {
+            st = queue_all(rig, i, task->pattern == AT_ONCE);
+        }
+        st = st == EP_OK ? epi_cu_event_record(d, rig->end[i], rig->stream[i][0]) : st;
+    }
+    rig->held = value;
+    atomic_store((_Atomic uint32_t *)rig->word, value);
+    for (int i = 0; i < rig->num && st == EP_OK; i++) {
+        double mine = 0;
+        if (takes_part(task, i)) {
+            st = epi_cu_stream_sync(&rig->device[i], rig->stream[i][0]);
+            st = st == EP_OK
+                     ? epi_cu_event_elapsed(&rig->device[i], rig->begin[i], rig->end[i], &mine)
+                     : st;
+            *us = mine > *us ? mine : *us;
+        }
+    }
+    return st;
+}
+
+/* The fastest of several, after one that does not count. */
+static ep_status fastest_rate(struct rig *rig, struct task task, int64_t bytes, double *rate) {
+    ep_status st = EP_OK;
+    for (int i = 0; i < REPEATS && st == EP_OK; i++) {
+        double us = 0;
+        st = run(rig, &task, &us);
+        double now = us > 0 ? (double)(ROUNDS * bytes) / (us * 1000) : 0;
+        *rate = i > 0 && now > *rate ? now : *rate;
+    }
+    return st;
+}
+
+static ep_status median_small(struct rig *rig, struct task task, double *median) {
+    int64_t ns[SMALL_REPEATS];
+    ep_status st = EP_OK;
+    for (int i = 0; i < SMALL_REPEATS && st == EP_OK; i++) {
+        double us = 0;
+        st = run(rig, &task, &us);
+        ns[i] = (int64_t)(us * 1000);
+    }
+    if (st == EP_OK) {
+        *median = (double)quantile(ns, SMALL_REPEATS, 0.5) / 1000;
+    }
+    return st;
+}
+
+static ep_status measure(struct rig *rig, bool pairs) {
+    struct gpu_links *out = rig->out;
+    int64_t sent = BUFFER_BYTES / (rig->num - 1) / 16 * 16 * (rig->num - 1);
+    ep_status st = fastest_rate(rig, (struct task){.pattern = IN_TURN}, sent, &out->in_turn);
+    if (st == EP_OK && rig->num > 2) { /* two have no order to choose */
+        st = fastest_rate(rig, (struct task){.pattern = AT_ONCE}, sent, &out->at_once);
+    }
+    for (int i = 0; i < rig->num * rig->num && pairs && st == EP_OK; i++) {
+        int from = i / rig->num, to = i % rig->num;
+        if (from != to) {
+            st = fastest_rate(rig, (struct task){PAIR, from, to}, BUFFER_BYTES,
+                              &out->rate[from][to]);
+            st = st == EP_OK ? median_small(rig, (struct task){SMALL, from, to},
+                                            &out->small_us[from][to])
+                             : st;
+        }
+    }
+    return st;
+}
+
+/* ---- the child ----------------------------------------------------------------------------- */
+
+struct request {
+    struct gpu_links links;
+    bool pairs;
+};
+
+static int links_child(struct rank *rank, void *arg) {
+    static struct rig rig; /* large; what it holds goes with the process */
+    struct request *request = arg;
+    (void)rank;
+    rig.out = &request->links;
+    rig.num = request->links.num;
+    ep_status st = open_all(&rig);
+    st = st == EP_OK ? measure(&rig, request->pairs) : st;
+    if (st != EP_OK) {
+        snprintf(request->links.why, sizeof request->links.why, "%.400s", ep_last_error());
+    }
+    return 0;
+}
+
+bool gpu_measure_links(const char *name, int num, bool pairs, struct gpu_links *out) {
+    struct request *request = ranks_memory(sizeof *request);
+    *out = (struct gpu_links){.num = num};
+    if (request == NULL || num < 2 || num > GPU_MAX) {
+        snprintf(out->why, sizeof out->why, "%s",
+                 request == NULL ? "no memory" : "there is no other GPU");
+        return false;
+    }
+    request->links.num = num;
+    request->pairs = pairs;
+    struct ranks_job job = {.name = name,
+                            .num_ranks = 1,
+                            .quiet = true,
+                            .timeout_s = LINKS_SECONDS,
+                            .fn = links_child,
+                            .arg = request};
+    int status = ranks_run(&job);
+    *out = request->links;
+    if (status != 0 && out->why[0] == '\0') {
+        snprintf(out->why, sizeof out->why, "%.400s", job.why);
+    }
+    return out->why[0] == '\0';
+}
