@@ -95,8 +95,8 @@ SUBMAKE = +$(Q)$(MAKE) --no-print-directory $(JOBS)
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo check soak asan ubsan tsan gate fuzz bench fmt install uninstall clean help \
-    cov law exports headers lib tests build-all FORCE
+.PHONY: all demo check check-gpu soak asan ubsan tsan gate fuzz bench fmt install uninstall \
+    clean help cov law exports headers lib tests build-all FORCE
 
 # ---- what people call -------------------------------------------------------------------
 
@@ -108,6 +108,7 @@ help:
 	@echo 'make            the library, the program build/ep, examples'
 	@echo 'make demo       build, then a Mixture-of-Experts layer over 4 processes'
 	@echo 'make check      everything a change must pass (about 15 minutes on 2 cores)'
+	@echo 'make check-gpu  the tests on the GPUs of this machine, GPU_SECONDS=540, ARGS=--quick'
 	@echo 'make soak       the tests with many seeds, SOAK_SECONDS=600'
 	@echo 'make asan|ubsan|tsan   the tests under one sanitizer'
 	@echo 'make gate       kernels for every GPU generation, and aarch64; needs no GPU'
@@ -132,6 +133,10 @@ bench:
 check:
 	$(Q)scripts/deps.sh check
 	+$(Q)scripts/check.sh
+
+check-gpu:
+	$(Q)scripts/deps.sh build
+	+$(Q)scripts/check_gpu.sh $(ARGS)
 
 soak:
 	$(Q)scripts/deps.sh build
@@ -294,13 +299,7 @@ build/gate: tests/gate/gate.c src/cu/nvrtc.h
 	$(SAY) CC $<
 	$(Q)$(CC) -std=c11 -D_GNU_SOURCE -O1 -g $(WARN) -I. $< -o $@ -ldl
 
-# For GPU machines (scripts/gpu.sh): the kernels on GPUs, checked and measured. Needs no CUDA.
-CUDA_TRY_OBJ := $(patsubst %.c,$(B)/obj/%.o,$(sort $(wildcard tests/cuda/*.c)))
-$(B)/cuda_try: $(CUDA_TRY_OBJ) $(B)/libtest.a $(B)/libep.a
-	$(SAY) LINK $@
-	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
-
--include $(CUDA_TRY_OBJ:.o=.d) $(LIB_OBJ:.o=.d) $(TOOL_OBJ:.o=.d) $(SUPPORT_OBJ:.o=.d) \
+-include $(LIB_OBJ:.o=.d) $(TOOL_OBJ:.o=.d) $(SUPPORT_OBJ:.o=.d) \
     $(TEST_SRC:%.c=$(B)/obj/%.d) $(FUZZ_SRC:%.c=$(B)/obj/%.d)
 
 # ---- installation -----------------------------------------------------------------------

@@ -444,8 +444,8 @@ void ep_handle_destroy(ep_handle **handle);
  * What the work that was enqueued for this handle has found so far. Local, not blocking.
  * EP_OK: nothing is wrong. EP_AGAIN: the routing or the counts of the last call are not known
  * yet. EP_ERR_ARG: an id outside 0..E-1, which was treated as -1. EP_ERR_CAPACITY: rows that did
- * not fit max_recv_rows somewhere (nothing was sent), or this rank's outputs. Each is told once,
- * also by ep_handle_counts. Or the group's fault.
+ * not fit max_recv_rows somewhere (nothing was sent; told until the handle is routed again), or
+ * this rank's outputs (told once, as are ids; also by ep_handle_counts). Or the group's fault.
  * Of a host group only what ep_stream_sync has not told yet; calls without a stream tell
  * themselves.
  */

@@ -17,13 +17,22 @@
 #define K_MAX_TOPK 64
 #define K_MAX_BLOCKS 256
 
-/* Shared memory of a block: scratch for each warp (k_group.scratch_bytes: a reduction's terms,
- * or route's 4 ids per selection), then a ring for each warp's mover. */
+/* Shared memory of a block: scratch for each warp (k_group.scratch_bytes: what it notes of its
+ * work, then a reduction's terms; or what route holds of its selections), then a ring for each
+ * warp's mover. */
 #define K_TERM_BYTES 16
+#define K_NOTE_BYTES 128
 #define K_SCRATCH_BYTES(max_dests)                                                             \
-    (((max_dests) > K_MAX_TOPK ? (max_dests) : K_MAX_TOPK) * K_TERM_BYTES + 128)
+    (((max_dests) > K_MAX_TOPK ? (max_dests) : K_MAX_TOPK) * K_TERM_BYTES + 2 * K_NOTE_BYTES)
+/* Terms of a sum that a mover gathers at once; scratch holds two such sets. */
+#define K_SUM_TERMS (K_MAX_TOPK / 2)
 #define K_RING_HEAD 128 /* barriers of the stages, on GPUs */
 #define K_RING_BYTES(stages, stage_bytes) (K_RING_HEAD + (stages) * (stage_bytes))
+
+/* A row of route's counters: of each expert, of each rank, and the first bad selection. A block
+ * has one for each warp and one more: in shared memory behind the scratch if the launch has so
+ * much of it, else in the handle. */
+#define K_ROUTE_COLUMNS(experts, ranks) ((experts) + (ranks) + 1)
 
 /* ---- words ---------------------------------------------------------------------------------- */
 
@@ -132,6 +141,7 @@ struct k_ctl {
     k_u64 out[2];      /* warps that have left: a kernel that only sends, any other */
     k_u64 ending;      /* {epoch | K_END_...} of an operation that did not end well */
     k_u64 fault_claim; /* 0, then 1 */
+    k_u64 taken[2];    /* work that warps take in turn: next numbers; 0 before go or go_recv */
     k_i64 timeout_ns;
     k_i64 late_ns; /* a wait that lasts longer is worth a line in the log */
     k_u64 wait_ns;
@@ -186,8 +196,9 @@ struct k_counts {
     k_u64 known; /* {ticket | 0}: rows and need hold */
     k_i64 rows;
     k_u64 need;   /* not 0: max_recv_rows exceeded; K_NEED_PACK of the rank that lacks most */
-    k_u64 over;   /* not 0: rows for which outputs were too small; 1 + rows needed */
+    k_u64 over;   /* not 0: outputs were too small; the rows needed */
     k_u64 bad;    /* the first bad selection of the routing (t * K + k), or ~0 */
+    k_i64 bad_id; /* and its id */
     k_u64 routed; /* {ticket | 0}: bad holds */
 };
 
@@ -206,8 +217,8 @@ struct k_handle {
     k_u32 *send_base;   /* [R + 1] exclusive prefix: where a rank's answers land */
     k_u32 *send_chan;   /* [R][C + 1] exclusive prefix over channels */
     k_u32 *send_expert; /* [E] */
-    k_u32 *chan_expert; /* [E][C] scratch of route */
-    k_u64 *chan_bad;    /* [C] scratch: first bad selection of a channel, or ~0 */
+    k_u32 *counters;    /* [C + blocks][K_ROUTE_COLUMNS] scratch of route */
+    k_u64 *totals;      /* [blocks][K_ROUTE_COLUMNS] words of route: its blocks' sums */
     k_u64 *bad;         /* [1] first bad selection (t * K + k), or ~0 */
     /* receive side */
     k_u32 *recv_count;   /* [R] */
@@ -223,9 +234,7 @@ struct k_handle {
     k_i32 *expand_row; /* [max_recv_rows][K] expanded row of a selection, or -1 */
     struct k_counts *counts;
     struct k_counts *notice; /* the same for the host to read; may be `counts` itself */
-    /* route's own barrier between blocks */
-    k_u64 *sync; /* [2 + 2 * K_MAX_BLOCKS]: generation, leavers, then for each of two
-                            barriers a word per block */
+    k_u64 *sync;             /* [1] how often route has run: the epoch of `totals` */
 };
 
 /* ---- kernel arguments ----------------------------------------------------------------------- */
@@ -236,9 +245,22 @@ struct k_array {
     k_i64 s0, s1;
 };
 
+/*
+ * Channels: contiguous runs of tokens, which depend on T alone, never on blocks or warps. They come
+ * in four groups of `in_group` and get smaller from one to the next, so that what is under way at
+ * the end of an operation is small: what warps take last ends at about the same time, and little
+ * of it is left to receive. The last channel has what the others leave.
+ */
+struct k_channels {
+    k_i32 tokens, num;
+    k_i32 in_group, size[4]; /* tokens of a channel */
+    k_i32 pad;
+};
+
 struct k_route_args {
     struct k_group g;
     struct k_handle h;
+    struct k_channels channels;
     k_i32 tokens, topk;
     k_i32 id_bytes; /* 4 or 8; 0: by mask */
     k_i32 lenient;
@@ -260,6 +282,7 @@ struct k_route_args {
 struct k_dispatch_args {
     struct k_group g;
     struct k_handle h;
+    struct k_channels channels;
     k_u32 flags, send_blocks;
     k_i32 handle_id;
     k_i32 tokens, topk;
@@ -280,6 +303,7 @@ struct k_dispatch_args {
 struct k_combine_args {
     struct k_group g;
     struct k_handle h;
+    struct k_channels channels;
     k_u32 flags, send_blocks;
     k_i32 handle_id;
     k_i32 tokens, topk;
@@ -298,7 +322,7 @@ struct k_layout_args {
     k_i32 tokens, topk;
     k_i32 num_nodes;
     k_i32 pad;
-    const k_i32 *rank_node; /* [R] */
+    const k_i32 *rank_node; /* [R], or NULL: all on node 0 */
     k_u64 tokens_per_rank, tokens_per_node, tokens_per_expert, token_in_rank, channel_prefix;
 };
 
@@ -308,9 +332,9 @@ _Static_assert(sizeof(struct k_fault) == 48, "k_fault");
 _Static_assert(sizeof(struct k_board) == 6 * 8 + 48, "k_board");
 _Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
 _Static_assert(sizeof(struct k_handle) == 25 * 8, "k_handle");
-_Static_assert(sizeof(struct k_route_args) == 216 + 200 + 24 + 48, "k_route_args");
-_Static_assert(sizeof(struct k_dispatch_args) == 216 + 200 + 56 + 16 + 11 * 24,
+_Static_assert(sizeof(struct k_route_args) == 216 + 200 + 32 + 24 + 48, "k_route_args");
+_Static_assert(sizeof(struct k_dispatch_args) == 216 + 200 + 32 + 56 + 16 + 11 * 24,
                "k_dispatch_args");
-_Static_assert(sizeof(struct k_combine_args) == 216 + 200 + 48 + 7 * 24, "k_combine_args");
+_Static_assert(sizeof(struct k_combine_args) == 216 + 200 + 32 + 48 + 7 * 24, "k_combine_args");
 
 #endif

@@ -4,17 +4,23 @@
  *
  *   control  block 0: ready words; each names the landing row for the reader's answers. Then `go`.
  *   send     per (owner, channel of the owner's tokens): the rows received from that owner are
- *            consecutive, and so are their landing rows: copied, or, when they are weighted or
- *            expanded, summed per row first. Then one word per (owner, channel).
- *   reduce   per own channel: await the word of every rank that answers in it, then sum each
- *            token's biases and answers, ranks ascending, in float32, rounded once.
+ *            consecutive, and so are their landing rows. Plain rows are copied by the sending
+ *            blocks in one walk; each (owner, channel) gets its word when its stores are
+ *            complete, while later ones are on their way.
+ *   sum      a token's biases and answers, ranks ascending, once every rank that answers in its
+ *            channel has; and, where rows are weighted or expanded, first the answers that this
+ *            rank owes: those all blocks make. In float32, rounded once per sum.
  *
  * A rank's answers to itself do not travel: where they are plain rows they are read in place.
- * One warp can run all of it in this order: sending never waits for the reduction of a peer.
+ * One warp can run all of it in this order: nobody waits for a peer's answer while there is an
+ * answer of this rank that nobody has begun.
  */
 #include "kernel/op.h"
 
 _Static_assert(sizeof(struct k_term) == K_TERM_BYTES, "a warp's scratch is terms");
+
+#define NEXT_ANSWERS 0 /* in k_ctl.taken: channels of owners whose answers are sums */
+#define NEXT_TOKEN 1
 
 static K_INLINE k_bool reads_own_in_place(const struct k_combine_args *a) {
     return (a->flags & K_DO_REDUCE) == 0;
@@ -52,6 +58,8 @@ static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
     k_bool ok = check_rows(k, a) && await_all_ready(k, &sig, a->h.remote_slot);
     ok = k_barrier(k, ok);
     if (ok && k->warp == 0 && k->lane == 0) {
+        k_poke(&g->ctl->taken[NEXT_ANSWERS], 0);
+        k_poke(&g->ctl->taken[NEXT_TOKEN], 0);
         k_publish_local(&g->ctl->go, K_WORD(k->epoch, a->h.counts->need ? SKIP : GO));
     }
     return ok;
@@ -72,73 +80,42 @@ static K_INLINE k_u64 x_row(const struct k_combine_args *a, k_u32 row) {
     return a->x.data + (k_u64)((k_i64)row * a->x.s0);
 }
 
-static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
-                            struct k_mover *m, k_i32 owner, k_u32 r0, k_u32 r1) {
-    const k_i32 pieces = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes, end = (k_i32)r1;
-    const k_u64 to = k_peer_at(&a->g, owner, landing(a, landing_row(a, owner, r0))).address;
-    struct walk in = begin_walk(k, m, (k_i32)r0), out = in;
-    k_i32 ahead = 0;
-    while (out.item < end) {
-        if (in.item < end) {
-            const k_i32 from = in.piece * a->stage_bytes;
-            k_mover_retire(k, m, newest_stores(a->stages));
-            k_mover_load(k, m, in.stage, (const void *)(x_row(a, (k_u32)in.item) + (k_u64)from),
-                         at_most(a->row_bytes - from, a->stage_bytes));
-            walk_on(&in, pieces, a->stages);
-            ahead++;
-        }
-        if (ahead == most_ahead(a->stages) || in.item == end) {
-            const k_i32 from = out.piece * a->stage_bytes;
-            const k_u64 row = (k_u64)((k_u32)out.item - r0) * (k_u64)a->row_bytes;
-            k_mover_wait(k, m, out.stage);
-            k_mover_store(k, m, out.stage, one_lane(k, to + row + (k_u64)from),
-                          at_most(a->row_bytes - from, a->stage_bytes));
-            k_mover_commit(k, m);
-            walk_on(&out, pieces, a->stages);
-            ahead--;
-        }
-    }
+/* Which owners a pass over plain answers serves. */
+#define TO_PEERS 1
+#define TO_SELF 2
+
+static K_INLINE k_i32 num_answers(const struct k_combine_args *a, k_i32 whom) {
+    const k_i32 ranks = a->g.num_ranks;
+    return (whom == TO_PEERS ? ranks - 1 : 1) * a->g.num_channels;
 }
 
-static K_INLINE k_f32 weight_of(const struct k_combine_args *a, k_u32 row) {
-    return a->weights.data
-               ? *(const k_f32 *)(a->weights.data + (k_u64)((k_i64)row * a->weights.s0))
-               : 1.0f;
+/* Whose answer `item` is, and of which channel; those of a channel are neighbours. */
+static K_INLINE void name_answer(const struct k_combine_args *a, k_i32 whom, k_i32 item,
+                                 k_i32 *owner, k_i32 *c) {
+    const k_i32 ranks = a->g.num_ranks;
+    const k_i32 owners = whom == TO_PEERS ? ranks - 1 : 1;
+    const k_i32 d = a->g.rank + (whom == TO_PEERS) + item % owners;
+    *owner = d < ranks ? d : d - ranks;
+    *c = item / owners;
 }
 
-/* Rows of the experts' output that make up this rank's answer for received row `row`. */
-static K_FN k_i32 answer_terms(struct k_thread *k, const struct k_combine_args *a, k_u32 row,
-                               struct k_term *terms) {
-    k_i32 num = 0;
-    if ((a->flags & K_DO_EXPAND) == 0) {
-        if (k->lane == 0) {
-            terms[0].row = (const void *)x_row(a, row);
-            terms[0].weight = weight_of(a, row);
-        }
-        return 1;
-    }
-    for (k_i32 j = 0; j < a->topk; j++) {
-        const k_i32 from = a->h.expand_row[(k_i64)row * a->topk + j];
-        if (from >= 0) {
-            if (k->lane == 0) {
-                terms[num].row = (const void *)x_row(a, (k_u32)from);
-                terms[num].weight = weight_of(a, (k_u32)from);
-            }
-            num++;
-        }
-    }
-    return num;
+/* The same, and the rows received that it is made from: [*r0, *r1). */
+static K_INLINE void find_answer(const struct k_combine_args *a, k_i32 whom, k_i32 item,
+                                 k_i32 *owner, k_i32 *c, k_u32 *r0, k_u32 *r1) {
+    name_answer(a, whom, item, owner, c);
+    const k_u32 *chan = a->h.recv_chan + (k_i64)*owner * (a->g.num_channels + 1) + *c;
+    *r0 = a->h.recv_base[*owner] + chan[0];
+    *r1 = a->h.recv_base[*owner] + chan[1];
 }
 
-static K_FN void send_reduced(struct k_thread *k, const struct k_combine_args *a, k_i32 owner,
-                              k_u32 r0, k_u32 r1) {
-    struct k_term *terms = (struct k_term *)warp_scratch(k);
-    for (k_u32 row = r0; row < r1; row++) {
-        const k_i32 num = answer_terms(k, a, row, terms);
-        k_syncwarp(k);
-        k_reduce(k, k_peer_at(&a->g, owner, landing(a, landing_row(a, owner, row))), a->dtype,
-                 a->weights.data != 0, a->row_bytes, terms, num);
-        k_syncwarp(k);
+/* Of the rows received from `owner`, those of channel c before `end` are answered. A word counts
+ * from the first row of that owner, so that it is the slot of the last answer there is, plus 1. */
+static K_INLINE void publish_answers(struct k_thread *k, const struct k_combine_args *a,
+                                     k_i32 owner, k_i32 c, k_u32 end) {
+    const struct k_group *g = &a->g;
+    if (k->lane == 0) {
+        k_publish(k_peer_at(g, owner, channel_word(g, g->map.returned, g->rank, c)),
+                  K_WORD(k->epoch, end - a->h.recv_base[owner]));
     }
 }
 
@@ -146,88 +123,440 @@ static K_FN void send_reduced(struct k_thread *k, const struct k_combine_args *a
 static K_FN void send_weights(struct k_thread *k, const struct k_combine_args *a, k_i32 owner,
                               k_u32 r0, k_u32 r1) {
     const struct k_array *w = &a->topk_weights;
-    for (k_u32 row = r0; row < r1; row++) {
-        const k_u64 to =
-            a->g.map.land_side + landing_row(a, owner, row) * 4ull * (k_u64)a->topk;
-        for (k_i32 j = k->lane; j < a->topk; j += K_LANES) {
-            k_f32 v = 0.0f;
-            if ((a->flags & K_DO_EXPAND) == 0) {
-                v = *(const k_f32 *)(w->data + (k_u64)((k_i64)row * w->s0 + (k_i64)j * w->s1));
-            } else {
-                const k_i32 from = a->h.expand_row[(k_i64)row * a->topk + j];
-                if (from >= 0) {
-                    v = *(const k_f32 *)(w->data + (k_u64)((k_i64)from * w->s0));
-                }
+    const k_i32 topk = a->topk, num = (k_i32)(r1 - r0) * topk;
+    const k_u64 to = a->g.map.land_side + landing_row(a, owner, r0) * 4ull * (k_u64)topk;
+    for (k_i32 i = k->lane; i < num; i += K_LANES) {
+        const k_i64 row = (k_i64)r0 + i / topk;
+        const k_i32 j = i % topk;
+        k_f32 v = 0.0f;
+        if ((a->flags & K_DO_EXPAND) == 0) {
+            v = *(const k_f32 *)(w->data + (k_u64)(row * w->s0 + (k_i64)j * w->s1));
+        } else {
+            const k_i32 from = a->h.expand_row[row * topk + j];
+            if (from >= 0) {
+                v = *(const k_f32 *)(w->data + (k_u64)((k_i64)from * w->s0));
             }
-            k_store_u32(k_peer_at(&a->g, owner, to + 4ull * (k_u64)j), k_bits(v));
+        }
+        k_store_u32(k_peer_at(&a->g, owner, to + 4ull * (k_u64)i), k_bits(v));
+    }
+}
+
+/* An answer of plain rows. They land one behind the other; where they also lie so, they are cut
+ * into pieces as if they were one row. */
+struct answer {
+    k_u64 to; /* address of its first landing row */
+    k_u32 row, rows;
+    k_i32 item;
+    k_i32 line_bytes; /* of a row, or of all */
+};
+
+#define LISTED_ANSWERS 16
+_Static_assert(LISTED_ANSWERS * sizeof(struct answer) <= K_SCRATCH_BYTES(1), "answers");
+_Static_assert(LISTED_ANSWERS > K_MOVER_STAGES + 3, "what is listed is still in use");
+
+/*
+ * The answers that a warp sends, noted ahead of need in its scratch: number `first`, then the
+ * next that no warp of the rank has taken. So warps that the link serves better send more, and
+ * all end at about the same time.
+ */
+struct answer_list {
+    struct answer *answers;
+    k_i32 next, stride,
+        items; /* to look at, of so many; the first `stride` go to a warp each */
+    k_i32 num; /* listed so far */
+};
+
+static K_INLINE const struct answer *listed(const struct answer_list *l, k_i32 i) {
+    return &l->answers[(k_u32)i % LISTED_ANSWERS];
+}
+
+/* Lists answer i, if there are so many for this warp. */
+static K_INLINE void list_up_to(struct k_thread *k, const struct k_combine_args *a,
+                                struct answer_list *l, k_i32 i) {
+    while (l->num <= i && l->next < l->items) {
+        k_i32 owner, c;
+        k_u32 r0, r1;
+        find_answer(a, TO_PEERS, l->next, &owner, &c, &r0, &r1);
+        if (r0 != r1 && k->lane == 0) {
+            struct answer *to = &l->answers[(k_u32)l->num % LISTED_ANSWERS];
+            const k_u64 all = (k_u64)(r1 - r0) * (k_u64)a->row_bytes;
+            const k_bool dense = a->x.s0 == a->row_bytes && all < (1u << 30);
+            to->to = k_peer_at(&a->g, owner, landing(a, landing_row(a, owner, r0))).address;
+            to->row = r0;
+            to->rows = r1 - r0;
+            to->item = l->next;
+            to->line_bytes = dense ? (k_i32)all : a->row_bytes;
+        }
+        k_syncwarp(k);
+        l->num += r0 != r1;
+        l->next = l->stride + (k_i32)k_take(k, &a->g.ctl->taken[NEXT_ANSWERS]);
+    }
+}
+
+/* A walk over listed answers: byte `from` of a line. */
+struct answer_walk {
+    k_i32 item, line, from, stage;
+};
+
+static K_INLINE void walk_answer(struct answer_walk *w, const struct k_combine_args *a,
+                                 const struct answer *u) {
+    w->from += a->stage_bytes;
+    if (w->from >= u->line_bytes) {
+        w->from = 0;
+        w->line++;
+        if (w->line == (u->line_bytes == a->row_bytes ? (k_i32)u->rows : 1)) {
+            w->line = 0;
+            w->item++;
+        }
+    }
+    w->stage++;
+    w->stage = w->stage == a->stages ? 0 : w->stage;
+}
+
+/* Plain answers to peers in one walk; each is published when its stores are complete. */
+static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
+                            struct k_mover *m, k_i32 first, k_i32 stride) {
+    struct answer_list l = {(struct answer *)warp_scratch(k), first, stride,
+                            num_answers(a, TO_PEERS), 0};
+    struct answer_walk in = {0, 0, 0, 0}, out = in;
+    struct pending p = {-1, 0};
+    k_i32 ahead = 0;
+    k_mover_retire(k, m, 0);
+    for (;;) {
+        k_i32 ended = -1;
+        list_up_to(k, a, &l,
+                   in.item + (in.from > 0)); /* the next one while this one is loaded */
+        if (out.item == l.num && p.unit < 0) {
+            return;
+        }
+        if (in.item < l.num) {
+            const struct answer *u = listed(&l, in.item);
+            const k_u64 from = x_row(a, u->row + (k_u32)in.line) + (k_u64)in.from;
+            k_mover_retire(k, m, newest_stores(a->stages));
+            k_mover_load(k, m, in.stage, (const void *)from,
+                         at_most(u->line_bytes - in.from, a->stage_bytes));
+            walk_answer(&in, a, u);
+            ahead++;
+        }
+        if (out.item < l.num && (ahead == most_ahead(a->stages) || in.item == l.num)) {
+            const k_i32 item = out.item;
+            const struct answer *u = listed(&l, item);
+            const k_u64 to = u->to + (k_u64)out.line * (k_u64)a->row_bytes + (k_u64)out.from;
+            k_mover_wait(k, m, out.stage);
+            k_mover_store(k, m, out.stage, one_lane(k, to),
+                          at_most(u->line_bytes - out.from, a->stage_bytes));
+            k_mover_commit(k, m);
+            walk_answer(&out, a, u);
+            ended = out.item != item ? item : -1;
+            p.newer++;
+            ahead--;
+        }
+        if (pending_is_due(&p, ended >= 0 || out.item == l.num)) {
+            const struct answer *u = listed(&l, p.unit);
+            k_i32 owner, c;
+            name_answer(a, TO_PEERS, u->item, &owner, &c);
+            if (a->flags & K_DO_WEIGHTS) {
+                send_weights(k, a, owner, u->row, u->row + u->rows);
+            }
+            k_mover_settle(k, m, p.newer);
+            publish_answers(k, a, owner, c, u->row + u->rows);
+            p.unit = -1;
+        }
+        if (ended >= 0) {
+            p.unit = ended;
+            p.newer = 0;
         }
     }
 }
 
-static K_FN void send_channel(struct k_thread *k, const struct k_combine_args *a,
-                              struct k_mover *m, k_i32 owner, k_i32 c) {
-    const struct k_group *g = &a->g;
-    const k_u32 *chan = a->h.recv_chan + (k_i64)owner * (g->num_channels + 1) + c;
-    const k_u32 r0 = a->h.recv_base[owner] + chan[0], r1 = a->h.recv_base[owner] + chan[1];
-    if (r0 == r1) {
-        return;
-    }
-    if (a->flags & K_DO_REDUCE) {
-        send_reduced(k, a, owner, r0, r1);
-    } else if (owner != g->rank) {
-        send_plain(k, a, m, owner, r0, r1);
-    }
-    if (a->flags & K_DO_WEIGHTS) {
-        send_weights(k, a, owner, r0, r1);
-    }
-    k_mover_drain(k, m);
-    k_syncwarp(k);
-    if (k->lane == 0) {
-        k_publish(k_peer_at(g, owner, channel_word(g, g->map.returned, g->rank, c)),
-                  K_WORD(k->epoch, r1 - r0));
-        k_add(owner == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
-              (k_u64)(r1 - r0) * (k_u64)a->row_bytes);
+/* Plain answers of this rank to itself, which lie where they are read: their weights and words. */
+static K_FN void send_own(struct k_thread *k, const struct k_combine_args *a, k_i32 first,
+                          k_i32 stride) {
+    for (k_i32 i = first; i < num_answers(a, TO_SELF); i += stride) {
+        k_i32 owner, c;
+        k_u32 r0, r1;
+        find_answer(a, TO_SELF, i, &owner, &c, &r0, &r1);
+        if (a->flags & K_DO_WEIGHTS) {
+            send_weights(k, a, owner, r0, r1);
+        }
+        k_syncwarp(k);
+        if (r0 != r1) {
+            publish_answers(k, a, owner, c, r1);
+        }
     }
 }
 
-/* ---- reduce --------------------------------------------------------------------------------- */
+/* One warp: what this operation sends, for ep_group_stats. */
+static K_FN void count_sent(struct k_thread *k, const struct k_combine_args *a) {
+    const struct k_group *g = &a->g;
+    for (k_i32 d = k->lane; d < g->num_ranks; d += K_LANES) {
+        k_tally(d == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
+                (k_u64)(a->h.recv_base[d + 1] - a->h.recv_base[d]) * (k_u64)a->row_bytes);
+    }
+}
+
+/* ---- sum ------------------------------------------------------------------------------------ */
+
+/* A row to be summed: an answer that this rank owes, or a slice of a token's row. */
+struct sum {
+    k_u64 to;
+    k_i32 item;           /* the received row that is answered, or the token */
+    k_i32 owner, channel; /* of an answer; the owner of a token's sum is NOBODY */
+    k_i32 num;            /* terms */
+    k_i32 bytes, part;    /* of the row; of each term, that a stage takes */
+    k_u8 first, tell;     /* answer of its channel; it is to be announced */
+    k_u8 last;            /* slice of its token */
+};
+
+#define NOBODY (-1)
+
+/* Where a warp's rows come from. */
+struct feed {
+    k_u8 answers, tokens; /* there may be more to take from the rank's counters */
+    k_u8 eager;           /* tokens that can be summed come before answers */
+    k_u8 first;           /* no answer of the channel taken last is begun */
+    k_u32 row, end;       /* its answers that are not begun */
+    k_i32 owner, channel;
+    k_i32 token; /* taken, not begun; or NOBODY */
+    k_i32 from;  /* the byte of its row at which the slice begins */
+};
+
+/* What a warp notes in its scratch, as registers are for the sums. Written by lane 0. */
+struct notes {
+    struct sum sum[2]; /* the one begun last, and the one before */
+    struct feed feed;
+};
+
+_Static_assert(sizeof(struct notes) <= K_NOTE_BYTES, "notes");
+
+static K_INLINE struct notes *warp_notes(struct k_thread *k) {
+    return (struct notes *)warp_scratch(k);
+}
+
+/* One of two sets; where terms do not fit a stage there is one, which takes all of the scratch. */
+static K_INLINE struct k_term *warp_terms(struct k_thread *k, k_i32 set) {
+    return (struct k_term *)((k_u8 *)warp_scratch(k) + K_NOTE_BYTES) + set * K_SUM_TERMS;
+}
+
+/* How tokens' rows are cut: finer where there are more warps than tokens. */
+struct slices {
+    k_i32 num, bytes;
+};
+
+#define MOST_SLICES 8
+
+static K_INLINE struct slices slices_of(const struct k_combine_args *a, k_i32 warps) {
+    const k_i32 num = at_most(a->tokens > 0 ? warps / a->tokens : 1, MOST_SLICES);
+    struct slices s = {1, a->row_bytes};
+    if (num > 1) {
+        s.bytes = (a->row_bytes + 512 * num - 1) / (512 * num) * 512;
+        s.num = (a->row_bytes + s.bytes - 1) / s.bytes;
+    }
+    return s;
+}
+
+/* Whether every sum's terms fit a stage, so that rows follow each other through the ring. */
+static K_INLINE k_bool is_staged(const struct k_combine_args *a) {
+    k_i32 most = a->g.max_dests + (a->bias0.data != 0) + (a->bias1.data != 0);
+    if ((a->flags & K_DO_EXPAND) && a->topk > most) {
+        most = a->topk;
+    }
+    return most <= K_SUM_TERMS && 16 * most <= a->stage_bytes;
+}
+
+/* How many bytes of each of `num` terms go into a stage: where many, a multiple of what the lanes
+ * read at once. */
+static K_INLINE k_i32 part_bytes(const struct k_combine_args *a, k_i32 num, k_i32 bytes) {
+    if (K_IN_PLACE || !is_staged(a)) {
+        return bytes;
+    }
+    const k_i32 each = a->stage_bytes / (num > 1 ? num : 1);
+    return at_most(each < 512 ? each & ~15 : each & ~511, bytes);
+}
+
+/* Rows of the experts' output that make up this rank's answer for received row `row`. */
+static K_INLINE k_i32 answer_terms(struct k_thread *k, const struct k_combine_args *a,
+                                   k_u32 row, struct k_term *terms) {
+    const k_bool wide = (a->flags & K_DO_EXPAND) != 0;
+    k_i32 num = 0;
+    for (k_i32 base = 0; base < (wide ? a->topk : 1); base += K_LANES) {
+        const k_i32 j = base + k->lane;
+        k_i32 from = -1;
+        if (wide && j < a->topk) {
+            from = a->h.expand_row[(k_i64)row * a->topk + j];
+        } else if (!wide && j == 0) {
+            from = (k_i32)row;
+        }
+        k_u32 all = 0;
+        const k_i32 at = num + (k_i32)k_scan(k, from >= 0, &all);
+        if (from >= 0) {
+            terms[at].row = (const void *)x_row(a, (k_u32)from);
+            terms[at].weight =
+                a->weights.data
+                    ? *(const k_f32 *)(a->weights.data + (k_u64)(from * a->weights.s0))
+                    : 1.0f;
+        }
+        num += (k_i32)all;
+    }
+    return num;
+}
+
+static K_INLINE void begin_answer(struct k_thread *k, const struct k_combine_args *a,
+                                  struct feed *f, struct sum *s, struct k_term *terms) {
+    s->owner = f->owner;
+    s->channel = f->channel;
+    s->item = (k_i32)f->row;
+    s->to = k_peer_at(&a->g, f->owner, landing(a, landing_row(a, f->owner, f->row))).address;
+    s->bytes = a->row_bytes;
+    s->num = answer_terms(k, a, f->row, terms);
+    f->row++;
+    s->first = f->first;
+    s->tell = f->row == f->end;
+    s->last = 0;
+    f->first = 0;
+}
 
 static K_INLINE k_i32 add_bias(struct k_thread *k, const struct k_array *bias, k_i32 t,
-                               struct k_term *terms, k_i32 num) {
+                               k_i32 from, struct k_term *terms, k_i32 num) {
     if (!bias->data) {
         return num;
     }
     if (k->lane == 0) {
-        terms[num].row = (const void *)(bias->data + (k_u64)((k_i64)t * bias->s0));
+        terms[num].row = (const k_u8 *)(bias->data + (k_u64)((k_i64)t * bias->s0)) + from;
         terms[num].weight = 1.0f;
     }
     return num + 1;
 }
 
-/* out[t]: one sum over the token's biases and answers. */
-static K_FN void reduce_token(struct k_thread *k, const struct k_combine_args *a, k_i32 t) {
-    struct k_term *terms = (struct k_term *)warp_scratch(k);
+static K_INLINE void begin_token(struct k_thread *k, const struct k_combine_args *a,
+                                 const struct slices *cut, struct feed *f, struct sum *s,
+                                 struct k_term *terms) {
     const struct k_group *g = &a->g;
-    k_i32 num = add_bias(k, &a->bias0, t, terms, 0);
-    num = add_bias(k, &a->bias1, t, terms, num);
-    const k_i32 dests = a->h.num_dests[t];
-    for (k_i32 i = 0; i < dests; i++) {
+    const k_i32 t = f->token, from = f->from, dests = a->h.num_dests[t];
+    k_i32 num = add_bias(k, &a->bias0, t, from, terms, 0);
+    num = add_bias(k, &a->bias1, t, from, terms, num);
+    for (k_i32 i = k->lane; i < dests; i += K_LANES) {
         const k_i64 at = (k_i64)t * g->max_dests + i;
         const k_i32 d = a->h.dest_rank[at];
         const k_u32 slot = a->h.dest_slot[at];
-        if (k->lane == 0) {
-            terms[num].row =
-                d == g->rank && reads_own_in_place(a)
-                    ? (const void *)x_row(a, a->h.recv_base[d] + slot)
-                    : (const void *)k_own(g, landing(a, (k_u64)a->h.send_base[d] + slot));
-            terms[num].weight = 1.0f;
+        const void *row =
+            d == g->rank && reads_own_in_place(a)
+                ? (const void *)x_row(a, a->h.recv_base[d] + slot)
+                : (const void *)k_own(g, landing(a, (k_u64)a->h.send_base[d] + slot));
+        terms[num + i].row = (const k_u8 *)row + from;
+        terms[num + i].weight = 1.0f;
+    }
+    s->owner = NOBODY;
+    s->channel = 0;
+    s->item = t;
+    s->to = a->out.data + (k_u64)((k_i64)t * a->out.s0) + (k_u64)from;
+    s->bytes = at_most(cut->bytes, a->row_bytes - from);
+    s->num = num + dests;
+    s->last = from + s->bytes == a->row_bytes;
+    f->token = NOBODY;
+}
+
+/* Token t has been answered by every rank it was sent to; `wait`: until it has. */
+static K_FN k_bool has_answers(struct k_thread *k, const struct k_combine_args *a, k_i32 t,
+                               k_bool wait) {
+    const struct k_group *g = &a->g;
+    const k_i32 dests = a->h.num_dests[t];
+    const k_i32 c = channel_of(&a->channels, t);
+    for (k_i32 base = 0; base < dests; base += K_LANES) {
+        const k_i32 i = base + k->lane;
+        const k_i64 at = (k_i64)t * g->max_dests + i;
+        const k_u64 *word = 0;
+        k_u32 rows = 0;
+        k_i32 d = -1;
+        if (i < dests) {
+            d = a->h.dest_rank[at];
+            rows = a->h.dest_slot[at] + 1;
+            word = (const k_u64 *)k_own(g, channel_word(g, g->map.returned, d, c));
         }
-        num++;
+        if (!(wait ? k_await_rows(k, word, k->epoch, rows, d, K_PHASE_ANSWERS)
+                   : k_arrived(k, word, k->epoch, rows))) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* Answers of the next channel that has any; false: all were taken. */
+static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_args *a,
+                                    struct feed *f) {
+    const struct k_group *g = &a->g;
+    while (f->answers && f->row == f->end) {
+        const k_i32 i = (k_i32)k_take(k, &g->ctl->taken[NEXT_ANSWERS]);
+        if (i >= g->num_ranks * g->num_channels) {
+            f->answers = 0;
+            break;
+        }
+        f->first = 1;
+        f->owner = (g->rank + 1 + i % g->num_ranks) % g->num_ranks;
+        f->channel = i / g->num_ranks;
+        const k_u32 *chan =
+            a->h.recv_chan + (k_i64)f->owner * (g->num_channels + 1) + f->channel;
+        f->row = a->h.recv_base[f->owner] + chan[0];
+        f->end = a->h.recv_base[f->owner] + chan[1];
+    }
+    return f->row < f->end;
+}
+
+static K_INLINE k_bool take_token(struct k_thread *k, const struct k_combine_args *a,
+                                  const struct slices *cut, struct feed *f) {
+    if (f->tokens && f->token == NOBODY) {
+        const k_i32 i = (k_i32)k_take(k, &a->g.ctl->taken[NEXT_TOKEN]), t = i / cut->num;
+        f->tokens = t < a->tokens;
+        f->token = f->tokens ? t : NOBODY;
+        f->from = (i - t * cut->num) * cut->bytes;
+    }
+    return f->token != NOBODY;
+}
+
+#define NEXT_READY 0
+#define NEXT_LATER 1 /* there is one, but its answers have not arrived */
+#define NEXT_NONE 2
+#define NEXT_FAILED 3
+
+/* May wait only when the warp owes nothing: answers are made before that, and all that it began
+ * are sent. */
+static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
+                             const struct slices *cut, k_bool wait, struct feed *f,
+                             struct sum *s, struct k_term *terms) {
+    const k_bool first = f->eager && f->row == f->end && take_token(k, a, cut, f) &&
+                         has_answers(k, a, f->token, 0);
+    if (!first && take_answers(k, a, f)) {
+        begin_answer(k, a, f, s, terms);
+        return NEXT_READY;
+    }
+    if (!first && !take_token(k, a, cut, f)) {
+        return NEXT_NONE;
+    }
+    if (!first && !has_answers(k, a, f->token, wait)) {
+        return wait ? NEXT_FAILED : NEXT_LATER;
+    }
+    begin_token(k, a, cut, f, s, terms);
+    return NEXT_READY;
+}
+
+/* The next row to sum, noted as number `set`, and its terms. */
+static K_FN k_i32 next_sum(struct k_thread *k, const struct k_combine_args *a,
+                           const struct slices *cut, k_bool wait, k_i32 set) {
+    struct notes *n = warp_notes(k);
+    k_syncwarp(k); /* no lane needs what was noted of the row before the last */
+    struct feed f = n->feed;
+    struct sum s = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    const k_i32 next = choose_sum(k, a, cut, wait, &f, &s, warp_terms(k, set));
+    s.part = part_bytes(a, s.num, s.bytes);
+    k_syncwarp(k);
+    if (k->lane == 0) {
+        n->feed = f;
+        if (next == NEXT_READY) {
+            n->sum[set] = s;
+        }
     }
     k_syncwarp(k);
-    k_reduce(k, own_memory(a->out.data + (k_u64)((k_i64)t * a->out.s0)), a->dtype, 0,
-             a->row_bytes, terms, num);
-    k_syncwarp(k);
+    return next;
 }
 
 static K_FN void sum_weights(struct k_thread *k, const struct k_combine_args *a, k_i32 t) {
@@ -246,42 +575,105 @@ static K_FN void sum_weights(struct k_thread *k, const struct k_combine_args *a,
     }
 }
 
-/* Every rank that answers in channel c has answered. */
-static K_FN k_bool await_answers(struct k_thread *k, const struct k_combine_args *a, k_i32 c) {
-    const struct k_group *g = &a->g;
-    for (k_i32 base = 0; base < g->num_ranks; base += K_LANES) {
-        const k_i32 d = base + k->lane;
-        const k_u64 *word = 0;
-        k_u32 rows = 0;
-        if (d < g->num_ranks) {
-            const k_u32 *chan = a->h.send_chan + (k_i64)d * (g->num_channels + 1) + c;
-            if (chan[0] != chan[1]) {
-                word = (const k_u64 *)k_own(g, channel_word(g, g->map.returned, d, c));
-            }
+/* A row is summed; an answer is announced, with the weights of its channel if it is the first. */
+static K_INLINE void end_sum(struct k_thread *k, const struct k_combine_args *a,
+                             const struct sum *s) {
+    if (s->owner == NOBODY) {
+        if (s->last && a->out_weights.data) {
+            sum_weights(k, a, s->item);
         }
-        if (!k_await(k, word, k->epoch, d, K_PHASE_ANSWERS, &rows)) {
-            return 0;
-        }
+        return;
     }
-    return 1;
+    if (s->first && (a->flags & K_DO_WEIGHTS)) {
+        const k_u32 *chan =
+            a->h.recv_chan + (k_i64)s->owner * (a->g.num_channels + 1) + s->channel;
+        const k_u32 row = (k_u32)s->item;
+        send_weights(k, a, s->owner, row, row + chan[1] - chan[0]);
+    }
+    if (s->tell) {
+        k_syncwarp(k);
+        publish_answers(k, a, s->owner, s->channel, (k_u32)s->item + 1);
+    }
 }
 
-/* Warps take tokens in turn, not channels: all of them work on what has just arrived, and little
- * is left to do when the last answer has. */
-static K_FN k_bool reduce(struct k_thread *k, const struct k_combine_args *a, k_i32 warp,
-                          k_i32 warps) {
-    const struct k_group *g = &a->g;
-    const k_i32 per = (a->tokens + g->num_channels - 1) / g->num_channels; /* of a channel */
-    k_i32 arrived = -1;
-    for (k_i32 t = warp; t < a->tokens; t += warps) {
-        const k_i32 c = t / per;
-        if (c != arrived && !await_answers(k, a, c)) {
-            return 0;
+/* The part of row `set` that begins at byte `from`, from its stage. Returns its bytes. */
+static K_INLINE k_i32 sum_part(struct k_thread *k, const struct k_combine_args *a,
+                               struct k_mover *m, k_i32 set, k_i32 from, k_i32 stage) {
+    const struct sum *s = &warp_notes(k)->sum[set];
+    const struct k_term *terms = warp_terms(k, set);
+    const k_bool weighted = s->owner != NOBODY && a->weights.data != 0;
+    const k_i32 bytes = at_most(s->part, s->bytes - from), num = s->num;
+    const struct k_peer to = own_memory(s->to + (k_u64)from);
+    if (is_staged(a)) {
+        k_mover_wait(k, m, stage);
+        k_mover_sum(k, m, stage, to, a->dtype, weighted, bytes, terms, num);
+    } else {
+        k_syncwarp(k);
+        k_reduce(k, to, a->dtype, weighted, bytes, terms, num);
+        k_syncwarp(k);
+    }
+    return bytes;
+}
+
+/* The part of row `set` that begins at byte `from`, into a stage. Returns its bytes. */
+static K_INLINE k_i32 gather_part(struct k_thread *k, const struct k_combine_args *a,
+                                  struct k_mover *m, k_i32 set, k_i32 from, k_i32 stage) {
+    const struct sum *s = &warp_notes(k)->sum[set];
+    const k_i32 bytes = at_most(s->part, s->bytes - from);
+    if (is_staged(a)) {
+        k_mover_gather(k, m, stage, warp_terms(k, set), s->num, from, bytes);
+    }
+    return bytes;
+}
+
+/*
+ * Sums rows until there are none. Parts are gathered as far ahead as there are stages, also of the
+ * row after the one that is being summed. Rows whose terms may not fit a stage are summed by plain
+ * loads, one after the other.
+ */
+static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
+                            struct k_mover *m, k_i32 warps) {
+    const struct slices cut = slices_of(a, warps);
+    const k_bool staged = is_staged(a);
+    k_i32 in = 0, gathered = 0, in_bytes = 0; /* of row `in` */
+    k_i32 out = 0, summed = 0, out_bytes = 0; /* of row `out`: `in`, or the one before */
+    k_i32 next = NEXT_READY, ahead = 0, load = 0, read = 0;
+    k_mover_retire(k, m, 0);
+    while (next != NEXT_NONE || ahead > 0) {
+        if (gathered == in_bytes && next != NEXT_NONE &&
+            (ahead == 0 || (in == out && staged))) {
+            const k_i32 set = staged ? 1 - in : 0;
+            next = next_sum(k, a, &cut, ahead == 0, set);
+            if (next == NEXT_FAILED) {
+                return 0;
+            }
+            if (next == NEXT_READY) {
+                in = set;
+                in_bytes = warp_notes(k)->sum[in].bytes;
+                gathered = 0;
+                if (ahead == 0) {
+                    out = in;
+                    out_bytes = in_bytes;
+                    summed = 0;
+                }
+            }
         }
-        arrived = c;
-        reduce_token(k, a, t);
-        if (a->out_weights.data) {
-            sum_weights(k, a, t);
+        if (gathered < in_bytes && ahead < a->stages) {
+            gathered += gather_part(k, a, m, in, gathered, load);
+            load = load + 1 == a->stages ? 0 : load + 1;
+            ahead++;
+        } else if (ahead > 0) {
+            summed += sum_part(k, a, m, out, summed, read);
+            read = read + 1 == a->stages ? 0 : read + 1;
+            ahead--;
+            if (summed == out_bytes) {
+                end_sum(k, a, &warp_notes(k)->sum[out]);
+                if (in != out) {
+                    out = in;
+                    out_bytes = in_bytes;
+                    summed = 0;
+                }
+            }
         }
     }
     return 1;
@@ -293,7 +685,7 @@ static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
     const struct k_group *g = &a->g;
     const k_bool both = k->num_blocks > 1;
     const k_i32 senders = both ? (k_i32)a->send_blocks : k->num_blocks;
-    const k_i32 first_reduce = both ? senders : 0;
+    const k_bool sums = (a->flags & K_DO_REDUCE) != 0; /* made by all blocks */
     k_u32 go = 0;
     if (k->block == 0 && !control(k, a)) {
         return 0;
@@ -307,16 +699,26 @@ static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
     }
     struct k_mover m;
     k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
-    if (k->block < senders) {
-        const k_i64 items = (k_i64)g->num_ranks * g->num_channels;
-        for (k_i64 i = k_first(k, 0); i < items; i += k_stride(k, senders)) {
-            const k_i32 owner = (g->rank + 1 + (k_i32)(i % g->num_ranks)) % g->num_ranks;
-            send_channel(k, a, &m, owner, (k_i32)(i / g->num_ranks));
-        }
+    const k_bool away =
+        k->block < senders; /* where all blocks send, they do the rest as well */
+    if (away && !sums) {
+        send_plain(k, a, &m, k_first(k, 0), k_stride(k, senders));
     }
+    if (!sums && !(away && both)) {
+        const k_i32 from = both ? senders : 0;
+        send_own(k, a, k_first(k, from), k_stride(k, k->num_blocks - from));
+    }
+    if (k_first(k, 0) == 0) {
+        count_sent(k, a);
+    }
+    const struct feed f = {sums, 1, both && !away, 0, 0, 0, 0, 0, NOBODY, 0};
+    k_syncwarp(k); /* the scratch was used for sending */
+    if (k->lane == 0) {
+        warp_notes(k)->feed = f;
+    }
+    const k_bool ok = sum_rows(k, a, &m, k_stride(k, k->num_blocks));
     k_mover_end(k, &m);
-    return k->block < first_reduce ||
-           reduce(k, a, k_first(k, first_reduce), k_stride(k, k->num_blocks - first_reduce));
+    return ok;
 }
 
 K_KERNEL(combine, k_combine_args) {

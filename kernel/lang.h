@@ -7,7 +7,7 @@
  * Who am I      k->block, k->num_blocks, k->warp, k->num_warps, k->lane, K_LANES
  *               k_first(k), k_stride(k)  this warp's number in the grid and the number of warps
  * Entry         K_KERNEL(name, struct args) { body with k and a }
- * Shared memory k_shared(k)              the block's shared memory
+ * Shared memory k_shared(k), k_shared_bytes(k)   the block's, and how much it is on a GPU; else 0
  * Hand-offs     k_post(peer, w)          a word that carries its own value: no ordering
  *               k_publish(peer, w)       all this warp did before (after k_syncwarp) is visible to
  *                                        whoever awaits the word; one lane calls
@@ -15,16 +15,32 @@
  *               k_await(k, p, e, ...)    all lanes call: wait until word *p (own memory; NULL:
  *                                        nothing) has epoch e; then what was published is visible
  *               k_await_word             the same for posted words, which order nothing
+ *               k_await_rows(k, p, e, n, ...)  k_await, until the value is n at least
+ *               k_arrived(k, p, e, n)    the same as a question: true if it need not wait
+ *               k_take(k, p)             the next number of a counter of this rank's
  *               k_all(k, ok)             the AND over a warp's lanes
+ *               k_await_words            several posted words at once
  *               k_scan(k, x, &total)     sum of x over the lanes before this one, and over all
+ *               k_most(k, x)             the largest x of a warp's lanes
+ *               k_ballot(k, yes)         the mask of the lanes that say yes
+ *               k_same(k, x)             the mask of the lanes whose x is this lane's
+ *               k_below(k), k_count(m)   the mask of lower lanes; how many lanes a mask has
  *               k_syncwarp(k)            lanes of a warp; orders their memory
  *               k_barrier(k, ok)         warps of a block; the AND of all ok
  * Rows          k_mover_*                a pipeline of row copies: load, wait, store (each lane
  *                                        to a place of its own, or to address 0: nowhere),
- *                                        commit, retire, drain; or fill and filled, for what
- *                                        the lanes write themselves
+ *                                        commit, retire (a stage can be used again), settle (a
+ *                                        store can be published), drain; or fill, filled and
+ *                                        store_filled, for what the lanes write themselves; or
+ *                                        view, for what they read themselves once it was waited
+ *                                        for; or gather and sum: a part of several rows, then
+ *                                        k_reduce of it. K_IN_PLACE: nothing is copied into
+ *                                        stages, so that a part may be a whole row
  *               k_reduce(k, ...)         sum of rows in float32 in the order given, rounded once
  *               k_zero(k, ...)           fills own memory
+ * Sums          k_tally(p, v)            adds to a sum of this rank's that orders nothing
+ * Code          K_UNROLL, K_ROLLED       before a loop: its values are to stay in registers; it is
+ *                                        short, and code must stay in its cache
  * Time          k_now(k), k_spin(k, ...) deadline and abort are inside
  *
  * Addresses: a pointer is this rank's own memory; a struct k_peer is memory of some rank's arena
@@ -129,6 +145,11 @@ static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame
     k_raise_at(k->g, k->kind, k->epoch, waited_ns, b);
 }
 
+/* How often a wait looks at the board. An operation that goes well is over before. */
+#define K_LOOK_NS 1000000
+#define K_SPINNER                                                                              \
+    { 0, K_LOOK_NS, 0 }
+
 /* One more turn of a wait that began at s->since: false when it must end. Called by one lane. */
 static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k_i32 phase) {
     struct k_ctl *ctl = k->g->ctl;
@@ -136,17 +157,20 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
         return 0;
     }
     if (!k_pause(s)) {
-        return 1; /* the board and the clock are looked at every now and then only */
-    }
-    const struct k_board *board = k->board;
-    if (k_peek(&board->abort) != 0 || K_ABORT_ENDS(k_peek(&board->told), k->epoch)) {
-        return 0;
+        return 1; /* time is looked at every now and then only */
     }
     k_i64 now = k_now();
     if (s->since == 0) {
         s->since = now;
     }
     k_i64 waited = now - s->since;
+    if (waited >= s->look) { /* the board is further away than the memory that is awaited */
+        const struct k_board *board = k->board;
+        s->look = waited + K_LOOK_NS;
+        if (k_peek(&board->abort) != 0 || K_ABORT_ENDS(k_peek(&board->told), k->epoch)) {
+            return 0;
+        }
+    }
     /* A block that waits for another of its rank is not the one to say for whom. */
     if (waited > ctl->late_ns && phase != K_PHASE_SELF) {
         K_LATE(k->g, k->kind, K_WORD(k->epoch, ((k_u32)phase << 16) | (k_u32)peer), waited);
@@ -159,26 +183,21 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     return 1;
 }
 
-/*
- * Waits until *word (this rank's memory) carries `epoch`; its value goes to *value. All lanes of
- * the warp call, each with its own word or NULL; the result is the AND over the warp. `peer` and
- * `phase` name what is awaited if it never comes. For posted words, which are their own data:
- * nothing else becomes visible.
- */
-static K_FN k_bool k_await_word(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_i32 peer,
-                                k_i32 phase, k_u32 *value) {
+/* k_await and k_await_word; `acquires` is a constant where this is called. */
+static K_INLINE k_bool k_await_as(struct k_thread *k, const k_u64 *word, k_u32 epoch,
+                                  k_i32 peer, k_i32 phase, k_u32 *value, k_bool acquires) {
     k_bool ok = 1;
     if (word) {
-        k_u64 w = k_poll(word);
+        k_u64 w = acquires ? k_acquire(word) : k_poll(word);
         if ((k_u32)(w >> 32) != epoch) {
-            struct k_spinner s = {0, 0};
+            struct k_spinner s = K_SPINNER;
             k_i64 start = k_now();
             do {
                 ok = k_spin(k, &s, peer, phase);
-                w = k_poll(word);
+                w = acquires ? k_acquire(word) : k_poll(word);
             } while (ok && (k_u32)(w >> 32) != epoch);
             if (k->lane == 0) {
-                k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+                k_tally(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
             }
             ok = ok || (k_u32)(w >> 32) == epoch;
         }
@@ -187,13 +206,67 @@ static K_FN k_bool k_await_word(struct k_thread *k, const k_u64 *word, k_u32 epo
     return k_all(k, ok);
 }
 
+/*
+ * Waits until *word (this rank's memory) carries `epoch`; its value goes to *value. All lanes of
+ * the warp call, each with its own word or NULL; the result is the AND over the warp. `peer` and
+ * `phase` name what is awaited if it never comes. For posted words, which are their own data:
+ * nothing else becomes visible.
+ */
+static K_FN k_bool k_await_word(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_i32 peer,
+                                k_i32 phase, k_u32 *value) {
+    return k_await_as(k, word, epoch, peer, phase, value, 0);
+}
+
 /* The same for published words: after true, everything that their writers did before is visible
  * to the whole warp, also to its row movers. */
 static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_i32 peer,
                            k_i32 phase, k_u32 *value) {
-    const k_bool ok = k_await_word(k, word, epoch, peer, phase, value);
+    const k_bool ok = k_await_as(k, word, epoch, peer, phase, value, 1);
     k_acquired(k);
     return ok;
+}
+
+/* Words that a lane has in flight at once. */
+#define K_MANY 12
+
+/*
+ * k_await_word for `num` (0 to K_MANY) posted words of one peer, the first at `at`, each `step` words
+ * behind the one before: all are asked for at once, then again those that have not come.
+ */
+static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step, k_i32 num,
+                                 k_u32 epoch, k_i32 peer, k_i32 phase, k_u32 *value) {
+    k_u64 w[K_MANY];
+    k_bool ok = 1, all = 1;
+    K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+        w[i] = i < num ? k_poll(at + i * step) : K_WORD(epoch, 0);
+    }
+    K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+        all = all && (k_u32)(w[i] >> 32) == epoch;
+    }
+    if (!all) {
+        struct k_spinner s = K_SPINNER;
+        const k_i64 start = k_now();
+        do {
+            ok = k_spin(k, &s, peer, phase);
+            K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+                if ((k_u32)(w[i] >> 32) != epoch) {
+                    w[i] = k_poll(at + i * step);
+                }
+            }
+            all = 1;
+            K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+                all = all && (k_u32)(w[i] >> 32) == epoch;
+            }
+        } while (ok && !all);
+        if (k->lane == 0) {
+            k_tally(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+        }
+        ok = ok || all;
+    }
+    K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+        value[i] = (k_u32)w[i];
+    }
+    return k_all(k, ok);
 }
 
 /* The operation does not end well; before k_last_out. */
@@ -207,6 +280,42 @@ static K_INLINE void k_ends(struct k_thread *k, k_u32 how) {
 static K_INLINE k_u32 k_ending(const struct k_thread *k) {
     const k_u64 w = k_peek(&k->g->ctl->ending);
     return (k_u32)(w >> 32) == k->epoch ? (k_u32)w : 0u;
+}
+
+static K_INLINE k_bool k_is_here(k_u64 w, k_u32 epoch, k_u32 rows) {
+    return (k_u32)(w >> 32) == epoch && (k_u32)w >= rows;
+}
+
+/* k_await for a word that counts: until its value is at least `rows`. */
+static K_FN k_bool k_await_rows(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_u32 rows,
+                                k_i32 peer, k_i32 phase) {
+    k_bool ok = 1;
+    if (word && !k_is_here(k_acquire(word), epoch, rows)) {
+        struct k_spinner s = K_SPINNER;
+        const k_i64 start = k_now();
+        k_bool here = 0;
+        do {
+            ok = k_spin(k, &s, peer, phase);
+            here = k_is_here(k_poll(word), epoch, rows);
+        } while (ok && !here);
+        k_acquire(word);
+        if (k->lane == 0) {
+            k_tally(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+        }
+        ok = ok || here;
+    }
+    ok = k_all(k, ok);
+    k_acquired(k);
+    return ok;
+}
+
+/* Whether k_await_rows would return at once; true means as much as if it had. */
+static K_FN k_bool k_arrived(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_u32 rows) {
+    const k_bool here = k_all(k, !word || k_is_here(k_acquire(word), epoch, rows));
+    if (here) {
+        k_acquired(k);
+    }
+    return here;
 }
 
 /*

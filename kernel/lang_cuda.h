@@ -15,17 +15,21 @@
 #include "kernel/abi.h"
 
 #define K_LANES 32
+#define K_UNROLL _Pragma("unroll")
+#define K_ROLLED _Pragma("unroll 1")
 #define K_INLINE __device__ __forceinline__
 #define K_FN __device__ __forceinline__
 #define K_COLD                                                                                 \
     __device__ __noinline__ /* takes no struct k_thread: that must stay in registers */
-#if defined(K_BLOCK_WARPS)
-#define K_BLOCK_THREADS (K_BLOCK_WARPS * 32)
-#else
-#define K_BLOCK_THREADS 512
-#endif
 #if !defined(K_MOVER_GENERIC) && __CUDA_ARCH__ >= 900
 #define K_MOVER_TMA 1
+#endif
+#if defined(K_BLOCK_WARPS)
+#define K_BLOCK_THREADS (K_BLOCK_WARPS * 32)
+#elif defined(K_MOVER_TMA)
+#define K_BLOCK_THREADS 512
+#else
+#define K_BLOCK_THREADS 256 /* rows pass through registers */
 #endif
 typedef bool k_bool;
 
@@ -58,6 +62,13 @@ static K_INLINE void *k_shared(struct k_thread *k) {
     return k_shared_memory;
 }
 
+static K_INLINE k_u64 k_shared_bytes(struct k_thread *k) {
+    k_u32 bytes;
+    (void)k;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    return bytes;
+}
+
 static K_INLINE k_i64 k_now(void) {
     k_u64 t;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
@@ -83,6 +94,22 @@ static K_INLINE k_u64 k_add(k_u64 *p, k_u64 v) {
                  : "l"(p), "l"(v)
                  : "memory");
     return old;
+}
+
+static K_INLINE void k_tally(k_u64 *p, k_u64 v) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+/* Lane 0 takes for the warp. */
+static K_INLINE k_u64 k_take(struct k_thread *k, k_u64 *p) {
+    k_u64 old = 0;
+    if (k->lane == 0) {
+        asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;"
+                     : "=l"(old)
+                     : "l"(p)
+                     : "memory");
+    }
+    return __shfl_sync(0xffffffffu, old, 0);
 }
 
 static K_INLINE k_bool k_claim(k_u64 *p) {
@@ -119,6 +146,14 @@ static K_INLINE k_u64 k_poll(const k_u64 *p) {
     return k_peek(p);
 }
 
+/* What the word's writer did before releasing it happens before what follows. No fence is needed
+ * behind this, and none would be cheap: one also waits for this warp's own stores. */
+static K_INLINE k_u64 k_acquire(const k_u64 *p) {
+    k_u64 v;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+
 static K_INLINE void k_syncwarp(struct k_thread *k) {
     (void)k;
     __syncwarp();
@@ -140,20 +175,45 @@ static K_INLINE k_u32 k_scan(struct k_thread *k, k_u32 x, k_u32 *total) {
     return sum - x;
 }
 
-/* After polling by any lanes: each fences for itself, as each may be the one that reads next. */
+/* ---- masks of lanes -------------------------------------------------------------------------- */
+
+static K_INLINE k_u32 k_ballot(struct k_thread *k, k_bool yes) {
+    (void)k;
+    return __ballot_sync(0xffffffffu, yes);
+}
+
+static K_INLINE k_u32 k_same(struct k_thread *k, k_u32 x) {
+    (void)k;
+    return __match_any_sync(0xffffffffu, x);
+}
+
+static K_INLINE k_u32 k_below(struct k_thread *k) {
+    return (1u << k->lane) - 1u;
+}
+
+static K_INLINE k_i32 k_count(k_u32 mask) {
+    return __popc(mask);
+}
+
+static K_INLINE k_u32 k_most(struct k_thread *k, k_u32 x) {
+    (void)k;
+    return __reduce_max_sync(0xffffffffu, x);
+}
+
+/* After polling by any lanes: what they have acquired goes on to the whole warp, and to the bulk
+ * copies that it asks for. */
 static K_INLINE void k_acquired(struct k_thread *k) {
     (void)k;
-    asm volatile("fence.acq_rel.sys;" ::: "memory");
     __syncwarp();
 #if defined(K_MOVER_TMA)
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
 
 /* ---- waiting -------------------------------------------------------------------------------- */
 
 struct k_spinner {
-    k_i64 since;
+    k_i64 since, look; /* when the wait began; how long it may last before the next look */
     k_u32 turns;
 };
 
@@ -172,7 +232,11 @@ static K_INLINE k_bool k_barrier(struct k_thread *k, k_bool ok) {
 
 /* ---- rows ----------------------------------------------------------------------------------- */
 
+#if defined(K_MOVER_TMA)
 #define K_MOVER_STAGES 8
+#else
+#define K_MOVER_STAGES 4 /* each is an address in registers */
+#endif
 
 struct k_16 {
     k_u32 x, y, z, w;
@@ -203,22 +267,32 @@ static K_INLINE void k_store16(k_u64 p, struct k_16 v) {
                  : "memory");
 }
 
+struct k_term {
+    const void *row;
+    k_f32 weight;
+    k_i32 pad;
+};
+
+static K_INLINE void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype,
+                              k_bool weighted, k_i32 bytes, const struct k_term *terms,
+                              k_i32 num);
+
 #if defined(K_MOVER_TMA)
+#define K_IN_PLACE 0
 
 struct k_mover {
     k_u32 ring; /* shared address of stage 0 */
     k_u32 bars; /* shared address of the stages' barriers, 8 bytes each */
     k_i32 stage_bytes;
     k_u32 phases; /* a bit per stage */
-    k_u8 *stages; /* stage 0 again, for the lanes to write */
 };
 
 /* The ring's first 128 bytes hold the barriers. */
 static K_INLINE void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
                                    k_i32 stages, k_i32 stage_bytes) {
-    m->bars = (k_u32)__cvta_generic_to_shared(ring);
+    /* Through a shuffle, so that it stays in a register: else it is found anew at each use. */
+    m->bars = __shfl_sync(0xffffffffu, (k_u32)__cvta_generic_to_shared(ring), 0);
     m->ring = m->bars + (k_u32)K_RING_HEAD;
-    m->stages = (k_u8 *)ring + K_RING_HEAD;
     m->stage_bytes = stage_bytes;
     m->phases = 0;
     if (k->lane == 0) {
@@ -247,11 +321,11 @@ static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 s
     }
 }
 
-/* The stage was retired: its last stores have read it. */
+/* The stage was retired: its last stores have read it. A load may be writing another part. */
 static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage) {
     (void)k;
     __syncwarp();
-    return (k_u32 *)(m->stages + (k_u64)stage * (k_u64)m->stage_bytes);
+    return (k_u32 *)__cvta_shared_to_generic(m->ring + (k_u32)stage * (k_u32)m->stage_bytes);
 }
 
 static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m) {
@@ -276,16 +350,21 @@ static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 s
 }
 
 /* Each lane stores the stage to a place of its own, or, at address 0, nowhere. */
-static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
-                                   struct k_peer dst, k_i32 bytes) {
+static K_INLINE void k_mover_store_filled(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                          k_i32 from, struct k_peer dst, k_i32 bytes) {
     (void)k;
     if (dst.address) {
-        k_u32 src = m->ring + (k_u32)stage * (k_u32)m->stage_bytes;
+        k_u32 src = m->ring + (k_u32)stage * (k_u32)m->stage_bytes + (k_u32)from;
         asm volatile(
             "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst.address),
             "r"(src), "r"(bytes)
             : "memory");
     }
+}
+
+static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                   struct k_peer dst, k_i32 bytes) {
+    k_mover_store_filled(k, m, stage, 0, dst, bytes);
 }
 
 static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
@@ -306,6 +385,30 @@ static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32
     __syncwarp();
 }
 
+/*
+ * All stores but those of the newest `newest` commits are complete and may be published. Groups
+ * are counted per thread and end in order; every lane commits as often as the others, with or
+ * without a store, so the same number means the same pieces to all of them. Each lane waits for
+ * its own stores, which makes them visible to it, and fences what they wrote from the async to
+ * the generic proxy; __syncwarp then puts all of that before the release of the lane that
+ * publishes. What is newer is not waited for and not covered. Beyond 3, more is waited for.
+ */
+static K_INLINE void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 newest) {
+    (void)k;
+    (void)m;
+    if (newest >= 3) {
+        asm volatile("cp.async.bulk.wait_group 3;" ::: "memory");
+    } else if (newest == 2) {
+        asm volatile("cp.async.bulk.wait_group 2;" ::: "memory");
+    } else if (newest == 1) {
+        asm volatile("cp.async.bulk.wait_group 1;" ::: "memory");
+    } else {
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    }
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    __syncwarp();
+}
+
 static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
     (void)k;
     (void)m;
@@ -314,11 +417,39 @@ static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
     __syncwarp();
 }
 
+static K_INLINE const void *k_mover_view(const struct k_mover *m, k_i32 stage) {
+    return (const void *)__cvta_shared_to_generic(m->ring +
+                                                  (k_u32)stage * (k_u32)m->stage_bytes);
+}
+
+/* A lane for each term, all on the stage's one barrier. Copies may complete before lane 0 has said
+ * how much to expect: its arrival is still pending then. */
+static K_INLINE void k_mover_gather(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                    const struct k_term *terms, k_i32 num, k_i32 from,
+                                    k_i32 bytes) {
+    const k_u32 bar = m->bars + 8u * (k_u32)stage;
+    const k_u32 dst = m->ring + (k_u32)stage * (k_u32)m->stage_bytes;
+    __syncwarp(); /* all lanes have read what the stage held, and written their terms */
+    if (k->lane == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar),
+                     "r"(num * bytes)
+                     : "memory");
+    }
+#pragma unroll 1
+    for (k_i32 j = k->lane; j < num; j += K_LANES) {
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                     "[%0], [%1], %2, [%3];" ::"r"(dst + (k_u32)(j * bytes)),
+                     "l"((k_u64)terms[j].row + (k_u64)from), "r"(bytes), "r"(bar)
+                     : "memory");
+    }
+}
+
 static K_INLINE void k_mover_end(struct k_thread *k, struct k_mover *m) {
     k_mover_drain(k, m);
 }
 
 #else
+#define K_IN_PLACE 1
 
 struct k_mover {
     k_u64 src[K_MOVER_STAGES];
@@ -346,10 +477,9 @@ static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 s
 }
 
 static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage) {
-    k_u8 *at = m->stages + (k_u64)stage * (k_u64)m->stage_bytes;
-    k_mover_load(k, m, stage, at, 0);
+    (void)k;
     __syncwarp(); /* the last reads of the stage were plain loads */
-    return (k_u32 *)at;
+    return (k_u32 *)(m->stages + (k_u64)stage * (k_u64)m->stage_bytes);
 }
 
 static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m) {
@@ -362,9 +492,7 @@ static K_INLINE void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 s
     (void)k, (void)m, (void)stage;
 }
 
-/* The whole warp copies for one lane after the other. */
-static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
-                                   struct k_peer dst, k_i32 bytes) {
+static K_INLINE k_u64 k_mover_source(const struct k_mover *m, k_i32 stage) {
     k_u64 from = 0;
 #pragma unroll
     for (k_i32 i = 0; i < K_MOVER_STAGES; i++) {
@@ -372,6 +500,30 @@ static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 
             from = m->src[i];
         }
     }
+    return from;
+}
+
+static K_INLINE const void *k_mover_view(const struct k_mover *m, k_i32 stage) {
+    return (const void *)k_mover_source(m, stage);
+}
+
+static K_INLINE void k_mover_gather(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                    const struct k_term *terms, k_i32 num, k_i32 from,
+                                    k_i32 bytes) {
+    (void)k, (void)m, (void)stage, (void)terms, (void)num, (void)from, (void)bytes;
+}
+
+static K_INLINE void k_mover_sum(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                 struct k_peer dst, k_i32 dtype, k_bool weighted, k_i32 bytes,
+                                 const struct k_term *terms, k_i32 num) {
+    (void)m, (void)stage;
+    __syncwarp(); /* the lanes have written their terms */
+    k_reduce(k, dst, dtype, weighted, bytes, terms, num);
+}
+
+/* The whole warp copies for one lane after the other. */
+static K_INLINE void k_copy_for_lanes(struct k_thread *k, k_u64 from, struct k_peer dst,
+                                      k_i32 bytes) {
     for (k_u32 left = __ballot_sync(0xffffffffu, dst.address != 0); left; left &= left - 1u) {
         const k_u64 to = __shfl_sync(0xffffffffu, dst.address, __ffs((int)left) - 1);
         k_i32 i = k->lane * 16;
@@ -391,6 +543,17 @@ static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 
     }
 }
 
+static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                   struct k_peer dst, k_i32 bytes) {
+    k_copy_for_lanes(k, k_mover_source(m, stage), dst, bytes);
+}
+
+static K_INLINE void k_mover_store_filled(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                          k_i32 from, struct k_peer dst, k_i32 bytes) {
+    const k_u64 at = (k_u64)m->stages + (k_u64)stage * (k_u64)m->stage_bytes;
+    k_copy_for_lanes(k, at + (k_u64)from, dst, bytes);
+}
+
 static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
 }
@@ -398,6 +561,12 @@ static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
 static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32 newest) {
     (void)newest;
     (void)k, (void)m;
+}
+
+static K_INLINE void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 newest) {
+    (void)newest;
+    (void)k, (void)m;
+    __syncwarp(); /* plain stores: the release that follows waits for them */
 }
 
 static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
@@ -442,14 +611,11 @@ static K_INLINE k_u16 k_to_f16(k_f32 x) {
     return h;
 }
 
-struct k_term {
-    const void *row;
-    k_f32 weight;
-    k_i32 pad;
-};
-
-/* Pieces of 16 bytes that a lane has in flight at once, to cover the latency of memory. */
-#if __CUDA_ARCH__ >= 1000
+/* Pieces of 16 bytes that a lane has in flight at once, to cover the latency of memory. With a
+ * ring of stages this is for more terms than a stage holds only. */
+#if defined(K_MOVER_TMA)
+#define K_REDUCE_PIECES 1
+#elif __CUDA_ARCH__ >= 1000
 #define K_REDUCE_PIECES 2 /* four do not fit the registers of 16 warps there */
 #else
 #define K_REDUCE_PIECES 4
@@ -508,6 +674,7 @@ static K_INLINE void k_load_pieces(struct k_16 *v, const void *row, k_i32 base, 
 /* One body per type: `dtype` and `weighted` are constants where this is called. */
 static K_INLINE void k_reduce_as(k_i32 lane, k_u64 dst, k_i32 dtype, k_bool weighted,
                                  k_i32 bytes, const struct k_term *terms, k_i32 num) {
+#pragma unroll 1
     for (k_i32 base = lane * 16; base < bytes; base += 512 * K_REDUCE_PIECES) {
         k_f32 acc[K_REDUCE_PIECES][8];
         struct k_16 v[K_REDUCE_PIECES], next[K_REDUCE_PIECES];
@@ -521,6 +688,7 @@ static K_INLINE void k_reduce_as(k_i32 lane, k_u64 dst, k_i32 dtype, k_bool weig
         if (num > 0) {
             k_load_pieces(v, terms[0].row, base, bytes);
         }
+#pragma unroll 1
         for (k_i32 j = 0; j < num; j++) {
             if (j + 1 < num) { /* on their way while these are added */
                 k_load_pieces(next, terms[j + 1].row, base, bytes);
@@ -542,8 +710,13 @@ static K_INLINE void k_reduce_as(k_i32 lane, k_u64 dst, k_i32 dtype, k_bool weig
     }
 }
 
-static K_FN void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype, k_bool weighted,
-                          k_i32 bytes, const struct k_term *terms, k_i32 num) {
+static K_INLINE void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype,
+                              k_bool weighted, k_i32 bytes, const struct k_term *terms,
+                              k_i32 num) {
+#if defined(K_MOVER_TMA)
+    (void)weighted; /* one small body: these are the sums of very many terms */
+    k_reduce_as(k->lane, dst.address, dtype, 1, bytes, terms, num);
+#else
     if (dtype == K_BF16) {
         if (weighted) {
             k_reduce_as(k->lane, dst.address, K_BF16, 1, bytes, terms, num);
@@ -555,7 +728,84 @@ static K_FN void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype, k_
     } else {
         k_reduce_as(k->lane, dst.address, K_F32, 1, bytes, terms, num);
     }
+#endif
 }
+
+#if defined(K_MOVER_TMA)
+#if __CUDA_ARCH__ >= 1000
+#define K_SUM_PIECES 1 /* for the same reason as above */
+#else
+#define K_SUM_PIECES 2
+#endif
+
+static K_INLINE struct k_16 k_load16_shared(k_u32 p) {
+    struct k_16 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(p)
+                 : "memory");
+    return v;
+}
+
+/* One body per type, as k_reduce_as; the terms lie one behind the other in shared memory. */
+static K_INLINE void k_sum_as(k_i32 lane, k_u32 src, k_u64 dst, k_i32 dtype, k_bool weighted,
+                              k_i32 bytes, const struct k_term *terms, k_i32 num) {
+#pragma unroll 1
+    for (k_i32 base = lane * 16; base < bytes; base += 512 * K_SUM_PIECES) {
+        k_f32 acc[K_SUM_PIECES][8];
+#pragma unroll
+        for (k_i32 p = 0; p < K_SUM_PIECES; p++) {
+#pragma unroll
+            for (k_i32 q = 0; q < 8; q++) {
+                acc[p][q] = 0.0f;
+            }
+        }
+        k_u32 at = src + (k_u32)base;
+#pragma unroll 2
+        for (k_i32 j = 0; j < num; j++) {
+            struct k_16 v[K_SUM_PIECES];
+            const k_f32 w = weighted ? terms[j].weight : 1.0f;
+#pragma unroll
+            for (k_i32 p = 0; p < K_SUM_PIECES; p++) {
+                if (base + p * 512 < bytes) {
+                    v[p] = k_load16_shared(at + (k_u32)(p * 512));
+                }
+            }
+#pragma unroll
+            for (k_i32 p = 0; p < K_SUM_PIECES; p++) {
+                if (base + p * 512 < bytes) {
+                    k_add_piece(acc[p], v[p], dtype, weighted, w);
+                }
+            }
+            at += (k_u32)bytes;
+        }
+#pragma unroll
+        for (k_i32 p = 0; p < K_SUM_PIECES; p++) {
+            if (base + p * 512 < bytes) {
+                k_store16(dst + (k_u64)base + (k_u64)(p * 512), k_round_piece(acc[p], dtype));
+            }
+        }
+    }
+}
+
+/* What was gathered, by plain loads: the next gather into the stage begins with a __syncwarp. */
+static K_INLINE void k_mover_sum(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                 struct k_peer dst, k_i32 dtype, k_bool weighted, k_i32 bytes,
+                                 const struct k_term *terms, k_i32 num) {
+    const k_u32 src = m->ring + (k_u32)stage * (k_u32)m->stage_bytes;
+    if (dtype == K_BF16) {
+        if (weighted) {
+            k_sum_as(k->lane, src, dst.address, K_BF16, 1, bytes, terms, num);
+        } else {
+            k_sum_as(k->lane, src, dst.address, K_BF16, 0, bytes, terms, num);
+        }
+    } else if (dtype == K_F16) {
+        k_sum_as(k->lane, src, dst.address, K_F16, 1, bytes, terms, num);
+    } else {
+        k_sum_as(k->lane, src, dst.address, K_F32, 1, bytes, terms, num);
+    }
+}
+#endif
 
 static K_INLINE void k_zero(struct k_thread *k, void *dst, k_i32 bytes) {
     struct k_16 zero = {0, 0, 0, 0};

@@ -6,8 +6,8 @@
  * protocol. src/run creates the threads; with K_LATE_MOVERS (check builds) rows are copied late
  * by other threads, so that a missing wait, retire or drain is a data race it can see.
  *
- * K_WEAKEN_PUBLISH and K_SKIP_WAIT break the language on purpose: tests that must fail use them
- * to prove that the checker works.
+ * K_WEAKEN_PUBLISH, K_SKIP_WAIT and K_SKIP_SETTLE break the language on purpose: tests that must
+ * fail use them to prove that the checker works.
  */
 #ifndef KERNEL_LANG_HOST_H
 #define KERNEL_LANG_HOST_H
@@ -22,6 +22,8 @@
 #include "kernel/abi.h"
 
 #define K_LANES 1
+#define K_UNROLL
+#define K_ROLLED
 #define K_FN __attribute__((unused))
 #define K_COLD __attribute__((unused, noinline))
 #define K_INLINE inline __attribute__((always_inline, unused))
@@ -57,6 +59,12 @@ static K_INLINE void *k_shared(struct k_thread *k) {
     return k->team->shared;
 }
 
+/* Memory is all the same here: nothing is put there for being nearer. */
+static K_INLINE k_u64 k_shared_bytes(struct k_thread *k) {
+    (void)k;
+    return 0;
+}
+
 /* The library's clock (src/base). */
 int64_t epi_now_ns(void);
 
@@ -77,6 +85,17 @@ static K_INLINE void k_poke(k_u64 *p, k_u64 v) {
 /* Atomically adds and returns the old value; orders like a release and an acquire. */
 static K_INLINE k_u64 k_add(k_u64 *p, k_u64 v) {
     return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
+
+/* Adds to a sum that nobody waits for: orders nothing. */
+static K_INLINE void k_tally(k_u64 *p, k_u64 v) {
+    __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
+
+/* The next number of a counter that all warps of a rank share; orders nothing. */
+static K_INLINE k_u64 k_take(struct k_thread *k, k_u64 *p) {
+    (void)k;
+    return __atomic_fetch_add(p, 1, __ATOMIC_RELAXED);
 }
 
 /* True for the first caller. */
@@ -117,6 +136,10 @@ static K_INLINE void k_publish_local(k_u64 *at, k_u64 word) {
 }
 
 static K_INLINE k_u64 k_poll(const k_u64 *p) {
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static K_INLINE k_u64 k_acquire(const k_u64 *p) {
     return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 
@@ -131,6 +154,32 @@ static K_INLINE k_u32 k_scan(struct k_thread *k, k_u32 x, k_u32 *total) {
     return 0;
 }
 
+/* ---- masks of lanes: of the only one --------------------------------------------------------- */
+
+static K_INLINE k_u32 k_ballot(struct k_thread *k, k_bool yes) {
+    (void)k;
+    return yes;
+}
+
+static K_INLINE k_u32 k_same(struct k_thread *k, k_u32 x) {
+    (void)k, (void)x;
+    return 1;
+}
+
+static K_INLINE k_u32 k_below(struct k_thread *k) {
+    (void)k;
+    return 0;
+}
+
+static K_INLINE k_i32 k_count(k_u32 mask) {
+    return (k_i32)(mask & 1u);
+}
+
+static K_INLINE k_u32 k_most(struct k_thread *k, k_u32 x) {
+    (void)k;
+    return x;
+}
+
 /* After polling: what the words announced is visible; here the load was an acquire. */
 static K_INLINE void k_acquired(struct k_thread *k) {
     (void)k;
@@ -143,7 +192,7 @@ static K_INLINE void k_syncwarp(struct k_thread *k) {
 /* ---- waiting -------------------------------------------------------------------------------- */
 
 struct k_spinner {
-    k_i64 since;
+    k_i64 since, look; /* when the wait began; how long it may last before the next look */
     k_u32 turns;
 };
 
@@ -182,7 +231,7 @@ static inline __attribute__((unused)) k_bool k_barrier(struct k_thread *k, k_boo
         __atomic_store_n(&t->bad[(gen + 1) & 1], 0, __ATOMIC_RELAXED);
         __atomic_store_n(&t->generation, gen + 1, __ATOMIC_RELEASE);
     } else {
-        struct k_spinner s = {0, 0};
+        struct k_spinner s = {0, 0, 0};
         while (__atomic_load_n(&t->generation, __ATOMIC_ACQUIRE) == gen) {
             k_pause(&s); /* every warp of the block arrives: its own waits have deadlines */
         }
@@ -194,9 +243,22 @@ static inline __attribute__((unused)) k_bool k_barrier(struct k_thread *k, k_boo
 
 #define K_MOVER_STAGES 8
 
+/* One summand of a reduction: a row and how often it counts. */
+struct k_term {
+    const void *row;
+    k_f32 weight;
+    k_i32 pad;
+};
+
+static K_INLINE void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype,
+                              k_bool weighted, k_i32 bytes, const struct k_term *terms,
+                              k_i32 num);
+
 #if defined(K_LATE_MOVERS)
 #include "kernel/lang_late.h"
 #else
+#define K_IN_PLACE 1
+
 struct k_mover {
     const void *src[K_MOVER_STAGES];
     k_u8 *ring;
@@ -216,12 +278,11 @@ static K_INLINE void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 s
     m->src[stage] = src;
 }
 
-/* A stage that the warp's lanes write themselves instead of loading it; then filled, then store. */
+/* The memory of a stage, for the warp's lanes to write what is not loaded; then filled, then
+ * store_filled. */
 static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage) {
     (void)k;
-    k_u8 *at = m->ring + (size_t)stage * (size_t)m->stage_bytes;
-    m->src[stage] = at;
-    return (k_u32 *)(void *)at;
+    return (k_u32 *)(void *)(m->ring + (size_t)stage * (size_t)m->stage_bytes);
 }
 
 static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m) {
@@ -240,6 +301,16 @@ static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 
     }
 }
 
+/* What the lanes have written from byte `from` of the stage on. */
+static K_INLINE void k_mover_store_filled(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                          k_i32 from, struct k_peer dst, k_i32 bytes) {
+    (void)k;
+    if (dst.address) {
+        const k_u8 *at = m->ring + (size_t)stage * (size_t)m->stage_bytes + from;
+        memcpy((void *)dst.address, at, (size_t)bytes);
+    }
+}
+
 static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
 }
@@ -249,8 +320,31 @@ static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32
     (void)k, (void)m;
 }
 
+static K_INLINE void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 newest) {
+    (void)newest;
+    (void)k, (void)m;
+}
+
 static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
+}
+
+/* What was loaded or filled, for the lanes to read. */
+static K_INLINE const void *k_mover_view(const struct k_mover *m, k_i32 stage) {
+    return m->src[stage];
+}
+
+static K_INLINE void k_mover_gather(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                    const struct k_term *terms, k_i32 num, k_i32 from,
+                                    k_i32 bytes) {
+    (void)k, (void)m, (void)stage, (void)terms, (void)num, (void)from, (void)bytes;
+}
+
+static K_INLINE void k_mover_sum(struct k_thread *k, struct k_mover *m, k_i32 stage,
+                                 struct k_peer dst, k_i32 dtype, k_bool weighted, k_i32 bytes,
+                                 const struct k_term *terms, k_i32 num) {
+    (void)m, (void)stage;
+    k_reduce(k, dst, dtype, weighted, bytes, terms, num);
 }
 
 static K_INLINE void k_mover_end(struct k_thread *k, struct k_mover *m) {
@@ -308,13 +402,6 @@ static K_INLINE k_u16 k_to_f16(k_f32 f) {
     r = (r + 0xfffu + ((r >> 13) & 1u)) >> 13;
     return (k_u16)(sign | r);
 }
-
-/* One summand of a reduction: a row and how often it counts. */
-struct k_term {
-    const void *row;
-    k_f32 weight;
-    k_i32 pad;
-};
 
 #define K_REDUCE_CHUNK 256
 

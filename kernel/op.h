@@ -8,13 +8,35 @@
 
 #include "kernel/lang.h"
 
-/* Tokens [*first, *end) of channel c. Channels depend on T alone, never on blocks or warps. */
-static K_INLINE void channel_tokens(k_i32 tokens, k_i32 num_channels, k_i32 c, k_i32 *first,
-                                    k_i32 *end) {
-    k_i32 per = (tokens + num_channels - 1) / num_channels;
-    k_i32 f = c * per, e = f + per;
-    *first = f < tokens ? f : tokens;
-    *end = e < tokens ? e : tokens;
+static K_INLINE k_i32 at_most(k_i32 a, k_i32 b) {
+    return a < b ? a : b;
+}
+
+/* The first token of channel c; of channel number C: T. */
+static K_INLINE k_i32 channel_first(const struct k_channels *n, k_i32 c) {
+    k_i32 first = 0, group = 0;
+    if (c >= n->num) {
+        return n->tokens;
+    }
+    for (; group < 3 && c >= n->in_group; group++) {
+        first += n->in_group * n->size[group];
+        c -= n->in_group;
+    }
+    return at_most(first + c * n->size[group], n->tokens);
+}
+
+/* The channel of token t < T, if every channel had `more` tokens than it has. */
+static K_INLINE k_i32 channel_at(const struct k_channels *n, k_i32 t, k_i32 more) {
+    k_i32 c = 0, group = 0;
+    for (; group < 3 && t >= n->in_group * (n->size[group] + more); group++) {
+        t -= n->in_group * (n->size[group] + more);
+        c += n->in_group;
+    }
+    return at_most(c + (k_i32)((k_u32)t / (k_u32)(n->size[group] + more)), n->num - 1);
+}
+
+static K_INLINE k_i32 channel_of(const struct k_channels *n, k_i32 t) {
+    return channel_at(n, t, 0);
 }
 
 static K_INLINE k_u64 ready_offset(const struct k_group *g, k_u32 epoch, k_i32 writer) {
@@ -80,8 +102,7 @@ static K_FN k_bool await_ready(struct k_thread *k, k_i32 p, const struct op_sign
     for (k_i32 base = 0; ok && base < K_READY_WORDS; base += K_LANES) {
         const k_i32 i = base + k->lane;
         k_u32 value = 0;
-        ok = k_await_word(k, i < K_READY_WORDS ? words + i : 0, k->epoch, p, K_PHASE_READY,
-                          &value);
+        ok = k_await(k, i < K_READY_WORDS ? words + i : 0, k->epoch, p, K_PHASE_READY, &value);
         const k_bool differs = i < 3 && value != signature_word(sig, i);
         if (ok && differs) {
             struct k_blame b = {K_ERR_MISMATCH,         K_PHASE_READY, p, i,
@@ -93,8 +114,7 @@ static K_FN k_bool await_ready(struct k_thread *k, k_i32 p, const struct op_sign
         }
         ok = k_all(k, ok && !differs);
     }
-    k_acquired(k); /* p's reads of what this rank may now write to are over */
-    return ok;
+    return ok; /* and p's reads of what this rank may now write to are over */
 }
 
 /* All warps of a block: all peers' ready messages. `wheres` [R] receives their last words. */
@@ -141,8 +161,23 @@ static K_INLINE k_i32 newest_stores(k_i32 stages) {
     return stages > 2 ? 1 : 0;
 }
 
-static K_INLINE k_i32 at_most(k_i32 a, k_i32 b) {
-    return a < b ? a : b;
+/*
+ * Sending is one walk over all units of work of a warp (the channels of a dispatch, the answers
+ * of a combine), so that the next unit's loads do not wait for the last one's stores. A unit is
+ * published when its stores are complete: a few commits after its last, when that is likely to
+ * have come about by itself, or when the next unit ends, or the walk. Nothing that a peer does
+ * can delay it.
+ */
+#define SETTLE_AFTER 3
+_Static_assert(SETTLE_AFTER < K_MOVER_STAGES, "late movers remember so many commits");
+
+struct pending {
+    k_i32 unit;  /* all of it is stored, it is not published; -1: there is none */
+    k_i32 newer; /* commits since its last */
+};
+
+static K_INLINE k_bool pending_is_due(const struct pending *p, k_bool at_once) {
+    return p->unit >= 0 && (at_once || p->newer >= SETTLE_AFTER);
 }
 
 /* An address for one lane only; the other lanes store nowhere. */

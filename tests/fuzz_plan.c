@@ -170,7 +170,9 @@ static void check_handle(const struct ep_group_config *c, const struct epi_plan 
     must(m.dest_slot - m.dest_rank >= tokens * (size_t)p->max_dests * 4);
     must(m.sel_index - m.ids >= tokens * topk * 4);
     must(m.counts - m.expand_row >= (size_t)p->info.max_recv_rows * topk * 4);
-    must(m.bytes - m.sync >= (2 + 2 * K_MAX_BLOCKS) * 8);
+    const size_t columns = K_ROUTE_COLUMNS((size_t)c->num_experts, (size_t)p->num_ranks);
+    must(m.totals - m.counters >= (size_t)p->info.num_channels * columns * 4);
+    must(m.bytes - m.sync >= 8);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {

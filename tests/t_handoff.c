@@ -5,10 +5,11 @@
  * against a library weakened on purpose: under ThreadSanitizer the true one is clean, and each
  * weakened one must be reported.
  */
+#include "tests/calls.h"
 #include "tests/tap.h"
 #include "tests/world.h"
 
-#define TOKENS 16
+#define TOKENS 64  /* several channels for each warp */
 #define HIDDEN 128 /* float32: 512 bytes */
 #define RANKS 2
 #define TOPK 4
@@ -49,10 +50,10 @@ static void body(struct world *w) {
     c.x = &recv;
     c.out = &out;
     world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
-    world_is(w, ep_handle_route(handle, &routing, NULL), EP_OK, "ep_handle_route");
+    world_is(w, call_route(handle, &routing, NULL), EP_OK, "ep_handle_route");
     for (int round = 0; round < 3; round++) {
-        world_is(w, ep_dispatch(handle, &d, NULL), EP_OK, "ep_dispatch");
-        world_is(w, ep_combine(handle, &c, NULL), EP_OK, "ep_combine");
+        world_is(w, call_dispatch(handle, &d, NULL), EP_OK, "ep_dispatch");
+        world_is(w, call_combine(handle, &c, NULL), EP_OK, "ep_combine");
     }
     bool good = true;
     for (int t = 0; t < TOKENS; t++) {
@@ -65,6 +66,7 @@ static void body(struct world *w) {
 }
 
 int main(void) {
+    gpu_program();
     struct world_setup s;
 
     tap_deadline(60);

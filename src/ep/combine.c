@@ -61,6 +61,7 @@ static void prepare_task(struct combine_task *t, ep_handle *h,
     k->x_rows = a->x->shape[0];
     k->handle_id = h->id;
     k->tokens = h->tokens;
+    epi_plan_channels(&g->plan, h->tokens, &k->channels);
     k->topk = h->topk;
     k->dtype = a->x->dtype;
     k->row_bytes = (k_i32)(a->x->shape[1] * (int64_t)ep_dtype_bytes((ep_dtype)a->x->dtype));

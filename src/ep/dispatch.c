@@ -162,6 +162,7 @@ static void prepare_task(struct epi_dispatch_task *t, ep_handle *h,
     k->h = h->k;
     k->handle_id = h->id;
     k->tokens = h->tokens;
+    epi_plan_channels(&g->plan, h->tokens, &k->channels);
     k->topk = h->topk;
     fill_inputs(k, a);
     t->cached = h->dispatched;

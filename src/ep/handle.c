@@ -78,6 +78,15 @@ static ep_status refuse_route(ep_group *g) {
     return st != EP_OK ? st : epi_fail(EP_ERR_INTERNAL, "the routing was not computed");
 }
 
+static ep_status bad_selection(const ep_handle *h, int k_per_token, uint64_t number, int64_t id,
+                               const char *then) {
+    const uint64_t topk = k_per_token > 0 ? (uint64_t)k_per_token : 1;
+    const long long token = (long long)(number / topk), k = (long long)(number % topk);
+    return epi_fail(EP_ERR_ARG,
+                    "topk_ids[%lld][%lld] is %lld, must be -1 or 0..%d (token %lld, k %lld)%s",
+                    token, k, (long long)id, h->group->config.num_experts - 1, token, k, then);
+}
+
 static ep_status run_route(void *arg) {
     struct route_task *t = arg;
     ep_handle *h = t->h;
@@ -88,22 +97,7 @@ static ep_status run_route(void *arg) {
     if (bad == UNFINISHED) {
         st = refuse_route(h->group);
     } else if (t->args.id_bytes && bad != ~UINT64_C(0)) {
-        const int64_t token = (int64_t)(bad / (uint64_t)t->args.topk);
-        const int64_t k = (int64_t)(bad % (uint64_t)t->args.topk);
-        const char *at = (const char *)(uintptr_t)t->args.ids.data + token * t->args.ids.s0 +
-                         k * t->args.ids.s1;
-        int64_t id = 0;
-        int32_t id32;
-        if (t->args.id_bytes == 8) {
-            memcpy(&id, at, 8);
-        } else {
-            memcpy(&id32, at, 4);
-            id = id32;
-        }
-        st = epi_fail(EP_ERR_ARG,
-                      "topk_ids[%lld][%lld] is %lld, must be -1 or 0..%d (token %lld, k %lld)",
-                      (long long)token, (long long)k, (long long)id, t->args.g.num_experts - 1,
-                      (long long)token, (long long)k);
+        st = bad_selection(h, t->args.topk, bad, h->notice->bad_id, "");
     }
     atomic_fetch_sub(&h->pending, 1);
     return st;
@@ -134,6 +128,7 @@ ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, void *strea
     } else {
         t.args.mask = epi_array(in);
     }
+    epi_plan_channels(&h->group->plan, t.args.tokens, &t.args.channels);
     t.args.lenient = (h->config.flags & EP_HANDLE_LENIENT_IDS) != 0;
     h->tokens = t.args.tokens;
     h->topk = t.args.topk;
@@ -162,8 +157,6 @@ struct layout_task {
 static ep_status run_layout(void *arg) {
     struct layout_task *t = arg;
     ep_group *g = t->h->group;
-    static const k_i32 one_node[EP_MAX_RANKS]; /* this version: all ranks share one node */
-    t->args.rank_node = one_node;
     epi_run_kernel(g->run, EPI_KERNEL_LAYOUT, &t->args, g->workers);
     atomic_fetch_sub(&t->h->pending, 1);
     return EP_OK;
@@ -225,11 +218,7 @@ static ep_status take_findings(ep_handle *h) {
     n->bad = ~UINT64_C(0);
     n->over = 0;
     if (bad != ~UINT64_C(0)) {
-        const int topk = h->topk > 0 ? h->topk : 1;
-        return epi_fail(EP_ERR_ARG,
-                        "topk_ids[%lld][%lld] is not -1 or 0..%d; it was treated as -1",
-                        (long long)(bad / (uint64_t)topk), (long long)(bad % (uint64_t)topk),
-                        h->group->config.num_experts - 1);
+        return bad_selection(h, h->topk, bad, n->bad_id, ": it was treated as -1");
     }
     if (over) {
         return epi_fail(EP_ERR_CAPACITY,

@@ -219,6 +219,21 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
     return check_limit(c, p);
 }
 
+/* Fewer than four channels are alike. */
+void epi_plan_channels(const struct epi_plan *p, int tokens, struct k_channels *out) {
+    static const int parts[4] = {12, 10, 7, 3}; /* of 32 */
+    const int num = p->info.num_channels;
+    memset(out, 0, sizeof(*out));
+    out->tokens = tokens;
+    out->num = num;
+    out->in_group = num / 4;
+    for (int i = 0; i < 4; i++) {
+        const int size =
+            num < 4 ? (tokens + num - 1) / num : (parts[i] * tokens + 8 * num - 1) / (8 * num);
+        out->size[i] = size ? size : 1; /* divisors, also of nothing */
+    }
+}
+
 size_t epi_plan_table_bytes(const struct ep_group_config *c, int num_ranks) {
     return (size_t)num_ranks * 16 + (size_t)c->num_experts * 12 + ((size_t)num_ranks + 1) * 4;
 }
@@ -238,6 +253,8 @@ void epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p,
                      struct epi_handle_map *m) {
     const int64_t ranks = p->num_ranks, chans = p->info.num_channels, tokens = c->max_tokens;
     const int64_t experts = c->num_experts, topk = c->max_topk, local = p->max_local;
+    const int64_t columns = K_ROUTE_COLUMNS(experts, ranks);
+    const int64_t blocks = chans < K_MAX_BLOCKS ? chans : K_MAX_BLOCKS; /* of route, at most */
     uint64_t at = 0;
     m->num_dests = take(&at, tokens * 4);
     m->dest_rank = take(&at, tokens * p->max_dests * 4);
@@ -248,8 +265,8 @@ void epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p,
     m->send_base = take(&at, (ranks + 1) * 4);
     m->send_chan = take(&at, ranks * (chans + 1) * 4);
     m->send_expert = take(&at, experts * 4);
-    m->chan_expert = take(&at, chans * experts * 4);
-    m->chan_bad = take(&at, chans * 8);
+    m->counters = take(&at, (chans + blocks) * columns * 4);
+    m->totals = take(&at, blocks * columns * 8);
     m->bad = take(&at, 8);
     m->recv_count = take(&at, ranks * 4);
     m->recv_base = take(&at, (ranks + 1) * 4);
@@ -262,7 +279,7 @@ void epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p,
     m->remote_slot = take(&at, ranks * 4);
     m->expand_row = take(&at, p->info.max_recv_rows * topk * 4);
     m->counts = take(&at, (int64_t)sizeof(struct k_counts));
-    m->sync = take(&at, (2 + 2 * K_MAX_BLOCKS) * 8);
+    m->sync = take(&at, 8);
     m->bytes = at;
 }
 
@@ -277,8 +294,8 @@ void epi_plan_carve(struct k_handle *k, char *block, const struct epi_handle_map
     AT(send_base);
     AT(send_chan);
     AT(send_expert);
-    AT(chan_expert);
-    AT(chan_bad);
+    AT(counters);
+    AT(totals);
     AT(bad);
     AT(recv_count);
     AT(recv_base);

@@ -17,11 +17,11 @@
 #define EPI_EXPANDED_SLACK 127
 
 /* Stages of a host warp's ring. One holds a whole row, or, in check builds, pieces of it; and a
- * sidecar, or pieces of that. */
+ * sidecar, or pieces of that, or the end of a row and a sidecar: sizes for which tests have all. */
 #if defined(K_LATE_MOVERS)
 #define EPI_HOST_STAGES 3
-#define EPI_HOST_STAGE_MIN 64
-#define EPI_HOST_STAGE_MAX 2048
+#define EPI_HOST_STAGE_MIN 192
+#define EPI_HOST_STAGE_MAX 384
 #else
 #define EPI_HOST_STAGES 2
 #define EPI_HOST_STAGE_MIN 1024
@@ -45,6 +45,9 @@ int epi_default_rank(int num_experts, int num_ranks, int e);
  * EP_ERR_VERSION; EP_ERR_NOMEM when the arena exceeds memory_limit_bytes (*plan is complete). */
 ep_status epi_plan(const struct ep_group_config *config, int num_ranks, struct epi_plan *plan);
 
+/* How T tokens are cut into the group's channels. */
+void epi_plan_channels(const struct epi_plan *plan, int tokens, struct k_channels *out);
+
 /* Ordinary memory of a rank: tables its kernels index; shared memory of each worker. */
 size_t epi_plan_table_bytes(const struct ep_group_config *config, int num_ranks);
 size_t epi_plan_warp_bytes(const struct ep_group_config *config, const struct epi_plan *plan);
@@ -52,7 +55,7 @@ size_t epi_plan_warp_bytes(const struct ep_group_config *config, const struct ep
 /* Handle memory: one block, carved at these offsets. */
 struct epi_handle_map {
     size_t num_dests, dest_rank, dest_slot, ids, sel_index;
-    size_t send_count, send_base, send_chan, send_expert, chan_expert, chan_bad, bad;
+    size_t send_count, send_base, send_chan, send_expert, counters, totals, bad;
     size_t recv_count, recv_base, recv_chan, recv_expert, expert_base, expert_start,
         expert_rows;
     size_t remote_base, remote_slot, expand_row, counts, sync;

@@ -15,6 +15,7 @@
 #include "kernel/abi.h"
 
 #define MOST_WARPS 16
+#define MOST_WARPS_GENERIC 8 /* rows pass through their registers */
 #define STAGES 3
 #define MOST_STAGE_BYTES 4096
 #define LEAST_STAGE_BYTES 512
@@ -117,8 +118,8 @@ static ep_status find_set(const struct epi_cu_device *d, int warps, bool generic
 }
 
 /* As many warps as leave each a ring of useful stages. */
-static ep_status choose_shape(struct epi_gpu *g, int scratch_bytes) {
-    for (int warps = MOST_WARPS; warps >= 1; warps /= 2) {
+static ep_status choose_shape(struct epi_gpu *g, int scratch_bytes, bool generic) {
+    for (int warps = generic ? MOST_WARPS_GENERIC : MOST_WARPS; warps >= 1; warps /= 2) {
         const int each = g->device.max_shared_bytes / warps - scratch_bytes - K_RING_HEAD;
         const int stage = each / STAGES / 128 * 128;
         if (stage >= LEAST_STAGE_BYTES && (stage >= 2048 || warps <= 4)) {
@@ -163,11 +164,12 @@ ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bo
         return epi_fail(EP_ERR_NOMEM, "no memory for a device");
     }
     ep_status st = epi_cu_device_open(&g->device, device);
+    generic = generic || g->device.major < 9;
     if (st == EP_OK) {
-        st = choose_shape(g, scratch_bytes);
+        st = choose_shape(g, scratch_bytes, generic);
     }
     if (st == EP_OK) {
-        st = find_set(&g->device, g->shape.warps, generic || g->device.major < 9, &g->set);
+        st = find_set(&g->device, g->shape.warps, generic, &g->set);
     }
     if (st == EP_OK) {
         st = make_streams(g);

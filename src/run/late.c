@@ -3,7 +3,8 @@
  * The helper threads behind kernel/lang_late.h: each copies what one mover posts, in order and a
  * little late. In check builds only; elsewhere this file is empty. The only order it creates is
  * post -> copy and copy -> await: the queue's slots are atomics, so that reusing one orders
- * nothing.
+ * nothing. A store in two steps is post -> read -> write: who awaits the read knows nothing of
+ * the write, as with a bulk copy that has read its source and is on its way.
  */
 #include "src/base/base.h"
 
@@ -25,7 +26,46 @@ struct epi_late {
     _Atomic(void *) dst[SLOTS];
     _Atomic(const void *) src[SLOTS];
     _Atomic size_t bytes[SLOTS];
+    _Atomic(struct epi_late *) writer[SLOTS]; /* writes to dst what this thread has read */
+    _Atomic bool owned[SLOTS];                /* src is a copy made for this, to be freed */
 };
+
+static uint64_t post(struct epi_late *l, void *dst, const void *src, size_t bytes,
+                     struct epi_late *writer, bool owned) {
+    uint64_t n = atomic_load_explicit(&l->posted, memory_order_relaxed);
+    while (n - atomic_load_explicit(&l->done, memory_order_relaxed) >= SLOTS) {
+        sched_yield();
+    }
+    size_t at = n % SLOTS;
+    atomic_store_explicit(&l->dst[at], dst, memory_order_relaxed);
+    atomic_store_explicit(&l->src[at], src, memory_order_relaxed);
+    atomic_store_explicit(&l->bytes[at], bytes, memory_order_relaxed);
+    atomic_store_explicit(&l->writer[at], writer, memory_order_relaxed);
+    atomic_store_explicit(&l->owned[at], owned, memory_order_relaxed);
+    atomic_store_explicit(&l->posted, n + 1, memory_order_release);
+    return n + 1;
+}
+
+static void copy(struct epi_late *l, size_t at) {
+    void *dst = atomic_load_explicit(&l->dst[at], memory_order_relaxed);
+    const void *src = atomic_load_explicit(&l->src[at], memory_order_relaxed);
+    const size_t bytes = atomic_load_explicit(&l->bytes[at], memory_order_relaxed);
+    struct epi_late *writer = atomic_load_explicit(&l->writer[at], memory_order_relaxed);
+    if (!writer) {
+        memcpy(dst, src, bytes);
+        if (atomic_load_explicit(&l->owned[at], memory_order_relaxed)) {
+            free((void *)(uintptr_t)src);
+        }
+        return;
+    }
+    void *read = malloc(bytes);
+    if (!read) {
+        epi_log(EPI_LOG_ERROR, "check build: no memory for a late store");
+        abort();
+    }
+    memcpy(read, src, bytes);
+    post(writer, dst, read, bytes, NULL, true);
+}
 
 static void *late_main(void *arg) {
     struct epi_late *l = arg;
@@ -42,10 +82,7 @@ static void *late_main(void *arg) {
         for (uint32_t i = random >> 30; i > 0; i--) {
             sched_yield();
         }
-        size_t at = next % SLOTS;
-        memcpy(atomic_load_explicit(&l->dst[at], memory_order_relaxed),
-               atomic_load_explicit(&l->src[at], memory_order_relaxed),
-               atomic_load_explicit(&l->bytes[at], memory_order_relaxed));
+        copy(l, next % SLOTS);
         next++;
         atomic_store_explicit(&l->done, next, memory_order_release);
     }
@@ -61,16 +98,12 @@ struct epi_late *epi_late_start(void) {
 }
 
 uint64_t epi_late_post(struct epi_late *l, void *dst, const void *src, size_t bytes) {
-    uint64_t n = atomic_load_explicit(&l->posted, memory_order_relaxed);
-    while (n - atomic_load_explicit(&l->done, memory_order_relaxed) >= SLOTS) {
-        sched_yield();
-    }
-    size_t at = n % SLOTS;
-    atomic_store_explicit(&l->dst[at], dst, memory_order_relaxed);
-    atomic_store_explicit(&l->src[at], src, memory_order_relaxed);
-    atomic_store_explicit(&l->bytes[at], bytes, memory_order_relaxed);
-    atomic_store_explicit(&l->posted, n + 1, memory_order_release);
-    return n + 1;
+    return post(l, dst, src, bytes, NULL, false);
+}
+
+uint64_t epi_late_store(struct epi_late *reader, struct epi_late *writer, void *dst,
+                        const void *src, size_t bytes) {
+    return post(reader, dst, src, bytes, writer, false);
 }
 
 void epi_late_await(struct epi_late *l, uint64_t ticket) {
