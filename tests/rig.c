@@ -12,11 +12,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "src/ep/group.h"
+#include "tests/calls.h"
 #include "tests/tap.h"
 
 #define PAGE 4096
+#define MOST_WORDS 64 /* of a message */
 #define PAGE_ROWS (PAGE / (RIG_HIDDEN * 4))
 
 int rig_scale(void) {
@@ -84,7 +87,7 @@ ep_status rig_group(struct rig *r, const struct rig_meeting *m, int rank) {
     r->rank = rank;
     r->num_ranks = m->num_ranks;
     rig_config(&c, m, rank, address);
-    return ep_group_create(&r->group, &c);
+    return call_group_create(&r->group, &c);
 }
 
 ep_status rig_route(struct rig *r) {
@@ -107,7 +110,7 @@ ep_status rig_route(struct rig *r) {
     }
     ep_tensor_2d(&ids, EP_I32, r->ids, RIG_TOKENS, RIG_TOPK);
     routing.topk_ids = &ids;
-    return ep_handle_route(r->handle, &routing, NULL);
+    return call_route(r->handle, &routing, NULL);
 }
 
 ep_status rig_create(struct rig *r, const struct rig_meeting *m, int rank) {
@@ -116,9 +119,9 @@ ep_status rig_create(struct rig *r, const struct rig_meeting *m, int rank) {
 }
 
 void rig_destroy(struct rig *r) {
-    ep_stream_destroy(&r->stream);
+    call_stream_destroy(r->group, &r->stream);
     ep_handle_destroy(&r->handle);
-    ep_group_destroy(&r->group);
+    call_group_destroy(&r->group);
     if (r->x) {
         munmap(r->x, RIG_TOKENS * sizeof(*r->x));
         munmap(r->out, RIG_TOKENS * sizeof(*r->out));
@@ -139,7 +142,7 @@ ep_status rig_dispatch(struct rig *r) {
     a.recv_x = &recv;
     a.recv_source = &source;
     a.num_rows = &num_rows;
-    return ep_dispatch(r->handle, &a, r->stream);
+    return call_dispatch(r->handle, &a, r->stream);
 }
 
 ep_status rig_combine(struct rig *r) {
@@ -149,7 +152,7 @@ ep_status rig_combine(struct rig *r) {
     ep_tensor_2d(&out, EP_F32, r->out, RIG_TOKENS, RIG_HIDDEN);
     a.x = &x;
     a.out = &out;
-    return ep_combine(r->handle, &a, r->stream);
+    return call_combine(r->handle, &a, r->stream);
 }
 
 static int home(int token, int k, int num_ranks) {
@@ -203,22 +206,60 @@ bool rig_pass(struct rig *r) {
 
 /* ---- a rank that stops in the middle -------------------------------------------------------- */
 
-static void say(const struct k_group *k, int rank, k_u64 offset, k_u32 value) {
-    k_u64 *at = (k_u64 *)(uintptr_t)(k->peer[rank] + offset);
-    __atomic_store_n(at, (k_u64)1 << 32 | value, __ATOMIC_RELEASE);
+/* Words of epoch `epoch` into rank p's arena. */
+static void say(struct rig *r, int p, k_u64 offset, k_u32 epoch, const k_u32 *value, int n) {
+    char *arena = (char *)(uintptr_t)epi_mem_arena_address(r->group->mem, p);
+    k_u64 words[MOST_WORDS], *at = (k_u64 *)(void *)(arena + offset);
+    for (int i = 0; i < n; i++) {
+        words[i] = (k_u64)epoch << 32 | value[i];
+    }
+    if (gpu_wanted()) {
+        call_write(r->group, at, words, (size_t)n * sizeof(*words));
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        __atomic_store_n(&at[i], words[i], __ATOMIC_RELEASE);
+    }
 }
 
-void rig_say_ready(struct rig *r, bool counts) {
+static void say_ready(struct rig *r, int p, k_u32 epoch, k_u32 signature, k_u32 kind_word) {
     const struct k_group *k = &r->group->k;
-    const k_u32 words[K_READY_WORDS] = {K_OP_DISPATCH | RIG_TOPK << K_SIG_TOPK_SHIFT,
-                                        RIG_HIDDEN * 4, 0, 0};
-    const k_u64 turn = (k_u64)(r->num_ranks + r->rank); /* epoch 1 */
+    const k_u64 turn = (k_u64)((int)(epoch & 1) * r->num_ranks + r->rank);
+    const k_u32 words[K_READY_WORDS] = {signature | RIG_TOPK << K_SIG_TOPK_SHIFT,
+                                        RIG_HIDDEN * 4, kind_word, 0};
+    say(r, p, k->map.ready + 8 * turn * K_READY_STRIDE, epoch, words, K_READY_WORDS);
+}
+
+/* `rows` selections of the peer's first expert, all in this rank's first channel. */
+static void say_counts(struct rig *r, int p, k_u32 rows) {
+    const struct k_group *k = &r->group->k;
+    const k_u64 turn = (k_u64)(r->num_ranks + r->rank);
+    k_u32 words[MOST_WORDS] = {rows, rows};
+    if (k->count_words > MOST_WORDS) {
+        printf("Bail out! a message of %d words\n", k->count_words);
+        exit(1);
+    }
+    for (int c = 1; c < k->num_channels; c++) { /* prefix sums */
+        words[k->count_words - k->num_channels + c] = rows;
+    }
+    say(r, p, k->map.counts + 8 * turn * (k_u64)k->count_words, 1, words, k->count_words);
+}
+
+void rig_say(struct rig *r, enum rig_said what) {
+    const struct k_group *k = &r->group->k;
     for (int p = 0; p < r->num_ranks; p++) {
-        for (k_u64 i = 0; i < K_READY_WORDS; i++) {
-            say(k, p, k->map.ready + 8 * (turn * K_READY_STRIDE + i), words[i]);
+        if (what == RIG_COMBINE_READY) {
+            say_ready(r, p, 2, K_OP_COMBINE | K_SIG_CACHED, EP_F32);
+            continue;
         }
-        for (k_u64 i = 0; counts && i < (k_u64)k->count_words; i++) {
-            say(k, p, k->map.counts + 8 * (turn * (k_u64)k->count_words + i), 0);
+        say_ready(r, p, 1, K_OP_DISPATCH, 0);
+        if (what != RIG_READY) {
+            say_counts(r, p, what == RIG_ROWS);
+        }
+        if (what == RIG_ROWS) {
+            const k_u32 answer[K_ANSWER_WORDS] = {(k_u32)(p * RIG_TOKENS), 0};
+            const k_u64 turn = (k_u64)(r->num_ranks + r->rank);
+            say(r, p, k->map.answers + 8 * turn * K_ANSWER_WORDS, 1, answer, K_ANSWER_WORDS);
         }
     }
 }
@@ -258,6 +299,19 @@ void rig_trap(void *row, void (*fn)(void *arg), void *arg) {
     mprotect(trap.page, PAGE, PROT_NONE);
 }
 
+/* ---- runs ------------------------------------------------------------------------------------ */
+
+int rig_run(int num_ranks, bool processes, int (*fn)(int rank, void *ctx), void *ctx,
+            bool *skipped) {
+    *skipped = gpu_processes(processes) != processes;
+    return *skipped ? 0 : gpu_run_ranks(num_ranks, processes, fn, ctx, RIG_SECONDS);
+}
+
+bool rig_gpu_works(const struct rig *r) {
+    struct gpu *gpu = call_gpu(r->group);
+    return !gpu || gpu_works(gpu);
+}
+
 /* ---- what a process holds ------------------------------------------------------------------- */
 
 static int num_entries(const char *path) {
@@ -285,14 +339,81 @@ static int num_arenas(void) {
     return num;
 }
 
+/* Threads that the library has named, descriptors of anything but device files. */
+static int num_named_threads(void) {
+    DIR *dir = opendir("/proc/self/task");
+    struct dirent *e;
+    int num = 0;
+    while (dir && (e = readdir(dir))) {
+        char path[300], name[32] = "";
+        snprintf(path, sizeof(path), "/proc/self/task/%s/comm", e->d_name);
+        FILE *f = e->d_name[0] == '.' ? NULL : fopen(path, "re");
+        if (f) {
+            num += fgets(name, sizeof(name), f) && strncmp(name, "ep-", 3) == 0;
+            fclose(f);
+        }
+    }
+    if (dir) {
+        closedir(dir);
+    }
+    return num;
+}
+
+static int num_plain_fds(void) {
+    DIR *dir = opendir("/proc/self/fd");
+    struct dirent *e;
+    int num = 0;
+    while (dir && (e = readdir(dir))) {
+        char path[300], to[300];
+        snprintf(path, sizeof(path), "/proc/self/fd/%s", e->d_name);
+        const ssize_t n = e->d_name[0] == '.' ? 0 : readlink(path, to, sizeof(to) - 1);
+        to[n > 0 ? n : 0] = 0;
+        num += n > 0 && strncmp(to, "/dev/nvidia", 11) != 0;
+    }
+    if (dir) {
+        closedir(dir);
+    }
+    return num - 1; /* the directory itself */
+}
+
 static struct rig_footprint look(void) {
-    struct rig_footprint now = {tap_num_fds(), num_entries("/proc/self/task"), num_arenas(),
-                                epi_alloc_live()};
+    const bool gpu = gpu_may_open();
+    struct rig_footprint now = {gpu ? num_plain_fds() : tap_num_fds(),
+                                gpu ? num_named_threads() : num_entries("/proc/self/task"),
+                                num_arenas(), epi_alloc_live()};
     return now;
 }
 
 static void *nothing(void *arg) {
     return arg;
+}
+
+/* A group of one rank: what is kept of a device is there after it. */
+static void warm_device(int index) {
+    struct rig_meeting m = {.num_ranks = 1, .timeout_ms = 30000 * rig_scale()};
+    struct ep_group_config c;
+    ep_group *group = NULL;
+    char address[32];
+    gpu_must(ep_world_create(&m.world, 1), "a world");
+    rig_config(&c, &m, 0, address);
+    c.device = EP_DEVICE_CUDA;
+    c.device_index = index;
+    gpu_must(ep_group_create(&group, &c), "a group of one rank");
+    ep_group_destroy(&group);
+    ep_world_destroy(&m.world);
+}
+
+void rig_warm(int rank) {
+    if (gpu_may_open() && rank >= 0) {
+        struct gpu *gpu = gpu_open(gpu_index(rank), false);
+        warm_device(gpu->device.index);
+        gpu_close(&gpu);
+    } else if (gpu_may_open()) {
+        gpu_must(epi_cu_open(), "the driver");
+        for (int d = 0; d < epi_cu_num_devices() && gpu_index(d) == d; d++) {
+            warm_device(d);
+        }
+    }
 }
 
 struct rig_footprint rig_footprint(void) {

@@ -5,6 +5,7 @@
  */
 #include <string.h>
 
+#include "tests/calls.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -86,7 +87,7 @@ static bool output_check(struct run *r, enum trial_output which) {
     return true;
 }
 
-static void outputs_poison(struct run *r, enum trial_output from, enum trial_output to) {
+void run_poison(struct run *r, enum trial_output from, enum trial_output to) {
     for (int i = (int)from; i <= (int)to; i++) {
         if (r->out[i].got) {
             memset(r->out[i].got, POISON, r->out[i].bytes);
@@ -221,7 +222,7 @@ ep_status run_route(struct run *r, ep_handle *handle, void *stream) {
     struct ep_routing routing;
 
     case_routing(r->t->c, r->w->rank, &routing);
-    return ep_handle_route(handle, &routing, stream);
+    return call_route(handle, &routing, stream);
 }
 
 static bool check_handle_counts(struct run *r, ep_handle *handle) {
@@ -253,50 +254,63 @@ ep_status run_dispatch(struct run *r, ep_handle *handle, void *stream) {
     struct ep_dispatch_args in = EP_DISPATCH_ARGS_INIT, out = r->dispatch;
     ep_status st;
 
-    outputs_poison(r, OUT_X, OUT_NUM_ROWS);
+    run_poison(r, OUT_X, OUT_NUM_ROWS);
     if (!r->form->two_step) {
-        return ep_dispatch(handle, &r->dispatch, stream);
+        return call_dispatch(handle, &r->dispatch, stream);
     }
     in.x = out.x;
     in.scales = out.scales;
     in.topk_weights = out.topk_weights;
     in.num_workers = out.num_workers;
     out.x = out.scales = out.topk_weights = NULL;
-    st = ep_dispatch_begin(handle, &in, stream);
+    st = call_dispatch_begin(handle, &in, stream);
     if (st == EP_OK) {
         check_handle_counts(r, handle);
-        st = ep_dispatch_finish(handle, &out, stream);
+        st = call_dispatch_finish(handle, &out, stream);
     }
     return st;
 }
 
-bool run_check_rows(struct run *r, const struct ep_tensor *rows) {
+/* The view may be memory of a device. */
+static bool check_row_bytes(struct run *r, const struct ep_tensor *rows) {
     const struct ref_recv *v = &r->t->recv[r->w->rank];
     const size_t bytes = r->t->c->problem.row_bytes;
     const size_t stride =
         (size_t)rows->stride[0] * ep_dtype_bytes((ep_dtype)r->t->c->row_dtype);
-    bool good =
-        world_check(r->w,
-                    rows->dtype == r->t->c->row_dtype && rows->ndim == 2 &&
-                        rows->shape[0] >= v->num_rows && rows->shape[1] == r->t->c->hidden &&
-                        rows->stride[1] == 1 && (uintptr_t)rows->data % EP_ROW_ALIGN == 0,
-                    "view: dtype %d, [%lld][%lld], strides %lld %lld", rows->dtype,
-                    (long long)rows->shape[0], (long long)rows->shape[1],
-                    (long long)rows->stride[0], (long long)rows->stride[1]);
+    const size_t all = v->num_rows ? (size_t)(v->num_rows - 1) * stride + bytes : 0;
+    struct pool pool = {0};
+    uint8_t *copy = pool_fill(&pool, all, POISON);
+    bool good = true;
 
+    if (all) {
+        call_read(r->w->group, copy, rows->data, all);
+    }
     for (int64_t i = 0; good && i < v->num_rows; i++) {
         if (v->source[2 * i] < 0 && !r->form->zero_gaps) {
             continue;
         }
         good = world_check(r->w,
-                           !memcmp((uint8_t *)rows->data + (size_t)i * stride,
-                                   v->x + (size_t)i * bytes, bytes),
+                           !memcmp(copy + (size_t)i * stride, v->x + (size_t)i * bytes, bytes),
                            "view: row %lld of %lld", (long long)i, (long long)v->num_rows);
     }
+    pool_free(&pool);
     return good;
 }
 
-bool run_check_dispatch(struct run *r, ep_handle *handle) {
+bool run_check_rows(struct run *r, const struct ep_tensor *rows) {
+    const struct ref_recv *v = &r->t->recv[r->w->rank];
+
+    return world_check(r->w,
+                       rows->dtype == r->t->c->row_dtype && rows->ndim == 2 &&
+                           rows->shape[0] >= v->num_rows && rows->shape[1] == r->t->c->hidden &&
+                           rows->stride[1] == 1 && (uintptr_t)rows->data % EP_ROW_ALIGN == 0,
+                       "view: dtype %d, [%lld][%lld], strides %lld %lld", rows->dtype,
+                       (long long)rows->shape[0], (long long)rows->shape[1],
+                       (long long)rows->stride[0], (long long)rows->stride[1]) &&
+           check_row_bytes(r, rows);
+}
+
+bool run_check_outputs(struct run *r) {
     bool good = true;
 
     for (int i = OUT_X; i <= OUT_NUM_ROWS; i++) {
@@ -307,6 +321,12 @@ bool run_check_dispatch(struct run *r, ep_handle *handle) {
     if (r->dispatch.recv_x == &r->view) {
         good = run_check_rows(r, &r->view) && good;
     }
+    return good;
+}
+
+bool run_check_dispatch(struct run *r, ep_handle *handle) {
+    const bool good = run_check_outputs(r);
+
     return check_handle_counts(r, handle) && good;
 }
 
@@ -374,8 +394,8 @@ static void create_combine(struct run *r) {
 }
 
 ep_status run_combine(struct run *r, ep_handle *handle, void *stream) {
-    outputs_poison(r, OUT_Y, OUT_Y_TOPK);
-    return ep_combine(handle, &r->combine, stream);
+    run_poison(r, OUT_Y, OUT_Y_TOPK);
+    return call_combine(handle, &r->combine, stream);
 }
 
 bool run_check_combine(struct run *r) {

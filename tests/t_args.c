@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -55,6 +56,7 @@ static struct ep_group_config valid_config(void) {
     c.max_tokens = 16;
     c.max_topk = 4;
     c.max_row_bytes = 256;
+    c.device = gpu_wanted() ? EP_DEVICE_CUDA : EP_DEVICE_HOST;
     return c;
 }
 
@@ -103,7 +105,7 @@ static void meeting(ep_world *world) {
     c.num_ranks = 2;
     c.device = 7;
     ok(says(ep_group_create(&group, &c), EP_ERR_ARG, "device|7"), "device 7");
-    c.device = EP_DEVICE_HOST;
+    c.device = valid_config().device;
     c.world = NULL;
     c.address = "no port";
     ok(says(ep_group_create(&group, &c), EP_ERR_ARG, "address|no port"),
@@ -151,12 +153,34 @@ static void handles(struct world *w) {
     ep_handle_destroy(NULL);
 }
 
+static void streams(struct world *w) {
+    ep_stream *stream = NULL;
+    ep_event *event = NULL;
+
+    world_fails(w, ep_stream_create(&stream, NULL), EP_ERR_ARG, "NULL", "ep_stream_create");
+    world_fails(w, ep_stream_sync(NULL), EP_ERR_ARG, "NULL", "ep_stream_sync");
+    world_fails(w, ep_event_create(&event, NULL), EP_ERR_ARG, "NULL", "ep_event_create");
+    world_fails(w, ep_event_query(NULL), EP_ERR_ARG, "NULL", "ep_event_query");
+    if (gpu_wanted()) {
+        world_fails(w, ep_stream_create(&stream, w->group), EP_ERR_UNSUPPORTED, "CUDA",
+                    "ep_stream_create");
+        world_fails(w, ep_event_create(&event, w->group), EP_ERR_UNSUPPORTED, "CUDA",
+                    "ep_event_create");
+        world_check(w, ep_group_stream(w->group) != NULL, "ep_group_stream");
+        return;
+    }
+    world_check(w, ep_group_stream(w->group) == NULL, "ep_group_stream");
+    world_is(w, ep_stream_create(&stream, w->group), EP_OK, "ep_stream_create");
+    world_fails(w, ep_stream_run(stream, NULL, NULL), EP_ERR_ARG, "NULL", "ep_stream_run");
+    world_fails(w, ep_stream_wait(stream, NULL), EP_ERR_ARG, "NULL", "ep_stream_wait");
+    world_fails(w, ep_event_record(NULL, stream), EP_ERR_ARG, "NULL", "ep_event_record");
+    ep_stream_destroy(&stream);
+}
+
 static void queries(struct world *w) {
     struct ep_plan_info info = EP_PLAN_INFO_INIT;
     struct ep_group_stats stats = EP_GROUP_STATS_INIT;
     struct ep_fault fault = EP_FAULT_INIT;
-    ep_stream *stream = NULL;
-    ep_event *event = NULL;
 
     world_check(w,
                 ep_group_rank(NULL) <= 0 && ep_group_num_ranks(NULL) <= 0 &&
@@ -170,15 +194,9 @@ static void queries(struct world *w) {
     world_fails(w, ep_group_plan(w->group, &info), EP_ERR_VERSION, "ep_plan_info", "size");
     world_fails(w, ep_group_stats(w->group, &stats), EP_ERR_VERSION, "ep_group_stats", "size");
     world_fails(w, ep_group_fault(w->group, &fault), EP_ERR_VERSION, "ep_fault", "size");
-    world_fails(w, ep_stream_create(&stream, NULL), EP_ERR_ARG, "NULL", "ep_stream_create");
-    world_fails(w, ep_stream_sync(NULL), EP_ERR_ARG, "NULL", "ep_stream_sync");
-    world_fails(w, ep_event_create(&event, NULL), EP_ERR_ARG, "NULL", "ep_event_create");
-    world_fails(w, ep_event_query(NULL), EP_ERR_ARG, "NULL", "ep_event_query");
-    world_is(w, ep_stream_create(&stream, w->group), EP_OK, "ep_stream_create");
-    world_fails(w, ep_stream_run(stream, NULL, NULL), EP_ERR_ARG, "NULL", "ep_stream_run");
-    world_fails(w, ep_stream_wait(stream, NULL), EP_ERR_ARG, "NULL", "ep_stream_wait");
-    world_fails(w, ep_event_record(NULL, stream), EP_ERR_ARG, "NULL", "ep_event_record");
-    ep_stream_destroy(&stream);
+    world_fails(w, ep_handle_status(NULL), EP_ERR_ARG, "NULL", "ep_handle_status");
+    world_check(w, ep_group_stream(NULL) == NULL, "the stream of no group");
+    streams(w);
     ep_stream_destroy(NULL);
     ep_event_destroy(NULL);
     ep_group_destroy(NULL);
@@ -208,6 +226,7 @@ static void tensors_and_strings(void) {
 }
 
 int main(void) {
+    gpu_program();
     ep_world *world = NULL;
     struct world_setup s;
 

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "src/base/base.h"
+#include "tests/gpu.h"
 #include "tests/tap.h"
 
 /* What is written to stderr while capturing; a pipe holds far more than these tests write. */
@@ -249,6 +250,7 @@ static void test_alloc(void) {
 }
 
 int main(void) {
+    gpu_never("status, log, knobs");
     tap_deadline(60);
     unsetenv("EP_LOG");
     test_status();

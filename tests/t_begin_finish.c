@@ -5,6 +5,7 @@
  */
 #include <stdio.h>
 
+#include "tests/calls.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -71,17 +72,18 @@ static void wrong_order(struct world *w) {
     world_is(w, ep_handle_create(&other, w->group, NULL), EP_OK, "ep_handle_create");
     world_is(w, run_route(&r, handle, NULL), EP_OK, "ep_handle_route");
     world_is(w, run_route(&r, other, NULL), EP_OK, "ep_handle_route");
-    world_fails(w, ep_dispatch_finish(handle, &r.dispatch, NULL), EP_ERR_STATE, "beg",
+    world_fails(w, call_dispatch_finish(handle, &r.dispatch, NULL), EP_ERR_STATE, "beg",
                 "finish without begin");
-    world_is(w, ep_dispatch_begin(handle, &in, NULL), EP_OK, "ep_dispatch_begin");
-    world_fails(w, ep_dispatch_begin(handle, &in, NULL), EP_ERR_STATE, "finish", "begin twice");
+    world_is(w, call_dispatch_begin(handle, &in, NULL), EP_OK, "ep_dispatch_begin");
+    world_fails(w, call_dispatch_begin(handle, &in, NULL), EP_ERR_STATE, "finish",
+                "begin twice");
     world_fails(w, run_route(&r, handle, NULL), EP_ERR_STATE, "finish", "route in between");
-    world_fails(w, ep_dispatch(other, &r.dispatch, NULL), EP_ERR_STATE, "finish",
+    world_fails(w, call_dispatch(other, &r.dispatch, NULL), EP_ERR_STATE, "finish",
                 "dispatch of another handle in between");
     world_fails(w, run_combine(&r, other, NULL), EP_ERR_STATE, "", "combine in between");
-    world_is(w, ep_dispatch_finish(handle, &r.dispatch, NULL), EP_OK, "ep_dispatch_finish");
+    world_is(w, call_dispatch_finish(handle, &r.dispatch, NULL), EP_OK, "ep_dispatch_finish");
     run_check_dispatch(&r, handle);
-    world_fails(w, ep_dispatch_finish(handle, &r.dispatch, NULL), EP_ERR_STATE, "beg",
+    world_fails(w, call_dispatch_finish(handle, &r.dispatch, NULL), EP_ERR_STATE, "beg",
                 "finish twice");
     run_free(&r);
     trial_pass(w, t, other);
@@ -108,6 +110,7 @@ static void run(uint64_t seed, void (*body)(struct world *w), const char *name) 
 }
 
 int main(void) {
+    gpu_program();
     uint64_t seed = tap_seed();
 
     tap_deadline(120);

@@ -17,6 +17,7 @@
 #include "src/boot/boot.h"
 #include "src/boot/launch.h"
 #include "src/boot/wire.h"
+#include "tests/gpu.h"
 #include "tests/tap.h"
 
 #define LONG_NS (30 * EPI_NS_PER_S)
@@ -628,6 +629,7 @@ static void *nothing(void *arg) {
 }
 
 int main(void) {
+    gpu_never("how ranks meet");
     pthread_t thread;
     tap_deadline(300);
     /* A sanitizer starts a thread of its own with the first of ours: not in a footprint. */

@@ -6,6 +6,7 @@
  */
 #include <string.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -190,6 +191,7 @@ static void backward_passes(uint64_t seed) {
 }
 
 int main(void) {
+    gpu_program();
     uint64_t seed = tap_seed();
     struct scene s;
 

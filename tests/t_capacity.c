@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -208,6 +209,7 @@ static void run(uint64_t seed, const struct form *form, void (*body)(struct worl
 }
 
 int main(void) {
+    gpu_program();
     static const struct form compact = {.id_dtype = EP_I64, .slack = 1, .padded = true};
     static const struct form expanded = {
         .id_dtype = EP_I32, .expanded = true, .weighted = true};

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -153,6 +154,7 @@ static void shapes(uint64_t seed) {
 }
 
 int main(void) {
+    gpu_program();
     uint64_t seed = tap_seed();
 
     tap_deadline(300);

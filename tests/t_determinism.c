@@ -5,6 +5,7 @@
  */
 #include <stdio.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -33,6 +34,7 @@ static void body(struct world *w) {
 }
 
 int main(void) {
+    gpu_program();
     uint64_t seed = tap_seed();
     struct test_case c;
     struct scene s;

@@ -5,6 +5,7 @@
  */
 #include <stdio.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -78,6 +79,7 @@ static void any_output_may_be_missing(uint64_t seed) {
 }
 
 int main(void) {
+    gpu_program();
     uint64_t seed = tap_seed();
     struct test_case c;
 

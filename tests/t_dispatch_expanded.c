@@ -5,6 +5,7 @@
  */
 #include <stdio.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -85,6 +86,7 @@ static void largest(uint64_t seed) {
 }
 
 int main(void) {
+    gpu_program();
     uint64_t seed = tap_seed();
 
     tap_deadline(300);

@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "tests/calls.h"
 #include "tests/rig.h"
 #include "tests/tap.h"
 
@@ -65,13 +66,17 @@ static int victim(struct stage *s, struct rig *r) {
     switch (s->moment) {
     case DISPATCH_COUNTS:
     case COUNTS_ASKED_FOR:
-        rig_say_ready(r, false);
+        rig_say(r, RIG_READY);
         break;
     case DISPATCH_BASES:
-        rig_say_ready(r, true);
+        rig_say(r, RIG_COUNTS);
         break;
     case DISPATCH_ROWS:
     case QUEUED:
+        if (gpu_wanted()) { /* a process that dies between its kernels */
+            rig_say(r, RIG_ROWS);
+            break;
+        }
         rig_trap(rig_middle_row(r), hold, s);
         rig_dispatch(r);
         break;
@@ -81,6 +86,10 @@ static int victim(struct stage *s, struct rig *r) {
         break;
     case COMBINE_ANSWERS:
         ok(rig_dispatch(r) == EP_OK, "dispatch: %s", ep_last_error());
+        if (gpu_wanted()) {
+            rig_say(r, RIG_COMBINE_READY);
+            break;
+        }
         rig_trap(rig_middle_answer(r), hold, s);
         rig_combine(r);
         break;
@@ -102,10 +111,10 @@ static ep_status counts_of_begun(struct rig *r) {
     int64_t rows;
     ep_tensor_2d(&x, EP_F32, r->x, RIG_TOKENS, RIG_HIDDEN);
     a.x = &x;
-    ok(ep_stream_create(&r->stream, r->group) == EP_OK, "a stream: %s", ep_last_error());
-    ok(ep_dispatch_begin(r->handle, &a, r->stream) == EP_OK, "begin: %s", ep_last_error());
+    ok(call_stream_create(&r->stream, r->group) == EP_OK, "a stream: %s", ep_last_error());
+    ok(call_dispatch_begin(r->handle, &a, r->stream) == EP_OK, "begin: %s", ep_last_error());
     ep_status st = ep_handle_counts(r->handle, &rows, NULL, NULL);
-    ep_stream_sync(r->stream);
+    call_stream_sync(r->group, r->stream);
     return st;
 }
 
@@ -131,9 +140,9 @@ static ep_status failing_call(struct stage *s, struct rig *r) {
     case COMBINE_ANSWERS:
         return rig_combine(r);
     case QUEUED:
-        ok(ep_stream_create(&r->stream, r->group) == EP_OK, "a stream: %s", ep_last_error());
+        ok(call_stream_create(&r->stream, r->group) == EP_OK, "a stream: %s", ep_last_error());
         ok(rig_dispatch(r) == EP_OK && rig_combine(r) == EP_OK, "queued: %s", ep_last_error());
-        return ep_stream_sync(r->stream);
+        return call_stream_sync(r->group, r->stream);
     case COUNTS_ASKED_FOR:
         return counts_of_begun(r);
     default:
@@ -155,7 +164,7 @@ static void check_fault(struct stage *s, struct rig *r, ep_status st) {
        fault.reporter, fault.epoch);
     ok(rig_is_sentence(fault.message) && strstr(fault.message, who), "its message is \"%s\"",
        fault.message);
-    ep_stream_destroy(&r->stream);
+    call_stream_destroy(r->group, &r->stream);
     for (int i = 0; i < 3; i++) {
         st = rig_dispatch(r);
         ok(st == EP_ERR_FAULTED && strstr(ep_last_error(), who), "then %s (%s)",
@@ -164,6 +173,7 @@ static void check_fault(struct stage *s, struct rig *r, ep_status st) {
         ok(st == EP_ERR_FAULTED || st == EP_ERR_STATE, "then %s (%s)", ep_status_string(st),
            ep_last_error());
     }
+    ok(rig_gpu_works(r), "the GPU can be used after the fault");
 }
 
 static void survivor(struct stage *s, struct rig *r) {
@@ -184,6 +194,7 @@ static void survivor(struct stage *s, struct rig *r) {
 
 static int rank_main(int rank, void *ctx) {
     struct stage *s = ctx;
+    rig_warm(rank);
     const struct rig_footprint was = rig_footprint();
     struct rig r;
     ep_status st = rig_create(&r, &s->meeting, rank);
@@ -201,6 +212,7 @@ static int rank_main(int rank, void *ctx) {
     ok(st == EP_OK, "a group of survivors: %s (%s)", ep_status_string(st), ep_last_error());
     if (st == EP_OK) {
         rig_pass(&r);
+        ok(rig_gpu_works(&r), "the GPU can be used beside a group");
         rig_destroy(&r);
     }
     ok(rig_same_footprint(was), "nothing is left of the second group");
@@ -271,6 +283,7 @@ static void kill_at(enum moment moment, int who) {
 struct birth {
     struct rig_meeting meeting;
     int victim, delay_us;
+    atomic_int here;    /* ranks whose device is open */
     atomic_int created; /* survivors that got a group */
 };
 
@@ -284,9 +297,14 @@ static void *kill_later(void *arg) {
 
 static int born_rank(int rank, void *ctx) {
     struct birth *b = ctx;
+    rig_warm(rank);
     const struct rig_footprint was = rig_footprint();
     struct rig r;
     pthread_t thread;
+    if (gpu_wanted()) { /* opening a device takes far longer than the group does */
+        atomic_fetch_add(&b->here, 1);
+        rig_await(&b->here, b->meeting.num_ranks);
+    }
     if (rank == b->victim) {
         pthread_create(&thread, NULL, kill_later, b);
     }
@@ -312,11 +330,12 @@ static int born_rank(int rank, void *ctx) {
 }
 
 static void kill_at_birth(void) {
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < 12; i += gpu_wanted() ? 3 : 1) {
         struct birth *b = tap_shared(sizeof(*b));
-        b->meeting = (struct rig_meeting){3, tap_free_port(), NULL, 700 * rig_scale()};
+        const int timeout = gpu_wanted() ? 4000 : 700; /* kernels are loaded meanwhile */
+        b->meeting = (struct rig_meeting){3, tap_free_port(), NULL, timeout * rig_scale()};
         b->victim = i % 2 ? 0 : 2;
-        b->delay_us = 3000 * i * rig_scale();
+        b->delay_us = (gpu_wanted() ? 30000 : 3000) * i * rig_scale();
         ok(tap_spawn_ranks(3, born_rank, b, 30) == 1,
            "rank %d killed %d us after it began; %d "
            "survivors had a group by then",
@@ -325,11 +344,19 @@ static void kill_at_birth(void) {
 }
 
 int main(void) {
-    tap_deadline(110);
+    gpu_program();
+    if (!gpu_processes(true)) {
+        skip_all("ranks that are processes, and all are threads in this run");
+    }
+    tap_deadline(gpu_wanted() ? 200 : 110);
     kill_at_birth();
     tap_expect_log(" died: ");
     tap_expect_log("dropped a connection"); /* killed while it was meeting the others */
     for (int m = 0; m < NUM_MOMENTS; m++) {
+        if (gpu_wanted()) { /* where a rank takes seconds to start, one of the two */
+            kill_at((enum moment)m, m % 2 ? 3 : 0);
+            continue;
+        }
         kill_at((enum moment)m, 3);
         kill_at((enum moment)m, 0);
     }

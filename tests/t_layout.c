@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "tests/calls.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -82,8 +83,8 @@ static const int32_t *channel_ends(struct world *w, const struct test_case *c,
                  tokens, c->num_ranks);
     routing.token_in_rank = &mask;
     world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
-    world_is(w, ep_handle_route(handle, &routing, NULL), EP_OK, "ep_handle_route(all)");
-    world_is(w, ep_handle_layout(handle, &all->layout, NULL), EP_OK, "ep_handle_layout(all)");
+    world_is(w, call_route(handle, &routing, NULL), EP_OK, "ep_handle_route(all)");
+    world_is(w, call_layout(handle, &all->layout, NULL), EP_OK, "ep_handle_layout(all)");
     ep_handle_destroy(&handle);
     return all->prefix.data;
 }
@@ -121,11 +122,11 @@ static void body(struct world *w) {
     ref_layout(&o.pool, &c->problem, w->rank, &ref);
     case_routing(c, w->rank, &routing);
     world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
-    world_fails(w, ep_handle_layout(handle, &o.layout, NULL), EP_ERR_STATE, "rout",
+    world_fails(w, call_layout(handle, &o.layout, NULL), EP_ERR_STATE, "rout",
                 "layout of a handle not routed");
-    world_is(w, ep_handle_route(handle, &routing, NULL), EP_OK, "ep_handle_route");
-    world_is(w, ep_handle_layout(handle, &none, NULL), EP_OK, "no output at all");
-    world_is(w, ep_handle_layout(handle, &o.layout, NULL), EP_OK, "ep_handle_layout");
+    world_is(w, call_route(handle, &routing, NULL), EP_OK, "ep_handle_route");
+    world_is(w, call_layout(handle, &none, NULL), EP_OK, "no output at all");
+    world_is(w, call_layout(handle, &o.layout, NULL), EP_OK, "ep_handle_layout");
     same(w, &o.per_rank, ref.tokens_per_rank, "tokens_per_rank");
     if (world_check(w, ep_group_num_nodes(w->group) == 1, "one host is one node")) {
         same(w, &o.per_node, &ref.num_sent, "tokens_per_node");
@@ -140,6 +141,7 @@ static void body(struct world *w) {
 }
 
 int main(void) {
+    gpu_program();
     uint64_t seed = tap_seed();
 
     tap_deadline(120);

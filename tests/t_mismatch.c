@@ -5,6 +5,7 @@
  */
 #include <string.h>
 
+#include "tests/calls.h"
 #include "tests/tap.h"
 #include "tests/world.h"
 
@@ -164,8 +165,8 @@ static void faulted(struct world *w, ep_handle *handle, const struct buffers *b)
     world_check(w, fault.message[0] != 0, "no message");
     world_check(w, fault.operation == EP_OP_DISPATCH || fault.operation == EP_OP_COMBINE,
                 "operation: %d", fault.operation);
-    world_is(w, ep_dispatch(handle, &b->dispatch, NULL), EP_ERR_FAULTED, "dispatch after it");
-    world_is(w, ep_combine(handle, &b->combine, NULL), EP_ERR_FAULTED, "combine after it");
+    world_is(w, call_dispatch(handle, &b->dispatch, NULL), EP_ERR_FAULTED, "dispatch after it");
+    world_is(w, call_combine(handle, &b->combine, NULL), EP_ERR_FAULTED, "combine after it");
 }
 
 static void body(struct world *w) {
@@ -181,20 +182,20 @@ static void body(struct world *w) {
     for (int i = 0; i < 2; i++) {
         routing.topk_ids = what == TOPK ? &b.ids_t : &good.ids_t;
         world_is(w, ep_handle_create(&handle[i], w->group, NULL), EP_OK, "ep_handle_create");
-        world_is(w, ep_handle_route(handle[i], &routing, NULL), EP_OK, "ep_handle_route");
+        world_is(w, call_route(handle[i], &routing, NULL), EP_OK, "ep_handle_route");
         if (what >= KIND) {
-            world_is(w, ep_dispatch(handle[i], &good.dispatch, NULL), EP_OK, "ep_dispatch");
+            world_is(w, call_dispatch(handle[i], &good.dispatch, NULL), EP_OK, "ep_dispatch");
         }
     }
     if (what == CACHED && odd) {
-        world_is(w, ep_handle_route(handle[0], &routing, NULL), EP_OK, "ep_handle_route");
+        world_is(w, call_route(handle[0], &routing, NULL), EP_OK, "ep_handle_route");
     }
     world_barrier(w); /* or a late rank learns of the fault in the operation before */
     used = handle[what == HANDLE && odd];
     if ((what == KIND && odd) || what >= COMBINE_ROW_BYTES) {
-        st = ep_combine(used, &b.combine, NULL);
+        st = call_combine(used, &b.combine, NULL);
     } else {
-        st = ep_dispatch(used, &b.dispatch, NULL);
+        st = call_dispatch(used, &b.dispatch, NULL);
     }
     world_fails(w, st, EP_ERR_MISMATCH, "rank", difference_names[what]);
     if (w->rank == 0) {
@@ -220,6 +221,7 @@ static void operations(void) {
 }
 
 int main(void) {
+    gpu_program();
     struct world_setup s;
 
     tap_seed();

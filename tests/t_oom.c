@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "src/base/base.h"
+#include "tests/gpu.h"
 #include "tests/rig.h"
 #include "tests/tap.h"
 
@@ -204,6 +205,7 @@ static void walk_threads(void) {
 }
 
 int main(void) {
+    gpu_never("what a host group allocates");
     tap_deadline(110);
     tap_expect_log(" died: ");
     tap_expect_log("dropped a connection");

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/world.h"
 
@@ -16,6 +17,7 @@ static void body(struct world *w) {
 }
 
 int main(void) {
+    gpu_program();
     struct world_setup s;
     char text[1024] = "";
     int ends[2];

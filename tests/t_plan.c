@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "tests/cases.h"
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/world.h"
 
@@ -242,6 +243,7 @@ static void groups(uint64_t seed) {
 }
 
 int main(void) {
+    gpu_never("no device is in it");
     uint64_t seed = tap_seed();
 
     tap_deadline(60);

@@ -6,6 +6,7 @@
  */
 #include <stdlib.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -16,6 +17,8 @@
 #else
 #define DEFAULT_CASES 1500
 #endif
+
+#define GPU_CASES 100
 
 /* A pass, then cached dispatches and combines, and now and then a new routing. */
 static void body(struct world *w) {
@@ -81,8 +84,10 @@ static bool one_case(uint64_t seed) {
 }
 
 int main(void) {
+    gpu_program();
     const char *text = getenv("EP_CASES");
-    const int cases = text && atoi(text) > 0 ? atoi(text) : DEFAULT_CASES * tap_effort();
+    const int usual = gpu_wanted() ? GPU_CASES : DEFAULT_CASES;
+    const int cases = text && atoi(text) > 0 ? atoi(text) : usual * tap_effort();
     const uint64_t seed = tap_seed();
     int failed = 0;
 

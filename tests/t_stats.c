@@ -3,6 +3,7 @@
  * ep_group_stats: operations, rows and bytes are those of the reference, summed over all that
  * the group has done; times only grow.
  */
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -79,6 +80,7 @@ static void body(struct world *w) {
 }
 
 int main(void) {
+    gpu_program();
     uint64_t seed = tap_seed();
 
     tap_deadline(60);

@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -259,6 +260,7 @@ static void run(uint64_t seed, const struct form *form, void (*body)(struct worl
 }
 
 int main(void) {
+    gpu_never("ep_stream and ep_event");
     static const struct form plain = {.id_dtype = EP_I64, .slack = 2};
     static const struct form compact = {.arena = true, .id_dtype = EP_I64, .num_bias = 1};
     static const struct form expanded = {

@@ -7,6 +7,7 @@
 
 #include <string.h>
 
+#include "tests/gpu.h"
 #include "tests/tap.h"
 
 void trial_init(struct trial *t, const struct test_case *c) {
@@ -193,7 +194,8 @@ bool trial_run(const struct trial *t, bool processes, const char *name) {
     trial_setup(&s, t);
     s.processes = processes;
     case_describe(t->c, what, sizeof(what));
-    if (!ok(world_run(&s) == 0, "%s, %s", name, processes ? "processes" : "threads")) {
+    if (!ok(world_run(&s) == 0, "%s, %s", name,
+            gpu_processes(processes) ? "processes" : "threads")) {
         diag("%s", what);
         return false;
     }

@@ -91,10 +91,13 @@ void run_create(struct run *r, struct world *w, const struct trial *t);
 void run_free(struct run *r);
 /* Routes the handle as the case says. */
 ep_status run_route(struct run *r, ep_handle *handle, void *stream);
+void run_poison(struct run *r, enum trial_output from, enum trial_output to);
 /* Poisons the outputs and calls. With a stream, synchronise it before the checks. */
 ep_status run_dispatch(struct run *r, ep_handle *handle, void *stream);
 ep_status run_combine(struct run *r, ep_handle *handle, void *stream);
 bool run_check_dispatch(struct run *r, ep_handle *handle);
+/* The same without ep_handle_counts. */
+bool run_check_outputs(struct run *r);
 bool run_check_combine(struct run *r);
 /* The rows of a tensor (num_rows of them at least) against those the dispatch must give. */
 bool run_check_rows(struct run *r, const struct ep_tensor *rows);

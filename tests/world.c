@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Ranks for tests, declared in world.h: the way they meet, their life and their checks. Ranks
- * are threads with an ep_world, or processes that meet at an address of this host.
+ * are threads with an ep_world, or processes that meet at an address of this host. Groups are
+ * CUDA groups where gpu.h says so.
  */
 #include "tests/world.h"
 
@@ -11,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/calls.h"
 #include "tests/tap.h"
 
 #define RANK_SECONDS 240
@@ -101,7 +103,7 @@ static int rank_main(int rank, void *arg) {
     if (s->tune) {
         s->tune(&config, rank, s->ctx);
     }
-    st = ep_group_create(&w.group, &config);
+    st = s->host ? ep_group_create(&w.group, &config) : call_group_create(&w.group, &config);
     world_fails(&w, st, s->create, s->create_says ? s->create_says : "", "ep_group_create");
     if (st == EP_OK) {
         world_check(&w, ep_group_rank(w.group) == rank, "ep_group_rank");
@@ -109,7 +111,7 @@ static int rank_main(int rank, void *arg) {
         if (s->body) {
             s->body(&w);
         }
-        ep_group_destroy(&w.group);
+        call_group_destroy(&w.group);
     }
     world_check(&w, w.group == NULL, "the group's pointer is not NULL");
     return w.bad;
@@ -117,19 +119,21 @@ static int rank_main(int rank, void *arg) {
 
 int world_run(const struct world_setup *s) {
     struct meeting m = {.setup = s};
+    const bool processes = s->host ? s->processes : gpu_processes(s->processes);
     int failed;
 
     arrived = arrived ? arrived : tap_shared(sizeof(*arrived));
     atomic_store(arrived, 0);
-    if (s->processes) {
+    if (processes) {
         snprintf(m.address, sizeof(m.address), "127.0.0.1:%d", tap_free_port());
-        return tap_spawn_ranks(s->num_ranks, rank_main, &m, RANK_SECONDS);
+        return gpu_run_ranks(s->num_ranks, true, rank_main, &m, RANK_SECONDS);
     }
     if (ep_world_create(&m.world, s->num_ranks) != EP_OK) {
         diag("ep_world_create: %s", ep_last_error());
         return s->num_ranks;
     }
-    failed = tap_run_threads(s->num_ranks, rank_main, &m);
+    failed = s->host ? tap_run_threads(s->num_ranks, rank_main, &m)
+                     : gpu_run_ranks(s->num_ranks, false, rank_main, &m, RANK_SECONDS);
     ep_world_destroy(&m.world);
     return failed;
 }

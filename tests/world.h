@@ -26,7 +26,8 @@ struct world {
 struct world_setup {
     struct ep_group_config config; /* all but rank, num_ranks and how to meet */
     int num_ranks;
-    bool processes;
+    bool processes; /* unless EP_TEST_RANKS says otherwise (gpu.h) */
+    bool host;      /* host groups, whatever gpu_wanted() */
     void (*tune)(struct ep_group_config *config, int rank, void *ctx); /* or NULL */
     void (*body)(struct world *w);
     void *ctx;

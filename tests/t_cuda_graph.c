@@ -1,0 +1,343 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Route, dispatch and combine captured in a CUDA graph and replayed with other routings and other
+ * data in place: each replay gives what the reference says, compact, expanded and with a view of
+ * the arena that is combined from where it lies. What may not be captured is refused.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "src/cu/driver.h"
+#include "tests/calls.h"
+#include "tests/stage.h"
+#include "tests/tap.h"
+#include "tests/trial.h"
+
+#define RANKS 4
+#define TOKENS 16
+#define TOPK 4
+#define ALIGNMENT 8
+#define NUM_ROUTINGS_HERE 5
+#define NUM_REPLAYS 20
+#define NUM_INPUTS 9
+
+#define CAPTURE_THREAD_LOCAL 1
+
+/* Cases of the same shape with different routings and data. */
+struct scene {
+    struct test_case c[NUM_ROUTINGS_HERE];
+    struct trial t[NUM_ROUTINGS_HERE];
+};
+
+/* What the graph reads and writes: a run whose data is replaced before each replay. */
+struct live {
+    struct run run;
+    struct ep_tensor in[NUM_INPUTS]; /* copies, so that cases stay as they are */
+    struct ep_routing routing;
+    struct ep_dispatch_args dispatch;
+    struct ep_combine_args combine;
+    struct stage stage[3];
+};
+
+static struct {
+    int (*begin)(void *stream, int mode);
+    int (*end)(void *stream, void **graph);
+    int (*instantiate)(void **exec, void *graph, unsigned long long flags);
+    int (*launch)(void *exec, void *stream);
+    int (*destroy_exec)(void *exec);
+    int (*destroy)(void *graph);
+} cu;
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void load_symbols(void) {
+    *(void **)&cu.begin = gpu_symbol("cuStreamBeginCapture_v2");
+    *(void **)&cu.end = gpu_symbol("cuStreamEndCapture");
+    *(void **)&cu.instantiate = gpu_symbol("cuGraphInstantiateWithFlags");
+    *(void **)&cu.launch = gpu_symbol("cuGraphLaunch");
+    *(void **)&cu.destroy_exec = gpu_symbol("cuGraphExecDestroy");
+    *(void **)&cu.destroy = gpu_symbol("cuGraphDestroy");
+}
+
+/* ---- data ------------------------------------------------------------------------------ */
+
+static void inputs_of(const struct run *r, const struct ep_tensor *in[NUM_INPUTS]) {
+    const struct ep_tensor *all[NUM_INPUTS] = {
+        &r->t->c->ids[r->w->rank], r->dispatch.x,      r->dispatch.scales,
+        r->dispatch.topk_weights,  r->combine.x,       r->combine.weights,
+        r->combine.topk_weights,   r->combine.bias[0], r->combine.bias[1]};
+
+    memcpy(in, all, sizeof(all));
+}
+
+static size_t packed_bytes(const struct ep_tensor *t) {
+    return (size_t)(t->shape[0] * (t->ndim == 2 ? t->shape[1] : 1)) *
+           ep_dtype_bytes((ep_dtype)t->dtype);
+}
+
+/* The data of another run into the tensors of the graph. */
+static void adopt(struct live *l, const struct run *from) {
+    const struct ep_tensor *in[NUM_INPUTS];
+
+    inputs_of(from, in);
+    for (int i = 0; i < NUM_INPUTS; i++) {
+        if (in[i] && in[i] != &from->view) {
+            memcpy(l->in[i].data, in[i]->data, packed_bytes(in[i]));
+        }
+    }
+    for (int i = 0; i < NUM_OUTPUTS; i++) {
+        struct output *o = &l->run.out[i];
+        if (o->got) {
+            memcpy(o->want, from->out[i].want, o->bytes);
+            memcpy(o->any, from->out[i].any, o->bytes);
+        }
+    }
+    l->run.t = from->t;
+    l->run.form = from->form;
+    run_poison(&l->run, OUT_X, OUT_Y_TOPK);
+}
+
+static void live_create(struct live *l, struct world *w, const struct trial *t) {
+    const struct ep_tensor *in[NUM_INPUTS], *at[NUM_INPUTS];
+    const bool view = t->form[w->rank].arena;
+    uint64_t arena;
+    size_t arena_bytes;
+
+    memset(l, 0, sizeof(*l));
+    run_create(&l->run, w, t);
+    l->run.combine.x = view ? &l->run.view : l->run.combine.x;
+    inputs_of(&l->run, in);
+    for (int i = 0; i < NUM_INPUTS; i++) {
+        if (in[i] && in[i] != &l->run.view) {
+            l->in[i] = *in[i];
+            l->in[i].data = pool_zero(&l->run.pool, packed_bytes(in[i]));
+        }
+        at[i] = !in[i] ? NULL : in[i] == &l->run.view ? in[i] : &l->in[i];
+    }
+    l->routing = (struct ep_routing)EP_ROUTING_INIT;
+    l->routing.topk_ids = at[0];
+    l->dispatch = l->run.dispatch;
+    l->dispatch.x = at[1];
+    l->dispatch.scales = at[2];
+    l->dispatch.topk_weights = at[3];
+    l->combine = l->run.combine;
+    l->combine.x = at[4];
+    l->combine.weights = at[5];
+    l->combine.topk_weights = at[6];
+    l->combine.bias[0] = at[7];
+    l->combine.bias[1] = at[8];
+    call_arena(w->group, &arena, &arena_bytes);
+    for (int i = 0; i < 3; i++) {
+        stage_begin(&l->stage[i], call_gpu(w->group), arena, arena_bytes);
+    }
+    stage_routing(&l->stage[0], &l->routing);
+    stage_dispatch(&l->stage[1], &l->dispatch);
+    if (view) { /* it has an address only when the dispatch is captured */
+        l->combine.x = NULL;
+    }
+    stage_combine(&l->stage[2], &l->combine);
+    if (view) {
+        l->combine.x = &l->run.view;
+    }
+    for (int i = 0; i < 3; i++) {
+        stage_lay(&l->stage[i]);
+    }
+}
+
+static void live_free(struct live *l) {
+    for (int i = 0; i < 3; i++) {
+        stage_end(&l->stage[i]);
+    }
+    run_free(&l->run);
+}
+
+/* ---- graphs ---------------------------------------------------------------------------- */
+
+static bool good(struct world *w, int result, const char *call) {
+    return world_is(w, epi_cu_result(result, call), EP_OK, call);
+}
+
+/* What cannot be in a graph says so, and the capture goes on. */
+static void check_refusals(struct world *w, struct live *l, ep_handle *handle, void *stream) {
+    struct ep_dispatch_args in = EP_DISPATCH_ARGS_INIT;
+
+    in.x = l->dispatch.x;
+    in.scales = l->dispatch.scales;
+    in.topk_weights = l->dispatch.topk_weights;
+    world_fails(w, ep_dispatch_begin(handle, &in, stream), EP_ERR_STATE, "captured",
+                "begin in a capture");
+    world_fails(w, ep_dispatch_finish(handle, &l->dispatch, stream), EP_ERR_STATE, "",
+                "finish in a capture");
+    world_fails(w, ep_handle_counts(handle, NULL, NULL, NULL), EP_ERR_STATE, "captured",
+                "counts of a captured dispatch");
+}
+
+static bool capture(struct world *w, struct live *l, ep_handle *handle, void *stream,
+                    void **graph, void **exec) {
+    if (!good(w, cu.begin(stream, CAPTURE_THREAD_LOCAL), "cuStreamBeginCapture")) {
+        return false;
+    }
+    world_is(w, ep_handle_route(handle, &l->routing, stream), EP_OK, "route in a capture");
+    world_is(w, ep_dispatch(handle, &l->dispatch, stream), EP_OK, "dispatch in a capture");
+    check_refusals(w, l, handle, stream);
+    world_is(w, ep_combine(handle, &l->combine, stream), EP_OK, "combine in a capture");
+    return good(w, cu.end(stream, graph), "cuStreamEndCapture") &&
+           good(w, cu.instantiate(exec, *graph, 0), "cuGraphInstantiateWithFlags");
+}
+
+static bool replay(struct world *w, struct live *l, ep_handle *handle, void *exec,
+                   void *stream) {
+    struct gpu *gpu = call_gpu(w->group);
+
+    for (int i = 0; i < 3; i++) {
+        stage_copy_in(&l->stage[i]);
+    }
+    if (!good(w, cu.launch(exec, stream), "cuGraphLaunch")) {
+        return false;
+    }
+    for (int i = 0; i < 3; i++) {
+        stage_copy_out(&l->stage[i], stream);
+    }
+    if (!world_is(w, epi_cu_stream_sync(&gpu->device, stream), EP_OK, "waiting") ||
+        !world_is(w, call_found(handle), EP_OK, "a replay")) {
+        return false;
+    }
+    for (int i = 0; i < 3; i++) {
+        world_is(w, stage_check(&l->stage[i]), EP_OK, "what the graph wrote");
+    }
+    return run_check_outputs(&l->run) && run_check_combine(&l->run);
+}
+
+static void replay_all(struct world *w, struct live *l, ep_handle *handle, void *stream) {
+    const struct scene *s = w->ctx;
+    struct run from[NUM_ROUTINGS_HERE];
+    void *graph = NULL, *exec = NULL;
+    ep_handle *other = NULL;
+
+    for (int i = 0; i < NUM_ROUTINGS_HERE; i++) {
+        run_create(&from[i], w, &s->t[i]);
+        from[i].combine.x = from[i].form->arena ? &from[i].view : from[i].combine.x;
+    }
+    world_is(w, ep_handle_create(&other, w->group, NULL), EP_OK, "ep_handle_create");
+    bool go = capture(w, l, handle, stream, &graph, &exec);
+    for (int i = 0; go && i < NUM_REPLAYS; i++) {
+        adopt(l, &from[(3 * i) % NUM_ROUTINGS_HERE]);
+        go = world_check(w, replay(w, l, handle, exec, stream), "replay %d", i);
+        if (i == NUM_REPLAYS / 2) { /* operations that are in no graph count as well */
+            trial_pass(w, &s->t[1], other);
+        }
+    }
+    if (exec) {
+        good(w, cu.destroy_exec(exec), "cuGraphExecDestroy");
+    }
+    if (graph) {
+        good(w, cu.destroy(graph), "cuGraphDestroy");
+    }
+    ep_handle_destroy(&other);
+    for (int i = 0; i < NUM_ROUTINGS_HERE; i++) {
+        run_free(&from[i]);
+    }
+}
+
+static void body(struct world *w) {
+    const struct scene *s = w->ctx;
+    struct gpu *gpu = call_gpu(w->group);
+    struct pool pool = {0};
+    struct live *l = pool_zero(&pool, sizeof(*l));
+    ep_handle *handle = NULL;
+    void *stream = NULL;
+
+    pthread_once(&once, load_symbols);
+    live_create(l, w, &s->t[0]);
+    world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
+    if (world_is(w, epi_cu_enter(&gpu->device), EP_OK, "the device's context")) {
+        replay_all(w, l, handle, stream);
+        epi_cu_leave();
+    }
+    call_stream_destroy(w->group, &stream);
+    ep_handle_destroy(&handle);
+    live_free(l);
+    pool_free(&pool);
+}
+
+/* ---- the test -------------------------------------------------------------------------- */
+
+/* Answers are the received rows themselves. */
+static void answer_with_rows(struct trial *t) {
+    t->dtype = t->c->row_dtype;
+    t->hidden = t->c->hidden;
+    trial_build(t);
+    for (int r = 0; r < RANKS; r++) {
+        memcpy(t->answers[r].x, t->recv[r].x,
+               (size_t)t->recv[r].num_rows * t->c->problem.row_bytes);
+    }
+    trial_rebuild(t);
+}
+
+static void scene_create(struct scene *s, uint64_t seed, const struct form *form) {
+    static const enum case_routing routings[NUM_ROUTINGS_HERE] = {
+        ROUTE_UNIFORM, ROUTE_HOLES, ROUTE_ONE_RANK, ROUTE_NOWHERE, ROUTE_DUPLICATES};
+    const int64_t worst =
+        form->expanded ? RANKS * TOKENS * TOPK + 4 * RANKS * ALIGNMENT : RANKS * TOKENS;
+
+    for (int i = 0; i < NUM_ROUTINGS_HERE; i++) {
+        struct test_case *c = &s->c[i];
+        case_default(c, RANKS, seed + (uint64_t)i);
+        c->max_tokens = TOKENS;
+        c->tokens = TOKENS_MAX;
+        c->topk = TOPK;
+        c->routing = routings[i];
+        c->num_scales = form->arena ? 0 : 3;
+        c->scale_dtype = EP_F32;
+        case_build(c);
+        trial_init(&s->t[i], c);
+        trial_form(&s->t[i], form);
+        if (form->arena) {
+            answer_with_rows(&s->t[i]);
+        } else {
+            trial_build(&s->t[i]);
+        }
+        for (int r = 0; r < RANKS; r++) {
+            s->t[i].form[r].slack = worst - s->t[i].recv[r].num_rows;
+        }
+    }
+}
+
+static void run(uint64_t seed, const struct form *form, bool processes, const char *name) {
+    struct scene s;
+    struct world_setup setup;
+
+    scene_create(&s, seed, form);
+    trial_setup(&setup, &s.t[0]);
+    setup.config.max_expanded_rows = 0;
+    setup.body = body;
+    setup.ctx = &s;
+    setup.processes = processes;
+    ok(world_run(&setup) == 0, "%s: %d replays of one graph, %s", name, NUM_REPLAYS,
+       gpu_processes(processes) ? "processes" : "threads");
+    for (int i = 0; i < NUM_ROUTINGS_HERE; i++) {
+        trial_free(&s.t[i]);
+        case_free(&s.c[i]);
+    }
+}
+
+int main(void) {
+    gpu_only();
+    static const struct form compact = {.id_dtype = EP_I64, .num_bias = 1};
+    static const struct form expanded = {.id_dtype = EP_I64,
+                                         .expanded = true,
+                                         .zero_gaps = true,
+                                         .alignment = ALIGNMENT,
+                                         .weighted = true};
+    static const struct form view = {.id_dtype = EP_I32, .arena = true};
+    uint64_t seed = tap_seed();
+
+    tap_deadline(180);
+    run(seed, &compact, false, "compact, the largest outputs");
+    run(seed + 10, &expanded, false, "expanded, the largest outputs");
+    run(seed + 20, &view, false, "a view of the arena");
+    run(seed + 30, &compact, true, "compact, the largest outputs");
+    run(seed + 40, &view, true, "a view of the arena");
+    return done_testing();
+}

@@ -1,0 +1,284 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * CUDA groups and several streams: the operations of a group run in the order of their calls,
+ * whatever streams they are on; several handles and groups are in flight at once; and several
+ * threads call at the same time.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/calls.h"
+#include "tests/tap.h"
+#include "tests/trial.h"
+
+#define RANKS 3   /* of two groups with streams of their own: all have hardware queues */
+#define WORKERS 4 /* two groups of all ranks fit on one device */
+#define ROUNDS 6
+
+/* Where the ranks of a second group meet. */
+struct scene {
+    struct trial t[2];
+    struct test_case c[2];
+    struct ep_group_config config;
+    ep_world *world;
+    char address[32];
+};
+
+static void streams_create(struct world *w, void *stream[2]) {
+    for (int i = 0; i < 2; i++) {
+        world_is(w, call_stream_create(&stream[i], w->group), EP_OK, "a stream");
+    }
+}
+
+/* Two micro-batches, each on a stream of its own, with the order of the calls as the only tie. */
+static void two_handles(struct world *w) {
+    const struct scene *s = w->ctx;
+    struct run r[2];
+    void *stream[2] = {NULL, NULL};
+    ep_handle *h[2] = {NULL, NULL};
+
+    streams_create(w, stream);
+    for (int i = 0; i < 2; i++) {
+        run_create(&r[i], w, &s->t[i]);
+        world_is(w, ep_handle_create(&h[i], w->group, NULL), EP_OK, "ep_handle_create");
+        world_is(w, run_route(&r[i], h[i], stream[i]), EP_OK, "route");
+    }
+    for (int n = 0; n < ROUNDS; n++) {
+        world_is(w, run_dispatch(&r[0], h[0], stream[0]), EP_OK, "ep_dispatch");
+        world_is(w, run_dispatch(&r[1], h[1], stream[1]), EP_OK, "ep_dispatch");
+        world_is(w, run_combine(&r[1], h[1], stream[1]), EP_OK, "ep_combine");
+        world_is(w, run_combine(&r[0], h[0], stream[0]), EP_OK, "ep_combine");
+        for (int i = 0; i < 2; i++) {
+            world_is(w, call_stream_sync(w->group, stream[i]), EP_OK, "what was found");
+            run_check_dispatch(&r[i], h[i]);
+            run_check_combine(&r[i]);
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        call_stream_destroy(w->group, &stream[i]);
+        ep_handle_destroy(&h[i]);
+        run_free(&r[i]);
+    }
+}
+
+/* One handle: routed on one stream, dispatched on the other, combined on the first, and so on.
+ * Nobody waits in between, and no event is recorded by the test. */
+static void alternately(struct world *w) {
+    const struct scene *s = w->ctx;
+    struct run r[2];
+    void *stream[2] = {NULL, NULL};
+    ep_handle *h = NULL;
+    int at = 0;
+
+    streams_create(w, stream);
+    world_is(w, ep_handle_create(&h, w->group, NULL), EP_OK, "ep_handle_create");
+    for (int n = 0; n < ROUNDS; n++) {
+        struct run *now = &r[n % 2];
+        run_create(now, w, &s->t[n % 2]);
+        world_is(w, run_route(now, h, stream[at++ % 2]), EP_OK, "route");
+        world_is(w, run_dispatch(now, h, stream[at++ % 2]), EP_OK, "ep_dispatch");
+        world_is(w, run_combine(now, h, stream[at++ % 2]), EP_OK, "ep_combine");
+        world_is(w, run_combine(now, h, stream[at++ % 2]), EP_OK, "again");
+        for (int i = 0; i < 2; i++) {
+            world_is(w, call_stream_sync(w->group, stream[i]), EP_OK, "what was found");
+        }
+        run_check_dispatch(now, h);
+        run_check_combine(now);
+        run_free(now);
+        at += n % 3;
+    }
+    for (int i = 0; i < 2; i++) {
+        call_stream_destroy(w->group, &stream[i]);
+    }
+    ep_handle_destroy(&h);
+}
+
+/* ---- a second group ------------------------------------------------------------------------ */
+
+static void second_world(struct world *w, struct world *second) {
+    const struct scene *s = w->ctx;
+    struct ep_group_config config = s->config;
+
+    *second = *w;
+    second->group = NULL;
+    second->bad = 0;
+    config.rank = w->rank;
+    config.num_ranks = w->num_ranks;
+    config.world = s->world;
+    config.address = s->world ? NULL : s->address;
+    world_is(second, call_group_create(&second->group, &config), EP_OK, "a second group");
+}
+
+/* A pass that is queued on a stream, and later looked at. */
+struct queued {
+    struct world *w;
+    struct run run;
+    ep_handle *handle;
+    void *stream;
+};
+
+static void queued_create(struct queued *q, struct world *w, const struct trial *t) {
+    *q = (struct queued){.w = w};
+    run_create(&q->run, w, t);
+    world_is(w, call_stream_create(&q->stream, w->group), EP_OK, "a stream");
+    world_is(w, ep_handle_create(&q->handle, w->group, NULL), EP_OK, "ep_handle_create");
+}
+
+static void queued_check(struct queued *q) {
+    world_is(q->w, call_stream_sync(q->w->group, q->stream), EP_OK, "what was found");
+    run_check_dispatch(&q->run, q->handle);
+    run_check_combine(&q->run);
+}
+
+static void queued_free(struct queued *q) {
+    call_stream_destroy(q->w->group, &q->stream);
+    ep_handle_destroy(&q->handle);
+    run_free(&q->run);
+}
+
+/* Two groups of the same ranks, both in flight. */
+static void two_groups(struct world *w) {
+    const struct scene *s = w->ctx;
+    struct world second;
+    struct queued q[2];
+
+    second_world(w, &second);
+    queued_create(&q[0], w, &s->t[0]);
+    queued_create(&q[1], &second, &s->t[1]);
+    for (int n = 0; n < ROUNDS; n++) {
+        for (int i = 0; i < 2; i++) {
+            world_is(q[i].w, run_route(&q[i].run, q[i].handle, q[i].stream), EP_OK, "route");
+        }
+        for (int i = 0; i < 2; i++) {
+            world_is(q[i].w, run_dispatch(&q[i].run, q[i].handle, q[i].stream), EP_OK,
+                     "ep_dispatch");
+        }
+        for (int i = 1; i >= 0; i--) {
+            world_is(q[i].w, run_combine(&q[i].run, q[i].handle, q[i].stream), EP_OK,
+                     "ep_combine");
+        }
+        queued_check(&q[n % 2]);
+        queued_check(&q[1 - n % 2]);
+    }
+    queued_free(&q[0]);
+    queued_free(&q[1]);
+    call_group_destroy(&second.group);
+    w->bad += second.bad;
+}
+
+/* ---- two threads --------------------------------------------------------------------------- */
+
+static void *passes(void *arg) {
+    struct queued *q = arg;
+
+    for (int n = 0; n < 2 * ROUNDS; n++) {
+        world_is(q->w, run_route(&q->run, q->handle, q->stream), EP_OK, "route");
+        world_is(q->w, run_dispatch(&q->run, q->handle, q->stream), EP_OK, "ep_dispatch");
+        world_is(q->w, run_combine(&q->run, q->handle, q->stream), EP_OK, "ep_combine");
+        queued_check(q);
+    }
+    return NULL;
+}
+
+static void *routes(void *arg) {
+    struct queued *q = arg;
+
+    for (int n = 0; n < 8 * ROUNDS; n++) {
+        world_is(q->w, run_route(&q->run, q->handle, q->stream), EP_OK, "route");
+        world_is(q->w, call_stream_sync(q->w->group, q->stream), EP_OK, "what was found");
+    }
+    return NULL;
+}
+
+/* Each thread works with a group of its own. */
+static void two_threads(struct world *w) {
+    const struct scene *s = w->ctx;
+    struct world second;
+    struct queued q[2];
+    pthread_t thread;
+
+    second_world(w, &second);
+    queued_create(&q[0], w, &s->t[0]);
+    queued_create(&q[1], &second, &s->t[1]);
+    if (world_check(w, pthread_create(&thread, NULL, passes, &q[1]) == 0, "a thread")) {
+        passes(&q[0]);
+        pthread_join(thread, NULL);
+    }
+    queued_free(&q[0]);
+    queued_free(&q[1]);
+    call_group_destroy(&second.group);
+    w->bad += second.bad;
+}
+
+/* One thread routes a handle again and again, the other's operations go on; then the routed
+ * handle is dispatched. */
+static void routing_beside(struct world *w) {
+    const struct scene *s = w->ctx;
+    struct world second = *w; /* the same group, with failures of its own */
+    struct queued q[2];
+    pthread_t thread;
+
+    second.bad = 0;
+    queued_create(&q[0], w, &s->t[0]);
+    queued_create(&q[1], &second, &s->t[1]);
+    if (world_check(w, pthread_create(&thread, NULL, routes, &q[1]) == 0, "a thread")) {
+        passes(&q[0]);
+        pthread_join(thread, NULL);
+    }
+    passes(&q[1]);
+    queued_free(&q[0]);
+    queued_free(&q[1]);
+    w->bad += second.bad;
+}
+
+/* ---- the test ------------------------------------------------------------------------------ */
+
+static void run(uint64_t seed, void (*body)(struct world *w), bool processes,
+                const char *name) {
+    static const struct form form[2] = {
+        {.id_dtype = EP_I64, .slack = 2, .num_bias = 1},
+        {.id_dtype = EP_I32, .expanded = true, .alignment = 4, .zero_gaps = true}};
+    const bool are_processes = gpu_processes(processes);
+    struct world_setup setup;
+    struct scene s;
+
+    memset(&s, 0, sizeof(s));
+    for (int i = 0; i < 2; i++) {
+        case_default(&s.c[i], RANKS, seed + (uint64_t)i);
+        s.c[i].max_tokens = 40;
+        case_build(&s.c[i]);
+        trial_init(&s.t[i], &s.c[i]);
+        trial_form(&s.t[i], &form[i]);
+        trial_build(&s.t[i]);
+    }
+    trial_setup(&setup, &s.t[0]);
+    setup.config.num_workers = WORKERS;
+    setup.body = body;
+    setup.ctx = &s;
+    setup.processes = processes;
+    s.config = setup.config;
+    snprintf(s.address, sizeof(s.address), "127.0.0.1:%d", tap_free_port());
+    if (are_processes || ok(ep_world_create(&s.world, RANKS) == EP_OK, "a second world")) {
+        ok(world_run(&setup) == 0, "%s, %s", name, are_processes ? "processes" : "threads");
+    }
+    ep_world_destroy(&s.world);
+    for (int i = 0; i < 2; i++) {
+        trial_free(&s.t[i]);
+        case_free(&s.c[i]);
+    }
+}
+
+int main(void) {
+    gpu_only();
+    uint64_t seed = tap_seed();
+
+    tap_deadline(180);
+    for (int processes = 0; processes < 2; processes++) {
+        run(seed, two_handles, processes, "two handles on two streams");
+        run(seed + 10, alternately, processes, "one handle on two streams alternately");
+        run(seed + 20, two_groups, processes, "two groups in flight");
+        run(seed + 30, two_threads, processes, "two groups, each by its thread");
+        run(seed + 40, routing_beside, processes, "a handle routed beside operations");
+    }
+    return done_testing();
+}
