@@ -26,9 +26,6 @@ static K_INLINE k_bool reads_own_in_place(const struct k_combine_args *a) {
     return (a->flags & K_DO_REDUCE) == 0;
 }
 
-#define GO 0u
-#define SKIP 1u
-
 /* Rows of x that will be read; fewer in x are a fault of this rank, known only now. */
 static K_FN k_bool check_rows(struct k_thread *k, const struct k_combine_args *a) {
     const k_i64 rows =

@@ -8,6 +8,10 @@
 
 #include "kernel/lang.h"
 
+/* What block 0 tells the others when control is over: begin, or leave. */
+#define GO 0u
+#define SKIP 1u
+
 static K_INLINE k_i32 at_most(k_i32 a, k_i32 b) {
     return a < b ? a : b;
 }

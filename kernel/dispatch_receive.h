@@ -1,0 +1,656 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The receiving half of dispatch: the small outputs, which rows a warp takes, unpacking and copying
+ * them, and what is filled where nothing arrives. Part of dispatch.k.c.
+ */
+#ifndef KERNEL_DISPATCH_RECEIVE_H
+#define KERNEL_DISPATCH_RECEIVE_H
+
+#include "kernel/dispatch_send.h"
+
+static K_INLINE void write_i32(const struct k_array *to, k_i64 i, k_i32 v) {
+    if (to->data) {
+        *(k_i32 *)(to->data + (k_u64)(i * to->s0)) = v;
+    }
+}
+
+/* What a warp tells the others of its block. */
+static K_INLINE k_u32 *warp_word(struct k_thread *k, k_i32 warp) {
+    return (k_u32 *)((k_u8 *)k_shared(k) + (k_u64)warp * (k_u64)k->g->scratch_bytes);
+}
+
+/* All warps of a block: k_scan over all their lanes. The caller's next barrier ends the use of the
+ * words. */
+static K_FN k_u32 scan_block(struct k_thread *k, k_u32 x, k_u32 *total) {
+    k_u32 sum = 0, lower = 0;
+    const k_u32 before = k_scan(k, x, &sum);
+    if (k->lane == 0) {
+        *warp_word(k, k->warp) = sum;
+    }
+    k_barrier(k, 1);
+    sum = 0;
+    for (k_i32 w = k->lane; w < k->num_warps; w += K_LANES) {
+        const k_u32 n = *warp_word(k, w);
+        sum += n;
+        lower += w < k->warp ? n : 0;
+    }
+    k_scan(k, lower, &lower);
+    k_scan(k, sum, total);
+    return lower + before;
+}
+
+static K_INLINE k_u32 aligned(const struct k_dispatch_args *a, k_u32 rows) {
+    const k_u32 align = (k_u32)a->alignment;
+    return (rows + align - 1) / align * align;
+}
+
+/* Block 0: rows per expert, where experts start in expanded output, and the small outputs. Each
+ * lane takes a run of experts, of one if there are lanes enough. */
+static K_FN k_bool prepare(struct k_thread *k, const struct k_dispatch_args *a) {
+    const struct k_handle *h = &a->h;
+    const k_i32 num_local = a->g.num_local, ranks = a->g.num_ranks;
+    const k_i32 me = k->warp * K_LANES + k->lane, all = k->num_warps * K_LANES;
+    const k_i32 run = (num_local + all - 1) / all;
+    const k_i32 first = at_most(me * run, num_local), end = at_most(first + run, num_local);
+    k_u32 space = 0, total = 0;
+    K_ROLLED for (k_i32 e = first; e < end; e++) {
+        k_u32 rows = 0;
+        for (k_i32 s = 0; s < ranks; s++) {
+            rows += h->recv_expert[(k_i64)s * num_local + e];
+        }
+        h->expert_rows[e] = rows;
+        write_i32(&a->expert_counts, e, (k_i32)rows);
+        space += aligned(a, rows);
+    }
+    k_u32 start = scan_block(k, space, &total);
+    K_ROLLED for (k_i32 e = first; e < end; e++) {
+        k_u32 at = start;
+        h->expert_start[e] = start;
+        write_i32(&a->expert_offsets, e, (k_i32)start);
+        for (k_i32 s = 0; s < ranks; s++) {
+            h->expert_base[(k_i64)s * num_local + e] = at;
+            at += h->recv_expert[(k_i64)s * num_local + e];
+        }
+        start += aligned(a, at - start);
+    }
+    if (me == 0) {
+        const k_u32 rows = (a->flags & K_DO_EXPAND) ? total : h->recv_base[ranks];
+        h->expert_start[num_local] = total;
+        write_i32(&a->expert_offsets, num_local, (k_i32)total);
+        write_i32(&a->num_rows, 0, (k_i32)rows);
+        if (rows > a->capacity || (a->recv_x.data && rows > a->x_rows)) {
+            h->notice->over = rows;
+            k_ends(k, K_END_SHORT);
+        }
+    }
+    k_syncwarp(k);
+    k_bool ok = k_barrier(k, 1);
+    if (me == 0) {
+        k_poke(&a->g.ctl->taken[0], 0);
+        k_publish_local(&a->g.ctl->go_recv, K_WORD(k->epoch, GO));
+        k_tally(&a->g.ctl->rows_received, h->recv_base[ranks]);
+    }
+    return ok;
+}
+
+static K_INLINE k_u32 *side_of(const struct k_dispatch_args *a, k_u32 row) {
+    return (k_u32 *)k_own(&a->g, a->g.map.side + (k_u64)a->slot * a->g.map.side_slot_bytes +
+                                     (k_u64)row * (k_u64)a->g.side_stride);
+}
+
+static K_INLINE const k_u8 *row_of(const struct k_dispatch_args *a, k_u32 row) {
+    return k_own(&a->g, a->g.map.recv + (k_u64)a->slot * a->g.map.recv_slot_bytes +
+                            (k_u64)row * (k_u64)a->row_bytes);
+}
+
+/* Index among this rank's experts of selection j of a received row; -1: another rank's. */
+static K_INLINE k_i32 local_expert(const struct k_dispatch_args *a, const k_u32 *side,
+                                   k_i32 j) {
+    const k_i32 id = (k_i32)side[1 + j], at = id >= 0 ? id : 0;
+    const k_i32 rank = a->g.expert_rank[at], local = a->g.expert_local[at]; /* both at once */
+    return id >= 0 && rank == a->g.rank ? local : -1;
+}
+
+/* Expanded row of selection j of a received row of source s, or -1. */
+static K_INLINE k_i32 expanded_row(const struct k_dispatch_args *a, k_i32 s, const k_u32 *side,
+                                   k_i32 j) {
+    const k_i32 e = local_expert(a, side, j);
+    return e < 0 ? -1
+                 : (k_i32)(a->h.expert_base[(k_i64)s * a->g.num_local + e] +
+                           side[1 + a->topk + j]);
+}
+
+/* Scale j of a row, from its sidecar to output row `to`. */
+static K_INLINE void unpack_scale(const struct k_dispatch_args *a, const k_u32 *side, k_i64 to,
+                                  k_i32 j) {
+    const k_u8 *from = (const k_u8 *)(side + side_scales_word(a));
+    const k_u64 at =
+        a->recv_scales.data + (k_u64)(to * a->recv_scales.s0 + (k_i64)j * a->recv_scales.s1);
+    if (a->scale_bytes == 4) {
+        *(k_u32 *)at = ((const k_u32 *)from)[j];
+    } else if (a->scale_bytes == 2) {
+        *(k_u16 *)at = ((const k_u16 *)from)[j];
+    } else {
+        *(k_u8 *)at = from[j];
+    }
+}
+
+static K_INLINE void write_source(const struct k_dispatch_args *a, k_i64 row, k_i32 rank,
+                                  k_i32 token) {
+    if (a->recv_source.data) {
+        k_i32 *at = (k_i32 *)(a->recv_source.data + (k_u64)(row * a->recv_source.s0));
+        at[0] = rank;
+        at[1] = token;
+    }
+}
+
+static K_INLINE void write_id(const struct k_dispatch_args *a, k_i64 row, k_i32 j, k_i32 id) {
+    k_u64 at = a->recv_ids.data + (k_u64)(row * a->recv_ids.s0 + (k_i64)j * a->recv_ids.s1);
+    if (a->id_bytes == 8) {
+        *(k_i64 *)at = id;
+    } else {
+        *(k_i32 *)at = id;
+    }
+}
+
+static K_INLINE k_f32 *weight_at(const struct k_dispatch_args *a, k_i64 row, k_i32 j) {
+    return (k_f32 *)(a->recv_weights.data +
+                     (k_u64)(row * a->recv_weights.s0 + (k_i64)j * a->recv_weights.s1));
+}
+
+/* Which work receiving warps take, and how. Constant during an operation. */
+struct intake {
+    k_i32 channels, parts, wide; /* a channel's rows are taken in so many parts; how many
+                                    channels a source sends at once */
+    k_i32 items;                 /* parts of channels of sources, of all */
+    k_i32 most_rows;             /* of a batch */
+    k_i32 pieces;                /* of a row; 0: rows stay where they are */
+    k_bool staged;               /* a batch's sidecars fit a stage */
+    k_bool direct;               /* this rank's own rows are copied out of x */
+};
+
+/* Rows of one source that are unpacked together. */
+struct batch {
+    k_i32 source, rows;
+    k_u32 first;
+};
+
+/* What a warp has taken and not begun. */
+struct feed {
+    k_u32 row, end; /* rows ... */
+    k_u32 base;     /* ... of a channel that begins here */
+    k_i32 source, channel;
+    k_i32 token; /* own rows: where to look for the next one's token, ... */
+    k_u32 seen;  /* ... and the channel's own rows before that */
+};
+
+/* What a receiving warp notes in its scratch; written by lane 0. Behind it lie the places of the
+ * batch that is stored ([rows][topk] expanded rows), and the tokens of the batch that is loaded
+ * ([rows], this rank's own). */
+struct notes {
+    struct batch batch[2];
+    struct feed feed;
+};
+
+_Static_assert(sizeof(struct notes) <= K_NOTE_BYTES, "notes");
+
+static K_INLINE struct notes *warp_notes(struct k_thread *k) {
+    return (struct notes *)warp_scratch(k);
+}
+
+static K_INLINE k_i32 *warp_places(struct k_thread *k) {
+    return (k_i32 *)((k_u8 *)warp_scratch(k) + K_NOTE_BYTES);
+}
+
+static K_INLINE k_i32 *warp_tokens(struct k_thread *k, const struct k_dispatch_args *a,
+                                   const struct intake *w) {
+    return warp_places(k) + w->most_rows * a->topk;
+}
+
+static K_INLINE k_i32 at_least(k_i32 a, k_i32 b) {
+    return a > b ? a : b;
+}
+
+/* A part is large enough that finding it costs little beside copying it, unless there would not be
+ * one for each warp then. */
+#define MOST_PARTS 4
+#define INTAKE_BYTES 28672
+
+static K_INLINE struct intake intake_of(const struct k_thread *k,
+                                        const struct k_dispatch_args *a, k_bool direct) {
+    const struct k_group *g = &a->g;
+    const k_i32 room = (g->scratch_bytes - K_NOTE_BYTES) / 4;
+    const k_i32 tokens = (a->tokens + g->num_channels - 1) / g->num_channels;
+    const k_i32 bytes = a->recv_x.data ? at_most(a->row_bytes, 1 << 14) : 0;
+    const k_i32 large = at_most(tokens, 1 << 16) * bytes / INTAKE_BYTES;
+    const k_i32 few = 2 * k->num_blocks * k->num_warps / (g->num_ranks * g->num_channels);
+    const k_i32 senders = a->send_blocks ? (k_i32)a->send_blocks : 1;
+    struct intake w;
+    w.channels = g->num_channels;
+    w.parts =
+        at_most(at_least(at_least(large, few), 1), at_most(MOST_PARTS, at_least(tokens, 1)));
+    w.wide = at_most(senders * k->num_warps, w.channels);
+    w.items = g->num_ranks * w.channels * w.parts;
+    w.staged = g->side_stride <= a->stage_bytes;
+    w.most_rows =
+        at_most(room / (a->topk + 1), w.staged ? a->stage_bytes / g->side_stride : room);
+    w.pieces = a->recv_x.data ? (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes : 0;
+    w.direct = direct;
+    return w;
+}
+
+static K_INLINE k_bool is_direct(const struct k_dispatch_args *a, const struct intake *w,
+                                 k_i32 source) {
+    return w->direct && source == a->g.rank;
+}
+
+/*
+ * Names item i: a part of a channel of a source. This rank's own rows come first, while the peers'
+ * are on their way. Then the peers' as they arrive: a source has `wide` channels under way, so the
+ * first parts of all of those, of all sources in turn, then the second parts.
+ */
+static K_INLINE void name_item(const struct k_dispatch_args *a, const struct intake *w, k_i32 i,
+                               k_i32 *source, k_i32 *channel, k_i32 *part) {
+    const k_i32 own = w->channels * w->parts, peers = a->g.num_ranks - 1;
+    if (i < own) {
+        *source = a->g.rank;
+        *channel = i / w->parts;
+        *part = i % w->parts;
+        return;
+    }
+    const k_i32 at = (i - own) / peers, round = at / (w->wide * w->parts) * w->wide;
+    const k_i32 width = at_most(w->wide, w->channels - round), in = at - round * w->parts;
+    *source = (a->g.rank + 1 + (i - own) % peers) % a->g.num_ranks;
+    *channel = round + in % width;
+    *part = in / width;
+}
+
+/* Rows for this warp, of the next item that has any; false: all were taken. */
+static K_INLINE k_bool take_rows(struct k_thread *k, const struct k_dispatch_args *a,
+                                 const struct intake *w, struct feed *f) {
+    const struct k_group *g = &a->g;
+    while (f->row == f->end) {
+        k_i32 source, channel, part;
+        const k_i32 i = (k_i32)k_take(k, &g->ctl->taken[0]);
+        if (i >= w->items) {
+            return 0;
+        }
+        name_item(a, w, i, &source, &channel, &part);
+        const k_u32 *chan = a->h.recv_chan + (k_i64)source * (g->num_channels + 1) + channel;
+        const k_u32 rows = chan[1] - chan[0], base = a->h.recv_base[source] + chan[0];
+        const k_u32 parts = (k_u32)w->parts;
+        f->base = base;
+        f->row = base + rows * (k_u32)part / parts;
+        f->end = base + rows * (k_u32)(part + 1) / parts;
+        f->source = source;
+        f->channel = channel;
+        f->token = channel_first(&a->channels, channel);
+        f->seen = 0;
+    }
+    return 1;
+}
+
+/* Whether token t has this rank among its destinations. */
+static K_INLINE k_bool stays(const struct k_dispatch_args *a, k_i32 t) {
+    const k_i32 num = a->h.num_dests[t];
+    for (k_i32 i = 0; i < num; i++) {
+        if (a->h.dest_rank[(k_i64)t * a->g.max_dests + i] == a->g.rank) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* The tokens of the next `rows` own rows. */
+static K_FN void find_tokens(struct k_thread *k, const struct k_dispatch_args *a,
+                             struct feed *f, k_u32 rows, k_i32 *tokens) {
+    const k_u32 first = f->row - f->base;
+    for (;;) {
+        const k_i32 t = f->token + k->lane;
+        const k_bool is = t < a->tokens && stays(a, t);
+        k_u32 total = 0;
+        const k_u32 at = f->seen + k_scan(k, is, &total);
+        if (is && at >= first && at < first + rows) {
+            tokens[at - first] = t;
+        }
+        if (f->seen + total >= first + rows || f->token >= a->tokens) {
+            return; /* these tokens may have rows of the next batch too */
+        }
+        f->seen += total;
+        f->token += K_LANES;
+    }
+}
+
+#define NEXT_READY 0
+#define NEXT_LATER 1 /* there are rows, but they have not arrived */
+#define NEXT_NONE 2
+#define NEXT_FAILED 3
+
+/* The next rows of the feed, once they have arrived. */
+static K_FN k_i32 choose_batch(struct k_thread *k, const struct k_dispatch_args *a,
+                               const struct intake *w, k_bool wait, struct feed *f,
+                               struct batch *b) {
+    const struct k_group *g = &a->g;
+    if (!take_rows(k, a, w, f)) {
+        return NEXT_NONE;
+    }
+    b->source = f->source;
+    b->first = f->row;
+    b->rows = at_most((k_i32)(f->end - f->row), w->most_rows);
+    if (is_direct(a, w, f->source)) {
+        find_tokens(k, a, f, (k_u32)b->rows, warp_tokens(k, a, w));
+    } else {
+        const k_u64 *word =
+            (const k_u64 *)k_own(g, channel_word(g, g->map.progress, f->source, f->channel));
+        const k_u32 least = f->row + (k_u32)b->rows - a->h.recv_base[f->source];
+        if (wait && !k_await_rows(k, word, k->epoch, least, f->source, K_PHASE_ROWS)) {
+            return NEXT_FAILED;
+        }
+        if (!wait && !k_arrived(k, word, k->epoch, least)) {
+            return NEXT_LATER;
+        }
+    }
+    f->row += (k_u32)b->rows;
+    return NEXT_READY;
+}
+
+/* The next rows that have arrived, noted as number `set`; `wait`: until they have. */
+static K_FN k_i32 next_batch(struct k_thread *k, const struct k_dispatch_args *a,
+                             const struct intake *w, k_bool wait, k_i32 set) {
+    struct notes *n = warp_notes(k);
+    k_syncwarp(k); /* no lane needs what was noted of the batch before the last */
+    struct feed f = n->feed;
+    struct batch b = {0, 0, 0};
+    const k_i32 next = choose_batch(k, a, w, wait, &f, &b);
+    k_syncwarp(k);
+    if (k->lane == 0) {
+        n->feed = f;
+        if (next == NEXT_READY) {
+            n->batch[set] = b;
+        }
+    }
+    k_syncwarp(k);
+    return next;
+}
+
+/* Sidecars of a batch, side by side from `sides` on. Lanes take (row, selection) and (row, scale)
+ * pairs, so that many rows are read at once. */
+static K_FN void unpack_compact(struct k_thread *k, const struct k_dispatch_args *a,
+                                const struct batch *b, const k_u32 *sides) {
+    const k_i32 topk = a->topk, scales = a->num_scales, stride = a->g.side_stride / 4;
+    const k_i64 first = b->first, room = a->capacity - first;
+    const k_i32 rows = room < b->rows ? (room > 0 ? (k_i32)room : 0) : b->rows;
+    for (k_i32 i = k->lane; a->recv_source.data && i < rows; i += K_LANES) {
+        write_source(a, first + i, b->source, (k_i32)sides[i * stride]);
+    }
+    const k_bool selections = a->recv_ids.data || a->recv_weights.data;
+    for (k_i32 i = k->lane; selections && i < rows * topk; i += K_LANES) {
+        const k_i32 r = i / topk, j = i % topk;
+        const k_u32 *side = sides + r * stride;
+        const k_i32 local = local_expert(a, side, j);
+        if (a->recv_ids.data) {
+            write_id(a, first + r, j, local);
+        }
+        if (a->recv_weights.data) {
+            *weight_at(a, first + r, j) = local >= 0 ? k_float(side[1 + 2 * topk + j]) : 0.0f;
+        }
+    }
+    for (k_i32 i = k->lane; a->recv_scales.data && i < rows * scales; i += K_LANES) {
+        unpack_scale(a, sides + i / scales * stride, first + i / scales, i % scales);
+    }
+}
+
+/* The same, and the batch's places. */
+static K_FN void unpack_expanded(struct k_thread *k, const struct k_dispatch_args *a,
+                                 const struct batch *b, const k_u32 *sides, k_i32 *places) {
+    const k_i32 topk = a->topk, scales = a->num_scales, stride = a->g.side_stride / 4;
+    for (k_i32 i = k->lane; i < b->rows * topk; i += K_LANES) {
+        const k_i32 r = i / topk, j = i % topk;
+        const k_u32 *side = sides + r * stride;
+        const k_i32 to = expanded_row(a, b->source, side, j);
+        places[i] = to;
+        a->h.expand_row[(k_i64)b->first * topk + i] = to;
+        if (to >= 0 && to < a->capacity) {
+            write_source(a, to, b->source, (k_i32)side[0]);
+            if (a->recv_weights.data) {
+                *weight_at(a, to, 0) = k_float(side[1 + 2 * topk + j]);
+            }
+        }
+    }
+    k_syncwarp(k);
+    for (k_i32 i = k->lane; a->recv_scales.data && i < b->rows * scales; i += K_LANES) {
+        const k_i32 r = i / scales;
+        for (k_i32 j = 0; j < topk; j++) {
+            const k_i32 to = places[r * topk + j];
+            if (to >= 0 && to < a->capacity) {
+                unpack_scale(a, sides + r * stride, to, i % scales);
+            }
+        }
+    }
+}
+
+/* Where a walk over batches is: at a piece of a row, or, in row -1, at the batch's sidecars. */
+struct intake_walk {
+    k_i32 set, row, rows, piece, stage;
+};
+
+static K_INLINE void walk_intake(struct intake_walk *at, const struct intake *w, k_i32 stages) {
+    at->stage = at->stage + 1 == stages ? 0 : at->stage + 1;
+    if (at->row < 0) {
+        at->row = w->pieces ? 0 : at->rows;
+    } else if (++at->piece == w->pieces) {
+        at->piece = 0;
+        at->row++;
+    }
+}
+
+/* Sidecars of own rows, made where others' are read from: in the stage, or where they would lie. */
+static K_INLINE void make_sides(struct k_thread *k, const struct k_dispatch_args *a,
+                                struct k_mover *m, const struct intake *w,
+                                const struct batch *b, k_i32 stage) {
+    const struct send_shape shape = shape_of(a);
+    const k_i32 *tokens = warp_tokens(k, a, w), stride = a->g.side_stride / 4;
+    k_u32 *out = w->staged ? k_mover_fill(k, m, stage) : side_of(a, b->first);
+    for (k_i32 i = k->lane; i < b->rows * shape.side_words; i += K_LANES) {
+        const k_i32 r = i / shape.side_words, word = i % shape.side_words;
+        out[r * stride + word] = side_word(a, &shape, tokens[r], word);
+    }
+    k_mover_filled(k, m);
+}
+
+/* The next sidecars or piece of a row into a stage. */
+static K_INLINE void take_in(struct k_thread *k, const struct k_dispatch_args *a,
+                             struct k_mover *m, const struct intake *w,
+                             const struct intake_walk *in) {
+    const struct batch *b = &warp_notes(k)->batch[in->set];
+    const k_bool direct = is_direct(a, w, b->source);
+    const k_i32 from = in->piece * a->stage_bytes;
+    k_mover_retire(k, m, newest_stores(a->stages));
+    if (in->row >= 0) {
+        const k_u8 *row = row_of(a, b->first + (k_u32)in->row);
+        if (direct) {
+            const k_i64 t = warp_tokens(k, a, w)[in->row];
+            row = (const k_u8 *)(a->x.data + (k_u64)(t * a->x.s0));
+        }
+        k_mover_load(k, m, in->stage, row + from, at_most(a->row_bytes - from, a->stage_bytes));
+    } else if (direct) {
+        make_sides(k, a, m, w, b, in->stage);
+    } else if (w->staged) {
+        k_mover_load(k, m, in->stage, side_of(a, b->first), b->rows * a->g.side_stride);
+    }
+}
+
+/* Stores a piece of a received row to its one or several places in the output. */
+static K_INLINE void store_out(struct k_thread *k, const struct k_dispatch_args *a,
+                               struct k_mover *m, const struct intake_walk *out) {
+    const k_i32 from = out->piece * a->stage_bytes;
+    const k_i32 bytes = at_most(a->row_bytes - from, a->stage_bytes);
+    if (a->flags & K_DO_EXPAND) {
+        const k_i32 *places = warp_places(k) + out->row * a->topk;
+        for (k_i32 base = 0; base < a->topk; base += K_LANES) {
+            const k_i32 j = base + k->lane;
+            const k_i64 to = j < a->topk ? places[j] : -1;
+            k_u64 at = 0;
+            if (to >= 0 && to < a->x_rows) {
+                at = a->recv_x.data + (k_u64)(to * a->recv_x.s0) + (k_u64)from;
+            }
+            k_mover_store(k, m, out->stage, own_memory(at), bytes);
+        }
+    } else {
+        const k_i64 to = (k_i64)warp_notes(k)->batch[out->set].first + out->row;
+        if (to < a->x_rows) {
+            k_mover_store(
+                k, m, out->stage,
+                one_lane(k, a->recv_x.data + (k_u64)(to * a->recv_x.s0) + (k_u64)from), bytes);
+        }
+    }
+}
+
+/* What has been taken in goes to the output. */
+static K_INLINE void give_out(struct k_thread *k, const struct k_dispatch_args *a,
+                              struct k_mover *m, const struct intake *w,
+                              const struct intake_walk *out) {
+    if (out->row >= 0) {
+        k_mover_wait(k, m, out->stage);
+        store_out(k, a, m, out);
+    } else {
+        const struct batch *b = &warp_notes(k)->batch[out->set];
+        const k_u32 *sides = side_of(a, b->first);
+        if (w->staged && is_direct(a, w, b->source)) {
+            sides = k_mover_fill(k, m, out->stage);
+        } else if (w->staged) {
+            k_mover_wait(k, m, out->stage);
+            sides = (const k_u32 *)k_mover_view(m, out->stage);
+        }
+        k_syncwarp(k); /* all lanes have used the places of the batch before */
+        if (a->flags & K_DO_EXPAND) {
+            unpack_expanded(k, a, b, sides, warp_places(k));
+        } else {
+            unpack_compact(k, a, b, sides);
+        }
+    }
+    k_mover_commit(k, m); /* of nothing, after sidecars: retire counts pieces */
+}
+
+/*
+ * One walk over all that this warp takes, so that the next batch is on its way before the last is
+ * stored. `in` is at most a batch ahead of `out`.
+ */
+static K_FN k_bool receive_rows(struct k_thread *k, const struct k_dispatch_args *a,
+                                struct k_mover *m, const struct intake *w) {
+    struct intake_walk in = {0, 0, 0, 0, 0}, out = in;
+    k_i32 next = NEXT_READY, ahead = 0;
+    k_syncwarp(k); /* the scratch was used for sending */
+    if (k->lane == 0) {
+        warp_notes(k)->feed.row = warp_notes(k)->feed.end = 0;
+    }
+    k_mover_retire(k, m, 0);
+    while (next != NEXT_NONE || ahead > 0) {
+        if (in.row == in.rows && next != NEXT_NONE && (ahead == 0 || in.set == out.set)) {
+            next = next_batch(k, a, w, ahead == 0, 1 - in.set);
+            if (next == NEXT_FAILED) {
+                return 0;
+            }
+            if (next == NEXT_READY) {
+                in.set = 1 - in.set;
+                in.row = -1;
+                in.rows = warp_notes(k)->batch[in.set].rows;
+                out = ahead == 0 ? in : out;
+            }
+        }
+        if (in.row < in.rows && ahead < most_ahead(a->stages)) {
+            take_in(k, a, m, w, &in);
+            walk_intake(&in, w, a->stages);
+            ahead++;
+        } else if (ahead > 0) {
+            give_out(k, a, m, w, &out);
+            walk_intake(&out, w, a->stages);
+            ahead--;
+            if (out.row == out.rows && out.set != in.set) {
+                out.set = in.set;
+                out.row = -1;
+                out.rows = in.rows;
+            }
+        }
+    }
+    return 1;
+}
+
+/* Output rows that nothing arrived for: ids and sources -1, weights 0, gaps zero if asked. */
+static K_FN void fill_row(struct k_thread *k, const struct k_dispatch_args *a, k_i64 row) {
+    if (k->lane == 0) {
+        write_source(a, row, -1, -1);
+    }
+    for (k_i32 j = k->lane; a->recv_ids.data && j < a->topk; j += K_LANES) {
+        write_id(a, row, j, -1);
+    }
+    const k_i32 weights = (a->flags & K_DO_EXPAND) ? 1 : a->topk;
+    for (k_i32 j = k->lane; a->recv_weights.data && j < weights; j += K_LANES) {
+        *weight_at(a, row, j) = 0.0f;
+    }
+}
+
+static K_FN void fill_gaps(struct k_thread *k, const struct k_dispatch_args *a, k_i32 warp,
+                           k_i32 warps) {
+    const struct k_handle *h = &a->h;
+    for (k_i32 e = warp; e < a->g.num_local; e += warps) {
+        for (k_i64 r = h->expert_start[e] + h->expert_rows[e]; r < h->expert_start[e + 1];
+             r++) {
+            if (r < a->capacity) {
+                fill_row(k, a, r);
+            }
+            if ((a->flags & K_DO_ZERO_GAPS) && a->recv_x.data && r < a->x_rows) {
+                k_zero(k, (void *)(a->recv_x.data + (k_u64)(r * a->recv_x.s0)), a->row_bytes);
+            }
+        }
+    }
+}
+
+/* Fills what nothing arrives for; `warp` of `warps` that have nothing better to do at first. */
+static K_FN void fill_rest(struct k_thread *k, const struct k_dispatch_args *a, k_i32 warp,
+                           k_i32 warps) {
+    k_i64 end = a->h.recv_base[a->g.num_ranks];
+    if (a->flags & K_DO_EXPAND) {
+        end = a->h.expert_start[a->g.num_local];
+        fill_gaps(k, a, warp, warps);
+    }
+    const k_bool fills = a->recv_source.data || a->recv_ids.data || a->recv_weights.data;
+    for (k_i64 r = end + warp; fills && r < a->capacity; r += warps) {
+        fill_row(k, a, r);
+    }
+}
+
+/* One warp, after a failure: counts and offsets 0, ids and sources -1, so that kernels behind
+ * this one stay in bounds. */
+static K_FN void clear_outputs(struct k_thread *k, const struct k_dispatch_args *a) {
+    for (k_i32 e = k->lane; e <= a->g.num_local; e += K_LANES) {
+        if (e < a->g.num_local) {
+            write_i32(&a->expert_counts, e, 0);
+        }
+        write_i32(&a->expert_offsets, e, 0);
+    }
+    if (k->lane == 0) {
+        write_i32(&a->num_rows, 0, 0);
+    }
+    const k_bool fills = a->recv_source.data || a->recv_ids.data || a->recv_weights.data;
+    for (k_i64 r = 0; fills && r < a->capacity; r++) {
+        fill_row(k, a, r);
+    }
+}
+
+/* The blocks from first_block on receive from the beginning. */
+static K_FN k_bool receive(struct k_thread *k, const struct k_dispatch_args *a,
+                           struct k_mover *m, k_i32 first_block, k_bool direct) {
+    const struct k_group *g = &a->g;
+    k_u32 go = 0;
+    if (!k_await(k, &g->ctl->go_recv, k->epoch, g->rank, K_PHASE_SELF, &go)) {
+        return 0;
+    }
+    if (k->block >= first_block) {
+        fill_rest(k, a, k_first(k, first_block), k_stride(k, k->num_blocks - first_block));
+    }
+    const struct intake w = intake_of(k, a, direct);
+    return receive_rows(k, a, m, &w);
+}
+
+#endif

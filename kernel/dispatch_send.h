@@ -1,0 +1,450 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The sending half of dispatch: which tokens a warp sends, what travels of each, and the one walk
+ * over all of them. Part of dispatch.k.c.
+ */
+#ifndef KERNEL_DISPATCH_SEND_H
+#define KERNEL_DISPATCH_SEND_H
+
+#include "kernel/op.h"
+
+/* The word of a sidecar at which scales begin. */
+static K_INLINE k_i32 side_scales_word(const struct k_dispatch_args *a) {
+    return 1 + a->topk * ((a->flags & K_DO_WEIGHTS) ? 3 : 2);
+}
+
+/* Which destinations a pass over the tokens serves. Blocks that send keep the link busy; where
+ * others receive, those also copy what stays here. */
+#define TO_ALL 0
+#define TO_PEERS 1
+#define TO_SELF 2
+
+static K_INLINE k_bool serves(const struct k_dispatch_args *a, k_i32 whom, k_i32 d) {
+    return whom == TO_ALL || (d == a->g.rank) == (whom == TO_SELF);
+}
+
+/* Where one destination of a token takes its row and its sidecar; 0: there is none. */
+struct place {
+    k_u64 row, side;
+};
+
+/* What a sending warp keeps in its scratch. */
+#define NEAR_RANKS 24
+#define LISTED_TOKENS 64
+
+struct send_token {
+    k_i32 token, channel, dests;
+};
+
+struct send_scratch {
+    struct place first[NEAR_RANKS]; /* where this rank's rows begin at the first ranks */
+    struct send_token listed[LISTED_TOKENS];
+};
+
+_Static_assert(sizeof(struct send_scratch) <= K_SCRATCH_BYTES(1), "send_scratch");
+_Static_assert(LISTED_TOKENS > K_LANES + K_MOVER_STAGES + 1, "what is listed is still in use");
+
+/*
+ * The tokens that a warp sends, in order: those of its channels that have a destination to serve.
+ * Its channels are number `first` and then, where warps take them in turn, the next that no other
+ * has taken, else every `stride`th. Tokens are listed ahead of need, K_LANES at a time, because
+ * nothing may wait for memory between two pieces.
+ */
+struct send_list {
+    struct send_scratch *s;
+    k_i32 whom, stride;
+    k_bool in_turn;
+    k_i32 channel, at, end; /* looked at now; its tokens that were not */
+    k_i32 num;              /* tokens listed so far */
+};
+
+static K_INLINE const struct send_token *listed(const struct send_list *l, k_i32 i) {
+    return &l->s->listed[(k_u32)i % LISTED_TOKENS];
+}
+
+/* How many destinations token t has; 0 if there is none to serve. */
+static K_INLINE k_i32 dests_to_serve(const struct k_dispatch_args *a, k_i32 whom, k_i32 t) {
+    const k_i32 num = a->h.num_dests[t];
+    k_bool any = whom == TO_ALL || (whom == TO_PEERS && num > 1);
+    for (k_i32 i = 0; i < num && !any; i++) {
+        any = serves(a, whom, a->h.dest_rank[(k_i64)t * a->g.max_dests + i]);
+    }
+    return any ? num : 0;
+}
+
+static K_INLINE void begin_channel(const struct k_dispatch_args *a, struct send_list *l,
+                                   k_i32 c) {
+    l->channel = c;
+    l->at = channel_first(&a->channels, c);
+    l->end = channel_first(&a->channels, c + 1);
+}
+
+/* Lists token i + 1 at least, if there is one. */
+static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_args *a,
+                                 struct send_list *l, k_i32 i) {
+    while (l->num <= i + 1 && l->channel < a->g.num_channels) {
+        const k_i32 t = l->at + k->lane;
+        const k_i32 dests = t < l->end ? dests_to_serve(a, l->whom, t) : 0;
+        k_u32 total = 0;
+        const k_u32 before = k_scan(k, dests > 0, &total);
+        if (dests > 0) {
+            struct send_token *to = &l->s->listed[((k_u32)l->num + before) % LISTED_TOKENS];
+            to->token = t;
+            to->channel = l->channel;
+            to->dests = dests;
+        }
+        k_syncwarp(k);
+        l->num += (k_i32)total;
+        l->at += K_LANES;
+        if (l->at >= l->end) {
+            begin_channel(a, l,
+                          l->in_turn ? l->stride + (k_i32)k_take(k, &a->g.ctl->taken[1])
+                                     : l->channel + l->stride);
+        }
+    }
+}
+
+/* Where this rank's rows and their sidecars begin at rank d. */
+static K_INLINE struct place first_place(const struct k_dispatch_args *a, k_i32 d) {
+    const struct k_map *map = &a->g.map;
+    const k_u64 slot = a->h.remote_slot[d], row = a->h.remote_base[d];
+    struct place p;
+    p.row =
+        k_peer_at(&a->g, d, map->recv + slot * map->recv_slot_bytes + row * (k_u64)a->row_bytes)
+            .address;
+    p.side = k_peer_at(&a->g, d,
+                       map->side + slot * map->side_slot_bytes + row * (k_u64)a->g.side_stride)
+                 .address;
+    return p;
+}
+
+static K_INLINE struct send_list begin_list(struct k_thread *k, const struct k_dispatch_args *a,
+                                            k_i32 whom, k_i32 first, k_i32 stride) {
+    struct send_list l = {
+        (struct send_scratch *)warp_scratch(k), whom, stride, whom != TO_SELF, 0, 0, 0, 0};
+    begin_channel(a, &l, first);
+    for (k_i32 d = k->lane; d < at_most(a->g.num_ranks, NEAR_RANKS); d += K_LANES) {
+        l.s->first[d] = first_place(a, d);
+    }
+    k_syncwarp(k);
+    return l;
+}
+
+/* The place of a row at rank d: number `slot` of this rank's rows for it. */
+static K_INLINE struct place place_at(const struct k_dispatch_args *a,
+                                      const struct send_list *l, k_i32 d, k_u32 slot) {
+    struct place p = {0, 0};
+    if (d >= 0 && serves(a, l->whom, d)) {
+        p = d < NEAR_RANKS ? l->s->first[d] : first_place(a, d);
+        p.row += (k_u64)slot * (k_u64)a->row_bytes;
+        p.side += (k_u64)slot * (k_u64)a->g.side_stride;
+    }
+    return p;
+}
+
+/* What travels of a token, in pieces that fit a stage: the row, then its sidecar, which shares
+ * the stage of the row's last piece if both fit. */
+struct send_shape {
+    k_i32 row_pieces, pieces; /* of the row; of both */
+    k_i32 row_end;            /* bytes of the row's last piece */
+    k_i32 side_piece;         /* the first piece with a part of the sidecar ... */
+    k_i32 side_at;            /* ... and where in their stages those parts begin */
+    k_i32 side_words, side_bytes;
+    k_i32 scales; /* the first word of scales */
+    k_i32 direct; /* the words before this one are copies of words in memory */
+};
+
+static K_INLINE struct send_shape shape_of(const struct k_dispatch_args *a) {
+    const k_i32 scale_bytes = a->num_scales * a->scale_bytes;
+    /* Narrow scales can be copied in words where they lie as in the sidecar. */
+    const k_bool whole =
+        a->scale_bytes == 4 ||
+        (a->scales.s1 == a->scale_bytes && ((a->scales.data | (k_u64)a->scales.s0) & 3u) == 0);
+    struct send_shape s;
+    s.scales = side_scales_word(a);
+    s.direct = s.scales + (whole ? scale_bytes / 4 : 0);
+    s.side_words = s.scales + (scale_bytes + 3) / 4;
+    s.side_bytes = (4 * s.side_words + 15) / 16 * 16;
+    s.row_pieces = (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes;
+    s.row_end = a->row_bytes - (s.row_pieces - 1) * a->stage_bytes;
+    s.pieces = s.row_pieces;
+    s.side_piece = s.row_pieces - 1;
+    s.side_at = s.row_end;
+    if (s.row_end + s.side_bytes > a->stage_bytes) {
+        s.pieces += (s.side_bytes + a->stage_bytes - 1) / a->stage_bytes;
+        s.side_piece = s.row_pieces;
+        s.side_at = 0;
+    }
+    return s;
+}
+
+/* Four bytes of token t's scales, narrower than a word, from byte `byte` on; past the end zeros. */
+static K_INLINE k_u32 scales_word(const struct k_dispatch_args *a, k_i32 t, k_i32 byte) {
+    k_u32 word = 0;
+    for (k_i32 b = 0; b < 4; b += a->scale_bytes) {
+        const k_i32 j = a->scale_bytes == 2 ? (byte + b) / 2 : byte + b;
+        if (j < a->num_scales) {
+            const k_u64 at =
+                a->scales.data + (k_u64)((k_i64)t * a->scales.s0 + (k_i64)j * a->scales.s1);
+            const k_u32 v = a->scale_bytes == 2 ? *(const k_u16 *)at : *(const k_u8 *)at;
+            word |= v << (8 * b);
+        }
+    }
+    return word;
+}
+
+/* Where word w of token 0's sidecar lies in memory; 0: nowhere. */
+static K_INLINE k_u64 find_word(const struct k_dispatch_args *a, const struct send_shape *s,
+                                k_i32 w) {
+    const k_i32 topk = a->topk;
+    k_u64 at = 0;
+    if (w >= s->direct || w < 1) {
+        at = 0;
+    } else if (w >= s->scales) {
+        at = a->scales.data +
+             (k_u64)((k_i64)(w - s->scales) * (a->scale_bytes == 4 ? a->scales.s1 : 4));
+    } else if (w > 2 * topk) {
+        at = a->weights.data + (k_u64)((k_i64)(w - 1 - 2 * topk) * a->weights.s1);
+    } else if (w > topk) {
+        at = (k_u64)(a->h.sel_index + (w - 1 - topk));
+    } else {
+        at = (k_u64)(a->h.ids + (w - 1));
+    }
+    return at;
+}
+
+/* Word w of token t's sidecar, which lies at `at` for token 0; of what is not in memory as a word
+ * only the token's number. */
+static K_INLINE k_u32 read_word(const struct k_dispatch_args *a, const struct send_shape *s,
+                                k_u64 at, k_i32 t, k_i32 w) {
+    const k_i64 stride = w >= s->scales    ? a->scales.s0
+                         : w > 2 * a->topk ? a->weights.s0
+                                           : 4 * (k_i64)a->topk;
+    return at ? *(const k_u32 *)(at + (k_u64)(t * stride)) : w == 0 ? (k_u32)t : 0;
+}
+
+/* Word w of token t's sidecar, whatever it is made from. */
+static K_INLINE k_u32 side_word(const struct k_dispatch_args *a, const struct send_shape *s,
+                                k_i32 t, k_i32 w) {
+    return w < s->direct ? read_word(a, s, find_word(a, s, w), t, w)
+                         : scales_word(a, t, 4 * (w - s->scales));
+}
+
+/* What a lane reads of a token before its turn: its destination, and words of the sidecar as far
+ * as they fit. */
+#define WORDS_AHEAD 4
+
+struct token_ahead {
+    k_i32 dests_read, words_read; /* of so many tokens; these are the last one's: */
+    k_i32 rank;                   /* -1: none */
+    k_u32 slot;
+    k_u32 word[WORDS_AHEAD];
+    k_u64 source[WORDS_AHEAD];
+};
+
+static K_INLINE struct token_ahead
+begin_ahead(struct k_thread *k, const struct k_dispatch_args *a, const struct send_shape *s) {
+    struct token_ahead n = {0, 0, -1, 0, {0}, {0}};
+    for (k_i32 i = 0; i < WORDS_AHEAD; i++) {
+        n.source[i] = find_word(a, s, k->lane + i * K_LANES);
+    }
+    return n;
+}
+
+/* Destination number i of a listed token. Warps and ranks begin with different ones, so that all
+ * links are in use at any time. */
+static K_INLINE void read_dest(struct k_thread *k, const struct k_dispatch_args *a,
+                               const struct send_token *t, k_i32 i, struct token_ahead *n) {
+    const k_i32 turn = ((k->warp * 11 + a->g.rank * 8) % 32 * t->dests) / 32;
+    const k_i32 at = i + turn < t->dests ? i + turn : i + turn - t->dests;
+    n->rank = -1;
+    n->slot = 0;
+    if (i < t->dests) {
+        n->rank = a->h.dest_rank[(k_i64)t->token * a->g.max_dests + at];
+        n->slot = a->h.dest_slot[(k_i64)t->token * a->g.max_dests + at];
+    }
+}
+
+/*
+ * Reads ahead of the piece that is stored next. All is read at once after a token's first piece,
+ * its sidecar and the next one's destinations, as waiting for one read may be waiting for all.
+ */
+static K_INLINE void read_ahead(struct k_thread *k, const struct k_dispatch_args *a,
+                                const struct send_shape *s, const struct send_list *l,
+                                const struct walk *out, struct token_ahead *n) {
+    const k_bool begun = out->piece > 0;
+    if (n->dests_read < l->num && n->dests_read == out->item + begun) {
+        read_dest(k, a, listed(l, n->dests_read), k->lane, n);
+        n->dests_read++;
+    }
+    if (n->words_read < l->num && n->words_read == out->item && (begun || s->pieces == 1)) {
+        const k_i32 t = listed(l, n->words_read)->token;
+        for (k_i32 i = 0; i < WORDS_AHEAD; i++) {
+            n->word[i] = read_word(a, s, n->source[i], t, k->lane + i * K_LANES);
+        }
+        n->words_read++;
+    }
+}
+
+/* Part `part` of a sidecar into its stage, by the lanes. */
+static K_INLINE void fill_side(struct k_thread *k, const struct k_dispatch_args *a,
+                               struct k_mover *m, const struct send_shape *s, k_i32 t,
+                               k_i32 part, k_i32 stage, const struct token_ahead *n) {
+    const k_i32 first = part * (a->stage_bytes / 4);
+    const k_i32 end = at_most(s->side_bytes / 4, first + a->stage_bytes / 4);
+    k_u32 *out = k_mover_fill(k, m, stage) + s->side_at / 4;
+    k_i32 ready = 0;
+    if (part == 0) {
+        ready = WORDS_AHEAD * K_LANES;
+        for (k_i32 i = 0; i < WORDS_AHEAD; i++) {
+            const k_i32 w = k->lane + i * K_LANES;
+            if (w < end) {
+                out[w] = n->word[i];
+            }
+        }
+    }
+    K_ROLLED
+    for (k_i32 w = first + ready + k->lane; w < end; w += K_LANES) {
+        out[w - first] = read_word(a, s, find_word(a, s, w), t, w);
+    }
+    if (s->direct < s->side_words) { /* scales that are not in memory as words */
+        const k_i32 from = s->direct > first ? s->direct : first;
+        k_syncwarp(k);
+        K_ROLLED
+        for (k_i32 w = from + k->lane; w < at_most(s->side_words, end); w += K_LANES) {
+            out[w - first] = scales_word(a, t, 4 * (w - s->scales));
+        }
+    }
+}
+
+/* The next piece of a token takes a stage; a part of the row is loaded into it. */
+static K_INLINE void begin_piece(struct k_thread *k, const struct k_dispatch_args *a,
+                                 struct k_mover *m, const struct send_shape *s,
+                                 const struct send_list *l, const struct walk *in) {
+    k_mover_retire(k, m, newest_stores(a->stages));
+    if (in->piece < s->row_pieces) {
+        const k_i64 t = listed(l, in->item)->token;
+        const k_u64 from = (k_u64)(in->piece * a->stage_bytes);
+        k_mover_load(k, m, in->stage, (const void *)(a->x.data + (k_u64)(t * a->x.s0) + from),
+                     in->piece == s->row_pieces - 1 ? s->row_end : a->stage_bytes);
+    }
+}
+
+/* The same piece to every destination of the token, one for each lane. `place` is kept from the
+ * token's first piece to its last. */
+static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args *a,
+                               struct k_mover *m, const struct send_shape *s,
+                               const struct send_list *l, const struct walk *out,
+                               struct place *place, const struct token_ahead *next) {
+    const struct send_token *t = listed(l, out->item);
+    const k_bool row = out->piece < s->row_pieces, side = out->piece >= s->side_piece;
+    const k_i32 row_from = out->piece * a->stage_bytes;
+    const k_i32 side_from = (out->piece - s->side_piece) * a->stage_bytes;
+    if (out->piece == 0) {
+        *place = place_at(a, l, next->rank, next->slot);
+    }
+    if (side) {
+        fill_side(k, a, m, s, t->token, out->piece - s->side_piece, out->stage, next);
+        k_mover_filled(k, m);
+    }
+    if (row) {
+        k_mover_wait(k, m, out->stage);
+    }
+    struct place p = *place;
+    k_i32 base = 0;
+    K_ROLLED
+    do {
+        if (row) {
+            k_mover_store(k, m, out->stage, own_memory(p.row ? p.row + (k_u64)row_from : 0),
+                          out->piece == s->row_pieces - 1 ? s->row_end : a->stage_bytes);
+        }
+        if (side) {
+            k_mover_store_filled(k, m, out->stage, s->side_at,
+                                 own_memory(p.side ? p.side + (k_u64)side_from : 0),
+                                 at_most(s->side_bytes - side_from, a->stage_bytes));
+        }
+        base += K_LANES;
+        if (base < t->dests) { /* more than lanes */
+            struct token_ahead far;
+            read_dest(k, a, t, base + k->lane, &far);
+            p = place_at(a, l, far.rank, far.slot);
+        }
+    } while (base < t->dests);
+    k_mover_commit(k, m);
+}
+
+/* The rows of channel c have arrived at the destinations served: all before its end, counted from
+ * the source's first. */
+static K_INLINE void publish_channel(struct k_thread *k, const struct k_dispatch_args *a,
+                                     k_i32 whom, k_i32 c) {
+    const struct k_group *g = &a->g;
+    K_ROLLED
+    for (k_i32 i = k->lane; i < g->num_ranks; i += K_LANES) {
+        const k_i32 next = g->rank + 1 + i,
+                    d = next < g->num_ranks ? next : next - g->num_ranks;
+        const k_u32 *chan = a->h.send_chan + (k_i64)d * (g->num_channels + 1) + c;
+        const k_u32 rows = serves(a, whom, d) ? chan[1] : 0;
+        if (rows && rows != chan[0]) {
+            k_publish(k_peer_at(g, d, channel_word(g, g->map.progress, g->rank, c)),
+                      K_WORD(k->epoch, rows));
+        }
+    }
+}
+
+/* All channels of a warp in one walk: rows and sidecars are read once and stored to all their
+ * destinations; each channel is published when its stores are complete. */
+static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args *a,
+                               struct k_mover *m, k_i32 whom, k_i32 first, k_i32 stride) {
+    const struct send_shape s = shape_of(a);
+    struct send_list l = begin_list(k, a, whom, first, stride);
+    struct walk in = begin_walk(k, m, 0), out = in; /* over listed tokens */
+    struct pending p = {-1, 0};
+    struct place place = {0, 0};
+    struct token_ahead next = begin_ahead(k, a, &s);
+    k_i32 ahead = 0;
+    for (;;) {
+        k_i32 ended = -1;
+        list_beyond(k, a, &l, in.item); /* then what is compared with l.num below is true */
+        if (out.item == l.num && p.unit < 0) {
+            return;
+        }
+        read_ahead(k, a, &s, &l, &out, &next);
+        if (in.item < l.num) {
+            begin_piece(k, a, m, &s, &l, &in);
+            walk_on(&in, s.pieces, a->stages);
+            ahead++;
+        }
+        if (out.item < l.num && (ahead == most_ahead(a->stages) || in.item == l.num)) {
+            end_piece(k, a, m, &s, &l, &out, &place, &next);
+            const k_i32 c = listed(&l, out.item)->channel;
+            walk_on(&out, s.pieces, a->stages);
+            if (out.piece == 0 && (out.item == l.num || listed(&l, out.item)->channel != c)) {
+                ended = c;
+            }
+            p.newer++;
+            ahead--;
+        }
+        if (pending_is_due(&p, ended >= 0 || out.item == l.num)) {
+            k_mover_settle(k, m, p.newer);
+            publish_channel(k, a, whom, p.unit);
+            p.unit = -1;
+        }
+        if (ended >= 0) {
+            p.unit = ended;
+            p.newer = 0;
+        }
+    }
+}
+
+/* One warp: what this operation sends, for ep_group_stats. */
+static K_FN void count_sent(struct k_thread *k, const struct k_dispatch_args *a) {
+    const struct k_group *g = &a->g;
+    for (k_i32 d = k->lane; d < g->num_ranks; d += K_LANES) {
+        const k_u32 rows = a->h.send_chan[(k_i64)d * (g->num_channels + 1) + g->num_channels];
+        k_tally(d == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
+                (k_u64)rows * (k_u64)a->row_bytes);
+        k_tally(&g->ctl->rows_sent, rows);
+    }
+}
+
+#endif
