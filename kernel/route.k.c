@@ -426,6 +426,21 @@ static K_FN void shift_share(struct k_thread *k, const struct k_route_args *a,
     }
 }
 
+/* To the host: the routing is done, and the first bad selection if there is one. */
+static K_INLINE void tell_host(const struct k_route_args *a) {
+    struct k_counts *notice = a->h.notice;
+    const k_u64 first = a->h.bad[0];
+    if (first == ~0ull) { /* one word, which nothing has to come before */
+        k_poke(&notice->routed, a->ticket);
+        return;
+    }
+    const k_u64 at = a->ids.data + (k_u64)((k_i64)(first / (k_u64)a->topk) * a->ids.s0 +
+                                           (k_i64)(first % (k_u64)a->topk) * a->ids.s1);
+    notice->bad_id = a->id_bytes == 8 ? *(const k_i64 *)at : *(const k_i32 *)at;
+    notice->bad = first;
+    k_publish_local(&notice->routed, a->ticket);
+}
+
 /* The warps of the last block: all there is, and, one of them, where each rank's answers land. */
 static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
                               const struct team *team, const k_u32 *counters) {
@@ -459,14 +474,7 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
         k_poke(&h->sync[0], team->mark);
     }
     if (k->lane == 0) {
-        const k_u64 first = h->bad[0];
-        if (first != ~0ull) {
-            const k_u64 at = a->ids.data + (k_u64)((k_i64)(first / (k_u64)a->topk) * a->ids.s0 +
-                                                   (k_i64)(first % (k_u64)a->topk) * a->ids.s1);
-            h->notice->bad_id = a->id_bytes == 8 ? *(const k_i64 *)at : *(const k_i32 *)at;
-        }
-        h->notice->bad = first;
-        k_publish_local(&h->notice->routed, a->ticket);
+        tell_host(a);
     }
 }
 

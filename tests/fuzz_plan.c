@@ -119,7 +119,7 @@ static void check_map(const struct ep_group_config *c, const struct epi_plan *p)
     const struct k_map *m = &p->map;
     const int64_t ranks = c->num_ranks, chans = i->num_channels;
     uint64_t end = 0;
-    region(&end, m->abort, 8);
+    region(&end, m->board, (int64_t)sizeof(struct k_board));
     region(&end, m->ready, 2 * ranks * K_READY_STRIDE * 8);
     region(&end, m->counts, 2 * ranks * p->count_words * 8);
     region(&end, m->answers, 2 * ranks * K_ANSWER_WORDS * 8);

@@ -310,7 +310,11 @@ struct epi_shape epi_cuda_shape(const ep_group *g, int workers, int row_bytes) {
     const int row = (row_bytes + 127) / 128 * 128;
     struct epi_shape out = {workers, (workers + 1) / 3, s.stages, s.stage_bytes};
     out.send_blocks = out.send_blocks < 1 ? 1 : out.send_blocks;
-    out.stage_bytes = row < out.stage_bytes ? row : out.stage_bytes;
+    if (row < out.stage_bytes) { /* short rows: more of them under way */
+        const int fit = s.stages * s.stage_bytes / row;
+        out.stage_bytes = row;
+        out.stages = fit < s.most_stages ? fit : s.most_stages;
+    }
     return out;
 }
 

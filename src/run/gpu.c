@@ -17,6 +17,8 @@
 #define MOST_WARPS 16
 #define MOST_WARPS_GENERIC 8 /* rows pass through their registers */
 #define STAGES 3
+#define MOST_STAGES 8 /* as many as K_MOVER_STAGES of lang_cuda.h */
+#define MOST_STAGES_GENERIC 4
 #define MOST_STAGE_BYTES 4096
 #define LEAST_STAGE_BYTES 512
 
@@ -125,6 +127,7 @@ static ep_status choose_shape(struct epi_gpu *g, int scratch_bytes, bool generic
         if (stage >= LEAST_STAGE_BYTES && (stage >= 2048 || warps <= 4)) {
             g->shape.warps = warps;
             g->shape.stages = STAGES;
+            g->shape.most_stages = generic ? MOST_STAGES_GENERIC : MOST_STAGES;
             g->shape.stage_bytes = stage < MOST_STAGE_BYTES ? stage : MOST_STAGE_BYTES;
             g->shared_bytes =
                 (size_t)warps *

@@ -45,6 +45,7 @@ struct epi_gpu;
 /* Of every launch: warps of a block, and the ring of each warp's mover. */
 struct epi_gpu_shape {
     int warps, stages, stage_bytes;
+    int most_stages; /* smaller ones, in the same ring */
 };
 
 /* Opens the device, compiles what is not compiled, loads what is not loaded. `scratch_bytes` of
