@@ -411,6 +411,8 @@ ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
  *     two operations of a group must not run at the same time on one rank. The handle and the
  *     group must outlive the graph. ep_dispatch_begin and _finish, ep_handle_counts and create
  *     and destroy functions are refused in a capture, or must not be called.
+ *   - Rows move by bulk copies on sm_90 and later, through registers on older GPUs, or on any with
+ *     DISABLE_SM90_FEATURES=1 in the environment when the group is created.
  *   - After a fault of the group the process can use its GPU as before.
  */
 
