@@ -433,7 +433,8 @@ struct ep_handle_config {
  * Creates a handle: memory for the routing of one micro-batch, allocated here and never later.
  * Local, but handles must be created in the same order on every rank (an operation names its
  * handle by number, and ranks that name different handles are told so). config may be NULL. Any
- * number of handles may be alive. The group must outlive the handle.
+ * number of handles may be alive, of a CUDA group 960. The group must outlive the handle.
+ * EP_ERR_ARG, EP_ERR_VERSION: the configuration. EP_ERR_NOMEM.
  */
 ep_status ep_handle_create(ep_handle **out, ep_group *group,
                            const struct ep_handle_config *config);

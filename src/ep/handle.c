@@ -105,10 +105,10 @@ static ep_status run_route(void *arg) {
 
 /* Local work of a CUDA group: the stream has it when this returns. */
 static ep_status run_on_device(ep_handle *h, enum epi_kernel kernel, const void *args,
-                               void *stream) {
+                               void *stream, bool *capturing) {
     ep_group *g = h->group;
     pthread_mutex_lock(&g->mutex);
-    ep_status st = epi_cuda_run(g, kernel, args, g->workers, stream, &h->captured);
+    ep_status st = epi_cuda_run(g, kernel, args, g->workers, stream, capturing);
     pthread_mutex_unlock(&g->mutex);
     return st;
 }
@@ -137,7 +137,7 @@ ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, void *strea
     h->routed = true;
     t.args.ticket = ++h->routed_by;
     if (h->group->cuda) {
-        return run_on_device(h, EPI_KERNEL_ROUTE, &t.args, stream);
+        return run_on_device(h, EPI_KERNEL_ROUTE, &t.args, stream, &h->captured);
     }
     atomic_fetch_add(&h->pending, 1);
     ep_status st = epi_stream_submit(stream, run_route, &t, sizeof(t));
@@ -181,7 +181,7 @@ ep_status epi_handle_layout(ep_handle *h, const struct ep_layout *l, void *strea
     t.args.token_in_rank = address_of(l->token_in_rank);
     t.args.channel_prefix = address_of(l->channel_prefix);
     if (h->group->cuda) {
-        return run_on_device(h, EPI_KERNEL_LAYOUT, &t.args, stream);
+        return run_on_device(h, EPI_KERNEL_LAYOUT, &t.args, stream, NULL);
     }
     atomic_fetch_add(&h->pending, 1);
     return epi_stream_submit(stream, run_layout, &t, sizeof(t));
