@@ -139,6 +139,7 @@ struct k_ctl {
     k_u64 go;          /* {epoch | 0 go, 1 skip}: exchange is done, handle arrays are filled */
     k_u64 go_recv;     /* {epoch | ..}: offsets of the output are known */
     k_u64 out[2];      /* warps that have left: a kernel that only sends, any other */
+    k_u64 sent;        /* {epoch | 1}: the kernel that only sends has left */
     k_u64 ending;      /* {epoch | K_END_...} of an operation that did not end well */
     k_u64 fault_claim; /* 0, then 1 */
     k_u64 taken[2];    /* work that warps take in turn: next numbers; 0 before go or go_recv */

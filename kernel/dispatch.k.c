@@ -318,7 +318,7 @@ static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
 }
 
 K_KERNEL(dispatch, k_dispatch_args) {
-    const k_bool receives = (a->flags & K_DO_RECV) != 0;
+    const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
     k_enter(k, &a->g, K_OP_DISPATCH);
     if (a->flags & K_DO_NOTHING) {
         if (k->block == 0 && k->warp == 0) {
@@ -330,10 +330,19 @@ K_KERNEL(dispatch, k_dispatch_args) {
         k_ends(k, K_END_FAULT);
     }
     if (k_last_out(k, receives)) {
+        k_u32 left = 0;
+        /* A warp of the sending kernel may start late, and takes its epoch from memory then. */
+        if (receives && !sends &&
+            !k_await(k, &a->g.ctl->sent, k->epoch, a->g.rank, K_PHASE_SELF, &left)) {
+            k_ends(k, K_END_FAULT);
+        }
         const k_u32 ending = k_ending(k);
         if (ending && receives) {
             clear_outputs(k, a);
         }
         k_leave(k, receives || ending == K_END_SKIP); /* else another kernel receives */
+        if (!receives && k->lane == 0) {
+            k_publish_local(&a->g.ctl->sent, K_WORD(k->epoch, 1));
+        }
     }
 }

@@ -164,7 +164,9 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
         s->since = now;
     }
     k_i64 waited = now - s->since;
-    if (waited >= s->look) { /* the board is further away than the memory that is awaited */
+    /* The board is further away than the memory that is awaited. Who works alone (kind 0) goes on
+     * when others have left. */
+    if (k->kind && waited >= s->look) {
         const struct k_board *board = k->board;
         s->look = waited + K_LOOK_NS;
         if (k_peek(&board->abort) != 0 || K_ABORT_ENDS(k_peek(&board->told), k->epoch)) {
