@@ -190,7 +190,7 @@ clean:
 
 build-all: lib $(TOOL) $(EXAMPLES)
 lib: $(B)/libep.so $(B)/libep.a $(B)/libep.pc
-tests: $(TESTS) $(TOOL) $(if $(VARIANT),,lib $(EXAMPLES))
+tests: $(TESTS) $(TOOL) $(if $(VARIANT),,lib $(EXAMPLES) $(B)/driver/libcuda.so.1 $(B)/driver/warm)
 .PHONY: fuzzers fmt-check
 fuzzers: $(FUZZERS)
 
@@ -271,6 +271,17 @@ $(B)/libtest.a: $(SUPPORT_OBJ) $(B)/list
 	$(SAY) AR $@
 	$(Q)rm -f $@
 	$(Q)$(AR) rcs $@ $(SUPPORT_OBJ)
+
+# A CUDA driver without a GPU, for tests/t_driver.sh.
+$(B)/driver/libcuda.so.1: $(B)/obj/tests/driver/driver.o $(B)/libep.a
+	@mkdir -p $(@D)
+	$(SAY) LINK $@
+	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -shared -o $@ $< $(B)/libep.a $(LIBS)
+
+$(B)/driver/warm: $(B)/obj/tests/driver/warm.o $(B)/libep.a
+	@mkdir -p $(@D)
+	$(SAY) LINK $@
+	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -o $@ $< $(B)/libep.a $(LIBS)
 
 $(TESTS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libtest.a $(B)/libep.a
 	@mkdir -p $(@D)

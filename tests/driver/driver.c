@@ -1,0 +1,642 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A CUDA driver for tests, without a GPU: built as libcuda.so.1 and found through
+ * LD_LIBRARY_PATH. Device memory is ordinary memory, shareable memory a memfd, a stream a thread
+ * with a queue, and a launch runs the host bodies of our kernels, a thread for each warp. So all
+ * of the library that only CUDA groups use runs under sanitizers where there is no GPU. What
+ * devices do by themselves (time, caches, capture) it does not do; captures are refused.
+ */
+#include "src/cu/driver.h"
+
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "kernel/lang.h"
+
+#define NUM_DEVICES 2
+#define NUM_SMS 64
+#define SHARED_BYTES 6144 /* so that blocks have two warps */
+#define PAGE ((size_t)4096)
+#define API __attribute__((visibility("default")))
+
+static int contexts[NUM_DEVICES];
+static _Thread_local void *stack[16];
+static _Thread_local int depth;
+
+/* ---- devices -------------------------------------------------------------------------------- */
+
+#define DEFINE(name, ...)                                                                      \
+    API int name(__VA_ARGS__);                                                                 \
+    API int name(__VA_ARGS__)
+
+DEFINE(cuInit, unsigned flags) {
+    return flags ? CU_INVALID_VALUE : 0;
+}
+DEFINE(cuDriverGetVersion, int *version) {
+    *version = 13000;
+    return 0;
+}
+DEFINE(cuGetErrorName, int result, const char **name) {
+    *name = result == CU_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR";
+    return 0;
+}
+DEFINE(cuGetErrorString, int result, const char **text) {
+    (void)result;
+    *text = "the driver for tests says no more";
+    return 0;
+}
+DEFINE(cuDeviceGetCount, int *count) {
+    *count = NUM_DEVICES;
+    return 0;
+}
+DEFINE(cuDeviceGet, int *device, int index) {
+    *device = index;
+    return index < 0 || index >= NUM_DEVICES ? CU_INVALID_DEVICE : 0;
+}
+DEFINE(cuDeviceGetName, char *name, int bytes, int device) {
+    epi_format(name, (size_t)bytes, "a device for tests, %d", device);
+    return 0;
+}
+DEFINE(cuDeviceGetAttribute, int *value, int attribute, int device) {
+    (void)device;
+    *value = attribute == 16 ? NUM_SMS : attribute == 75 ? 9 : attribute == 76 ? 0 : 1;
+    *value = attribute == 97 ? SHARED_BYTES : *value;
+    return 0;
+}
+DEFINE(cuDeviceTotalMem_v2, size_t *bytes, int device) {
+    (void)device;
+    *bytes = (size_t)1 << 34;
+    return 0;
+}
+DEFINE(cuDeviceGetUuid_v2, uint8_t *uuid, int device) {
+    memset(uuid, device + 1, 16);
+    return 0;
+}
+DEFINE(cuDeviceCanAccessPeer, int *can, int device, int peer) {
+    *can = device != peer;
+    return 0;
+}
+DEFINE(cuDeviceGetP2PAttribute, int *value, int attribute, int device, int peer) {
+    (void)attribute, (void)device, (void)peer;
+    *value = 1;
+    return 0;
+}
+DEFINE(cuDevicePrimaryCtxRetain, void **context, int device) {
+    *context = &contexts[device];
+    return 0;
+}
+DEFINE(cuDevicePrimaryCtxRelease_v2, int device) {
+    (void)device;
+    return 0;
+}
+DEFINE(cuCtxPushCurrent_v2, void *context) {
+    stack[depth++] = context;
+    return 0;
+}
+DEFINE(cuCtxPopCurrent_v2, void **context) {
+    *context = stack[--depth];
+    return 0;
+}
+DEFINE(cuCtxGetDevice, int *device) {
+    if (depth == 0) {
+        return CU_INVALID_VALUE;
+    }
+    *device = (int)((int *)stack[depth - 1] - contexts);
+    return 0;
+}
+DEFINE(cuCtxEnablePeerAccess, void *context, unsigned flags) {
+    (void)context, (void)flags;
+    return 0;
+}
+DEFINE(cuCtxGetStreamPriorityRange, int *least, int *greatest) {
+    *least = 0;
+    *greatest = -5;
+    return 0;
+}
+DEFINE(cuThreadExchangeStreamCaptureMode, int *mode) {
+    (void)mode;
+    return 0;
+}
+
+/* ---- streams -------------------------------------------------------------------------------- */
+
+struct event {
+    atomic_ullong recorded, passed;
+};
+
+struct op {
+    struct op *next;
+    void (*run)(struct op *op);
+    void *to;
+    const void *from;
+    size_t bytes;
+    uint64_t value;
+    struct cu_config config; /* of a launch, with the kernel's arguments behind */
+    k_entry_fn entry;
+    _Alignas(16) unsigned char args[2048];
+};
+
+struct stream {
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    struct op *first, **last;
+    uint64_t added, ended;
+    bool stop;
+};
+
+static struct stream legacy;
+static pthread_once_t legacy_once = PTHREAD_ONCE_INIT;
+
+static void *stream_main(void *arg) {
+    struct stream *s = arg;
+    pthread_mutex_lock(&s->mutex);
+    for (;;) {
+        while (!s->first && !s->stop) {
+            pthread_cond_wait(&s->changed, &s->mutex);
+        }
+        struct op *op = s->first;
+        if (!op) {
+            break;
+        }
+        s->first = op->next;
+        s->last = s->first ? s->last : &s->first;
+        pthread_mutex_unlock(&s->mutex);
+        op->run(op);
+        free(op);
+        pthread_mutex_lock(&s->mutex);
+        s->ended++;
+        pthread_cond_broadcast(&s->changed);
+    }
+    pthread_mutex_unlock(&s->mutex);
+    return NULL;
+}
+
+static void stream_start(struct stream *s) {
+    pthread_mutex_init(&s->mutex, NULL);
+    pthread_cond_init(&s->changed, NULL);
+    s->last = &s->first;
+    if (pthread_create(&s->thread, NULL, stream_main, s) != 0) {
+        abort();
+    }
+}
+
+static void legacy_start(void) {
+    stream_start(&legacy);
+}
+
+static struct stream *stream_of(void *stream) {
+    if (!stream) {
+        pthread_once(&legacy_once, legacy_start);
+        return &legacy;
+    }
+    return stream;
+}
+
+static struct op *op_new(void (*run)(struct op *op)) {
+    struct op *op = calloc(1, sizeof(*op));
+    if (!op) {
+        abort();
+    }
+    op->run = run;
+    return op;
+}
+
+static int queue(void *stream, struct op *op) {
+    struct stream *s = stream_of(stream);
+    pthread_mutex_lock(&s->mutex);
+    *s->last = op;
+    s->last = &op->next;
+    s->added++;
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->mutex);
+    return 0;
+}
+
+DEFINE(cuStreamCreate, void **stream, unsigned flags) {
+    struct stream *s = calloc(1, sizeof(*s));
+    (void)flags;
+    if (!s) {
+        return CU_OUT_OF_MEMORY;
+    }
+    stream_start(s);
+    *stream = s;
+    return 0;
+}
+DEFINE(cuStreamCreateWithPriority, void **stream, unsigned flags, int priority) {
+    (void)priority;
+    return cuStreamCreate(stream, flags);
+}
+DEFINE(cuStreamDestroy_v2, void *stream) {
+    struct stream *s = stream;
+    pthread_mutex_lock(&s->mutex);
+    s->stop = true;
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->mutex);
+    pthread_join(s->thread, NULL);
+    pthread_cond_destroy(&s->changed);
+    pthread_mutex_destroy(&s->mutex);
+    free(s);
+    return 0;
+}
+DEFINE(cuStreamQuery, void *stream) {
+    struct stream *s = stream_of(stream);
+    pthread_mutex_lock(&s->mutex);
+    const bool idle = s->added == s->ended;
+    pthread_mutex_unlock(&s->mutex);
+    return idle ? 0 : CU_NOT_READY;
+}
+DEFINE(cuStreamSynchronize, void *stream) {
+    struct stream *s = stream_of(stream);
+    pthread_mutex_lock(&s->mutex);
+    const uint64_t until = s->added;
+    while (s->ended < until) {
+        pthread_cond_wait(&s->changed, &s->mutex);
+    }
+    pthread_mutex_unlock(&s->mutex);
+    return 0;
+}
+DEFINE(cuStreamGetCaptureInfo_v2, void *stream, int *status, uint64_t *id, void **graph,
+       const void **dependencies, size_t *num) {
+    (void)stream, (void)id, (void)graph, (void)dependencies, (void)num;
+    *status = 0;
+    return 0;
+}
+
+static void run_record(struct op *op) {
+    atomic_store(&((struct event *)op->to)->passed, op->value);
+}
+static void run_wait(struct op *op) {
+    while (atomic_load(&((struct event *)op->to)->passed) < op->value) {
+        epi_sleep_ns(20000);
+    }
+}
+static void run_hold(struct op *op) {
+    while (atomic_load((_Atomic uint32_t *)op->to) < op->value) {
+        epi_sleep_ns(20000);
+    }
+}
+DEFINE(cuEventCreate, void **event, unsigned flags) {
+    (void)flags;
+    *event = calloc(1, sizeof(struct event));
+    return *event ? 0 : CU_OUT_OF_MEMORY;
+}
+DEFINE(cuEventDestroy_v2, void *event) {
+    free(event);
+    return 0;
+}
+DEFINE(cuEventRecord, void *event, void *stream) {
+    struct op *op = op_new(run_record);
+    op->to = event;
+    op->value = atomic_fetch_add(&((struct event *)event)->recorded, 1) + 1;
+    return queue(stream, op);
+}
+DEFINE(cuEventQuery, void *event) {
+    struct event *e = event;
+    return atomic_load(&e->passed) >= atomic_load(&e->recorded) ? 0 : CU_NOT_READY;
+}
+DEFINE(cuEventElapsedTime, float *ms, void *a, void *b) {
+    (void)a, (void)b;
+    *ms = 0;
+    return 0;
+}
+DEFINE(cuStreamWaitEvent, void *stream, void *event, unsigned flags) {
+    struct op *op = op_new(run_wait);
+    (void)flags;
+    op->to = event;
+    op->value = atomic_load(&((struct event *)event)->recorded);
+    return queue(stream, op);
+}
+DEFINE(cuStreamWaitValue32_v2, void *stream, uint64_t at, uint32_t value, unsigned flags) {
+    struct op *op = op_new(run_hold);
+    (void)flags;
+    op->to = (void *)(uintptr_t)at;
+    op->value = value;
+    return queue(stream, op);
+}
+
+/* ---- memory --------------------------------------------------------------------------------- */
+
+enum { MOST_RANGES = 4096 };
+static struct range {
+    uintptr_t at;
+    size_t bytes;
+    int type, device; /* 1 host, 2 device */
+} ranges[MOST_RANGES];
+static pthread_mutex_t ranges_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+static int current(void) {
+    int device = 0;
+    cuCtxGetDevice(&device);
+    return device;
+}
+
+static void note(const void *at, size_t bytes, int type) {
+    pthread_mutex_lock(&ranges_mutex);
+    for (int i = 0; i < MOST_RANGES; i++) {
+        if (!ranges[i].at) {
+            ranges[i] = (struct range){(uintptr_t)at, bytes, type, current()};
+            break;
+        }
+    }
+    pthread_mutex_unlock(&ranges_mutex);
+}
+
+static size_t forget(const void *at) {
+    size_t bytes = 0;
+    pthread_mutex_lock(&ranges_mutex);
+    for (int i = 0; i < MOST_RANGES; i++) {
+        if (ranges[i].at == (uintptr_t)at && bytes == 0) {
+            bytes = ranges[i].bytes;
+            ranges[i].at = 0;
+        }
+    }
+    pthread_mutex_unlock(&ranges_mutex);
+    return bytes;
+}
+
+DEFINE(cuPointerGetAttributes, unsigned num, int *attributes, void **data, uint64_t p) {
+    int type = 0, device = -1;
+    pthread_mutex_lock(&ranges_mutex);
+    for (int i = 0; i < MOST_RANGES; i++) {
+        if (ranges[i].at && p - ranges[i].at < ranges[i].bytes) {
+            type = ranges[i].type;
+            device = ranges[i].device;
+        }
+    }
+    pthread_mutex_unlock(&ranges_mutex);
+    for (unsigned i = 0; i < num; i++) {
+        *(int *)data[i] = attributes[i] == 2 ? type : attributes[i] == 9 ? device : 0;
+    }
+    return 0;
+}
+DEFINE(cuPointerGetAttribute, void *data, int attribute, uint64_t p) {
+    return cuPointerGetAttributes(1, &attribute, &data, p);
+}
+DEFINE(cuMemGetInfo_v2, size_t *available, size_t *total) {
+    *available = *total = (size_t)1 << 34;
+    return 0;
+}
+DEFINE(cuMemAlloc_v2, uint64_t *at, size_t bytes) {
+    void *p = NULL;
+    if (posix_memalign(&p, 256, bytes) != 0) {
+        return CU_OUT_OF_MEMORY;
+    }
+    memset(p, 0xcd, bytes); /* a device's memory is not zeroed */
+    note(p, bytes, 2);
+    *at = (uint64_t)(uintptr_t)p;
+    return 0;
+}
+DEFINE(cuMemAllocManaged, uint64_t *at, size_t bytes, unsigned flags) {
+    (void)flags;
+    return cuMemAlloc_v2(at, bytes);
+}
+DEFINE(cuMemFree_v2, uint64_t at) {
+    forget((void *)(uintptr_t)at);
+    free((void *)(uintptr_t)at);
+    return 0;
+}
+DEFINE(cuMemHostAlloc, void **p, size_t bytes, unsigned flags) {
+    (void)flags;
+    if (posix_memalign(p, 4096, bytes) != 0) {
+        return CU_OUT_OF_MEMORY;
+    }
+    note(*p, bytes, 1);
+    return 0;
+}
+DEFINE(cuMemFreeHost, void *p) {
+    forget(p);
+    free(p);
+    return 0;
+}
+DEFINE(cuMemHostRegister_v2, void *p, size_t bytes, unsigned flags) {
+    (void)flags;
+    note(p, bytes, 1);
+    return 0;
+}
+DEFINE(cuMemHostUnregister, void *p) {
+    return forget(p) ? 0 : CU_INVALID_VALUE;
+}
+DEFINE(cuMemHostGetDevicePointer_v2, uint64_t *at, void *p, unsigned flags) {
+    (void)flags;
+    *at = (uint64_t)(uintptr_t)p;
+    return 0;
+}
+DEFINE(cuMemAllocAsync, uint64_t *at, size_t bytes, void *stream) {
+    (void)stream;
+    return cuMemAlloc_v2(at, bytes);
+}
+static void run_free(struct op *op) {
+    cuMemFree_v2((uint64_t)(uintptr_t)op->to);
+}
+DEFINE(cuMemFreeAsync, uint64_t at, void *stream) {
+    struct op *op = op_new(run_free);
+    op->to = (void *)(uintptr_t)at;
+    return queue(stream, op);
+}
+DEFINE(cuMemGetAllocationGranularity, size_t *bytes, const struct cu_allocation *a, int kind) {
+    (void)a, (void)kind;
+    *bytes = PAGE;
+    return 0;
+}
+/* A handle is a descriptor; 0 is none, so it is counted from 1. */
+DEFINE(cuMemCreate, uint64_t *handle, size_t bytes, const struct cu_allocation *a,
+       unsigned long long flags) {
+    const int fd = memfd_create("device", MFD_CLOEXEC);
+    (void)a, (void)flags;
+    if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0) {
+        return CU_OUT_OF_MEMORY;
+    }
+    *handle = (uint64_t)fd + 1;
+    return 0;
+}
+DEFINE(cuMemRelease, uint64_t handle) {
+    return close((int)handle - 1) ? CU_INVALID_VALUE : 0;
+}
+DEFINE(cuMemAddressReserve, uint64_t *at, size_t bytes, size_t align, uint64_t wanted,
+       unsigned long long flags) {
+    void *p = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    (void)align, (void)wanted, (void)flags;
+    *at = (uint64_t)(uintptr_t)p;
+    return p == MAP_FAILED ? CU_OUT_OF_MEMORY : 0;
+}
+DEFINE(cuMemAddressFree, uint64_t at, size_t bytes) {
+    return munmap((void *)(uintptr_t)at, bytes) ? CU_INVALID_VALUE : 0;
+}
+DEFINE(cuMemMap, uint64_t at, size_t bytes, size_t offset, uint64_t handle,
+       unsigned long long flags) {
+    (void)flags;
+    void *p = mmap((void *)(uintptr_t)at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                   (int)handle - 1, (off_t)offset);
+    if (p == MAP_FAILED) {
+        return CU_MAP_FAILED;
+    }
+    note(p, bytes, 2);
+    return 0;
+}
+DEFINE(cuMemUnmap, uint64_t at, size_t bytes) {
+    void *p = (void *)(uintptr_t)at;
+    forget(p);
+    return mmap(p, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+                   MAP_FAILED
+               ? CU_INVALID_VALUE
+               : 0;
+}
+DEFINE(cuMemSetAccess, uint64_t at, size_t bytes, const struct cu_access *access, size_t num) {
+    (void)at, (void)bytes, (void)access, (void)num;
+    return 0;
+}
+DEFINE(cuMemExportToShareableHandle, void *fd, uint64_t handle, int type,
+       unsigned long long flags) {
+    (void)type, (void)flags;
+    *(int *)fd = fcntl((int)handle - 1, F_DUPFD_CLOEXEC, 3);
+    return *(int *)fd < 0 ? CU_OPERATING_SYSTEM : 0;
+}
+DEFINE(cuMemImportFromShareableHandle, uint64_t *handle, void *fd, int type) {
+    const int own = fcntl((int)(intptr_t)fd, F_DUPFD_CLOEXEC, 3);
+    (void)type;
+    *handle = (uint64_t)own + 1;
+    return own < 0 ? CU_OPERATING_SYSTEM : 0;
+}
+
+static void run_copy(struct op *op) {
+    memcpy(op->to, op->from, op->bytes);
+}
+static void run_fill(struct op *op) {
+    memset(op->to, (int)op->value, op->bytes);
+}
+static int queue_copy(uint64_t to, uint64_t from, size_t bytes, void *stream) {
+    struct op *op = op_new(run_copy);
+    op->to = (void *)(uintptr_t)to;
+    op->from = (const void *)(uintptr_t)from;
+    op->bytes = bytes;
+    return queue(stream, op);
+}
+DEFINE(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t bytes, void *stream) {
+    return queue_copy(to, (uint64_t)(uintptr_t)from, bytes, stream);
+}
+DEFINE(cuMemcpyDtoHAsync_v2, void *to, uint64_t from, size_t bytes, void *stream) {
+    return queue_copy((uint64_t)(uintptr_t)to, from, bytes, stream);
+}
+DEFINE(cuMemcpyDtoDAsync_v2, uint64_t to, uint64_t from, size_t bytes, void *stream) {
+    return queue_copy(to, from, bytes, stream);
+}
+DEFINE(cuMemsetD8Async, uint64_t at, unsigned char byte, size_t bytes, void *stream) {
+    struct op *op = op_new(run_fill);
+    op->to = (void *)(uintptr_t)at;
+    op->value = byte;
+    op->bytes = bytes;
+    return queue(stream, op);
+}
+
+/* ---- kernels -------------------------------------------------------------------------------- */
+
+#define KERNEL(name) void k_entry_##name(struct k_thread *k, const void *args)
+KERNEL(route);
+KERNEL(layout);
+KERNEL(dispatch);
+KERNEL(combine);
+static const struct kernel {
+    const char *name;
+    k_entry_fn entry;
+    size_t arg_bytes;
+} kernels[] = {{"ep_route", k_entry_route, sizeof(struct k_route_args)},
+               {"ep_layout", k_entry_layout, sizeof(struct k_layout_args)},
+               {"ep_dispatch", k_entry_dispatch, sizeof(struct k_dispatch_args)},
+               {"ep_combine", k_entry_combine, sizeof(struct k_combine_args)}};
+
+DEFINE(cuModuleLoadData, void **module, const void *image) {
+    *module = (void *)(uintptr_t)image;
+    return 0;
+}
+DEFINE(cuModuleUnload, void *module) {
+    (void)module;
+    return 0;
+}
+DEFINE(cuModuleGetFunction, void **function, void *module, const char *name) {
+    (void)module;
+    for (size_t i = 0; i < sizeof(kernels) / sizeof(kernels[0]); i++) {
+        if (strcmp(name, kernels[i].name) == 0) {
+            *function = (void *)(uintptr_t)&kernels[i];
+            return 0;
+        }
+    }
+    return CU_INVALID_VALUE;
+}
+DEFINE(cuFuncGetAttribute, int *value, int attribute, void *function) {
+    (void)function;
+    *value = attribute == 0 ? 1024 : 0;
+    return 0;
+}
+DEFINE(cuFuncSetAttribute, void *function, int attribute, int value) {
+    (void)function, (void)attribute, (void)value;
+    return 0;
+}
+DEFINE(cuFuncLoad, void *function) {
+    (void)function;
+    return 0;
+}
+DEFINE(cuOccupancyMaxActiveBlocksPerMultiprocessor, int *blocks, void *function, int threads,
+       size_t shared) {
+    (void)function, (void)threads, (void)shared;
+    *blocks = 1;
+    return 0;
+}
+
+struct warp {
+    pthread_t thread;
+    struct k_thread k;
+    const struct op *op;
+};
+
+static void *warp_main(void *arg) {
+    struct warp *w = arg;
+    w->op->entry(&w->k, w->op->args);
+    return NULL;
+}
+
+static void run_launch(struct op *op) {
+    const int blocks = (int)op->config.grid[0], warps = (int)op->config.block[0] / 32;
+    struct k_team *teams = calloc((size_t)blocks, sizeof(*teams));
+    struct warp *w = calloc((size_t)(blocks * warps), sizeof(*w));
+    unsigned char *shared = NULL;
+    const size_t each = (op->config.shared_bytes + 255) / 256 * 256;
+    if (!teams || !w || posix_memalign((void **)&shared, 256, each * (size_t)blocks) != 0) {
+        abort();
+    }
+    memset(shared, 0xcd, each * (size_t)blocks);
+    for (int i = 0; i < blocks * warps; i++) {
+        struct k_team *team = &teams[i / warps];
+        team->shared = shared + (size_t)(i / warps) * each;
+        w[i].op = op;
+        w[i].k = (struct k_thread){.block = i / warps,
+                                   .num_blocks = blocks,
+                                   .warp = i % warps,
+                                   .num_warps = warps,
+                                   .team = team};
+        if (pthread_create(&w[i].thread, NULL, warp_main, &w[i]) != 0) {
+            abort();
+        }
+    }
+    for (int i = 0; i < blocks * warps; i++) {
+        pthread_join(w[i].thread, NULL);
+    }
+    free(shared);
+    free(w);
+    free(teams);
+}
+
+DEFINE(cuLaunchKernelEx, const struct cu_config *config, void *function, void **params,
+       void **extra) {
+    const struct kernel *kernel = function;
+    struct op *op = op_new(run_launch);
+    (void)extra;
+    op->config = *config;
+    op->entry = kernel->entry;
+    memcpy(op->args, params[0], kernel->arg_bytes);
+    return queue(config->stream, op);
+}

@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Fills the cache of compiled kernels (EP_JIT_CACHE) with what CUDA groups on the driver for tests
+ * ask for: NVRTC does not work beside that driver. Status 77: there is no NVRTC.
+ */
+#include <stdio.h>
+
+#include "src/cu/cu.h"
+
+int main(void) {
+    static const char *const files[] = {"kernel/route.k.c", "kernel/dispatch.k.c",
+                                        "kernel/combine.k.c"};
+    static const char *const defines[] = {"-DK_BLOCK_WARPS=2", NULL};
+    struct epi_jit_kernel kernels[3];
+    const ep_status st = epi_jit_get_all(files, 3, 90, defines, 13000, kernels);
+    if (st != EP_OK) {
+        printf("%s\n", ep_last_error());
+    }
+    return st == EP_OK ? 0 : st == EP_ERR_UNSUPPORTED ? 77 : 1;
+}

@@ -1,0 +1,40 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# CUDA groups without a GPU: test programs on the driver of tests/driver, which runs the host bodies
+# of the kernels. One point for each program; its output is in TAP_LOGS.
+build=${TAP_BUILD:-build}
+logs=${TAP_LOGS:-$build/logs}/driver
+tmp=$(mktemp -d) || exit 1
+trap 'rm -rf "$tmp"' EXIT
+mkdir -p "$logs" "$tmp/cache"
+chmod 700 "$tmp/cache"
+EP_JIT_CACHE=$tmp/cache
+EP_NVRTC_PATH=${EP_NVRTC_PATH:-$(scripts/find.sh nvrtc)}
+export EP_JIT_CACHE
+[ -z "$EP_NVRTC_PATH" ] || export EP_NVRTC_PATH
+"$build/driver/warm" >"$tmp/why"
+case $? in
+0) ;;
+77) echo "1..0 # SKIP $(cat "$tmp/why")" && exit 0 ;;
+*) echo "Bail out! $(cat "$tmp/why")" && exit 1 ;;
+esac
+
+programs="t_handoff t_layout t_dispatch_compact t_dispatch_expanded t_combine t_rowtypes t_cached
+    t_capacity t_mismatch t_begin_finish t_stats t_args t_args_operations t_abort t_cuda_pointers
+    t_cuda_streams t_cuda_memory t_cuda_soak"
+n=0
+bad=0
+for program in $programs; do
+    n=$((n + 1))
+    if LD_LIBRARY_PATH=$PWD/$build/driver EP_TEST_DEVICE=cuda EP_TEST_PAIRS=10 \
+        timeout -k 5 $((100 * ${TAP_TIMEOUT_SCALE:-1})) "$build/tests/$program" \
+        >"$logs/$program.tap" 2>"$logs/$program.err"; then
+        echo "ok $n - $program: $(grep -c '^ok' "$logs/$program.tap") points"
+    else
+        bad=1
+        echo "not ok $n - $program"
+        grep -B5 '^not ok\|^Bail' "$logs/$program.tap" | head -12 | sed 's/^/# /'
+    fi
+done
+echo "1..$n"
+exit $bad
