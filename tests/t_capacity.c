@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "tests/calls.h"
 #include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
@@ -94,6 +95,32 @@ static void over_max_recv_rows(struct world *w) {
     world_is(w, ep_group_fault(w->group, &fault), EP_OK, "ep_group_fault");
     world_check(w, fault.status == EP_OK, "the group is faulted: %s", fault.message);
     ep_handle_destroy(&heavy);
+    ep_handle_destroy(&light);
+}
+
+/* Begun, too large, and left: the handle goes before anyone has looked, early or late. */
+static void left_begun(struct world *w) {
+    struct scene *s = w->ctx;
+    struct ep_dispatch_args in = EP_DISPATCH_ARGS_INIT;
+    struct run r;
+    ep_handle *heavy = NULL, *light = NULL;
+    void *stream = NULL;
+
+    world_is(w, ep_handle_create(&light, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
+    run_create(&r, w, &s->heavy);
+    in.x = r.dispatch.x;
+    in.topk_weights = r.dispatch.topk_weights;
+    for (int i = 0; i < 6; i++) {
+        world_is(w, ep_handle_create(&heavy, w->group, NULL), EP_OK, "ep_handle_create");
+        world_is(w, run_route(&r, heavy, NULL), EP_OK, "ep_handle_route");
+        world_is(w, call_dispatch_begin(heavy, &in, stream), EP_OK, "ep_dispatch_begin");
+        tap_sleep_ms((w->rank + i) % 3 ? 0 : 20);
+        ep_handle_destroy(&heavy);
+        trial_pass(w, &s->light, light);
+    }
+    run_free(&r);
+    call_stream_destroy(w->group, &stream);
     ep_handle_destroy(&light);
 }
 
@@ -196,7 +223,7 @@ static void run(uint64_t seed, const struct form *form, void (*body)(struct worl
     trial_build(&s.light);
     trial_setup(&setup, &s.light);
     setup.config.max_tokens = TOKENS;
-    if (body == over_max_recv_rows) {
+    if (body != small_output && body != small_expanded_view) {
         setup.config.max_recv_rows = RANKS * TOKENS - 1;
     }
     setup.body = body;
@@ -220,6 +247,7 @@ int main(void) {
     tap_deadline(120);
     run(seed, &compact, over_max_recv_rows, "over max_recv_rows, compact");
     run(seed + 1, &expanded, over_max_recv_rows, "over max_recv_rows, expanded");
+    run(seed + 6, &two_step, left_begun, "over max_recv_rows, begun and left");
     run(seed + 2, &compact, small_output, "small output, compact");
     run(seed + 3, &expanded, small_output, "small output, expanded");
     run(seed + 4, &two_step, small_output, "small output, two steps");
