@@ -587,20 +587,32 @@ DEFINE(cuOccupancyMaxActiveBlocksPerMultiprocessor, int *blocks, void *function,
     return 0;
 }
 
+/* A block of a real launch starts when a multiprocessor is free. Here every seventh launch has one
+ * that starts so late that the others have ended, if they do not wait for it. */
+#define LATE_EVERY 7
+#define LATE_US    20000
+
 struct warp {
     pthread_t thread;
     struct k_thread k;
     const struct op *op;
+    bool late;
 };
 
 static void *warp_main(void *arg) {
     struct warp *w = arg;
+    if (w->late) {
+        usleep(LATE_US);
+    }
     w->op->entry(&w->k, w->op->args);
     return NULL;
 }
 
 static void run_launch(struct op *op) {
+    static atomic_uint launches;
+    const unsigned launch = atomic_fetch_add(&launches, 1);
     const int blocks = (int)op->config.grid[0], warps = (int)op->config.block[0] / 32;
+    const int late = launch % LATE_EVERY ? -1 : (int)(launch / LATE_EVERY) % blocks;
     struct k_team *teams = calloc((size_t)blocks, sizeof(*teams));
     struct warp *w = calloc((size_t)(blocks * warps), sizeof(*w));
     unsigned char *shared = NULL;
@@ -613,6 +625,7 @@ static void run_launch(struct op *op) {
         struct k_team *team = &teams[i / warps];
         team->shared = shared + (size_t)(i / warps) * each;
         w[i].op = op;
+        w[i].late = i / warps == late;
         w[i].k = (struct k_thread){.block = i / warps,
                                    .num_blocks = blocks,
                                    .warp = i % warps,
