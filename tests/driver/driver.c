@@ -590,7 +590,7 @@ DEFINE(cuOccupancyMaxActiveBlocksPerMultiprocessor, int *blocks, void *function,
 /* A block of a real launch starts when a multiprocessor is free. Here every seventh launch has one
  * that starts so late that the others have ended, if they do not wait for it. */
 #define LATE_EVERY 7
-#define LATE_US    20000
+#define LATE_US 20000
 
 struct warp {
     pthread_t thread;
