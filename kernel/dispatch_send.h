@@ -30,14 +30,19 @@ struct place {
 
 /* What a sending warp keeps in its scratch. */
 #define NEAR_RANKS 24
+#define TRACKED_RANKS 16
 #define LISTED_TOKENS 64
 
+/* A part of a channel is announced by itself: twice the channel's number, and 1 more for its end
+ * (or for all of it). */
 struct send_token {
-    k_i32 token, channel, dests;
+    k_i32 token, part, dests;
 };
 
 struct send_scratch {
     struct place first[NEAR_RANKS]; /* where this rank's rows begin at the first ranks */
+    k_u32 stored[TRACKED_RANKS]; /* of the rows for a rank, those before this are stored, ... */
+    k_u32 to_tell[TRACKED_RANKS]; /* ... and were when the part ended that is to be announced */
     struct send_token listed[LISTED_TOKENS];
 };
 
@@ -55,6 +60,8 @@ struct send_list {
     k_i32 whom, stride;
     k_bool in_turn;
     k_i32 channel, at, end; /* looked at now; its tokens that were not */
+    k_i32 middle;           /* where its second part begins */
+    k_i32 least;            /* tokens of a channel that has two parts */
     k_i32 num;              /* tokens listed so far */
 };
 
@@ -77,7 +84,12 @@ static K_INLINE void begin_channel(const struct k_dispatch_args *a, struct send_
     l->channel = c;
     l->at = channel_first(&a->channels, c);
     l->end = channel_first(&a->channels, c + 1);
+    l->middle = l->end - l->at < l->least ? l->at : l->at + (l->end - l->at) / 2 + 1;
 }
+
+/* Pieces of rows from which on a channel is announced in two parts, as those who receive have much
+ * to do with each: announcing one costs as much as a few pieces. */
+#define TWO_PARTS 28
 
 /* Lists token i + 1 at least, if there is one. */
 static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_args *a,
@@ -90,7 +102,7 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
         if (dests > 0) {
             struct send_token *to = &l->s->listed[((k_u32)l->num + before) % LISTED_TOKENS];
             to->token = t;
-            to->channel = l->channel;
+            to->part = 2 * l->channel + (t >= l->middle);
             to->dests = dests;
         }
         k_syncwarp(k);
@@ -119,12 +131,25 @@ static K_INLINE struct place first_place(const struct k_dispatch_args *a, k_i32 
 }
 
 static K_INLINE struct send_list begin_list(struct k_thread *k, const struct k_dispatch_args *a,
-                                            k_i32 whom, k_i32 first, k_i32 stride) {
-    struct send_list l = {
-        (struct send_scratch *)warp_scratch(k), whom, stride, whom != TO_SELF, 0, 0, 0, 0};
+                                            k_i32 whom, k_i32 first, k_i32 stride,
+                                            k_i32 row_pieces) {
+    struct send_list l = {(struct send_scratch *)warp_scratch(k),
+                          whom,
+                          stride,
+                          whom != TO_SELF,
+                          0,
+                          0,
+                          0,
+                          0,
+                          a->g.num_ranks <= TRACKED_RANKS ? TWO_PARTS / row_pieces
+                                                          : a->tokens + 1,
+                          0};
     begin_channel(a, &l, first);
     for (k_i32 d = k->lane; d < at_most(a->g.num_ranks, NEAR_RANKS); d += K_LANES) {
         l.s->first[d] = first_place(a, d);
+    }
+    for (k_i32 d = k->lane; d < TRACKED_RANKS; d += K_LANES) {
+        l.s->stored[d] = 0;
     }
     k_syncwarp(k);
     return l;
@@ -136,6 +161,9 @@ static K_INLINE struct place place_at(const struct k_dispatch_args *a,
     struct place p = {0, 0};
     if (d >= 0 && serves(a, l->whom, d)) {
         p = d < NEAR_RANKS ? l->s->first[d] : first_place(a, d);
+        if (d < TRACKED_RANKS) {
+            l->s->stored[d] = slot + 1;
+        }
         p.row += (k_u64)slot * (k_u64)a->row_bytes;
         p.side += (k_u64)slot * (k_u64)a->g.side_stride;
     }
@@ -373,18 +401,31 @@ static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args 
     k_mover_commit(k, m);
 }
 
-/* The rows of channel c have arrived at the destinations served: all before its end, counted from
+/* A part has ended: which rows it announces. */
+static K_INLINE void end_part(struct k_thread *k, const struct k_dispatch_args *a,
+                              const struct send_list *l, k_i32 part) {
+    if (part % 2 == 0) {
+        k_syncwarp(k);
+        for (k_i32 d = k->lane; d < a->g.num_ranks; d += K_LANES) {
+            l->s->to_tell[d] = l->s->stored[d];
+        }
+        k_syncwarp(k);
+    }
+}
+
+/* The rows of a part have arrived at the destinations served: all before its end, counted from
  * the source's first. */
-static K_INLINE void publish_channel(struct k_thread *k, const struct k_dispatch_args *a,
-                                     k_i32 whom, k_i32 c) {
+static K_INLINE void publish_part(struct k_thread *k, const struct k_dispatch_args *a,
+                                  const struct send_list *l, k_i32 part) {
     const struct k_group *g = &a->g;
+    const k_i32 c = part / 2;
     K_ROLLED
     for (k_i32 i = k->lane; i < g->num_ranks; i += K_LANES) {
         const k_i32 next = g->rank + 1 + i,
                     d = next < g->num_ranks ? next : next - g->num_ranks;
         const k_u32 *chan = a->h.send_chan + (k_i64)d * (g->num_channels + 1) + c;
-        const k_u32 rows = serves(a, whom, d) ? chan[1] : 0;
-        if (rows && rows != chan[0]) {
+        const k_u32 rows = part % 2 ? chan[1] : l->s->to_tell[d];
+        if (rows > chan[0] && serves(a, l->whom, d)) {
             k_publish(k_peer_at(g, d, channel_word(g, g->map.progress, g->rank, c)),
                       K_WORD(k->epoch, rows));
         }
@@ -392,11 +433,11 @@ static K_INLINE void publish_channel(struct k_thread *k, const struct k_dispatch
 }
 
 /* All channels of a warp in one walk: rows and sidecars are read once and stored to all their
- * destinations; each channel is published when its stores are complete. */
+ * destinations; each part of a channel is published when its stores are complete. */
 static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args *a,
                                struct k_mover *m, k_i32 whom, k_i32 first, k_i32 stride) {
     const struct send_shape s = shape_of(a);
-    struct send_list l = begin_list(k, a, whom, first, stride);
+    struct send_list l = begin_list(k, a, whom, first, stride, s.row_pieces);
     struct walk in = begin_walk(k, m, 0), out = in; /* over listed tokens */
     struct pending p = {-1, 0};
     struct place place = {0, 0};
@@ -416,20 +457,21 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
         }
         if (out.item < l.num && (ahead == most_ahead(a->stages) || in.item == l.num)) {
             end_piece(k, a, m, &s, &l, &out, &place, &next);
-            const k_i32 c = listed(&l, out.item)->channel;
+            const k_i32 part = listed(&l, out.item)->part;
             walk_on(&out, s.pieces, a->stages);
-            if (out.piece == 0 && (out.item == l.num || listed(&l, out.item)->channel != c)) {
-                ended = c;
+            if (out.piece == 0 && (out.item == l.num || listed(&l, out.item)->part != part)) {
+                ended = part;
             }
             p.newer++;
             ahead--;
         }
         if (pending_is_due(&p, ended >= 0 || out.item == l.num)) {
             k_mover_settle(k, m, p.newer);
-            publish_channel(k, a, whom, p.unit);
+            publish_part(k, a, &l, p.unit);
             p.unit = -1;
         }
         if (ended >= 0) {
+            end_part(k, a, &l, ended);
             p.unit = ended;
             p.newer = 0;
         }
