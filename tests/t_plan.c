@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * ep_plan: pure arithmetic. Sums and page sizes, limits and what their messages name, growth
- * with every field, and a group's arena that is what the plan said, to the byte.
+ * with every field, SMs by the documented formula, and a group's arena that is what the plan said,
+ * to the byte.
  */
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "src/ep/group.h"
 #include "tests/cases.h"
 #include "tests/gpu.h"
 #include "tests/tap.h"
@@ -242,6 +244,34 @@ static void groups(uint64_t seed) {
     }
 }
 
+/* The formula in docs/performance.md. */
+static void sms(void) {
+    static const struct {
+        int major;
+        bool nvlink;
+        int row_bytes, expanded, sms;
+        const char *what;
+    } t[] = {
+        {9, true, 14336, 0, 8, "H100, long rows"},
+        {9, true, 6144, 3, 8, "H100, long enough, few expanded"},
+        {9, true, 6128, 0, 9, "H100, rows a little shorter"},
+        {9, true, 4096, 0, 12, "H100, rows of 4 KiB"},
+        {9, true, 3072, 0, 16, "H100, short rows"},
+        {9, true, 16, 0, 16, "H100, the shortest row"},
+        {9, true, 14336, 4, 16, "H100, many expanded"},
+        {9, true, 16, 64, 16, "H100, short and many"},
+        {8, true, 14336, 0, 6, "A100"},
+        {10, true, 14336, 0, 17, "B200"},
+        {9, false, 14336, 0, 2, "over PCIe"},
+    };
+
+    for (size_t i = 0; i < sizeof(t) / sizeof(*t); i++) {
+        const int n = epi_cuda_send_sms(t[i].major, t[i].nvlink, t[i].row_bytes, t[i].expanded);
+
+        ok(n == t[i].sms, "%s: %d SMs, not %d", t[i].what, t[i].sms, n);
+    }
+}
+
 int main(void) {
     gpu_never("no device is in it");
     uint64_t seed = tap_seed();
@@ -251,6 +281,7 @@ int main(void) {
     rows();
     growth();
     limit();
+    sms();
     groups(seed + 1);
     return done_testing();
 }

@@ -55,7 +55,6 @@ static void prepare_task(struct combine_task *t, ep_handle *h,
     struct k_combine_args *k = &t->args;
     memset(t, 0, sizeof(*t));
     t->h = h;
-    t->workers = epi_group_workers(g, a->num_workers);
     k->g = g->k;
     k->h = h->k;
     k->x_rows = a->x->shape[0];
@@ -65,6 +64,7 @@ static void prepare_task(struct combine_task *t, ep_handle *h,
     k->topk = h->topk;
     k->dtype = a->x->dtype;
     k->row_bytes = (k_i32)(a->x->shape[1] * (int64_t)ep_dtype_bytes((ep_dtype)a->x->dtype));
+    t->workers = epi_group_workers(g, a->num_workers, k->row_bytes, h->expanded ? h->topk : 0);
     const struct epi_shape shape = epi_group_shape(g, t->workers, k->row_bytes);
     k->send_blocks = (k_u32)shape.send_blocks;
     k->stages = shape.stages;

@@ -24,6 +24,7 @@ _Static_assert(sizeof(struct k_counts) <= NOTICE_BYTES, "a notice is counts");
 
 struct epi_cuda {
     struct epi_gpu *gpu;
+    bool nvlink; /* how peers are reached */
     uint64_t tables, ctl;
     bool notice_taken[NUM_NOTICES]; /* guarded by the group's mutex, as is `stop` */
     bool watching, stop;
@@ -87,15 +88,26 @@ ep_status epi_cuda_open(ep_group *g) {
 #define NVLINK5_GBPS 700
 #define PCIE_GBPS 50
 #define SM_GBPS 43
-#define SMALL_ROW 2048 /* below it a row costs more than its bytes */
+#define LONG_ROW 6144   /* below it a row costs more than its bytes */
+#define MANY_EXPANDED 4 /* expanded rows, for each that a link carries, that keep SMs from it */
 
-int epi_cuda_send_sms(int major, bool nvlink, int row_bytes) {
+int epi_cuda_send_sms(int major, bool nvlink, int row_bytes, int expanded) {
     const int link = !nvlink       ? PCIE_GBPS
                      : major >= 10 ? NVLINK5_GBPS
                      : major == 9  ? NVLINK4_GBPS
                                    : NVLINK3_GBPS;
     const int sms = (link + SM_GBPS - 1) / SM_GBPS;
-    return row_bytes < SMALL_ROW ? 2 * sms : sms;
+    return row_bytes <= LONG_ROW / 2 || expanded >= MANY_EXPANDED ? 2 * sms
+           : row_bytes >= LONG_ROW                                ? sms
+                                   : (LONG_ROW * sms + row_bytes - 1) / row_bytes;
+}
+
+int epi_cuda_workers(const ep_group *g, int row_bytes, int expanded) {
+    const struct epi_cu_device *d = epi_gpu_device(g->cuda->gpu);
+    const int warps = epi_gpu_shape(g->cuda->gpu).warps;
+    const int per_peer = g->num_ranks > 1 ? expanded / (g->num_ranks - 1) : expanded;
+    return row_bytes ? 3 * epi_cuda_send_sms(d->major, g->cuda->nvlink, row_bytes, per_peer)
+                     : (g->plan.info.num_channels + warps - 1) / warps;
 }
 
 struct seat {
@@ -111,9 +123,9 @@ static int64_t process_id(void) {
     return atomic_load(&id);
 }
 
-/* How many SMs this rank's operations take unless a call says otherwise. Ranks of one process on
- * one device must all fit at once, also while each routes. */
-ep_status epi_cuda_choose_workers(ep_group *g, const struct epi_exchange *x) {
+/* How many SMs this rank's operations can take. Ranks of one process on one device must all fit at
+ * once, also while each routes. */
+ep_status epi_cuda_limit_workers(ep_group *g, const struct epi_exchange *x) {
     const struct epi_cu_device *d = epi_gpu_device(g->cuda->gpu);
     struct seat mine, *all = epi_alloc_array((size_t)g->num_ranks, sizeof(*all));
     int sharing = 0, others = 0;
@@ -138,10 +150,9 @@ ep_status epi_cuda_choose_workers(ep_group *g, const struct epi_exchange *x) {
         return st;
     }
     const int most = sharing > 1 ? d->num_sms / sharing / 2 : d->num_sms;
-    const int wanted = 3 * epi_cuda_send_sms(d->major, others == 0 || epi_mem_on_device(g->mem),
-                                             g->config.max_row_bytes);
     const int cap = most < 1 ? 1 : most < K_MAX_BLOCKS ? most : K_MAX_BLOCKS;
-    g->workers = g->config.num_workers ? g->config.num_workers : wanted < cap ? wanted : cap;
+    g->cuda->nvlink = others == 0 || epi_mem_on_device(g->mem);
+    g->workers = g->config.num_workers;
     if (g->workers > cap) {
         st = epi_fail(EP_ERR_ARG,
                       "ep_group_config.num_workers is %d, must be at most %d: device %d has %d "

@@ -157,7 +157,6 @@ static void prepare_task(struct epi_dispatch_task *t, ep_handle *h,
     memset(t, 0, sizeof(*t));
     t->h = h;
     t->part = part;
-    t->workers = epi_group_workers(g, a->num_workers);
     k->g = g->k;
     k->h = h->k;
     k->handle_id = h->id;
@@ -165,6 +164,8 @@ static void prepare_task(struct epi_dispatch_task *t, ep_handle *h,
     epi_plan_channels(&g->plan, h->tokens, &k->channels);
     k->topk = h->topk;
     fill_inputs(k, a);
+    t->workers = epi_group_workers(g, a->num_workers, k->row_bytes,
+                                   (a->flags & EP_DISPATCH_EXPANDED) ? h->topk : 0);
     t->cached = h->dispatched;
     k->flags |= t->cached ? 0 : K_DO_COUNTS;
     const struct epi_shape shape = epi_group_shape(g, t->workers, k->row_bytes);

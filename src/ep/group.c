@@ -216,8 +216,10 @@ static ep_status meet(ep_group *g) {
     return st;
 }
 
-int epi_group_workers(const ep_group *g, int wanted) {
-    const int n = wanted ? wanted : g->workers;
+int epi_group_workers(const ep_group *g, int wanted, int row_bytes, int expanded) {
+    const int n = wanted       ? wanted
+                  : g->workers ? g->workers
+                               : epi_cuda_workers(g, row_bytes, expanded);
     return n < g->most_workers ? n : g->most_workers;
 }
 
@@ -266,7 +268,7 @@ static ep_status make_readable(ep_group *g, const struct epi_exchange *x) {
     fill_kernel_group(g);
     epi_group_hang_board(g);
     if (g->cuda) {
-        st = epi_cuda_choose_workers(g, x);
+        st = epi_cuda_limit_workers(g, x);
         if (st == EP_OK) {
             st = epi_cuda_fill(g);
         }

@@ -25,7 +25,7 @@ struct ep_group {
     struct epi_run *run;   /* of a host group ... */
     struct epi_cuda *cuda; /* ... or all that a CUDA group has instead */
     int rank, num_ranks, num_local;
-    int workers, most_workers; /* of an operation: by default, at most */
+    int workers, most_workers; /* of an operation: by default (CUDA, 0: by formula), at most */
     int64_t timeout_ns;
     struct k_group k;
     void *tables;      /* the arrays that k points to, or a copy of them in host memory */
@@ -147,15 +147,16 @@ ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, void *strea
 struct epi_shape {
     int blocks, send_blocks, stages, stage_bytes;
 };
-/* Of both kinds of groups. Workers: as a call asks for, 0 the group's. */
-int epi_group_workers(const ep_group *g, int wanted);
+/* Of both kinds of groups. Workers: as a call asks for, 0 the group's. Row bytes 0: local work.
+ * `expanded`: expanded rows of a token, 0 where rows are compact. */
+int epi_group_workers(const ep_group *g, int wanted, int row_bytes, int expanded);
 struct epi_shape epi_group_shape(const ep_group *g, int workers, int row_bytes);
 
 /* In the order of create: the device and its kernels; the table for src/mem; then SMs; what kernels
  * read; the thread that reports. */
 ep_status epi_cuda_open(ep_group *g);
 void epi_cuda_memory(ep_group *g, struct epi_mem_config *m, struct epi_mem_device *ops);
-ep_status epi_cuda_choose_workers(ep_group *g, const struct epi_exchange *x);
+ep_status epi_cuda_limit_workers(ep_group *g, const struct epi_exchange *x);
 ep_status epi_cuda_fill(ep_group *g);
 ep_status epi_cuda_watch(ep_group *g);
 /* And of destroy: operations have ended, or not in time; before the memory goes; after it. */
@@ -163,8 +164,11 @@ bool epi_cuda_settle(ep_group *g);
 void epi_cuda_stop(ep_group *g);
 void epi_cuda_close(ep_group *g);
 
-/* SMs that saturate a link with rows of this size. Pure. */
-int epi_cuda_send_sms(int major, bool nvlink, int row_bytes);
+/* SMs that saturate a link with rows of this size, of which each one that it carries has so many
+ * expanded rows. Pure. */
+int epi_cuda_send_sms(int major, bool nvlink, int row_bytes, int expanded);
+/* SMs by formula; row bytes 0: local work, a warp for each channel. */
+int epi_cuda_workers(const ep_group *g, int row_bytes, int expanded);
 struct epi_shape epi_cuda_shape(const ep_group *g, int workers, int row_bytes);
 struct epi_gpu *epi_cuda_gpu(const ep_group *g);
 /* Under the group's mutex: launches a kernel behind the last one. */

@@ -108,7 +108,8 @@ static ep_status run_on_device(ep_handle *h, enum epi_kernel kernel, const void 
                                void *stream, bool *capturing) {
     ep_group *g = h->group;
     pthread_mutex_lock(&g->mutex);
-    ep_status st = epi_cuda_run(g, kernel, args, g->workers, stream, capturing);
+    ep_status st =
+        epi_cuda_run(g, kernel, args, epi_group_workers(g, 0, 0, 0), stream, capturing);
     pthread_mutex_unlock(&g->mutex);
     return st;
 }
