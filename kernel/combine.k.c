@@ -149,7 +149,7 @@ struct answer {
 
 #define LISTED_ANSWERS 16
 _Static_assert(LISTED_ANSWERS * sizeof(struct answer) <= K_SCRATCH_BYTES(1), "answers");
-_Static_assert(LISTED_ANSWERS > K_MOVER_STAGES + 3, "what is listed is still in use");
+_Static_assert(LISTED_ANSWERS > K_MOVER_STAGES + 4, "what is listed is still in use");
 
 /*
  * The answers that a warp sends, noted ahead of need in its scratch: number `first`, then the
@@ -167,6 +167,24 @@ static K_INLINE const struct answer *listed(const struct answer_list *l, k_i32 i
     return &l->answers[(k_u32)i % LISTED_ANSWERS];
 }
 
+/* An answer of so many stages is published in two parts, as sums begin when one has arrived. */
+#define TWO_PARTS 28
+
+static K_INLINE void list_answer(struct k_thread *k, const struct k_combine_args *a,
+                                 struct answer_list *l, k_i32 owner, k_u32 row, k_u32 rows) {
+    if (k->lane == 0) {
+        struct answer *to = &l->answers[(k_u32)l->num % LISTED_ANSWERS];
+        const k_u64 all = (k_u64)rows * (k_u64)a->row_bytes;
+        const k_bool dense = a->x.s0 == a->row_bytes && all < (1u << 30);
+        to->to = k_peer_at(&a->g, owner, landing(a, landing_row(a, owner, row))).address;
+        to->row = row;
+        to->rows = rows;
+        to->item = l->next;
+        to->line_bytes = dense ? (k_i32)all : a->row_bytes;
+    }
+    l->num++;
+}
+
 /* Lists answer i, if there are so many for this warp. */
 static K_INLINE void list_up_to(struct k_thread *k, const struct k_combine_args *a,
                                 struct answer_list *l, k_i32 i) {
@@ -174,18 +192,16 @@ static K_INLINE void list_up_to(struct k_thread *k, const struct k_combine_args 
         k_i32 owner, c;
         k_u32 r0, r1;
         find_answer(a, TO_PEERS, l->next, &owner, &c, &r0, &r1);
-        if (r0 != r1 && k->lane == 0) {
-            struct answer *to = &l->answers[(k_u32)l->num % LISTED_ANSWERS];
-            const k_u64 all = (k_u64)(r1 - r0) * (k_u64)a->row_bytes;
-            const k_bool dense = a->x.s0 == a->row_bytes && all < (1u << 30);
-            to->to = k_peer_at(&a->g, owner, landing(a, landing_row(a, owner, r0))).address;
-            to->row = r0;
-            to->rows = r1 - r0;
-            to->item = l->next;
-            to->line_bytes = dense ? (k_i32)all : a->row_bytes;
+        const k_bool halves =
+            (k_u64)(r1 - r0) * (k_u64)a->row_bytes >= TWO_PARTS * (k_u64)a->stage_bytes;
+        const k_u32 middle = halves ? r0 + (r1 - r0 + 1) / 2 : r1;
+        if (r0 != middle) {
+            list_answer(k, a, l, owner, r0, middle - r0);
+        }
+        if (middle != r1) {
+            list_answer(k, a, l, owner, middle, r1 - middle);
         }
         k_syncwarp(k);
-        l->num += r0 != r1;
         l->next = l->stride + (k_i32)k_take(k, &a->g.ctl->taken[NEXT_ANSWERS]);
     }
 }
@@ -425,57 +441,55 @@ static K_INLINE k_i32 add_bias(struct k_thread *k, const struct k_array *bias, k
     return num + 1;
 }
 
-static K_INLINE void begin_token(struct k_thread *k, const struct k_combine_args *a,
-                                 const struct slices *cut, struct feed *f, struct sum *s,
-                                 struct k_term *terms) {
+/*
+ * Token f->token has been answered by every rank it was sent to; `wait`: until it has. Then its
+ * terms are noted. Where they lie is looked up before that is known, and what may be past its
+ * destinations read with their number: each read that waits for another one costs as much as the
+ * sum of a piece.
+ */
+static K_FN k_bool has_answers(struct k_thread *k, const struct k_combine_args *a,
+                               const struct feed *f, k_bool wait, struct sum *s,
+                               struct k_term *terms) {
     const struct k_group *g = &a->g;
-    const k_i32 t = f->token, from = f->from, dests = a->h.num_dests[t];
-    k_i32 num = add_bias(k, &a->bias0, t, from, terms, 0);
-    num = add_bias(k, &a->bias1, t, from, terms, num);
-    for (k_i32 i = k->lane; i < dests; i += K_LANES) {
+    const k_i32 t = f->token, dests = a->h.num_dests[t], c = channel_of(&a->channels, t);
+    k_i32 num = add_bias(k, &a->bias0, t, f->from, terms, 0);
+    num = add_bias(k, &a->bias1, t, f->from, terms, num);
+    for (k_i32 base = 0; base == 0 || base < dests; base += K_LANES) {
+        const k_i32 i = base + k->lane;
         const k_i64 at = (k_i64)t * g->max_dests + i;
-        const k_i32 d = a->h.dest_rank[at];
-        const k_u32 slot = a->h.dest_slot[at];
-        const void *row =
-            d == g->rank && reads_own_in_place(a)
-                ? (const void *)x_row(a, a->h.recv_base[d] + slot)
-                : (const void *)k_own(g, landing(a, (k_u64)a->h.send_base[d] + slot));
-        terms[num + i].row = (const k_u8 *)row + from;
-        terms[num + i].weight = 1.0f;
+        const k_i32 rank = i < g->max_dests ? a->h.dest_rank[at] : 0;
+        const k_u32 slot = i < g->max_dests ? a->h.dest_slot[at] : 0;
+        const k_i32 d = i < dests ? rank : -1;
+        const k_u64 *word = 0;
+        if (d >= 0) {
+            const void *row =
+                d == g->rank && reads_own_in_place(a)
+                    ? (const void *)x_row(a, a->h.recv_base[d] + slot)
+                    : (const void *)k_own(g, landing(a, (k_u64)a->h.send_base[d] + slot));
+            terms[num + i].row = (const k_u8 *)row + f->from;
+            terms[num + i].weight = 1.0f;
+            word = (const k_u64 *)k_own(g, channel_word(g, g->map.returned, d, c));
+        }
+        if (!(wait ? k_await_rows(k, word, k->epoch, slot + 1, d, K_PHASE_ANSWERS)
+                   : k_arrived(k, word, k->epoch, slot + 1))) {
+            k_syncwarp(k); /* what was noted may be written over, by other lanes */
+            return 0;
+        }
     }
+    s->num = num + dests;
+    return 1;
+}
+
+static K_INLINE void begin_token(const struct k_combine_args *a, const struct slices *cut,
+                                 struct feed *f, struct sum *s) {
+    const k_i32 t = f->token, from = f->from;
     s->owner = NOBODY;
     s->channel = 0;
     s->item = t;
     s->to = a->out.data + (k_u64)((k_i64)t * a->out.s0) + (k_u64)from;
     s->bytes = at_most(cut->bytes, a->row_bytes - from);
-    s->num = num + dests;
     s->last = from + s->bytes == a->row_bytes;
     f->token = NOBODY;
-}
-
-/* Token t has been answered by every rank it was sent to; `wait`: until it has. */
-static K_FN k_bool has_answers(struct k_thread *k, const struct k_combine_args *a, k_i32 t,
-                               k_bool wait) {
-    const struct k_group *g = &a->g;
-    const k_i32 dests = a->h.num_dests[t];
-    const k_i32 c = channel_of(&a->channels, t);
-    for (k_i32 base = 0; base < dests; base += K_LANES) {
-        const k_i32 i = base + k->lane;
-        const k_i64 at = (k_i64)t * g->max_dests + i;
-        const k_u64 *word = 0;
-        k_u32 rows = 0;
-        k_i32 d = -1;
-        if (i < dests) {
-            d = a->h.dest_rank[at];
-            rows = a->h.dest_slot[at] + 1;
-            word = (const k_u64 *)k_own(g, channel_word(g, g->map.returned, d, c));
-        }
-        if (!(wait ? k_await_rows(k, word, k->epoch, rows, d, K_PHASE_ANSWERS)
-                   : k_arrived(k, word, k->epoch, rows))) {
-            return 0;
-        }
-    }
-    return 1;
 }
 
 /* Answers of the next channel that has any; false: all were taken. */
@@ -521,7 +535,7 @@ static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
                              const struct slices *cut, k_bool wait, struct feed *f,
                              struct sum *s, struct k_term *terms) {
     const k_bool first = f->eager && f->row == f->end && take_token(k, a, cut, f) &&
-                         has_answers(k, a, f->token, 0);
+                         has_answers(k, a, f, 0, s, terms);
     if (!first && take_answers(k, a, f)) {
         begin_answer(k, a, f, s, terms);
         return NEXT_READY;
@@ -529,10 +543,10 @@ static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
     if (!first && !take_token(k, a, cut, f)) {
         return NEXT_NONE;
     }
-    if (!first && !has_answers(k, a, f->token, wait)) {
+    if (!first && !has_answers(k, a, f, wait, s, terms)) {
         return wait ? NEXT_FAILED : NEXT_LATER;
     }
-    begin_token(k, a, cut, f, s, terms);
+    begin_token(a, cut, f, s);
     return NEXT_READY;
 }
 

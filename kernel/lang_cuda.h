@@ -732,11 +732,7 @@ static K_INLINE void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype
 }
 
 #if defined(K_MOVER_TMA)
-#if __CUDA_ARCH__ >= 1000
-#define K_SUM_PIECES 1 /* for the same reason as above */
-#else
 #define K_SUM_PIECES 2
-#endif
 
 static K_INLINE struct k_16 k_load16_shared(k_u32 p) {
     struct k_16 v;
@@ -747,44 +743,68 @@ static K_INLINE struct k_16 k_load16_shared(k_u32 p) {
     return v;
 }
 
-/* One body per type, as k_reduce_as; the terms lie one behind the other in shared memory. */
+static K_INLINE void k_load_chunk(struct k_16 *v, k_u32 at, k_i32 pieces) {
+#pragma unroll
+    for (k_i32 p = 0; p < pieces; p++) {
+        v[p] = k_load16_shared(at + (k_u32)(p * 512));
+    }
+}
+
+/* A lane's 16 bytes of `pieces` times 512: the terms lie `stride` apart in shared memory. Two are
+ * on their way at once. */
+static K_INLINE void k_sum_chunk(k_u32 at, k_u64 dst, k_i32 dtype, k_bool weighted,
+                                 k_i32 stride, const struct k_term *terms, k_i32 num,
+                                 k_i32 pieces) {
+    k_f32 acc[K_SUM_PIECES][8];
+    struct k_16 v[K_SUM_PIECES], next[K_SUM_PIECES];
+    k_i32 j = 0;
+#pragma unroll
+    for (k_i32 p = 0; p < pieces; p++) {
+#pragma unroll
+        for (k_i32 q = 0; q < 8; q++) {
+            acc[p][q] = 0.0f;
+        }
+    }
+#pragma unroll 1
+    for (; j + 1 < num; j += 2) {
+        k_load_chunk(v, at, pieces);
+        k_load_chunk(next, at + (k_u32)stride, pieces);
+        const k_f32 w = weighted ? terms[j].weight : 1.0f;
+        const k_f32 next_w = weighted ? terms[j + 1].weight : 1.0f;
+#pragma unroll
+        for (k_i32 p = 0; p < pieces; p++) {
+            k_add_piece(acc[p], v[p], dtype, weighted, w);
+            k_add_piece(acc[p], next[p], dtype, weighted, next_w);
+        }
+        at += 2u * (k_u32)stride;
+    }
+    if (j < num) {
+        k_load_chunk(v, at, pieces);
+        const k_f32 w = weighted ? terms[j].weight : 1.0f;
+#pragma unroll
+        for (k_i32 p = 0; p < pieces; p++) {
+            k_add_piece(acc[p], v[p], dtype, weighted, w);
+        }
+    }
+#pragma unroll
+    for (k_i32 p = 0; p < pieces; p++) {
+        k_store16(dst + (k_u64)(p * 512), k_round_piece(acc[p], dtype));
+    }
+}
+
+/* One body per type, as k_reduce_as. */
 static K_INLINE void k_sum_as(k_i32 lane, k_u32 src, k_u64 dst, k_i32 dtype, k_bool weighted,
                               k_i32 bytes, const struct k_term *terms, k_i32 num) {
+    k_i32 base = lane * 16;
 #pragma unroll 1
-    for (k_i32 base = lane * 16; base < bytes; base += 512 * K_SUM_PIECES) {
-        k_f32 acc[K_SUM_PIECES][8];
-#pragma unroll
-        for (k_i32 p = 0; p < K_SUM_PIECES; p++) {
-#pragma unroll
-            for (k_i32 q = 0; q < 8; q++) {
-                acc[p][q] = 0.0f;
-            }
-        }
-        k_u32 at = src + (k_u32)base;
-#pragma unroll 2
-        for (k_i32 j = 0; j < num; j++) {
-            struct k_16 v[K_SUM_PIECES];
-            const k_f32 w = weighted ? terms[j].weight : 1.0f;
-#pragma unroll
-            for (k_i32 p = 0; p < K_SUM_PIECES; p++) {
-                if (base + p * 512 < bytes) {
-                    v[p] = k_load16_shared(at + (k_u32)(p * 512));
-                }
-            }
-#pragma unroll
-            for (k_i32 p = 0; p < K_SUM_PIECES; p++) {
-                if (base + p * 512 < bytes) {
-                    k_add_piece(acc[p], v[p], dtype, weighted, w);
-                }
-            }
-            at += (k_u32)bytes;
-        }
-#pragma unroll
-        for (k_i32 p = 0; p < K_SUM_PIECES; p++) {
-            if (base + p * 512 < bytes) {
-                k_store16(dst + (k_u64)base + (k_u64)(p * 512), k_round_piece(acc[p], dtype));
-            }
-        }
+    for (; base - lane * 16 + 512 * K_SUM_PIECES <= bytes; base += 512 * K_SUM_PIECES) {
+        k_sum_chunk(src + (k_u32)base, dst + (k_u64)base, dtype, weighted, bytes, terms, num,
+                    K_SUM_PIECES);
+    }
+#pragma unroll 1
+    for (; base < bytes; base += 512) {
+        k_sum_chunk(src + (k_u32)base, dst + (k_u64)base, dtype, weighted, bytes, terms, num,
+                    1);
     }
 }
 
