@@ -2,7 +2,7 @@
 /*
  * The kernel language: every word a .k.c file may use. One source, two worlds: as C11 a *warp* is
  * one host thread with one lane, under NVRTC and nvcc it is 32 CUDA lanes. lang_host.h and
- * lang_cuda.h hold the bodies and are the only places with atomics, fences or assembly.
+ * lang_cuda*.h hold the bodies and are the only places with atomics, fences or assembly.
  *
  * Who am I      k->block, k->num_blocks, k->warp, k->num_warps, k->lane, K_LANES
  *               k_first(k), k_stride(k)  this warp's number in the grid and the number of warps

@@ -17,7 +17,7 @@
 #define MOST_WARPS 16
 #define MOST_WARPS_GENERIC 8 /* rows pass through their registers */
 #define STAGES 3
-#define MOST_STAGES 8 /* as many as K_MOVER_STAGES of lang_cuda.h */
+#define MOST_STAGES 8 /* as many as K_MOVER_STAGES of lang_cuda_tma.h */
 #define MOST_STAGES_GENERIC 4
 #define MOST_STAGE_BYTES 4096
 #define LEAST_STAGE_BYTES 512
