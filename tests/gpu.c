@@ -168,6 +168,20 @@ void gpu_must(ep_status st, const char *what) {
     }
 }
 
+void gpu_nvrtc(char path[PATH_MAX]) {
+    FILE *found = popen("scripts/find.sh nvrtc", "r");
+    char line[1024] = "";
+    if (found && fgets(line, sizeof(line), found)) {
+        line[strcspn(line, "\n")] = '\0';
+    }
+    if (found) {
+        pclose(found);
+    }
+    if (!*line || !realpath(line, path)) {
+        skip_all("no NVRTC here");
+    }
+}
+
 void *gpu_symbol(const char *name) {
     void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     void *symbol = lib ? dlsym(lib, name) : NULL;

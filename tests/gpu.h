@@ -20,6 +20,7 @@
 #ifndef TESTS_GPU_H
 #define TESTS_GPU_H
 
+#include <limits.h>
 #include <pthread.h>
 
 #include "src/cu/cu.h"
@@ -47,6 +48,9 @@ int gpu_run_ranks(int num_ranks, bool processes, int (*fn)(int rank, void *ctx),
 
 /* Ends the program with "Bail out!" unless st is EP_OK. */
 void gpu_must(ep_status st, const char *what);
+/* NVRTC as this machine has it, for tests of compilation that need no device; else the program is
+ * skipped. */
+void gpu_nvrtc(char path[PATH_MAX]);
 /* A function of the driver that src/cu does not use. */
 void *gpu_symbol(const char *name);
 

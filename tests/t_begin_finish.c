@@ -94,19 +94,9 @@ static void wrong_order(struct world *w) {
 static void run(uint64_t seed, void (*body)(struct world *w), const char *name) {
     const struct form form = {.two_step = true, .id_dtype = EP_I64, .num_bias = 1};
     struct test_case c;
-    struct trial t;
-    struct world_setup s;
 
     case_default(&c, 4, seed);
-    case_build(&c);
-    trial_init(&t, &c);
-    trial_form(&t, &form);
-    trial_build(&t);
-    trial_setup(&s, &t);
-    s.body = body;
-    ok(world_run(&s) == 0, "%s", name);
-    trial_free(&t);
-    case_free(&c);
+    trial_with(&c, &form, body, false, name);
 }
 
 int main(void) {

@@ -48,8 +48,6 @@ static void body(struct world *w) {
 
 static void run(uint64_t seed, const struct form *form, bool processes, const char *name) {
     struct test_case c;
-    struct trial t;
-    struct world_setup s;
 
     case_default(&c, 4, seed);
     c.max_tokens = 100;
@@ -57,16 +55,7 @@ static void run(uint64_t seed, const struct form *form, bool processes, const ch
     c.scale_dtype = EP_F32;
     c.row_dtype = EP_F8E4M3;
     c.hidden = 1040;
-    case_build(&c);
-    trial_init(&t, &c);
-    trial_form(&t, form);
-    trial_build(&t);
-    trial_setup(&s, &t);
-    s.processes = processes;
-    s.body = body;
-    ok(world_run(&s) == 0, "%s, %s", name, gpu_processes(processes) ? "processes" : "threads");
-    trial_free(&t);
-    case_free(&c);
+    trial_with(&c, form, body, processes, name);
 }
 
 int main(void) {

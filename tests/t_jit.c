@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "src/cu/jit.h"
+#include "tests/gpu.h"
 #include "tests/scratch.h"
 #include "tests/tap.h"
 
@@ -21,7 +22,7 @@
 
 static const char *const defines[] = {"-DK_BLOCK_WARPS=8", NULL};
 static const char *const files[] = {"kernel/dispatch.k.c", "kernel/combine.k.c", ROUTE};
-static char nvrtc[1024];
+static char nvrtc[PATH_MAX];
 
 /* What ranks tell the test and each other. */
 static struct shared {
@@ -370,22 +371,8 @@ static int no_memory_warm(int rank, void *ctx) {
 
 /* ------------------------------------------------------------------------------------------- */
 
-static void find_nvrtc(void) {
-    FILE *found = popen("scripts/find.sh nvrtc", "r");
-    char line[1024] = "";
-    if (found && fgets(line, sizeof(line), found)) {
-        line[strcspn(line, "\n")] = '\0';
-    }
-    if (found) {
-        pclose(found);
-    }
-    if (!*line || !realpath(line, nvrtc)) {
-        skip_all("no NVRTC here");
-    }
-}
-
 int main(void) {
-    find_nvrtc();
+    gpu_nvrtc(nvrtc);
     tap_deadline(110);
     shared = tap_shared(sizeof(*shared));
     const char *folder = scratch_path(scratch_folder(), "cache");

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "src/cu/cu.h"
+#include "tests/gpu.h"
 #include "tests/scratch.h"
 #include "tests/tap.h"
 
@@ -221,19 +222,9 @@ static int no_memory(int rank, void *ctx) {
 }
 
 int main(void) {
-    FILE *found = popen("scripts/find.sh nvrtc", "r");
-    char line[1024] = "";
-    if (found && fgets(line, sizeof(line), found)) {
-        line[strcspn(line, "\n")] = '\0';
-    }
-    if (found) {
-        pclose(found);
-    }
-    const char *at = strstr(line, "libnvrtc.so.");
-    if (!at || !realpath(line, nvrtc)) {
-        skip_all("no NVRTC here");
-    }
-    major = atoi(at + 12);
+    gpu_nvrtc(nvrtc);
+    const char *at = strstr(nvrtc, "libnvrtc.so.");
+    major = at ? atoi(at + 12) : 0;
     snprintf(soname, sizeof(soname), "libnvrtc.so.%d", major);
     tap_deadline(60);
     scratch_folder();

@@ -242,21 +242,10 @@ static void small_output(struct world *w) {
 static void run(uint64_t seed, const struct form *form, void (*body)(struct world *w),
                 bool processes, const char *name) {
     struct test_case c;
-    struct trial t;
-    struct world_setup s;
 
     case_default(&c, 4, seed);
     c.tokens = TOKENS_MAX;
-    case_build(&c);
-    trial_init(&t, &c);
-    trial_form(&t, form);
-    trial_build(&t);
-    trial_setup(&s, &t);
-    s.processes = processes;
-    s.body = body;
-    ok(world_run(&s) == 0, "%s", name);
-    trial_free(&t);
-    case_free(&c);
+    trial_with(&c, form, body, processes, name);
 }
 
 int main(void) {

@@ -187,11 +187,13 @@ void trial_body(struct world *w) {
     world_check(w, handle == NULL, "the handle's pointer is not NULL");
 }
 
-bool trial_run(const struct trial *t, bool processes, const char *name) {
+static bool run_body(const struct trial *t, void (*body)(struct world *w), bool processes,
+                     const char *name) {
     char what[512];
     struct world_setup s;
 
     trial_setup(&s, t);
+    s.body = body;
     s.processes = processes;
     case_describe(t->c, what, sizeof(what));
     if (!ok(world_run(&s) == 0, "%s, %s", name,
@@ -202,8 +204,12 @@ bool trial_run(const struct trial *t, bool processes, const char *name) {
     return true;
 }
 
-bool trial_case(struct test_case *c, const struct form *form, bool processes,
-                const char *name) {
+bool trial_run(const struct trial *t, bool processes, const char *name) {
+    return run_body(t, trial_body, processes, name);
+}
+
+bool trial_with(struct test_case *c, const struct form *form, void (*body)(struct world *w),
+                bool processes, const char *name) {
     struct trial t;
     bool good;
 
@@ -211,8 +217,13 @@ bool trial_case(struct test_case *c, const struct form *form, bool processes,
     trial_init(&t, c);
     trial_form(&t, form);
     trial_build(&t);
-    good = trial_run(&t, processes, name);
+    good = run_body(&t, body, processes, name);
     trial_free(&t);
     case_free(c);
     return good;
+}
+
+bool trial_case(struct test_case *c, const struct form *form, bool processes,
+                const char *name) {
+    return trial_with(c, form, trial_body, processes, name);
 }

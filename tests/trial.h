@@ -109,6 +109,9 @@ void trial_body(struct world *w);
 /* One pass of a trial on a group of its own, as threads or processes: one test point. */
 bool trial_run(const struct trial *t, bool processes, const char *name);
 /* Builds and runs a case with the same form on all ranks, and frees it. */
+bool trial_with(struct test_case *c, const struct form *form, void (*body)(struct world *w),
+                bool processes, const char *name);
+/* The same with trial_body. */
 bool trial_case(struct test_case *c, const struct form *form, bool processes, const char *name);
 
 #endif
