@@ -167,9 +167,6 @@ static K_INLINE const struct answer *listed(const struct answer_list *l, k_i32 i
     return &l->answers[(k_u32)i % LISTED_ANSWERS];
 }
 
-/* An answer of so many stages is published in two parts, as sums begin when one has arrived. */
-#define TWO_PARTS 28
-
 static K_INLINE void list_answer(struct k_thread *k, const struct k_combine_args *a,
                                  struct answer_list *l, k_i32 owner, k_u32 row, k_u32 rows) {
     if (k->lane == 0) {
@@ -193,6 +190,7 @@ static K_INLINE void list_up_to(struct k_thread *k, const struct k_combine_args 
         k_u32 r0, r1;
         find_answer(a, TO_PEERS, l->next, &owner, &c, &r0, &r1);
         const k_bool halves =
+            l->items / FEW_ANSWERS < l->stride &&
             (k_u64)(r1 - r0) * (k_u64)a->row_bytes >= TWO_PARTS * (k_u64)a->stage_bytes;
         const k_u32 middle = halves ? r0 + (r1 - r0 + 1) / 2 : r1;
         if (r0 != middle) {

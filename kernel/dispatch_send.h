@@ -87,10 +87,6 @@ static K_INLINE void begin_channel(const struct k_dispatch_args *a, struct send_
     l->middle = l->end - l->at < l->least ? l->at : l->at + (l->end - l->at) / 2 + 1;
 }
 
-/* Pieces of rows from which on a channel is announced in two parts, as those who receive have much
- * to do with each: announcing one costs as much as a few pieces. */
-#define TWO_PARTS 28
-
 /* Lists token i + 1 at least, if there is one. */
 static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_args *a,
                                  struct send_list *l, k_i32 i) {

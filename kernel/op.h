@@ -184,6 +184,19 @@ static K_INLINE k_bool pending_is_due(const struct pending *p, k_bool at_once) {
     return p->unit >= 0 && (at_once || p->newer >= SETTLE_AFTER);
 }
 
+/*
+ * A unit of so many pieces is published in two parts, as those who wait for it begin with the first
+ * half: publishing costs as much as a few pieces. Answers only where a warp has few of them. Check
+ * builds do it wherever they can.
+ */
+#if defined(K_LATE_MOVERS)
+#define TWO_PARTS 2
+#define FEW_ANSWERS 1000000
+#else
+#define TWO_PARTS 28
+#define FEW_ANSWERS 8
+#endif
+
 /* An address for one lane only; the other lanes store nowhere. */
 static K_INLINE struct k_peer one_lane(const struct k_thread *k, k_u64 address) {
     struct k_peer p;

@@ -318,7 +318,8 @@ static int disassembled(int rank, void *ctx) {
     setenv("PATH", path, 1);
     unsetenv("CUDA_HOME");
     for (int i = 0; i < 3; i++) {
-        dump[i] = scratch_path(scratch_folder(), (const char *[]){"none", "home", "bad"}[i]);
+        dump[i] = scratch_path(scratch_folder(),
+                               (const char *[]){"dump/none", "dump/home", "dump/bad"}[i]);
     }
     setenv("EP_JIT_DUMP", dump[0], 1);
     ok(get(ROUTE, &k) == EP_OK && scratch_count(dump[0], ".sass") == 0 &&
