@@ -108,7 +108,7 @@ help:
 	@echo 'make            the library, the program build/ep, examples'
 	@echo 'make demo       build, then a Mixture-of-Experts layer over 4 processes'
 	@echo 'make check      everything a change must pass (about 15 minutes on 2 cores)'
-	@echo 'make check-gpu  the tests on the GPUs of this machine, GPU_SECONDS=540, ARGS=--quick'
+	@echo 'make check-gpu  the tests on the GPUs of this machine, ARGS=--quick for some, GPU_SECONDS=N'
 	@echo 'make soak       the tests with many seeds, SOAK_SECONDS=600'
 	@echo 'make asan|ubsan|tsan   the tests under one sanitizer'
 	@echo 'make gate       kernels for every GPU generation, and aarch64; needs no GPU'
