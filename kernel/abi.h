@@ -13,7 +13,6 @@
 
 #include "kernel/lang_types.h"
 
-#define K_MAX_RANKS 1024
 #define K_MAX_TOPK 64
 #define K_MAX_BLOCKS 256
 
@@ -275,7 +274,6 @@ struct k_route_args {
 #define K_DO_COUNTS 4u /* uncached: exchange counts */
 #define K_DO_EXPAND 8u /* expanded output or input */
 #define K_DO_ZERO_GAPS 16u
-#define K_DO_SCALES_COLUMN 32u
 #define K_DO_WEIGHTS 64u  /* top-k weights travel */
 #define K_DO_REDUCE 128u  /* combine: rows are weighted or expanded, summed before sending */
 #define K_DO_NOTHING 256u /* after a fault: only leave the outputs as after a failure */

@@ -104,11 +104,6 @@ static K_INLINE k_bool k_claim(k_u64 *p) {
     return __atomic_compare_exchange_n(p, &zero, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
-/* *p = min(*p, v); p belongs to this warp. */
-static K_INLINE void k_lower(k_u64 *p, k_u64 v) {
-    *p = v < *p ? v : *p;
-}
-
 /* *p = max(*p, v), atomically. */
 static K_INLINE void k_max(k_u64 *p, k_u64 v) {
     k_u64 old = __atomic_load_n(p, __ATOMIC_RELAXED);

@@ -156,23 +156,25 @@ static void check_info(const struct ep_group_config *c, const struct epi_plan *p
     must(p->num_slots >= 1 && p->num_slots <= 64);
 }
 
-/* A handle's arrays are in the order of the struct. */
+/* From one array of a handle to what is behind it. */
+static size_t gap(const void *from, const void *to) {
+    must((uintptr_t)to >= (uintptr_t)from && (uintptr_t)to % ALIGN == 0);
+    return (uintptr_t)to - (uintptr_t)from;
+}
+
 static void check_handle(const struct ep_group_config *c, const struct epi_plan *p) {
-    struct epi_handle_map m;
-    size_t at[sizeof(m) / sizeof(size_t)];
-    epi_plan_handle(c, p, &m);
-    memcpy(at, &m, sizeof(m));
-    must(at[0] == 0 && m.bytes == (size_t)p->info.handle_bytes);
-    for (size_t i = 1; i < sizeof(at) / sizeof(at[0]); i++) {
-        must(at[i] >= at[i - 1] && at[i] % ALIGN == 0);
-    }
+    struct k_handle h = {0};
+    const uintptr_t block = (uintptr_t)1 << 40;
+    const size_t bytes = epi_plan_handle(c, p, block, &h);
+    must(bytes == (size_t)p->info.handle_bytes && (uintptr_t)h.num_dests == block);
     const size_t tokens = (size_t)c->max_tokens, topk = (size_t)c->max_topk;
-    must(m.dest_slot - m.dest_rank >= tokens * (size_t)p->max_dests * 4);
-    must(m.sel_index - m.ids >= tokens * topk * 4);
-    must(m.counts - m.expand_row >= (size_t)p->info.max_recv_rows * topk * 4);
+    must(gap(h.num_dests, h.dest_rank) >= tokens * 4);
+    must(gap(h.dest_rank, h.dest_slot) >= tokens * (size_t)p->max_dests * 4);
+    must(gap(h.ids, h.sel_index) >= tokens * topk * 4);
+    must(gap(h.expand_row, h.counts) >= (size_t)p->info.max_recv_rows * topk * 4);
     const size_t columns = K_ROUTE_COLUMNS((size_t)c->num_experts, (size_t)p->num_ranks);
-    must(m.totals - m.counters >= (size_t)p->info.num_channels * columns * 4);
-    must(m.bytes - m.sync >= 8);
+    must(gap(h.counters, h.totals) >= (size_t)p->info.num_channels * columns * 4);
+    must(block + bytes - (uintptr_t)h.sync >= 8);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {

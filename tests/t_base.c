@@ -104,7 +104,6 @@ static void test_knobs(void) {
     char log[4096];
     unsetenv("EP_TIMEOUT_MS");
     ok(epi_opt_int(EPI_OPT_TIMEOUT_MS) == 100000, "an unset knob has its default");
-    ok(!epi_opt_is_set(EPI_OPT_TIMEOUT_MS), "and is not set");
     setenv("EP_TIMEOUT_MS", "250", 1);
     ok(epi_opt_int(EPI_OPT_TIMEOUT_MS) == 250, "a knob is read anew on each call");
     setenv("EP_TIMEOUT_MS", "", 1);

@@ -54,15 +54,6 @@ void *epi_alloc_array(size_t num, size_t item_bytes) {
     return epi_alloc(num * item_bytes);
 }
 
-char *epi_strdup(const char *text) {
-    size_t bytes = strlen(text) + 1;
-    char *copy = epi_alloc(bytes);
-    if (copy != NULL) {
-        memcpy(copy, text, bytes);
-    }
-    return copy;
-}
-
 void epi_free(void *p) {
     if (p != NULL) {
         atomic_fetch_sub(&num_live, 1);

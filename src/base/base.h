@@ -50,7 +50,6 @@ void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per 
 /*
  * The one table of knobs: X(id, kind, default, min, max, choices, doc), variable EP_<id>.
  *   INT     min <= value <= max, decimal or 0x
- *   BOOL    1 0 true false yes no on off
  *   STR     min <= strlen(value) <= max
  *   CHOICE  one of `choices`; epi_opt_int gives its index
  * An empty variable counts as unset. A default of NULL (STR only) means "no value".
@@ -79,12 +78,7 @@ void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per 
 enum epi_opt { EPI_OPTS(EPI_OPT_ENUM) EPI_OPT_COUNT };
 #undef EPI_OPT_ENUM
 
-enum epi_opt_kind {
-    EPI_OPT_KIND_INT,
-    EPI_OPT_KIND_BOOL,
-    EPI_OPT_KIND_STR,
-    EPI_OPT_KIND_CHOICE
-};
+enum epi_opt_kind { EPI_OPT_KIND_INT, EPI_OPT_KIND_STR, EPI_OPT_KIND_CHOICE };
 
 struct epi_opt_info {
     const char *name;
@@ -100,7 +94,6 @@ struct epi_opt_info {
  * once per value. epi_opt_int is for INT, BOOL (0, 1) and CHOICE (index). */
 int64_t epi_opt_int(enum epi_opt opt);
 const char *epi_opt_str(enum epi_opt opt); /* NULL when unset and without a default */
-bool epi_opt_is_set(enum epi_opt opt);
 
 /* For `ep env`. The result belongs to the calling thread and lasts until its next call;
  * NULL when `index` is out of range. */
@@ -141,8 +134,7 @@ bool epi_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, struct epi_dead
  * unique allocation. */
 void *epi_alloc(size_t bytes);
 void *epi_alloc_array(size_t num, size_t item_bytes); /* NULL also when the product overflows */
-char *epi_strdup(const char *text);
-void epi_free(void *p); /* NULL is fine */
+void epi_free(void *p);                               /* NULL is fine */
 
 /* Counts one allocation and says whether EP_TEST_ALLOC_FAIL wants it to fail. epi_alloc asks
  * by itself; call it before mmap, memfd_create, socket and the like. */

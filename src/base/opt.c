@@ -89,17 +89,6 @@ static bool parse_int(const struct opt_row *row, const char *text, int64_t *out)
     return true;
 }
 
-static bool parse_bool(const char *text, int64_t *out) {
-    static const char *const words[] = {"0", "1", "false", "true", "no", "yes", "off", "on"};
-    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++) {
-        if (strcasecmp(text, words[i]) == 0) {
-            *out = (int64_t)(i & 1);
-            return true;
-        }
-    }
-    return false;
-}
-
 static bool parse_choice(const char *choices, const char *text, int64_t *out) {
     size_t text_len = strlen(text);
     int64_t index = 0;
@@ -121,8 +110,6 @@ static bool parse(const struct opt_row *row, const char *text, int64_t *out) {
     switch (row->kind) {
     case EPI_OPT_KIND_INT:
         return parse_int(row, text, out);
-    case EPI_OPT_KIND_BOOL:
-        return parse_bool(text, out);
     case EPI_OPT_KIND_CHOICE:
         return parse_choice(row->choices, text, out);
     case EPI_OPT_KIND_STR:
@@ -139,9 +126,6 @@ static void describe_rule(const struct opt_row *row, char *out, size_t bytes) {
         } else {
             snprintf(out, bytes, "an integer in %" PRId64 "..%" PRId64, row->min, row->max);
         }
-        break;
-    case EPI_OPT_KIND_BOOL:
-        snprintf(out, bytes, "1, 0, true, false, yes, no, on or off");
         break;
     case EPI_OPT_KIND_CHOICE:
         snprintf(out, bytes, "one of %s", row->choices);
@@ -203,10 +187,6 @@ int64_t epi_opt_int(enum epi_opt opt) {
 const char *epi_opt_str(enum epi_opt opt) {
     int64_t number = 0;
     return effective(opt, &number);
-}
-
-bool epi_opt_is_set(enum epi_opt opt) {
-    return env_text(rows[opt].name) != NULL;
 }
 
 size_t epi_opt_count(void) {

@@ -25,8 +25,7 @@ struct epi_cu_device {
     int major, minor; /* compute capability */
     int num_sms;
     int max_shared_bytes; /* dynamic shared memory that a block can opt in to */
-    bool cooperative;
-    bool shareable; /* its memory can be handed to other processes: see vmm.c */
+    bool shareable;       /* its memory can be handed to other processes: see vmm.c */
     size_t memory_bytes;
     void *context;    /* retained */
     uint8_t uuid[16]; /* names it in every process; of a MIG device, the instance */
@@ -37,10 +36,6 @@ ep_status epi_cu_device_open(struct epi_cu_device *out, int index);
 void epi_cu_device_close(struct epi_cu_device *d);
 /* Lets kernels of `d` use the memory of `other`. EP_ERR_UNSUPPORTED: there is no path. */
 ep_status epi_cu_peer(const struct epi_cu_device *d, const struct epi_cu_device *other);
-/* *nvlink: 1 if all atomics work over the link from `d` to `other`, which NVLink can and PCIe
- * cannot; a device has such a link to itself. */
-ep_status epi_cu_link(const struct epi_cu_device *d, const struct epi_cu_device *other,
-                      int *nvlink);
 
 /* ---- peek.c: what can be known without opening the driver --------------------------------- */
 
@@ -91,7 +86,6 @@ ep_status epi_cu_fill(const struct epi_cu_device *d, void *stream, uint64_t at, 
 ep_status epi_cu_stream_create(const struct epi_cu_device *d, void **stream);
 ep_status epi_cu_stream_create_high(const struct epi_cu_device *d, void **stream);
 void epi_cu_stream_destroy(const struct epi_cu_device *d, void **stream);
-ep_status epi_cu_stream_query(const struct epi_cu_device *d, void *stream); /* or EP_AGAIN */
 ep_status epi_cu_stream_sync(const struct epi_cu_device *d, void *stream);
 /* What is queued behind this waits until *word (of epi_cu_alloc_host) is `value` or more.
  * EP_ERR_UNSUPPORTED: the driver or the device cannot. */
@@ -150,7 +144,6 @@ void epi_cu_unregister(const struct epi_cu_device *d, void *p);
 
 struct epi_cu_kernel {
     void *function;
-    int num_registers, local_bytes, static_shared_bytes, max_threads;
     char name[48];
 };
 
@@ -160,16 +153,10 @@ void epi_cu_module_unload(const struct epi_cu_device *d, void **module);
 /* The kernel opts in to all dynamic shared memory that the device has for it. */
 ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const char *name,
                             struct epi_cu_kernel *out);
-/* Blocks of this shape that an idle device holds at once. */
-ep_status epi_cu_resident(const struct epi_cu_device *d, const struct epi_cu_kernel *k,
-                          int threads, size_t shared_bytes, int *blocks);
 
 struct epi_cu_launch {
     int blocks, threads;
     size_t shared_bytes; /* dynamic */
-    /* The device starts all blocks together or none. Kernels that wait for other kernels of the
-     * same device must not ask for it: it may make them run one after the other. */
-    bool cooperative;
     void *stream;
 };
 /* `args` is the kernel's only parameter, copied before this returns. */

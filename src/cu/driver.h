@@ -9,23 +9,6 @@
 
 #include "src/cu/cu.h"
 
-struct cu_attribute { /* CUlaunchAttribute */
-    int id;
-    int pad;
-    union {
-        int cooperative;
-        uint64_t room[8];
-    } value;
-};
-
-struct cu_config { /* CUlaunchConfig */
-    unsigned grid[3], block[3];
-    unsigned shared_bytes;
-    void *stream;
-    struct cu_attribute *attributes;
-    unsigned num_attributes;
-};
-
 struct cu_location { /* CUmemLocation */
     int type;
     int id;
@@ -46,8 +29,6 @@ struct cu_access { /* CUmemAccessDesc */
     int flags;
 };
 
-_Static_assert(sizeof(struct cu_attribute) == 72, "CUlaunchAttribute");
-_Static_assert(sizeof(struct cu_config) == 56, "CUlaunchConfig");
 _Static_assert(sizeof(struct cu_location) == 8, "CUmemLocation");
 _Static_assert(sizeof(struct cu_allocation) == 32, "CUmemAllocationProp");
 _Static_assert(offsetof(struct cu_allocation, location) == 8, "CUmemAllocationProp.location");
@@ -69,7 +50,6 @@ _Static_assert(offsetof(struct cu_access, flags) == 8, "CUmemAccessDesc.flags");
     X(DeviceTotalMem, "cuDeviceTotalMem_v2", (size_t *, int))                                  \
     X(DeviceGetUuid, "cuDeviceGetUuid_v2", (uint8_t *, int))                                   \
     X(DeviceCanAccessPeer, "cuDeviceCanAccessPeer", (int *, int, int))                         \
-    X(DeviceGetP2PAttribute, "cuDeviceGetP2PAttribute", (int *, int, int, int))                \
     X(DevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (void **, int))                      \
     X(DevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", (int))                          \
     X(CtxPushCurrent, "cuCtxPushCurrent_v2", (void *))                                         \
@@ -109,7 +89,6 @@ _Static_assert(offsetof(struct cu_access, flags) == 8, "CUmemAccessDesc.flags");
     X(StreamCreate, "cuStreamCreate", (void **, unsigned))                                     \
     X(StreamCreateWithPriority, "cuStreamCreateWithPriority", (void **, unsigned, int))        \
     X(StreamDestroy, "cuStreamDestroy_v2", (void *))                                           \
-    X(StreamQuery, "cuStreamQuery", (void *))                                                  \
     X(StreamSynchronize, "cuStreamSynchronize", (void *))                                      \
     X(StreamWaitEvent, "cuStreamWaitEvent", (void *, void *, unsigned))                        \
     X(StreamGetCaptureInfo, "cuStreamGetCaptureInfo_v2",                                       \
@@ -124,9 +103,9 @@ _Static_assert(offsetof(struct cu_access, flags) == 8, "CUmemAccessDesc.flags");
     X(ModuleGetFunction, "cuModuleGetFunction", (void **, void *, const char *))               \
     X(FuncGetAttribute, "cuFuncGetAttribute", (int *, int, void *))                            \
     X(FuncSetAttribute, "cuFuncSetAttribute", (void *, int, int))                              \
-    X(OccupancyMaxActiveBlocks, "cuOccupancyMaxActiveBlocksPerMultiprocessor",                 \
-      (int *, void *, int, size_t))                                                            \
-    X(LaunchKernelEx, "cuLaunchKernelEx", (const struct cu_config *, void *, void **, void **))
+    X(LaunchKernel, "cuLaunchKernel",                                                          \
+      (void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *,   \
+       void **, void **))
 
 /* May be missing. */
 #define CU_OPTIONAL_SYMBOLS(X)                                                                 \
@@ -153,7 +132,6 @@ extern struct cu_driver epi_cu_driver; /* filled by epi_cu_open */
 #define CU_OPERATING_SYSTEM 304
 #define CU_NOT_READY 600
 #define CU_PEER_ACCESS_ALREADY_ENABLED 704
-#define CU_COOPERATIVE_LAUNCH_TOO_LARGE 720
 #define CU_NOT_PERMITTED 800
 #define CU_NOT_SUPPORTED 801
 #define CU_SYSTEM_DRIVER_MISMATCH 803

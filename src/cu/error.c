@@ -14,7 +14,6 @@ static ep_status status_of(int result) {
     case CU_NO_DEVICE:
     case CU_NO_BINARY_FOR_GPU:
     case CU_PEER_ACCESS_UNSUPPORTED:
-    case CU_COOPERATIVE_LAUNCH_TOO_LARGE:
     case CU_NOT_SUPPORTED:
     case CU_SYSTEM_DRIVER_MISMATCH:
         return EP_ERR_UNSUPPORTED;

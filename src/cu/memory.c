@@ -161,10 +161,6 @@ void epi_cu_stream_destroy(const struct epi_cu_device *d, void **stream) {
     *stream = NULL;
 }
 
-ep_status epi_cu_stream_query(const struct epi_cu_device *d, void *stream) {
-    WITHIN(d, CU(StreamQuery, stream));
-}
-
 ep_status epi_cu_stream_sync(const struct epi_cu_device *d, void *stream) {
     WITHIN(d, CU(StreamSynchronize, stream));
 }

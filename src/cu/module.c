@@ -8,15 +8,8 @@
 
 #include <string.h>
 
-enum function_attribute {
-    MAX_THREADS_PER_BLOCK = 0,
-    SHARED_SIZE_BYTES = 1,
-    LOCAL_SIZE_BYTES = 3,
-    NUM_REGS = 4,
-    MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
-};
-
-#define LAUNCH_COOPERATIVE 2
+#define SHARED_SIZE_BYTES 1 /* attributes of a function */
+#define MAX_DYNAMIC_SHARED_SIZE_BYTES 8
 
 ep_status epi_cu_module_load(const struct epi_cu_device *d, const void *cubin, void **module) {
     ep_status st = epi_cu_enter(d);
@@ -44,19 +37,13 @@ static ep_status get_kernel(const struct epi_cu_device *d, void *module,
     if (epi_cu_driver.FuncLoad) { /* with lazy loading the first launch would do this */
         st = CU(FuncLoad, k->function);
     }
-    const struct {
-        int attribute;
-        int *to;
-    } wanted[] = {{MAX_THREADS_PER_BLOCK, &k->max_threads},
-                  {SHARED_SIZE_BYTES, &k->static_shared_bytes},
-                  {LOCAL_SIZE_BYTES, &k->local_bytes},
-                  {NUM_REGS, &k->num_registers}};
-    for (size_t i = 0; st == EP_OK && i < sizeof(wanted) / sizeof(wanted[0]); i++) {
-        st = CU(FuncGetAttribute, wanted[i].to, wanted[i].attribute, k->function);
+    int own_bytes = 0;
+    if (st == EP_OK) {
+        st = CU(FuncGetAttribute, &own_bytes, SHARED_SIZE_BYTES, k->function);
     }
     if (st == EP_OK) {
         st = CU(FuncSetAttribute, k->function, MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                d->max_shared_bytes - k->static_shared_bytes);
+                d->max_shared_bytes - own_bytes);
     }
     return st;
 }
@@ -77,39 +64,13 @@ ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const c
     return st;
 }
 
-ep_status epi_cu_resident(const struct epi_cu_device *d, const struct epi_cu_kernel *k,
-                          int threads, size_t shared_bytes, int *blocks) {
-    int per_sm = 0;
-    ep_status st = epi_cu_enter(d);
-    if (st == EP_OK) {
-        st = CU(OccupancyMaxActiveBlocks, &per_sm, k->function, threads, shared_bytes);
-        epi_cu_leave();
-    }
-    if (st == EP_OK) {
-        *blocks = per_sm * d->num_sms;
-    }
-    return st;
-}
-
 ep_status epi_cu_launch(const struct epi_cu_device *d, const struct epi_cu_kernel *k,
                         const struct epi_cu_launch *l, const void *args) {
-    struct cu_attribute attribute;
-    struct cu_config c;
     void *params[] = {(void *)(uintptr_t)args}; /* the driver only reads */
-    memset(&attribute, 0, sizeof(attribute));
-    memset(&c, 0, sizeof(c));
-    attribute.id = LAUNCH_COOPERATIVE;
-    attribute.value.cooperative = 1;
-    c.grid[0] = (unsigned)l->blocks;
-    c.block[0] = (unsigned)l->threads;
-    c.grid[1] = c.grid[2] = c.block[1] = c.block[2] = 1;
-    c.shared_bytes = (unsigned)l->shared_bytes;
-    c.stream = l->stream;
-    c.attributes = &attribute;
-    c.num_attributes = l->cooperative ? 1 : 0;
     ep_status st = epi_cu_enter(d);
     if (st == EP_OK) {
-        st = CU(LaunchKernelEx, &c, k->function, params, NULL);
+        st = CU(LaunchKernel, k->function, (unsigned)l->blocks, 1, 1, (unsigned)l->threads, 1,
+                1, (unsigned)l->shared_bytes, l->stream, params, NULL);
         epi_cu_leave();
     }
     if (st != EP_OK) {

@@ -11,13 +11,11 @@
 
 #define CU_CUDA_VERSION_MIN 12000
 #define CAPTURE_MODE_RELAXED 2
-#define P2P_NATIVE_ATOMIC_SUPPORTED 3
 
 enum device_attribute {
     MULTIPROCESSOR_COUNT = 16,
     COMPUTE_CAPABILITY_MAJOR = 75,
     COMPUTE_CAPABILITY_MINOR = 76,
-    COOPERATIVE_LAUNCH = 95,
     MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
     VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102,
     HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED = 103
@@ -125,14 +123,13 @@ void epi_cu_leave_apart(int mode) {
 }
 
 static ep_status read_attributes(struct epi_cu_device *d) {
-    int cooperative = 0, vmm = 0, fds = 0;
+    int vmm = 0, fds = 0;
     const struct {
         int attribute;
         int *to;
     } wanted[] = {{MULTIPROCESSOR_COUNT, &d->num_sms},
                   {COMPUTE_CAPABILITY_MAJOR, &d->major},
                   {COMPUTE_CAPABILITY_MINOR, &d->minor},
-                  {COOPERATIVE_LAUNCH, &cooperative},
                   {MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &d->max_shared_bytes},
                   {VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, &vmm},
                   {HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, &fds}};
@@ -140,7 +137,6 @@ static ep_status read_attributes(struct epi_cu_device *d) {
     for (size_t i = 0; st == EP_OK && i < sizeof(wanted) / sizeof(wanted[0]); i++) {
         st = CU(DeviceGetAttribute, wanted[i].to, wanted[i].attribute, d->handle);
     }
-    d->cooperative = cooperative != 0;
     d->shareable = vmm && fds;
     return st;
 }
@@ -206,19 +202,5 @@ ep_status epi_cu_peer(const struct epi_cu_device *d, const struct epi_cu_device 
              ? EP_OK
              : epi_cu_result(result, "cuCtxEnablePeerAccess");
     epi_cu_leave();
-    return st;
-}
-
-ep_status epi_cu_link(const struct epi_cu_device *d, const struct epi_cu_device *other,
-                      int *nvlink) {
-    int native = 1;
-    ep_status st = EP_OK;
-    if (d->handle != other->handle) {
-        st = CU(DeviceGetP2PAttribute, &native, P2P_NATIVE_ATOMIC_SUPPORTED, d->handle,
-                other->handle);
-    }
-    if (st == EP_OK) {
-        *nvlink = native != 0;
-    }
     return st;
 }

@@ -272,7 +272,7 @@ ep_status epi_cuda_read(ep_group *g, void *out, const void *at, size_t bytes) {
     return epi_gpu_out(g->cuda->gpu, out, (uint64_t)(uintptr_t)at, bytes);
 }
 
-ep_status epi_cuda_handle(ep_handle *h, const struct epi_handle_map *map) {
+ep_status epi_cuda_handle(ep_handle *h) {
     ep_group *g = h->group;
     struct epi_cuda *c = g->cuda;
     uint64_t at = 0;
@@ -289,7 +289,7 @@ ep_status epi_cuda_handle(ep_handle *h, const struct epi_handle_map *map) {
         return epi_fail(EP_ERR_NOMEM, "%d handles of the group are alive, at most %d can be",
                         NUM_NOTICES, NUM_NOTICES);
     }
-    ep_status st = epi_gpu_alloc(c->gpu, &at, map->bytes);
+    ep_status st = epi_gpu_alloc(c->gpu, &at, (size_t)g->plan.info.handle_bytes);
     if (st != EP_OK) {
         c->notice_taken[slot] = false;
         return st;
@@ -300,7 +300,7 @@ ep_status epi_cuda_handle(ep_handle *h, const struct epi_handle_map *map) {
     h->notice = (void *)((char *)epi_mem_board(g->mem, g->rank) + offset);
     memset(h->notice, 0, sizeof(*h->notice));
     h->notice->bad = ~UINT64_C(0);
-    epi_plan_carve(&h->k, h->block, map);
+    epi_plan_handle(&g->config, &g->plan, at, &h->k);
     h->k.notice = (void *)(uintptr_t)(epi_mem_board_address(g->mem, g->rank) + offset);
     return EP_OK;
 }

@@ -174,7 +174,7 @@ struct epi_gpu *epi_cuda_gpu(const ep_group *g);
 /* Under the group's mutex: launches a kernel behind the last one. */
 ep_status epi_cuda_run(ep_group *g, enum epi_kernel kernel, const void *args, int blocks,
                        void *stream, bool *capturing);
-ep_status epi_cuda_handle(ep_handle *h, const struct epi_handle_map *map);
+ep_status epi_cuda_handle(ep_handle *h);
 void epi_cuda_drop_handle(ep_handle *h);
 /* Copies device memory of the group's own; waits for the copy only. */
 ep_status epi_cuda_read(ep_group *g, void *out, const void *at, size_t bytes);

@@ -9,16 +9,15 @@
 
 static ep_status make_block(ep_handle *h) {
     ep_group *g = h->group;
-    struct epi_handle_map map;
-    epi_plan_handle(&g->config, &g->plan, &map);
+    const size_t bytes = (size_t)g->plan.info.handle_bytes;
     if (g->cuda) {
-        return epi_cuda_handle(h, &map);
+        return epi_cuda_handle(h);
     }
-    h->block = epi_alloc(map.bytes);
+    h->block = epi_alloc(bytes);
     if (!h->block) {
-        return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)", map.bytes);
+        return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)", bytes);
     }
-    epi_plan_carve(&h->k, h->block, &map);
+    epi_plan_handle(&g->config, &g->plan, (uintptr_t)h->block, &h->k);
     h->notice = h->k.notice;
     return EP_OK;
 }

@@ -210,9 +210,8 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
     map_rows(c, p, &at);
     p->info.arena_bytes = align_up((int64_t)at, PAGE);
     p->info.control_bytes += p->info.arena_bytes - (int64_t)at; /* the rest of the last page */
-    struct epi_handle_map h;
-    epi_plan_handle(c, p, &h);
-    p->info.handle_bytes = (int64_t)h.bytes;
+    struct k_handle h;
+    p->info.handle_bytes = (int64_t)epi_plan_handle(c, p, 0, &h);
     p->info.local_bytes =
         (int64_t)(epi_plan_table_bytes(c, num_ranks) +
                   (size_t)(c->num_workers ? c->num_workers : 1) * epi_plan_warp_bytes(c, p));
@@ -249,66 +248,39 @@ size_t epi_plan_warp_bytes(const struct ep_group_config *c, const struct epi_pla
     return (size_t)K_SCRATCH_BYTES(p->max_dests) + (size_t)K_RING_BYTES(EPI_HOST_STAGES, stage);
 }
 
-void epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p,
-                     struct epi_handle_map *m) {
+size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p,
+                       uint64_t block, struct k_handle *k) {
     const int64_t ranks = p->num_ranks, chans = p->info.num_channels, tokens = c->max_tokens;
     const int64_t experts = c->num_experts, topk = c->max_topk, local = p->max_local;
     const int64_t columns = K_ROUTE_COLUMNS(experts, ranks);
     const int64_t blocks = chans < K_MAX_BLOCKS ? chans : K_MAX_BLOCKS; /* of route, at most */
-    uint64_t at = 0;
-    m->num_dests = take(&at, tokens * 4);
-    m->dest_rank = take(&at, tokens * p->max_dests * 4);
-    m->dest_slot = take(&at, tokens * p->max_dests * 4);
-    m->ids = take(&at, tokens * topk * 4);
-    m->sel_index = take(&at, tokens * topk * 4);
-    m->send_count = take(&at, ranks * 4);
-    m->send_base = take(&at, (ranks + 1) * 4);
-    m->send_chan = take(&at, ranks * (chans + 1) * 4);
-    m->send_expert = take(&at, experts * 4);
-    m->counters = take(&at, (chans + blocks) * columns * 4);
-    m->totals = take(&at, blocks * columns * 8);
-    m->bad = take(&at, 8);
-    m->recv_count = take(&at, ranks * 4);
-    m->recv_base = take(&at, (ranks + 1) * 4);
-    m->recv_chan = take(&at, ranks * (chans + 1) * 4);
-    m->recv_expert = take(&at, ranks * local * 4);
-    m->expert_base = take(&at, ranks * local * 4);
-    m->expert_start = take(&at, (local + 1) * 4);
-    m->expert_rows = take(&at, (local + 1) * 4);
-    m->remote_base = take(&at, ranks * 4);
-    m->remote_slot = take(&at, ranks * 4);
-    m->expand_row = take(&at, p->info.max_recv_rows * topk * 4);
-    m->counts = take(&at, (int64_t)sizeof(struct k_counts));
-    m->sync = take(&at, 8);
-    m->bytes = at;
-}
-
-void epi_plan_carve(struct k_handle *k, char *block, const struct epi_handle_map *m) {
-#define AT(field) k->field = (void *)(block + m->field)
-    AT(num_dests);
-    AT(dest_rank);
-    AT(dest_slot);
-    AT(ids);
-    AT(sel_index);
-    AT(send_count);
-    AT(send_base);
-    AT(send_chan);
-    AT(send_expert);
-    AT(counters);
-    AT(totals);
-    AT(bad);
-    AT(recv_count);
-    AT(recv_base);
-    AT(recv_chan);
-    AT(recv_expert);
-    AT(expert_base);
-    AT(expert_start);
-    AT(expert_rows);
-    AT(remote_base);
-    AT(remote_slot);
-    AT(expand_row);
-    AT(counts);
+    uint64_t at = block;
+#define TAKE(field, bytes) k->field = (void *)(uintptr_t)take(&at, bytes)
+    TAKE(num_dests, tokens * 4);
+    TAKE(dest_rank, tokens * p->max_dests * 4);
+    TAKE(dest_slot, tokens * p->max_dests * 4);
+    TAKE(ids, tokens * topk * 4);
+    TAKE(sel_index, tokens * topk * 4);
+    TAKE(send_count, ranks * 4);
+    TAKE(send_base, (ranks + 1) * 4);
+    TAKE(send_chan, ranks * (chans + 1) * 4);
+    TAKE(send_expert, experts * 4);
+    TAKE(counters, (chans + blocks) * columns * 4);
+    TAKE(totals, blocks * columns * 8);
+    TAKE(bad, 8);
+    TAKE(recv_count, ranks * 4);
+    TAKE(recv_base, (ranks + 1) * 4);
+    TAKE(recv_chan, ranks * (chans + 1) * 4);
+    TAKE(recv_expert, ranks * local * 4);
+    TAKE(expert_base, ranks * local * 4);
+    TAKE(expert_start, (local + 1) * 4);
+    TAKE(expert_rows, (local + 1) * 4);
+    TAKE(remote_base, ranks * 4);
+    TAKE(remote_slot, ranks * 4);
+    TAKE(expand_row, p->info.max_recv_rows * topk * 4);
+    TAKE(counts, (int64_t)sizeof(struct k_counts));
+    TAKE(sync, 8);
+#undef TAKE
     k->notice = k->counts;
-    AT(sync);
-#undef AT
+    return (size_t)(at - block);
 }

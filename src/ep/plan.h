@@ -52,18 +52,9 @@ void epi_plan_channels(const struct epi_plan *plan, int tokens, struct k_channel
 size_t epi_plan_table_bytes(const struct ep_group_config *config, int num_ranks);
 size_t epi_plan_warp_bytes(const struct ep_group_config *config, const struct epi_plan *plan);
 
-/* Handle memory: one block, carved at these offsets. */
-struct epi_handle_map {
-    size_t num_dests, dest_rank, dest_slot, ids, sel_index;
-    size_t send_count, send_base, send_chan, send_expert, counters, totals, bad;
-    size_t recv_count, recv_base, recv_chan, recv_expert, expert_base, expert_start,
-        expert_rows;
-    size_t remote_base, remote_slot, expand_row, counts, sync;
-    size_t bytes;
-};
-void epi_plan_handle(const struct ep_group_config *config, const struct epi_plan *plan,
-                     struct epi_handle_map *map);
-/* Points the fields of *k into `block`, which may be memory of another device. */
-void epi_plan_carve(struct k_handle *k, char *block, const struct epi_handle_map *map);
+/* Handle memory: points the fields of *k into one block at `block`, which may be memory of another
+ * device, and returns its bytes. */
+size_t epi_plan_handle(const struct ep_group_config *config, const struct epi_plan *plan,
+                       uint64_t block, struct k_handle *k);
 
 #endif

@@ -80,11 +80,6 @@ DEFINE(cuDeviceCanAccessPeer, int *can, int device, int peer) {
     *can = device != peer;
     return 0;
 }
-DEFINE(cuDeviceGetP2PAttribute, int *value, int attribute, int device, int peer) {
-    (void)attribute, (void)device, (void)peer;
-    *value = 1;
-    return 0;
-}
 DEFINE(cuDevicePrimaryCtxRetain, void **context, int device) {
     *context = &contexts[device];
     return 0;
@@ -135,7 +130,7 @@ struct op {
     const void *from;
     size_t bytes;
     uint64_t value;
-    struct cu_config config; /* of a launch, with the kernel's arguments behind */
+    int blocks, warps, shared_bytes; /* of a launch, with the kernel's arguments behind */
     k_entry_fn entry;
     _Alignas(16) unsigned char args[2048];
 };
@@ -242,13 +237,6 @@ DEFINE(cuStreamDestroy_v2, void *stream) {
     pthread_mutex_destroy(&s->mutex);
     free(s);
     return 0;
-}
-DEFINE(cuStreamQuery, void *stream) {
-    struct stream *s = stream_of(stream);
-    pthread_mutex_lock(&s->mutex);
-    const bool idle = s->added == s->ended;
-    pthread_mutex_unlock(&s->mutex);
-    return idle ? 0 : CU_NOT_READY;
 }
 DEFINE(cuStreamSynchronize, void *stream) {
     struct stream *s = stream_of(stream);
@@ -580,12 +568,6 @@ DEFINE(cuFuncLoad, void *function) {
     (void)function;
     return 0;
 }
-DEFINE(cuOccupancyMaxActiveBlocksPerMultiprocessor, int *blocks, void *function, int threads,
-       size_t shared) {
-    (void)function, (void)threads, (void)shared;
-    *blocks = 1;
-    return 0;
-}
 
 /* A block of a real launch starts when a multiprocessor is free. Here every seventh launch has one
  * that starts so late that the others have ended, if they do not wait for it. */
@@ -611,12 +593,12 @@ static void *warp_main(void *arg) {
 static void run_launch(struct op *op) {
     static atomic_uint launches;
     const unsigned launch = atomic_fetch_add(&launches, 1);
-    const int blocks = (int)op->config.grid[0], warps = (int)op->config.block[0] / 32;
+    const int blocks = op->blocks, warps = op->warps;
     const int late = launch % LATE_EVERY ? -1 : (int)(launch / LATE_EVERY) % blocks;
     struct k_team *teams = calloc((size_t)blocks, sizeof(*teams));
     struct warp *w = calloc((size_t)(blocks * warps), sizeof(*w));
     unsigned char *shared = NULL;
-    const size_t each = (op->config.shared_bytes + 255) / 256 * 256;
+    const size_t each = ((size_t)op->shared_bytes + 255) / 256 * 256;
     if (!teams || !w || posix_memalign((void **)&shared, 256, each * (size_t)blocks) != 0) {
         abort();
     }
@@ -643,13 +625,19 @@ static void run_launch(struct op *op) {
     free(teams);
 }
 
-DEFINE(cuLaunchKernelEx, const struct cu_config *config, void *function, void **params,
-       void **extra) {
+DEFINE(cuLaunchKernel, void *function, unsigned blocks, unsigned by, unsigned bz,
+       unsigned threads, unsigned ty, unsigned tz, unsigned shared_bytes, void *stream,
+       void **params, void **extra) {
     const struct kernel *kernel = function;
     struct op *op = op_new(run_launch);
     (void)extra;
-    op->config = *config;
+    if (by * bz * ty * tz != 1 || threads % 32 != 0) {
+        abort();
+    }
+    op->blocks = (int)blocks;
+    op->warps = (int)threads / 32;
+    op->shared_bytes = (int)shared_bytes;
     op->entry = kernel->entry;
     memcpy(op->args, params[0], kernel->arg_bytes);
-    return queue(config->stream, op);
+    return queue(stream, op);
 }
