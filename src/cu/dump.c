@@ -67,7 +67,7 @@ static const char *put_texts(const struct epi_jit_request *r, int dir) {
 
 /* Runs `nvdisasm -c FOLDER/cubin` into a descriptor. Returns 0, an errno, or -1: it failed. */
 static int run_nvdisasm(const char *folder, const char *cubin, int out) {
-    char path[EPI_CACHE_PATH_BYTES], program[EPI_CACHE_PATH_BYTES] = "nvdisasm";
+    char path[EPI_CACHE_PATH_BYTES + 160], program[EPI_CACHE_PATH_BYTES] = "nvdisasm";
     const char *home = epi_env("CUDA_HOME");
     posix_spawn_file_actions_t actions;
     pid_t child;
@@ -80,12 +80,13 @@ static int run_nvdisasm(const char *folder, const char *cubin, int out) {
     }
     err = posix_spawn_file_actions_adddup2(&actions, out, STDOUT_FILENO);
     err = err ? err : posix_spawnp(&child, program, &actions, NULL, argv, environ);
-    if (err == ENOENT && home) {
+    if (err != 0 && home) {
         epi_format(program, sizeof(program), "%s/bin/nvdisasm", home);
         err = posix_spawn(&child, program, &actions, NULL, argv, environ);
     }
     posix_spawn_file_actions_destroy(&actions);
-    while (err == 0 && waitpid(child, &status, 0) < 0 && errno == EINTR) {
+    while (err == 0 && waitpid(child, &status, 0) < 0) { /* ECHILD: who knows how it ended */
+        err = errno == EINTR ? 0 : errno;
     }
     return err ? err : status ? -1 : 0;
 }
@@ -107,7 +108,7 @@ static void disassemble(const struct epi_jit_request *r, int dir, const char *st
             (void)unlinkat(dir, part, 0);
         }
     }
-    if (err == ENOENT) {
+    if (err == ENOENT || err == EACCES || err == ENOTDIR) {
         epi_log(EPI_LOG_INFO,
                 "no %s: nvdisasm of the CUDA toolkit is neither in PATH nor in CUDA_HOME/bin",
                 sass);
