@@ -121,6 +121,7 @@ DEFINE(cuThreadExchangeStreamCaptureMode, int *mode) {
 
 struct event {
     atomic_ullong recorded, passed;
+    atomic_int users; /* the program, until it destroys it, and what is queued */
 };
 
 struct op {
@@ -255,13 +256,22 @@ DEFINE(cuStreamGetCaptureInfo_v2, void *stream, int *status, uint64_t *id, void 
     return 0;
 }
 
+static void event_drop(struct event *e) {
+    if (atomic_fetch_sub(&e->users, 1) == 1) {
+        free(e);
+    }
+}
 static void run_record(struct op *op) {
-    atomic_store(&((struct event *)op->to)->passed, op->value);
+    struct event *e = op->to;
+    atomic_store(&e->passed, op->value);
+    event_drop(e);
 }
 static void run_wait(struct op *op) {
-    while (atomic_load(&((struct event *)op->to)->passed) < op->value) {
+    struct event *e = op->to;
+    while (atomic_load(&e->passed) < op->value) {
         epi_sleep_ns(20000);
     }
+    event_drop(e);
 }
 static void run_hold(struct op *op) {
     while (atomic_load((_Atomic uint32_t *)op->to) < op->value) {
@@ -270,17 +280,23 @@ static void run_hold(struct op *op) {
 }
 DEFINE(cuEventCreate, void **event, unsigned flags) {
     (void)flags;
-    *event = calloc(1, sizeof(struct event));
-    return *event ? 0 : CU_OUT_OF_MEMORY;
+    struct event *e = calloc(1, sizeof(*e));
+    if (e) {
+        atomic_store(&e->users, 1);
+    }
+    *event = e;
+    return e ? 0 : CU_OUT_OF_MEMORY;
 }
 DEFINE(cuEventDestroy_v2, void *event) {
-    free(event);
+    event_drop(event);
     return 0;
 }
 DEFINE(cuEventRecord, void *event, void *stream) {
+    struct event *e = event;
     struct op *op = op_new(run_record);
-    op->to = event;
-    op->value = atomic_fetch_add(&((struct event *)event)->recorded, 1) + 1;
+    op->to = e;
+    op->value = atomic_fetch_add(&e->recorded, 1) + 1;
+    atomic_fetch_add(&e->users, 1);
     return queue(stream, op);
 }
 DEFINE(cuEventQuery, void *event) {
@@ -293,10 +309,12 @@ DEFINE(cuEventElapsedTime, float *ms, void *a, void *b) {
     return 0;
 }
 DEFINE(cuStreamWaitEvent, void *stream, void *event, unsigned flags) {
+    struct event *e = event;
     struct op *op = op_new(run_wait);
     (void)flags;
-    op->to = event;
-    op->value = atomic_load(&((struct event *)event)->recorded);
+    op->to = e;
+    op->value = atomic_load(&e->recorded);
+    atomic_fetch_add(&e->users, 1);
     return queue(stream, op);
 }
 DEFINE(cuStreamWaitValue32_v2, void *stream, uint64_t at, uint32_t value, unsigned flags) {
@@ -603,9 +621,11 @@ static void run_launch(struct op *op) {
         abort();
     }
     memset(shared, 0xcd, each * (size_t)blocks);
+    for (int i = 0; i < blocks; i++) {
+        teams[i].shared = shared + (size_t)i * each;
+    }
     for (int i = 0; i < blocks * warps; i++) {
         struct k_team *team = &teams[i / warps];
-        team->shared = shared + (size_t)(i / warps) * each;
         w[i].op = op;
         w[i].late = i / warps == late;
         w[i].k = (struct k_thread){.block = i / warps,
