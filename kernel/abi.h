@@ -13,6 +13,9 @@
 
 #include "kernel/lang_types.h"
 
+/* A word of 64 bits: of which operation (or handle) it is, and what it says. */
+#define K_WORD(epoch, value) (((k_u64)(k_u32)(epoch) << 32) | (k_u32)(value))
+
 #define K_MAX_TOPK 64
 #define K_MAX_BLOCKS 256
 
@@ -196,10 +199,11 @@ struct k_counts {
     k_u64 known; /* {ticket | 0}: rows and need hold */
     k_i64 rows;
     k_u64 need;   /* not 0: max_recv_rows exceeded; K_NEED_PACK of the rank that lacks most */
-    k_u64 over;   /* not 0: outputs were too small; the rows needed */
-    k_u64 bad;    /* the first bad selection of the routing (t * K + k), or ~0 */
-    k_i64 bad_id; /* and its id */
-    k_u64 routed; /* {ticket | 0}: bad holds */
+    k_u64 over;   /* {tag | rows}: outputs were too small; the rows needed */
+    k_u64 bad;    /* the first bad selection of a routing (t * K + k), or ~0, ... */
+    k_i64 bad_id; /* its id, ... */
+    k_u64 bad_of; /* and the tag of the handle */
+    k_u64 routed; /* {tag | ticket}: bad holds */
 };
 
 /*
@@ -235,6 +239,7 @@ struct k_handle {
     struct k_counts *counts;
     struct k_counts *notice; /* the same for the host to read; may be `counts` itself */
     k_u64 *sync;             /* [1] how often route has run: the epoch of `totals` */
+    k_u32 tag, pad;          /* tells it from the handle that had its notice before */
 };
 
 /* ---- kernel arguments ----------------------------------------------------------------------- */
@@ -264,7 +269,7 @@ struct k_route_args {
     k_i32 tokens, topk;
     k_i32 id_bytes; /* 4 or 8; 0: by mask */
     k_i32 lenient;
-    k_u64 ticket;        /* names this call to the host */
+    k_u32 ticket, pad;   /* names this call to the host */
     struct k_array ids;  /* [T][K] */
     struct k_array mask; /* [T][R] bytes */
 };
@@ -277,6 +282,7 @@ struct k_route_args {
 #define K_DO_WEIGHTS 64u  /* top-k weights travel */
 #define K_DO_REDUCE 128u  /* combine: rows are weighted or expanded, summed before sending */
 #define K_DO_NOTHING 256u /* after a fault: only leave the outputs as after a failure */
+#define K_DO_DROP 512u    /* receives, unless the kernel that sent has ended the operation */
 
 struct k_dispatch_args {
     struct k_group g;
@@ -330,10 +336,10 @@ _Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
 _Static_assert(sizeof(struct k_fault) == 48, "k_fault");
 _Static_assert(sizeof(struct k_board) == 6 * 8 + 48, "k_board");
 _Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
-_Static_assert(sizeof(struct k_handle) == 25 * 8, "k_handle");
-_Static_assert(sizeof(struct k_route_args) == 216 + 200 + 32 + 24 + 48, "k_route_args");
-_Static_assert(sizeof(struct k_dispatch_args) == 216 + 200 + 32 + 56 + 16 + 11 * 24,
+_Static_assert(sizeof(struct k_handle) == 26 * 8, "k_handle");
+_Static_assert(sizeof(struct k_route_args) == 216 + 208 + 32 + 24 + 48, "k_route_args");
+_Static_assert(sizeof(struct k_dispatch_args) == 216 + 208 + 32 + 56 + 16 + 11 * 24,
                "k_dispatch_args");
-_Static_assert(sizeof(struct k_combine_args) == 216 + 200 + 32 + 48 + 7 * 24, "k_combine_args");
+_Static_assert(sizeof(struct k_combine_args) == 216 + 208 + 32 + 48 + 7 * 24, "k_combine_args");
 
 #endif

@@ -326,6 +326,10 @@ K_KERNEL(dispatch, k_dispatch_args) {
         }
         return;
     }
+    /* The kernel before this one on the stream sent, and its rows did not fit. */
+    if ((a->flags & K_DO_DROP) && (k_u32)(k_peek(&a->g.ctl->sent) >> 32) != k->epoch) {
+        return;
+    }
     if (!run(k, a)) {
         k_ends(k, K_END_FAULT);
     }

@@ -79,7 +79,7 @@ static K_FN k_bool prepare(struct k_thread *k, const struct k_dispatch_args *a) 
         write_i32(&a->expert_offsets, num_local, (k_i32)total);
         write_i32(&a->num_rows, 0, (k_i32)rows);
         if (rows > a->capacity || (a->recv_x.data && rows > a->x_rows)) {
-            h->notice->over = rows;
+            h->notice->over = K_WORD(h->tag, rows);
             k_ends(k, K_END_SHORT);
         }
     }

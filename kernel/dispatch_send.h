@@ -47,6 +47,7 @@ struct send_scratch {
 };
 
 _Static_assert(sizeof(struct send_scratch) <= K_SCRATCH_BYTES(1), "send_scratch");
+_Static_assert(K_LANES == 1 || TRACKED_RANKS <= K_LANES, "a token's ranks are noted at once");
 _Static_assert(LISTED_TOKENS > K_LANES + K_MOVER_STAGES + 1, "what is listed is still in use");
 
 /*

@@ -66,8 +66,6 @@ struct k_peer {
 void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
 #endif
 
-#define K_WORD(epoch, value) (((k_u64)(k_u32)(epoch) << 32) | (k_u32)(value))
-
 /* Address `offset` of rank `rank`'s arena. */
 static K_INLINE struct k_peer k_peer_at(const struct k_group *g, k_i32 rank, k_u64 offset) {
     struct k_peer p;

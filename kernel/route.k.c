@@ -431,14 +431,15 @@ static K_INLINE void tell_host(const struct k_route_args *a) {
     struct k_counts *notice = a->h.notice;
     const k_u64 first = a->h.bad[0];
     if (first == ~0ull) { /* one word, which nothing has to come before */
-        k_poke(&notice->routed, a->ticket);
+        k_poke(&notice->routed, K_WORD(a->h.tag, a->ticket));
         return;
     }
     const k_u64 at = a->ids.data + (k_u64)((k_i64)(first / (k_u64)a->topk) * a->ids.s0 +
                                            (k_i64)(first % (k_u64)a->topk) * a->ids.s1);
     notice->bad_id = a->id_bytes == 8 ? *(const k_i64 *)at : *(const k_i32 *)at;
     notice->bad = first;
-    k_publish_local(&notice->routed, a->ticket);
+    notice->bad_of = a->h.tag;
+    k_publish_local(&notice->routed, K_WORD(a->h.tag, a->ticket));
 }
 
 /* The warps of the last block: all there is, and, one of them, where each rank's answers land. */

@@ -231,6 +231,52 @@ static void routing_beside(struct world *w) {
     w->bad += second.bad;
 }
 
+/* ---- a handle after a handle --------------------------------------------------------------- */
+
+/* What was queued for a handle that is gone, and found a bad id, says nothing to the next one. */
+static void after_another(struct world *w) {
+    const struct epi_cu_device *d = &call_gpu(w->group)->device;
+    struct ep_routing routing = EP_ROUTING_INIT;
+    struct ep_tensor ids;
+    const size_t bytes = 2 * 4 * sizeof(int32_t);
+    void *word = NULL, *stream = NULL;
+    uint64_t at[2] = {0, 0};
+    ep_handle *h = NULL;
+
+    gpu_must(epi_cu_alloc_host(d, &word, sizeof(uint32_t)), "a word");
+    memset(word, 0, sizeof(uint32_t));
+    world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
+    for (int i = 0; i < 2; i++) { /* ids far too large, and -1 */
+        gpu_must(epi_cu_alloc(d, &at[i], bytes), "ids");
+        gpu_must(epi_cu_fill(d, stream, at[i], i ? 0xff : 0x77, bytes), "ids");
+    }
+    ep_tensor_2d(&ids, EP_I32, NULL, 2, 4);
+    routing.topk_ids = &ids;
+    if (epi_cu_stream_hold(d, stream, word, 1) == EP_OK) {
+        for (int i = 0; i < 2; i++) {
+            world_is(w, ep_handle_create(&h, w->group, NULL), EP_OK, "ep_handle_create");
+            ids.data = (void *)(uintptr_t)at[i];
+            world_is(w, ep_handle_route(h, &routing, stream), EP_OK, "ep_handle_route");
+            world_is(w, ep_handle_status(h), EP_AGAIN, "before it ran");
+            if (i == 0) {
+                ep_handle_destroy(&h);
+            }
+        }
+        __atomic_store_n((uint32_t *)word, 1, __ATOMIC_SEQ_CST);
+        gpu_must(epi_cu_stream_sync(d, stream), "the stream");
+        world_is(w, ep_handle_status(h), EP_OK, "after the other's bad id");
+        ids.data = (void *)(uintptr_t)at[0];
+        world_is(w, ep_handle_route(h, &routing, stream), EP_OK, "ep_handle_route");
+        gpu_must(epi_cu_stream_sync(d, stream), "the stream");
+        world_is(w, ep_handle_status(h), EP_ERR_ARG, "a bad id of its own");
+        ep_handle_destroy(&h);
+    }
+    call_stream_destroy(w->group, &stream);
+    epi_cu_free(d, &at[0]);
+    epi_cu_free(d, &at[1]);
+    epi_cu_free_host(d, &word);
+}
+
 /* ---- the test ------------------------------------------------------------------------------ */
 
 static void run(uint64_t seed, void (*body)(struct world *w), bool processes,
@@ -279,6 +325,7 @@ int main(void) {
         run(seed + 20, two_groups, processes, "two groups in flight");
         run(seed + 30, two_threads, processes, "two groups, each by its thread");
         run(seed + 40, routing_beside, processes, "a handle routed beside operations");
+        run(seed + 50, after_another, processes, "a handle after one that left work behind");
     }
     return done_testing();
 }

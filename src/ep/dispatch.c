@@ -316,32 +316,24 @@ ep_status epi_dispatch(ep_handle *h, const struct ep_dispatch_args *a, void *str
     return st;
 }
 
-static bool is_begun(ep_handle *h) {
-    pthread_mutex_lock(&h->group->mutex);
-    const bool begun = h->group->begun == h;
-    pthread_mutex_unlock(&h->group->mutex);
-    return begun;
-}
-
+/* On a device nobody waits to learn whether it fits: behind the kernel that sends, on its stream. */
 void epi_dispatch_drop(ep_handle *h) {
     ep_group *g = h->group;
     struct epi_dispatch_task t;
-    if (is_begun(h) && g->cuda) {
-        (void)epi_handle_counts(h, NULL, NULL, NULL); /* what does not fit has ended already */
-    }
-    if (!is_begun(h)) {
-        return;
-    }
     pthread_mutex_lock(&g->mutex);
-    issue(&t, h, NULL, EPI_DISPATCH_FINISH);
-    t.args.flags |= K_DO_RECV;
-    t.args.alignment = 1;
-    t.args.capacity = INT32_MAX; /* no output has rows */
-    if (g->cuda) {
+    const bool begun = g->begun == h;
+    if (begun) {
+        issue(&t, h, NULL, EPI_DISPATCH_FINISH);
+        t.args.flags |= K_DO_RECV;
+        t.args.alignment = 1;
+        t.args.capacity = INT32_MAX; /* no output has rows */
+    }
+    if (begun && g->cuda) {
+        t.args.flags |= K_DO_DROP;
         launch(&t, epi_gpu_stream(epi_cuda_gpu(g)));
     }
     pthread_mutex_unlock(&g->mutex);
-    if (!g->cuda) {
+    if (begun && !g->cuda) {
         atomic_fetch_add(&h->pending, 1);
         (void)epi_stream_submit(NULL, run_dispatch, &t, sizeof(t));
     }

@@ -77,7 +77,7 @@ struct ep_handle {
     int32_t x_dtype;     /* of the last dispatch's rows ... */
     int64_t x_cols;      /* ... and their elements */
     int32_t scales_dtype;
-    uint64_t routed_by;             /* CUDA: ticket of the last route ... */
+    uint32_t routed_by;             /* CUDA: ticket of the last route ... */
     bool captured;                  /* ... and whether what was last enqueued is in a graph */
     struct epi_dispatch_task begun; /* between begin and finish */
     atomic_bool unfit; /* the last uncached dispatch did not fit anywhere: nothing arrived */

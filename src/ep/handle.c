@@ -37,6 +37,7 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
     }
     pthread_mutex_lock(&g->mutex);
     h->id = g->next_handle++ & 0xffff;
+    h->k.tag = (k_u32)g->next_handle;
     g->num_handles++;
     pthread_mutex_unlock(&g->mutex);
     *out = h;
@@ -211,8 +212,10 @@ static ep_status await_counts(ep_handle *h) {
 /* What kernels of a CUDA group have found, told once. */
 static ep_status take_findings(ep_handle *h) {
     struct k_counts *n = h->notice;
-    const uint64_t bad = n->bad, over = n->over;
-    if (!h->captured && n->routed != h->routed_by) {
+    /* Kernels of a handle that is gone may still write to the notice it had. */
+    const uint64_t bad = n->bad_of == h->k.tag ? n->bad : ~UINT64_C(0);
+    const uint64_t over = n->over >> 32 == h->k.tag ? n->over & UINT32_MAX : 0;
+    if (!h->captured && n->routed != K_WORD(h->k.tag, h->routed_by)) {
         return EP_AGAIN;
     }
     n->bad = ~UINT64_C(0);
