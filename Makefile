@@ -190,7 +190,8 @@ clean:
 
 build-all: lib $(TOOL) $(EXAMPLES)
 lib: $(B)/libep.so $(B)/libep.a $(B)/libep.pc
-tests: $(TESTS) $(TOOL) $(if $(VARIANT),,lib $(EXAMPLES) $(B)/driver/libcuda.so.1 $(B)/driver/warm)
+tests: $(TESTS) $(TOOL) $(if $(VARIANT),,lib $(EXAMPLES)) \
+    $(if $(filter-out san tsan,$(VARIANT)),,$(B)/driver/libcuda.so.1 $(B)/driver/warm)
 .PHONY: fuzzers fmt-check
 fuzzers: $(FUZZERS)
 

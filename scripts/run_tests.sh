@@ -99,11 +99,14 @@ else
     for src in tests/t_*.c; do
         [ -e "$src" ] && tests="$tests $dir/tests/$(basename "$src" .c)"
     done
-    if [ -z "$variant" ]; then
+    case $variant in
+    "")
         for t in tests/t_*.sh python/tests/t_*.py; do
             [ -e "$t" ] && tests="$tests $t"
         done
-    fi
+        ;;
+    san | tsan) tests="$tests tests/t_driver.sh" ;;
+    esac
 fi
 if [ -z "$tests" ]; then
     echo "${variant:-plain}: 0 passed, 0 failed, 0 skipped"

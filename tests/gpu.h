@@ -12,6 +12,7 @@
  *                                     exactly its size, so that compute-sanitizer sees what is
  *                                     read past its end; exact is for ranks that are processes,
  *                                     or one rank, because freeing may wait for kernels
+ *   EP_TEST_DRIVER=1                  the driver is the one of tests/driver
  *
  * The driver does not survive a fork. The process that forks ranks therefore never opens it:
  * where ranks are threads they live in a forked process too, unless EP_TEST_RANKS=threads says
