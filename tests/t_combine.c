@@ -153,6 +153,22 @@ static void shapes(uint64_t seed) {
     run(&c, &form, 0, false, false, "routed by a mask");
 }
 
+/* On GPUs, answers so long, and so few for each warp, that they are published in two parts. */
+static void long_answers(uint64_t seed) {
+    struct test_case c;
+    struct trial t;
+
+    case_default(&c, 2, seed);
+    c.tokens = TOKENS_MAX;
+    case_build(&c);
+    trial_init(&t, &c);
+    t.hidden = 7168;
+    trial_build(&t);
+    trial_run(&t, false, "two ranks, hidden 7168");
+    trial_free(&t);
+    case_free(&c);
+}
+
 int main(void) {
     gpu_program();
     uint64_t seed = tap_seed();
@@ -165,5 +181,6 @@ int main(void) {
         every_number(seed + 2500 + (uint64_t)i, i % 2, i / 2);
     }
     shapes(seed + 3000);
+    long_answers(seed + 4000);
     return done_testing();
 }
