@@ -249,26 +249,38 @@ static void sms(void) {
     static const struct {
         int major;
         bool nvlink;
-        int row_bytes, expanded, sms;
+        int ranks;
+        struct epi_load load;
+        int send, all;
         const char *what;
     } t[] = {
-        {9, true, 14336, 0, 8, "H100, long rows"},
-        {9, true, 6144, 3, 8, "H100, long enough, few expanded"},
-        {9, true, 6128, 0, 9, "H100, rows a little shorter"},
-        {9, true, 4096, 0, 12, "H100, rows of 4 KiB"},
-        {9, true, 3072, 0, 16, "H100, short rows"},
-        {9, true, 16, 0, 16, "H100, the shortest row"},
-        {9, true, 14336, 4, 16, "H100, many expanded"},
-        {9, true, 16, 64, 16, "H100, short and many"},
-        {8, true, 14336, 0, 6, "A100"},
-        {10, true, 14336, 0, 17, "B200"},
-        {9, false, 14336, 0, 2, "over PCIe"},
+        {9, true, 4, {14336, 8, false, false}, 8, 24, "H100, long rows"},
+        {9, true, 4, {6144, 8, false, false}, 8, 24, "H100, long enough"},
+        {9, true, 4, {6128, 8, false, false}, 9, 27, "H100, rows a little shorter"},
+        {9, true, 4, {4096, 8, false, false}, 12, 36, "H100, rows of 4 KiB"},
+        {9, true, 4, {3072, 8, false, false}, 16, 48, "H100, short rows"},
+        {9, true, 4, {16, 8, false, false}, 16, 48, "H100, the shortest row"},
+        {9, true, 4, {14336, 0, false, false}, 8, 24, "H100, routed by mask"},
+        {9, true, 4, {14336, 1, false, false}, 10, 30, "H100, to one peer"},
+        {9, true, 2, {14336, 8, false, false}, 10, 30, "H100, one peer"},
+        {9, true, 1, {14336, 8, false, false}, 10, 30, "H100, alone"},
+        {9, true, 4, {14336, 8, true, false}, 8, 30, "H100, expanded"},
+        {9, true, 8, {14336, 8, true, false}, 8, 24, "H100, few expanded"},
+        {9, true, 4, {14336, 16, true, false}, 8, 40, "H100, many expanded"},
+        {9, true, 2, {14336, 8, true, false}, 10, 50, "H100, one peer, many expanded"},
+        {9, true, 4, {14336, 8, false, true}, 9, 24, "H100, answers"},
+        {9, true, 4, {14336, 8, true, true}, 9, 30, "H100, expanded answers"},
+        {9, true, 2, {14336, 8, false, true}, 9, 30, "H100, answers to one peer"},
+        {8, true, 4, {14336, 8, false, false}, 6, 18, "A100"},
+        {10, true, 4, {14336, 8, false, false}, 17, 51, "B200"},
+        {9, false, 4, {14336, 8, false, false}, 2, 6, "over PCIe"},
     };
 
     for (size_t i = 0; i < sizeof(t) / sizeof(*t); i++) {
-        const int n = epi_cuda_send_sms(t[i].major, t[i].nvlink, t[i].row_bytes, t[i].expanded);
+        const struct epi_sms n = epi_cuda_sms(t[i].major, t[i].nvlink, t[i].ranks, &t[i].load);
 
-        ok(n == t[i].sms, "%s: %d SMs, not %d", t[i].what, t[i].sms, n);
+        ok(n.send == t[i].send && n.all == t[i].all, "%s: %d of %d SMs send, not %d of %d",
+           t[i].what, t[i].send, t[i].all, n.send, n.all);
     }
 }
 

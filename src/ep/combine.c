@@ -11,7 +11,7 @@ struct combine_task {
     ep_handle *h;
     struct k_combine_args args;
     uint64_t number;
-    int workers;
+    struct epi_shape shape;
 };
 
 /* Rows of x that the kernel will read, known only now that the dispatch has run. */
@@ -40,7 +40,7 @@ static ep_status run_combine(void *arg) {
         /* The peers are in this operation: do not let them wait. */
         epi_group_raise(g, st, g->rank, t->number);
     } else if (st == EP_OK) {
-        epi_run_kernel(g->run, EPI_KERNEL_COMBINE, &t->args, t->workers);
+        epi_run_kernel(g->run, EPI_KERNEL_COMBINE, &t->args, t->shape.workers);
         ran = true;
         st = epi_group_check(g, t->number);
     }
@@ -64,11 +64,11 @@ static void prepare_task(struct combine_task *t, ep_handle *h,
     k->topk = h->topk;
     k->dtype = a->x->dtype;
     k->row_bytes = (k_i32)(a->x->shape[1] * (int64_t)ep_dtype_bytes((ep_dtype)a->x->dtype));
-    t->workers = epi_group_workers(g, a->num_workers, k->row_bytes, h->expanded ? h->topk : 0);
-    const struct epi_shape shape = epi_group_shape(g, t->workers, k->row_bytes);
-    k->send_blocks = (k_u32)shape.send_blocks;
-    k->stages = shape.stages;
-    k->stage_bytes = shape.stage_bytes;
+    const struct epi_load load = {k->row_bytes, h->topk, h->expanded, true};
+    t->shape = epi_group_shape(g, a->num_workers, &load);
+    k->send_blocks = (k_u32)t->shape.send_blocks;
+    k->stages = t->shape.stages;
+    k->stage_bytes = t->shape.stage_bytes;
     k->x = epi_array(a->x);
     k->weights = epi_array(a->weights);
     k->topk_weights = epi_array(a->topk_weights);
@@ -89,7 +89,7 @@ static ep_status enqueue(struct combine_task *t, void *stream) {
     }
     pthread_mutex_lock(&g->mutex);
     t->number = ++g->issued;
-    st = epi_cuda_run(g, EPI_KERNEL_COMBINE, &t->args, t->workers, stream, NULL);
+    st = epi_cuda_run(g, EPI_KERNEL_COMBINE, &t->args, t->shape.blocks, stream, NULL);
     pthread_mutex_unlock(&g->mutex);
     if (st != EP_OK) { /* peers count on this operation */
         epi_group_raise(g, st, g->rank, t->number);

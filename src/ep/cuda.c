@@ -81,33 +81,46 @@ ep_status epi_cuda_open(ep_group *g) {
 
 /* ---- SMs ----------------------------------------------------------------------------------- */
 
-/* What one GPU sends to another, in GB/s, and what one SM can push. From measurements of H200s;
- * other generations by the ratio of their links. */
+/* What one GPU sends to others, in GB/s, and what one SM of it does, of rows that go to several
+ * peers, of rows that go to one, and of answers. From measurements of H200s; other generations by
+ * the ratio of their links. */
 #define NVLINK3_GBPS 230
 #define NVLINK4_GBPS 344
 #define NVLINK5_GBPS 700
 #define PCIE_GBPS 50
 #define SM_GBPS 43
-#define LONG_ROW 6144   /* below it a row costs more than its bytes */
-#define MANY_EXPANDED 4 /* expanded rows, for each that a link carries, that keep SMs from it */
+#define SM_ONE_GBPS 35
+#define SM_ANSWERS_GBPS 39
+#define LONG_ROW 6144 /* below it a row costs more than its bytes, at most as twice as many */
+/* SMs that receive, for one that sends; as many as rows that one becomes, within bounds. */
+#define LEAST_RECEIVERS 2
+#define MOST_RECEIVERS 4
 
-int epi_cuda_send_sms(int major, bool nvlink, int row_bytes, int expanded) {
+/* Saturates the link with long rows. */
+static int saturating(int link, int sm, int row_bytes) {
+    const int sms = (link + sm - 1) / sm;
+    return row_bytes >= LONG_ROW       ? sms
+           : row_bytes <= LONG_ROW / 2 ? 2 * sms
+                                       : (LONG_ROW * sms + row_bytes - 1) / row_bytes;
+}
+
+struct epi_sms epi_cuda_sms(int major, bool nvlink, int num_ranks,
+                            const struct epi_load *load) {
     const int link = !nvlink       ? PCIE_GBPS
                      : major >= 10 ? NVLINK5_GBPS
                      : major == 9  ? NVLINK4_GBPS
                                    : NVLINK3_GBPS;
-    const int sms = (link + SM_GBPS - 1) / SM_GBPS;
-    return row_bytes <= LONG_ROW / 2 || expanded >= MANY_EXPANDED ? 2 * sms
-           : row_bytes >= LONG_ROW                                ? sms
-                                   : (LONG_ROW * sms + row_bytes - 1) / row_bytes;
-}
-
-int epi_cuda_workers(const ep_group *g, int row_bytes, int expanded) {
-    const struct epi_cu_device *d = epi_gpu_device(g->cuda->gpu);
-    const int warps = epi_gpu_shape(g->cuda->gpu).warps;
-    const int per_peer = g->num_ranks > 1 ? expanded / (g->num_ranks - 1) : expanded;
-    return row_bytes ? 3 * epi_cuda_send_sms(d->major, g->cuda->nvlink, row_bytes, per_peer)
-                     : (g->plan.info.num_channels + warps - 1) / warps;
+    const int peers = num_ranks < 2                                  ? 1
+                      : load->topk > 0 && load->topk < num_ranks - 1 ? load->topk
+                                                                     : num_ranks - 1;
+    const int send = saturating(link, peers > 1 ? SM_GBPS : SM_ONE_GBPS, load->row_bytes);
+    const int rows = load->expanded ? load->topk : peers; /* that a token's row becomes */
+    const int most = MOST_RECEIVERS * peers, least = LEAST_RECEIVERS * peers;
+    const int receive = send * (rows < least ? least : rows > most ? most : rows);
+    const struct epi_sms s = {load->answers ? saturating(link, SM_ANSWERS_GBPS, load->row_bytes)
+                                            : send,
+                              send + (receive + peers - 1) / peers};
+    return s;
 }
 
 struct seat {
@@ -316,12 +329,18 @@ void epi_cuda_drop_handle(ep_handle *h) {
 
 /* ---- operations ----------------------------------------------------------------------------- */
 
-struct epi_shape epi_cuda_shape(const ep_group *g, int workers, int row_bytes) {
+/* With few SMs, half of them send. */
+struct epi_shape epi_cuda_shape(const ep_group *g, int asked, const struct epi_load *load) {
     const struct epi_gpu_shape s = epi_gpu_shape(g->cuda->gpu);
-    const int row = (row_bytes + 127) / 128 * 128;
-    struct epi_shape out = {workers, (workers + 1) / 3, s.stages, s.stage_bytes};
-    out.send_blocks = out.send_blocks < 1 ? 1 : out.send_blocks;
-    if (row < out.stage_bytes) { /* short rows: more of them under way */
+    const int channels = (g->plan.info.num_channels + s.warps - 1) / s.warps;
+    const int row = (load->row_bytes + 127) / 128 * 128;
+    const struct epi_sms sms =
+        epi_cuda_sms(epi_gpu_device(g->cuda->gpu)->major, g->cuda->nvlink, g->num_ranks, load);
+    const int all = asked ? asked : load->row_bytes ? sms.all : channels;
+    struct epi_shape out = {0, 0, 0, s.stages, s.stage_bytes};
+    out.workers = out.blocks = all < g->most_workers ? all : g->most_workers;
+    out.send_blocks = (out.blocks + 1) / 2 < sms.send ? (out.blocks + 1) / 2 : sms.send;
+    if (row > 0 && row < out.stage_bytes) { /* short rows: more of them under way */
         const int fit = s.stages * s.stage_bytes / row;
         out.stage_bytes = row;
         out.stages = fit < s.most_stages ? fit : s.most_stages;

@@ -37,7 +37,7 @@ static ep_status check_output(struct epi_dispatch_task *t) {
 static ep_status run_kernel(struct epi_dispatch_task *t) {
     ep_handle *h = t->h;
     ep_group *g = h->group;
-    epi_run_kernel(g->run, EPI_KERNEL_DISPATCH, &t->args, t->workers);
+    epi_run_kernel(g->run, EPI_KERNEL_DISPATCH, &t->args, t->shape.workers);
     t->ran = true;
     ep_status st = epi_group_check(g, t->number);
     if (st != EP_OK) {
@@ -164,14 +164,14 @@ static void prepare_task(struct epi_dispatch_task *t, ep_handle *h,
     epi_plan_channels(&g->plan, h->tokens, &k->channels);
     k->topk = h->topk;
     fill_inputs(k, a);
-    t->workers = epi_group_workers(g, a->num_workers, k->row_bytes,
-                                   (a->flags & EP_DISPATCH_EXPANDED) ? h->topk : 0);
+    const struct epi_load load = {k->row_bytes, h->topk, (a->flags & EP_DISPATCH_EXPANDED) != 0,
+                                  false};
+    t->shape = epi_group_shape(g, a->num_workers, &load);
     t->cached = h->dispatched;
     k->flags |= t->cached ? 0 : K_DO_COUNTS;
-    const struct epi_shape shape = epi_group_shape(g, t->workers, k->row_bytes);
-    k->send_blocks = (k_u32)shape.send_blocks;
-    k->stages = shape.stages;
-    k->stage_bytes = shape.stage_bytes;
+    k->send_blocks = (k_u32)t->shape.send_blocks;
+    k->stages = t->shape.stages;
+    k->stage_bytes = t->shape.stage_bytes;
 }
 
 /* Under the group's mutex: what the operation is, and its number. */
@@ -236,18 +236,18 @@ static void add_outputs(struct epi_dispatch_task *t, const struct ep_dispatch_ar
 static ep_status launch(struct epi_dispatch_task *t, void *stream) {
     ep_group *g = t->h->group;
     struct epi_gpu *gpu = epi_cuda_gpu(g);
-    const struct epi_shape shape = epi_group_shape(g, t->workers, t->args.row_bytes);
+    const struct epi_shape *shape = &t->shape;
     ep_status st;
     if (t->part == EPI_DISPATCH_ALL) {
-        return epi_cuda_run(g, EPI_KERNEL_DISPATCH, &t->args, shape.blocks, stream, NULL);
+        return epi_cuda_run(g, EPI_KERNEL_DISPATCH, &t->args, shape->blocks, stream, NULL);
     }
     if (t->part == EPI_DISPATCH_BEGIN) {
         st = epi_gpu_fork(gpu, stream);
-        return st == EP_OK ? epi_cuda_run(g, EPI_KERNEL_DISPATCH, &t->args, shape.send_blocks,
+        return st == EP_OK ? epi_cuda_run(g, EPI_KERNEL_DISPATCH, &t->args, shape->send_blocks,
                                           epi_gpu_stream(gpu), NULL)
                            : st;
     }
-    const int rest = shape.blocks - shape.send_blocks;
+    const int rest = shape->blocks - shape->send_blocks;
     st = epi_gpu_launch(gpu, EPI_KERNEL_DISPATCH, &t->args, rest < 1 ? 1 : rest, stream);
     if (st == EP_OK) {
         st = epi_gpu_join(gpu, stream);

@@ -216,20 +216,15 @@ static ep_status meet(ep_group *g) {
     return st;
 }
 
-int epi_group_workers(const ep_group *g, int wanted, int row_bytes, int expanded) {
-    const int n = wanted       ? wanted
-                  : g->workers ? g->workers
-                               : epi_cuda_workers(g, row_bytes, expanded);
-    return n < g->most_workers ? n : g->most_workers;
-}
-
-struct epi_shape epi_group_shape(const ep_group *g, int workers, int row_bytes) {
+struct epi_shape epi_group_shape(const ep_group *g, int wanted, const struct epi_load *load) {
+    const int asked = wanted ? wanted : g->workers;
     if (g->cuda) {
-        return epi_cuda_shape(g, workers, row_bytes);
+        return epi_cuda_shape(g, asked, load);
     }
+    const int workers = asked < g->most_workers ? asked : g->most_workers;
     const struct epi_grid grid = epi_run_grid(workers);
-    const struct epi_shape s = {grid.blocks, grid.send_blocks, EPI_HOST_STAGES,
-                                epi_plan_stage_bytes(row_bytes)};
+    const struct epi_shape s = {workers, grid.blocks, grid.send_blocks, EPI_HOST_STAGES,
+                                epi_plan_stage_bytes(load->row_bytes)};
     return s;
 }
 

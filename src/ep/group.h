@@ -46,12 +46,24 @@ struct ep_group {
 
 enum epi_dispatch_part { EPI_DISPATCH_ALL, EPI_DISPATCH_BEGIN, EPI_DISPATCH_FINISH };
 
+/* What an operation moves, as far as its SMs depend on it. */
+struct epi_load {
+    int row_bytes; /* 0: local work */
+    int topk;
+    bool expanded, answers;
+};
+
+/* How it is launched. `workers` is all of it: threads of a host rank, blocks of a CUDA rank. */
+struct epi_shape {
+    int workers, blocks, send_blocks, stages, stage_bytes;
+};
+
 /* A dispatch on its way through a stream. */
 struct epi_dispatch_task {
     ep_handle *h;
     struct k_dispatch_args args;
     uint64_t number;
-    int workers;
+    struct epi_shape shape;
     enum epi_dispatch_part part;
     bool cached; /* counts are known from before */
     bool arena;  /* recv_x is a view: it has no capacity of its own */
@@ -143,14 +155,8 @@ ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, void *strea
 
 /* ---- cuda.c: CUDA groups -------------------------------------------------------------------- */
 
-/* How an operation is launched. */
-struct epi_shape {
-    int blocks, send_blocks, stages, stage_bytes;
-};
-/* Of both kinds of groups. Workers: as a call asks for, 0 the group's. Row bytes 0: local work.
- * `expanded`: expanded rows of a token, 0 where rows are compact. */
-int epi_group_workers(const ep_group *g, int wanted, int row_bytes, int expanded);
-struct epi_shape epi_group_shape(const ep_group *g, int workers, int row_bytes);
+/* Of both kinds of groups. `wanted` is what the call asks for, 0: the group's. */
+struct epi_shape epi_group_shape(const ep_group *g, int wanted, const struct epi_load *load);
 
 /* In the order of create: the device and its kernels; the table for src/mem; then SMs; what kernels
  * read; the thread that reports. */
@@ -164,12 +170,12 @@ bool epi_cuda_settle(ep_group *g);
 void epi_cuda_stop(ep_group *g);
 void epi_cuda_close(ep_group *g);
 
-/* SMs that saturate a link with rows of this size, of which each one that it carries has so many
- * expanded rows. Pure. */
-int epi_cuda_send_sms(int major, bool nvlink, int row_bytes, int expanded);
-/* SMs by formula; row bytes 0: local work, a warp for each channel. */
-int epi_cuda_workers(const ep_group *g, int row_bytes, int expanded);
-struct epi_shape epi_cuda_shape(const ep_group *g, int workers, int row_bytes);
+/* SMs by the formula of docs/performance.md: those that saturate the link, and all. Pure. */
+struct epi_sms {
+    int send, all;
+};
+struct epi_sms epi_cuda_sms(int major, bool nvlink, int num_ranks, const struct epi_load *load);
+struct epi_shape epi_cuda_shape(const ep_group *g, int wanted, const struct epi_load *load);
 struct epi_gpu *epi_cuda_gpu(const ep_group *g);
 /* Under the group's mutex: launches a kernel behind the last one. */
 ep_status epi_cuda_run(ep_group *g, enum epi_kernel kernel, const void *args, int blocks,

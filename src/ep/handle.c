@@ -107,9 +107,10 @@ static ep_status run_route(void *arg) {
 static ep_status run_on_device(ep_handle *h, enum epi_kernel kernel, const void *args,
                                void *stream, bool *capturing) {
     ep_group *g = h->group;
+    const struct epi_load local = {0, h->topk, false, false};
     pthread_mutex_lock(&g->mutex);
     ep_status st =
-        epi_cuda_run(g, kernel, args, epi_group_workers(g, 0, 0, 0), stream, capturing);
+        epi_cuda_run(g, kernel, args, epi_group_shape(g, 0, &local).blocks, stream, capturing);
     pthread_mutex_unlock(&g->mutex);
     return st;
 }
