@@ -61,7 +61,8 @@ ep_status call_group_create(ep_group **out, const struct ep_group_config *config
     if (!gpu_wanted()) {
         return ep_group_create(out, config);
     }
-    struct gpu *gpu = gpu_open(gpu_index(config->rank), config->world != NULL);
+    const int index = config->device_index < 0 ? gpu_index(config->rank) : config->device_index;
+    struct gpu *gpu = gpu_open(index, config->world != NULL);
     c.device = EP_DEVICE_CUDA;
     c.device_index = gpu->device.index;
     const ep_status st = ep_group_create(out, &c);

@@ -63,6 +63,8 @@ static void *pages(size_t bytes) {
     return p;
 }
 
+static int warm = -1; /* the device that rig_warm has opened for this process's rank */
+
 void rig_config(struct ep_group_config *c, const struct rig_meeting *m, int rank,
                 char address[32]) {
     static const int workers[] = {1, 2, 4, 1};
@@ -78,6 +80,7 @@ void rig_config(struct ep_group_config *c, const struct rig_meeting *m, int rank
     c->max_row_bytes = RIG_HIDDEN * 4;
     c->timeout_ms = m->timeout_ms;
     c->num_workers = workers[rank % 4];
+    c->device_index = warm;
 }
 
 ep_status rig_group(struct rig *r, const struct rig_meeting *m, int rank) {
@@ -406,7 +409,8 @@ static void warm_device(int index) {
 void rig_warm(int rank) {
     if (gpu_may_open() && rank >= 0) {
         struct gpu *gpu = gpu_open(gpu_index(rank), false);
-        warm_device(gpu->device.index);
+        warm = gpu->device.index;
+        warm_device(warm);
         gpu_close(&gpu);
     } else if (gpu_may_open()) {
         gpu_must(epi_cu_open(), "the driver");
