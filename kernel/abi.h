@@ -252,14 +252,15 @@ struct k_array {
 
 /*
  * Channels: contiguous runs of tokens, which depend on T alone, never on blocks or warps. They come
- * in four groups of `in_group` and get smaller from one to the next, so that what is under way at
- * the end of an operation is small: what warps take last ends at about the same time, and little
- * of it is left to receive. The last channel has what the others leave.
+ * in groups of `in_group` and get smaller from one to the next, so that what is under way at the
+ * end of an operation is small: what warps take last ends at about the same time, and little of
+ * it is left to receive. The last channel has what the others leave.
  */
+#define K_CHANNEL_GROUPS 5
+
 struct k_channels {
     k_i32 tokens, num;
-    k_i32 in_group, size[4]; /* tokens of a channel */
-    k_i32 pad;
+    k_i32 in_group, size[K_CHANNEL_GROUPS]; /* tokens of a channel */
 };
 
 struct k_route_args {

@@ -143,8 +143,9 @@ static K_FN void send_weights(struct k_thread *k, const struct k_combine_args *a
 struct answer {
     k_u64 to; /* address of its first landing row */
     k_u32 row, rows;
-    k_i32 item;
+    k_i32 owner, channel;
     k_i32 line_bytes; /* of a row, or of all */
+    k_i32 pad;
 };
 
 #define LISTED_ANSWERS 16
@@ -152,14 +153,14 @@ _Static_assert(LISTED_ANSWERS * sizeof(struct answer) <= K_SCRATCH_BYTES(1), "an
 _Static_assert(LISTED_ANSWERS > K_MOVER_STAGES + 4, "what is listed is still in use");
 
 /*
- * The answers that a warp sends, noted ahead of need in its scratch: number `first`, then the
- * next that no warp of the rank has taken. So warps that the link serves better send more, and
- * all end at about the same time.
+ * The answers that a warp sends, noted in its scratch: number `first`, then the next that no warp
+ * of the rank has taken. So warps that the link serves better send more, and all end at about the
+ * same time.
  */
 struct answer_list {
     struct answer *answers;
     k_i32 next, stride,
-        items; /* to look at, of so many; the first `stride` go to a warp each */
+        items; /* taken last; of so many; the first `stride` go to a warp each */
     k_i32 num; /* listed so far */
 };
 
@@ -168,39 +169,60 @@ static K_INLINE const struct answer *listed(const struct answer_list *l, k_i32 i
 }
 
 static K_INLINE void list_answer(struct k_thread *k, const struct k_combine_args *a,
-                                 struct answer_list *l, k_i32 owner, k_u32 row, k_u32 rows) {
+                                 struct answer_list *l, k_i32 owner, k_i32 c, k_u32 row,
+                                 k_u32 rows) {
     if (k->lane == 0) {
         struct answer *to = &l->answers[(k_u32)l->num % LISTED_ANSWERS];
         const k_u64 all = (k_u64)rows * (k_u64)a->row_bytes;
         const k_bool dense = a->x.s0 == a->row_bytes && all < (1u << 30);
-        to->to = k_peer_at(&a->g, owner, landing(a, landing_row(a, owner, row))).address;
+        to->owner = owner;
         to->row = row;
         to->rows = rows;
-        to->item = l->next;
+        to->channel = c;
         to->line_bytes = dense ? (k_i32)all : a->row_bytes;
     }
     l->num++;
 }
 
-/* Lists answer i, if there are so many for this warp. */
-static K_INLINE void list_up_to(struct k_thread *k, const struct k_combine_args *a,
-                                struct answer_list *l, k_i32 i) {
-    while (l->num <= i && l->next < l->items) {
-        k_i32 owner, c;
-        k_u32 r0, r1;
-        find_answer(a, TO_PEERS, l->next, &owner, &c, &r0, &r1);
-        const k_bool halves =
-            l->items / FEW_ANSWERS < l->stride &&
-            (k_u64)(r1 - r0) * (k_u64)a->row_bytes >= TWO_PARTS * (k_u64)a->stage_bytes;
-        const k_u32 middle = halves ? r0 + (r1 - r0 + 1) / 2 : r1;
-        if (r0 != middle) {
-            list_answer(k, a, l, owner, r0, middle - r0);
-        }
-        if (middle != r1) {
-            list_answer(k, a, l, owner, middle, r1 - middle);
-        }
-        k_syncwarp(k);
-        l->next = l->stride + (k_i32)k_take(k, &a->g.ctl->taken[NEXT_ANSWERS]);
+/* The answers listed from number `first` on get their places: the ready messages are here. */
+static K_INLINE void place_answers(struct k_thread *k, const struct k_combine_args *a,
+                                   struct answer_list *l, k_i32 first) {
+    for (k_i32 i = first; k->lane == 0 && i < l->num; i++) {
+        struct answer *u = &l->answers[(k_u32)i % LISTED_ANSWERS];
+        u->to =
+            k_peer_at(&a->g, u->owner, landing(a, landing_row(a, u->owner, u->row))).address;
+    }
+    k_syncwarp(k);
+}
+
+/* Lists what was taken, if it has rows, and x has those: before `go` the tables may be those of a
+ * dispatch that has faulted. */
+static K_INLINE void list_taken(struct k_thread *k, const struct k_combine_args *a,
+                                struct answer_list *l) {
+    k_i32 owner, c;
+    k_u32 r0, r1;
+    find_answer(a, TO_PEERS, l->next, &owner, &c, &r0, &r1);
+    const k_bool halves =
+        l->items / FEW_ANSWERS < l->stride &&
+        (k_u64)(r1 - r0) * (k_u64)a->row_bytes >= TWO_PARTS * (k_u64)a->stage_bytes;
+    const k_u32 middle = halves ? r0 + (r1 - r0 + 1) / 2 : r1;
+    if (r0 >= r1 || r1 > a->x_rows) {
+        return; /* too few in x is what block 0 finds, too */
+    }
+    list_answer(k, a, l, owner, c, r0, middle - r0);
+    if (middle != r1) {
+        list_answer(k, a, l, owner, c, middle, r1 - middle);
+    }
+    k_syncwarp(k);
+}
+
+static K_INLINE void take_next(struct k_thread *k, const struct k_combine_args *a,
+                               struct answer_list *l) {
+    const k_i32 before = l->num;
+    l->next = l->stride + (k_i32)k_take(k, &a->g.ctl->taken[NEXT_ANSWERS]);
+    if (l->next < l->items) {
+        list_taken(k, a, l);
+        place_answers(k, a, l, before);
     }
 }
 
@@ -224,22 +246,24 @@ static K_INLINE void walk_answer(struct answer_walk *w, const struct k_combine_a
     w->stage = w->stage == a->stages ? 0 : w->stage;
 }
 
-/* Plain answers to peers in one walk; each is published when its stores are complete. */
+/*
+ * Plain answers to peers in one walk; each is published when its stores are complete. *go is as for
+ * may_send: before that, x is read only as far as it must reach for the operation to take place.
+ */
 static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
-                            struct k_mover *m, k_i32 first, k_i32 stride) {
+                            struct k_mover *m, k_i32 first, k_i32 stride, k_u32 *go) {
     struct answer_list l = {(struct answer *)warp_scratch(k), first, stride,
                             num_answers(a, TO_PEERS), 0};
     struct answer_walk in = {0, 0, 0, 0}, out = in;
     struct pending p = {-1, 0};
     k_i32 ahead = 0;
+    k_bool placed = 0;
     k_mover_retire(k, m, 0);
+    if (first < l.items && !a->h.counts->need) {
+        list_taken(k, a, &l);
+    }
     for (;;) {
         k_i32 ended = -1;
-        list_up_to(k, a, &l,
-                   in.item + (in.from > 0)); /* the next one while this one is loaded */
-        if (out.item == l.num && p.unit < 0) {
-            return;
-        }
         if (in.item < l.num) {
             const struct answer *u = listed(&l, in.item);
             const k_u64 from = x_row(a, u->row + (k_u32)in.line) + (k_u64)in.from;
@@ -249,7 +273,21 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
             walk_answer(&in, a, u);
             ahead++;
         }
-        if (out.item < l.num && (ahead == most_ahead(a->stages) || in.item == l.num)) {
+        if (ahead < most_ahead(a->stages) && in.item < l.num) {
+            continue;
+        }
+        if (!placed) {
+            if (!may_send(k, go)) {
+                for (; ahead > 0; ahead--) { /* none may be on its way when the warp leaves */
+                    k_mover_wait(k, m, out.stage);
+                    out.stage = out.stage + 1 == a->stages ? 0 : out.stage + 1;
+                }
+                return;
+            }
+            place_answers(k, a, &l, 0);
+            placed = 1;
+        }
+        if (out.item < l.num) {
             const k_i32 item = out.item;
             const struct answer *u = listed(&l, item);
             const k_u64 to = u->to + (k_u64)out.line * (k_u64)a->row_bytes + (k_u64)out.from;
@@ -264,18 +302,23 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
         }
         if (pending_is_due(&p, ended >= 0 || out.item == l.num)) {
             const struct answer *u = listed(&l, p.unit);
-            k_i32 owner, c;
-            name_answer(a, TO_PEERS, u->item, &owner, &c);
             if (a->flags & K_DO_WEIGHTS) {
-                send_weights(k, a, owner, u->row, u->row + u->rows);
+                send_weights(k, a, u->owner, u->row, u->row + u->rows);
             }
             k_mover_settle(k, m, p.newer);
-            publish_answers(k, a, owner, c, u->row + u->rows);
+            publish_answers(k, a, u->owner, u->channel, u->row + u->rows);
             p.unit = -1;
         }
         if (ended >= 0) {
             p.unit = ended;
             p.newer = 0;
+        }
+        if (in.item == l.num && ahead <= FEW_AHEAD) {
+            if (l.next < l.items) {
+                take_next(k, a, &l);
+            } else if (out.item == l.num && p.unit < 0) {
+                return;
+            }
         }
     }
 }
@@ -349,16 +392,28 @@ static K_INLINE struct k_term *warp_terms(struct k_thread *k, k_i32 set) {
     return (struct k_term *)((k_u8 *)warp_scratch(k) + K_NOTE_BYTES) + set * K_SUM_TERMS;
 }
 
-/* How tokens' rows are cut: finer where there are more warps than tokens. */
+/*
+ * How tokens' rows are cut: not, but for the last ones, as many as there are warps, so that what is
+ * left to do when the last answers arrive is little for each warp; finer where there are more
+ * warps than tokens.
+ */
 struct slices {
+    k_i32 whole; /* tokens that are not cut */
     k_i32 num, bytes;
 };
 
 #define MOST_SLICES 8
+#define LAST_SLICES 4
+#define LEAST_SLICE 4096
 
 static K_INLINE struct slices slices_of(const struct k_combine_args *a, k_i32 warps) {
-    const k_i32 num = at_most(a->tokens > 0 ? warps / a->tokens : 1, MOST_SLICES);
-    struct slices s = {1, a->row_bytes};
+    const k_i32 last = at_most(a->row_bytes / LEAST_SLICE, LAST_SLICES);
+    const k_i32 few = at_most(a->tokens > 0 ? warps / a->tokens : 1, MOST_SLICES);
+    const k_i32 num = few > last ? few : last;
+    struct slices s = {a->tokens - warps, 1, a->row_bytes};
+    if (s.whole < 0) {
+        s.whole = 0;
+    }
     if (num > 1) {
         s.bytes = (a->row_bytes + 512 * num - 1) / (512 * num) * 512;
         s.num = (a->row_bytes + s.bytes - 1) / s.bytes;
@@ -485,7 +540,7 @@ static K_INLINE void begin_token(const struct k_combine_args *a, const struct sl
     s->channel = 0;
     s->item = t;
     s->to = a->out.data + (k_u64)((k_i64)t * a->out.s0) + (k_u64)from;
-    s->bytes = at_most(cut->bytes, a->row_bytes - from);
+    s->bytes = at_most(t < cut->whole ? a->row_bytes : cut->bytes, a->row_bytes - from);
     s->last = from + s->bytes == a->row_bytes;
     f->token = NOBODY;
 }
@@ -514,10 +569,11 @@ static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_a
 static K_INLINE k_bool take_token(struct k_thread *k, const struct k_combine_args *a,
                                   const struct slices *cut, struct feed *f) {
     if (f->tokens && f->token == NOBODY) {
-        const k_i32 i = (k_i32)k_take(k, &a->g.ctl->taken[NEXT_TOKEN]), t = i / cut->num;
+        const k_i32 i = (k_i32)k_take(k, &a->g.ctl->taken[NEXT_TOKEN]), cuts = i - cut->whole;
+        const k_i32 t = cuts < 0 ? i : cut->whole + cuts / cut->num;
         f->tokens = t < a->tokens;
         f->token = f->tokens ? t : NOBODY;
-        f->from = (i - t * cut->num) * cut->bytes;
+        f->from = cuts < 0 ? 0 : cuts % cut->num * cut->bytes;
     }
     return f->token != NOBODY;
 }
@@ -691,27 +747,26 @@ static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
 /* ---- entry ---------------------------------------------------------------------------------- */
 
 static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
-    const struct k_group *g = &a->g;
     const k_bool both = k->num_blocks > 1;
     const k_i32 senders = both ? (k_i32)a->send_blocks : k->num_blocks;
     const k_bool sums = (a->flags & K_DO_REDUCE) != 0; /* made by all blocks */
-    k_u32 go = 0;
+    k_u32 go = NOT_TOLD;
     if (k->block == 0 && !control(k, a)) {
         return 0;
-    }
-    if (!k_await(k, &g->ctl->go, k->epoch, g->rank, K_PHASE_SELF, &go)) {
-        return 0;
-    }
-    if (go == SKIP) {
-        k_ends(k, K_END_SKIP);
-        return 1;
     }
     struct k_mover m;
     k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
     const k_bool away =
         k->block < senders; /* where all blocks send, they do the rest as well */
     if (away && !sums) {
-        send_plain(k, a, &m, k_first(k, 0), k_stride(k, senders));
+        send_plain(k, a, &m, k_first(k, 0), k_stride(k, senders), &go);
+    }
+    if (!may_send(k, &go)) {
+        k_mover_end(k, &m);
+        if (go == SKIP) {
+            k_ends(k, K_END_SKIP);
+        }
+        return go == SKIP;
     }
     if (!sums && !(away && both)) {
         const k_i32 from = both ? senders : 0;

@@ -269,7 +269,6 @@ static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) 
 
 /* False after a fault. */
 static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
-    const struct k_group *g = &a->g;
     const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
     /* Which blocks do what: with both parts the first send_blocks send, unless there is one. */
     const k_bool both = sends && receives && k->num_blocks > 1;
@@ -277,22 +276,13 @@ static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
     const k_i32 first_recv = both ? senders : 0;
     /* Own rows that are copied out need not be sent. */
     const k_bool direct = sends && receives && a->recv_x.data != 0;
-    k_u32 go = 0;
-    if (k->block == 0 && sends && !control(k, a)) {
-        return 0;
-    }
-    k_bool ok = k_await(k, &g->ctl->go, k->epoch, g->rank, K_PHASE_SELF, &go);
-    if (k->block == 0) {
-        ok = k_barrier(k, ok); /* its warps go on to `prepare` together, or not at all */
+    k_u32 go = NOT_TOLD;
+    k_bool ok = 1;
+    if (k->block == 0) { /* its warps go on to `prepare` together, or not at all */
+        ok = (!sends || control(k, a)) && (may_send(k, &go) || go == SKIP);
+        ok = k_barrier(k, ok) && (go == SKIP || !receives || prepare(k, a));
     }
     if (!ok) {
-        return 0;
-    }
-    if (go == SKIP) {
-        k_ends(k, K_END_SKIP);
-        return 1;
-    }
-    if (k->block == 0 && receives && !prepare(k, a)) {
         return 0;
     }
     struct k_mover m;
@@ -305,13 +295,18 @@ static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
                       : both                   ? TO_SELF
                                                : TO_ALL,
                       k_first(k, from),
-                      k_stride(k, away ? senders : k->num_blocks - first_recv));
+                      k_stride(k, away ? senders : k->num_blocks - first_recv), &go);
     }
-    if (sends && k_first(k, 0) == 0) {
+    ok = may_send(k, &go);
+    if (ok && sends && k_first(k, 0) == 0) {
         count_sent(k, a);
     }
-    if (receives) {
+    if (ok && receives) {
         ok = receive(k, a, &m, first_recv, direct);
+    }
+    if (go == SKIP) {
+        k_ends(k, K_END_SKIP);
+        ok = 1;
     }
     k_mover_end(k, &m);
     return ok;

@@ -160,13 +160,13 @@ static K_INLINE k_f32 *weight_at(const struct k_dispatch_args *a, k_i64 row, k_i
 
 /* Which work receiving warps take, and how. Constant during an operation. */
 struct intake {
-    k_i32 channels, parts, wide; /* a channel's rows are taken in so many parts; how many
-                                    channels a source sends at once */
-    k_i32 items;                 /* parts of channels of sources, of all */
-    k_i32 most_rows;             /* of a batch */
-    k_i32 pieces;                /* of a row; 0: rows stay where they are */
-    k_bool staged;               /* a batch's sidecars fit a stage */
-    k_bool direct;               /* this rank's own rows are copied out of x */
+    k_i32 wide;      /* how many channels a source sends at once */
+    k_i32 few;       /* parts of a channel so that there is one for each warp */
+    k_i32 items;     /* parts of channels of a source */
+    k_i32 most_rows; /* of a batch */
+    k_i32 pieces;    /* of a row; 0: rows stay where they are */
+    k_bool staged;   /* a batch's sidecars fit a stage */
+    k_bool direct;   /* this rank's own rows are copied out of x */
 };
 
 /* Rows of one source that are unpacked together. */
@@ -211,26 +211,38 @@ static K_INLINE k_i32 at_least(k_i32 a, k_i32 b) {
     return a > b ? a : b;
 }
 
-/* A part is large enough that finding it costs little beside copying it, unless there would not be
- * one for each warp then. */
+/*
+ * Into how many parts the rows of a channel of the group are cut. A part is large enough that
+ * finding it costs little beside copying it, unless there would not be one for each warp then.
+ */
 #define MOST_PARTS 4
 #define INTAKE_BYTES 28672
+
+static K_INLINE k_i32 parts_in(const struct k_dispatch_args *a, const struct intake *w,
+                               k_i32 group) {
+    const k_i32 tokens = a->channels.size[group];
+    const k_i32 bytes = a->recv_x.data ? at_most(a->row_bytes, 1 << 14) : 0;
+    const k_i32 large = at_most(tokens, 1 << 16) * bytes / INTAKE_BYTES;
+    return at_most(at_least(at_least(large, w->few), 1), at_most(MOST_PARTS, tokens));
+}
+
+static K_INLINE k_i32 channels_in(const struct k_channels *n, k_i32 group) {
+    return group < K_CHANNEL_GROUPS - 1 ? n->in_group
+                                        : n->num - (K_CHANNEL_GROUPS - 1) * n->in_group;
+}
 
 static K_INLINE struct intake intake_of(const struct k_thread *k,
                                         const struct k_dispatch_args *a, k_bool direct) {
     const struct k_group *g = &a->g;
     const k_i32 room = (g->scratch_bytes - K_NOTE_BYTES) / 4;
-    const k_i32 tokens = (a->tokens + g->num_channels - 1) / g->num_channels;
-    const k_i32 bytes = a->recv_x.data ? at_most(a->row_bytes, 1 << 14) : 0;
-    const k_i32 large = at_most(tokens, 1 << 16) * bytes / INTAKE_BYTES;
-    const k_i32 few = 2 * k->num_blocks * k->num_warps / (g->num_ranks * g->num_channels);
     const k_i32 senders = a->send_blocks ? (k_i32)a->send_blocks : 1;
     struct intake w;
-    w.channels = g->num_channels;
-    w.parts =
-        at_most(at_least(at_least(large, few), 1), at_most(MOST_PARTS, at_least(tokens, 1)));
-    w.wide = at_most(senders * k->num_warps, w.channels);
-    w.items = g->num_ranks * w.channels * w.parts;
+    w.few = 2 * k->num_blocks * k->num_warps / (g->num_ranks * g->num_channels);
+    w.wide = at_most(senders * k->num_warps, g->num_channels);
+    w.items = 0;
+    for (k_i32 i = 0; i < K_CHANNEL_GROUPS; i++) {
+        w.items += channels_in(&a->channels, i) * parts_in(a, &w, i);
+    }
     w.staged = g->side_stride <= a->stage_bytes;
     w.most_rows =
         at_most(room / (a->topk + 1), w.staged ? a->stage_bytes / g->side_stride : room);
@@ -244,25 +256,36 @@ static K_INLINE k_bool is_direct(const struct k_dispatch_args *a, const struct i
     return w->direct && source == a->g.rank;
 }
 
+/* A part of a channel of a source. */
+struct item {
+    k_i32 source, channel, part, parts;
+};
+
 /*
- * Names item i: a part of a channel of a source. This rank's own rows come first, while the peers'
- * are on their way. Then the peers' as they arrive: a source has `wide` channels under way, so the
- * first parts of all of those, of all sources in turn, then the second parts.
+ * Item i of all. This rank's own rows come first, while the peers' are on their way. Then the peers'
+ * as they arrive: a source has `wide` channels of a group under way, so the first parts of all of
+ * those, of all sources in turn, then the second parts.
  */
-static K_INLINE void name_item(const struct k_dispatch_args *a, const struct intake *w, k_i32 i,
-                               k_i32 *source, k_i32 *channel, k_i32 *part) {
-    const k_i32 own = w->channels * w->parts, peers = a->g.num_ranks - 1;
-    if (i < own) {
-        *source = a->g.rank;
-        *channel = i / w->parts;
-        *part = i % w->parts;
-        return;
+static K_INLINE struct item item_at(const struct k_dispatch_args *a, const struct intake *w,
+                                    k_i32 i) {
+    const k_i32 peers = a->g.num_ranks - 1, far = i - w->items;
+    k_i32 at = far < 0 ? i : far / peers, first = 0, group = 0;
+    struct item m;
+    m.source = far < 0 ? a->g.rank : (a->g.rank + 1 + far % peers) % a->g.num_ranks;
+    m.parts = parts_in(a, w, 0);
+    K_ROLLED while (at >= channels_in(&a->channels, group) * m.parts) {
+        at -= channels_in(&a->channels, group) * m.parts;
+        first += channels_in(&a->channels, group);
+        group++;
+        m.parts = parts_in(a, w, group);
     }
-    const k_i32 at = (i - own) / peers, round = at / (w->wide * w->parts) * w->wide;
-    const k_i32 width = at_most(w->wide, w->channels - round), in = at - round * w->parts;
-    *source = (a->g.rank + 1 + (i - own) % peers) % a->g.num_ranks;
-    *channel = round + in % width;
-    *part = in / width;
+    const k_i32 num = channels_in(&a->channels, group);
+    const k_i32 wide = far < 0 ? 1 : at_most(w->wide, num);
+    const k_i32 round = at / (wide * m.parts) * wide, width = at_most(wide, num - round);
+    const k_i32 in = at - round * m.parts;
+    m.channel = first + round + in % width;
+    m.part = in / width;
+    return m;
 }
 
 /* Rows for this warp, of the next item that has any; false: all were taken. */
@@ -270,21 +293,20 @@ static K_INLINE k_bool take_rows(struct k_thread *k, const struct k_dispatch_arg
                                  const struct intake *w, struct feed *f) {
     const struct k_group *g = &a->g;
     while (f->row == f->end) {
-        k_i32 source, channel, part;
         const k_i32 i = (k_i32)k_take(k, &g->ctl->taken[0]);
-        if (i >= w->items) {
+        if (i >= g->num_ranks * w->items) {
             return 0;
         }
-        name_item(a, w, i, &source, &channel, &part);
-        const k_u32 *chan = a->h.recv_chan + (k_i64)source * (g->num_channels + 1) + channel;
-        const k_u32 rows = chan[1] - chan[0], base = a->h.recv_base[source] + chan[0];
-        const k_u32 parts = (k_u32)w->parts;
+        const struct item m = item_at(a, w, i);
+        const k_u32 *chan =
+            a->h.recv_chan + (k_i64)m.source * (g->num_channels + 1) + m.channel;
+        const k_u32 rows = chan[1] - chan[0], base = a->h.recv_base[m.source] + chan[0];
         f->base = base;
-        f->row = base + rows * (k_u32)part / parts;
-        f->end = base + rows * (k_u32)(part + 1) / parts;
-        f->source = source;
-        f->channel = channel;
-        f->token = channel_first(&a->channels, channel);
+        f->row = base + rows * (k_u32)m.part / (k_u32)m.parts;
+        f->end = base + rows * (k_u32)(m.part + 1) / (k_u32)m.parts;
+        f->source = m.source;
+        f->channel = m.channel;
+        f->token = channel_first(&a->channels, m.channel);
         f->seen = 0;
     }
     return 1;

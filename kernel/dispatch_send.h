@@ -88,10 +88,10 @@ static K_INLINE void begin_channel(const struct k_dispatch_args *a, struct send_
     l->middle = l->end - l->at < l->least ? l->at : l->at + (l->end - l->at) / 2 + 1;
 }
 
-/* Lists token i + 1 at least, if there is one. */
+/* Lists token i + 1 at least, if the channel has it. */
 static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_args *a,
                                  struct send_list *l, k_i32 i) {
-    while (l->num <= i + 1 && l->channel < a->g.num_channels) {
+    while (l->num <= i + 1 && l->at < l->end) {
         const k_i32 t = l->at + k->lane;
         const k_i32 dests = t < l->end ? dests_to_serve(a, l->whom, t) : 0;
         k_u32 total = 0;
@@ -105,12 +105,14 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
         k_syncwarp(k);
         l->num += (k_i32)total;
         l->at += K_LANES;
-        if (l->at >= l->end) {
-            begin_channel(a, l,
-                          l->in_turn ? l->stride + (k_i32)k_take(k, &a->g.ctl->taken[1])
-                                     : l->channel + l->stride);
-        }
     }
+}
+
+static K_INLINE void next_channel(struct k_thread *k, const struct k_dispatch_args *a,
+                                  struct send_list *l) {
+    begin_channel(a, l,
+                  l->in_turn ? l->stride + (k_i32)k_take(k, &a->g.ctl->taken[1])
+                             : l->channel + l->stride);
 }
 
 /* Where this rank's rows and their sidecars begin at rank d. */
@@ -142,14 +144,20 @@ static K_INLINE struct send_list begin_list(struct k_thread *k, const struct k_d
                                                           : a->tokens + 1,
                           0};
     begin_channel(a, &l, first);
-    for (k_i32 d = k->lane; d < at_most(a->g.num_ranks, NEAR_RANKS); d += K_LANES) {
-        l.s->first[d] = first_place(a, d);
-    }
     for (k_i32 d = k->lane; d < TRACKED_RANKS; d += K_LANES) {
         l.s->stored[d] = 0;
     }
     k_syncwarp(k);
     return l;
+}
+
+/* Ready messages and bases are here. */
+static K_INLINE void note_places(struct k_thread *k, const struct k_dispatch_args *a,
+                                 const struct send_list *l) {
+    for (k_i32 d = k->lane; d < at_most(a->g.num_ranks, NEAR_RANKS); d += K_LANES) {
+        l->s->first[d] = first_place(a, d);
+    }
+    k_syncwarp(k);
 }
 
 /* The place of a row at rank d: number `slot` of this rank's rows for it. */
@@ -429,10 +437,26 @@ static K_INLINE void publish_part(struct k_thread *k, const struct k_dispatch_ar
     }
 }
 
-/* All channels of a warp in one walk: rows and sidecars are read once and stored to all their
- * destinations; each part of a channel is published when its stores are complete. */
+/* Pieces that were begun will not be sent; what is loaded of them may still be on its way. */
+static K_INLINE void drop_pieces(struct k_thread *k, const struct k_dispatch_args *a,
+                                 struct k_mover *m, const struct send_shape *s,
+                                 struct walk *out, k_i32 ahead) {
+    K_ROLLED for (; ahead > 0; ahead--) {
+        if (out->piece < s->row_pieces) {
+            k_mover_wait(k, m, out->stage);
+        }
+        walk_on(out, s->pieces, a->stages);
+    }
+}
+
+/*
+ * All channels of a warp in one walk: rows and sidecars are read once and stored to all their
+ * destinations; each part of a channel is published when its stores are complete. *go is as for
+ * may_send.
+ */
 static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args *a,
-                               struct k_mover *m, k_i32 whom, k_i32 first, k_i32 stride) {
+                               struct k_mover *m, k_i32 whom, k_i32 first, k_i32 stride,
+                               k_u32 *go) {
     const struct send_shape s = shape_of(a);
     struct send_list l = begin_list(k, a, whom, first, stride, s.row_pieces);
     struct walk in = begin_walk(k, m, 0), out = in; /* over listed tokens */
@@ -440,19 +464,28 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
     struct place place = {0, 0};
     struct token_ahead next = begin_ahead(k, a, &s);
     k_i32 ahead = 0;
+    k_bool placed = 0;
     for (;;) {
         k_i32 ended = -1;
-        list_beyond(k, a, &l, in.item); /* then what is compared with l.num below is true */
-        if (out.item == l.num && p.unit < 0) {
-            return;
-        }
+        list_beyond(k, a, &l, in.item); /* where in.item is l.num, its channel has no more */
         read_ahead(k, a, &s, &l, &out, &next);
         if (in.item < l.num) {
             begin_piece(k, a, m, &s, &l, &in);
             walk_on(&in, s.pieces, a->stages);
             ahead++;
         }
-        if (out.item < l.num && (ahead == most_ahead(a->stages) || in.item == l.num)) {
+        if (ahead < most_ahead(a->stages) && in.item < l.num) {
+            continue;
+        }
+        if (!placed) {
+            if (!may_send(k, go)) {
+                drop_pieces(k, a, m, &s, &out, ahead);
+                return;
+            }
+            note_places(k, a, &l);
+            placed = 1;
+        }
+        if (out.item < l.num) {
             end_piece(k, a, m, &s, &l, &out, &place, &next);
             const k_i32 part = listed(&l, out.item)->part;
             walk_on(&out, s.pieces, a->stages);
@@ -471,6 +504,13 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
             end_part(k, a, &l, ended);
             p.unit = ended;
             p.newer = 0;
+        }
+        if (in.item == l.num && ahead <= FEW_AHEAD) {
+            if (l.channel < a->g.num_channels) {
+                next_channel(k, a, &l);
+            } else if (out.item == l.num && p.unit < 0) {
+                return;
+            }
         }
     }
 }

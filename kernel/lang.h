@@ -11,6 +11,7 @@
  * Hand-offs     k_post(peer, w)          a word that carries its own value: no ordering
  *               k_publish(peer, w)       all this warp did before (after k_syncwarp) is visible to
  *                                        whoever awaits the word; one lane calls
+ *               k_publish_four(peer, w0, w1, w2, w3)  the same with four words side by side
  *               k_publish_local(p, w)    the same within this rank
  *               k_await(k, p, e, ...)    all lanes call: wait until word *p (own memory; NULL:
  *                                        nothing) has epoch e; then what was published is visible

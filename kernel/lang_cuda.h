@@ -133,6 +133,18 @@ static K_INLINE void k_publish(struct k_peer at, k_u64 word) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at.address), "l"(word) : "memory");
 }
 
+/* One fence in front of all: a releasing store behind the others would wait until those have
+ * arrived, a round trip to the peer. */
+static K_INLINE void k_publish_four(struct k_peer at, k_u64 w0, k_u64 w1, k_u64 w2, k_u64 w3) {
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at.address), "l"(w0) : "memory");
+    asm volatile("st.relaxed.sys.global.u64 [%0+8], %1;" ::"l"(at.address), "l"(w1) : "memory");
+    asm volatile("st.relaxed.sys.global.u64 [%0+16], %1;" ::"l"(at.address), "l"(w2)
+                 : "memory");
+    asm volatile("st.relaxed.sys.global.u64 [%0+24], %1;" ::"l"(at.address), "l"(w3)
+                 : "memory");
+}
+
 /* System scope: the host may read the word as well. */
 static K_INLINE void k_publish_local(k_u64 *at, k_u64 word) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(word) : "memory");

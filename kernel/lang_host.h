@@ -126,6 +126,14 @@ static K_INLINE void k_publish(struct k_peer at, k_u64 word) {
     __atomic_store_n((k_u64 *)at.address, word, K_PUBLISH_ORDER);
 }
 
+static K_INLINE void k_publish_four(struct k_peer at, k_u64 w0, k_u64 w1, k_u64 w2, k_u64 w3) {
+    k_u64 *words = (k_u64 *)at.address;
+    __atomic_store_n(&words[0], w0, K_PUBLISH_ORDER);
+    __atomic_store_n(&words[1], w1, K_PUBLISH_ORDER);
+    __atomic_store_n(&words[2], w2, K_PUBLISH_ORDER);
+    __atomic_store_n(&words[3], w3, K_PUBLISH_ORDER);
+}
+
 static K_INLINE void k_publish_local(k_u64 *at, k_u64 word) {
     __atomic_store_n(at, word, __ATOMIC_RELEASE);
 }

@@ -26,6 +26,7 @@ struct k_mover {
     k_u8 *ring;
     k_i32 stage_bytes;
     struct epi_late *loader, *reader, *writer;
+    k_u32 loading; /* a bit for each stage */
     uint64_t loaded[K_MOVER_STAGES], stored;
     uint64_t committed[K_MOVER_STAGES]; /* the last store of a commit, the newest first */
 };
@@ -48,6 +49,7 @@ static inline k_u8 *k_mover_stage(const struct k_mover *m, k_i32 stage) {
 static inline void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 stage,
                                 const void *src, k_i32 bytes) {
     (void)k;
+    m->loading |= 1u << stage;
     m->loaded[stage] = epi_late_post(m->loader, k_mover_stage(m, stage), src, (size_t)bytes);
 }
 
@@ -62,10 +64,9 @@ static inline void k_mover_filled(struct k_thread *k, struct k_mover *m) {
 
 static inline void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 stage) {
     (void)k;
+    m->loading &= ~(1u << stage);
 #if !defined(K_SKIP_WAIT)
     epi_late_await(m->loader, m->loaded[stage]);
-#else
-    (void)m, (void)stage;
 #endif
 }
 
@@ -120,6 +121,7 @@ static inline void k_mover_gather(struct k_thread *k, struct k_mover *m, k_i32 s
                                   const struct k_term *terms, k_i32 num, k_i32 from,
                                   k_i32 bytes) {
     (void)k;
+    m->loading |= 1u << stage;
     for (k_i32 j = 0; j < num; j++) {
         m->loaded[stage] =
             epi_late_post(m->loader, k_mover_stage(m, stage) + (size_t)j * (size_t)bytes,
@@ -140,6 +142,9 @@ static inline void k_mover_sum(struct k_thread *k, struct k_mover *m, k_i32 stag
 
 static inline void k_mover_end(struct k_thread *k, struct k_mover *m) {
     (void)k;
+    if (m->loading) { /* on a GPU it would arrive in memory that is another block's by then */
+        __builtin_trap();
+    }
     epi_late_stop(m->loader);
     epi_late_stop(m->reader);
     epi_late_stop(m->writer);

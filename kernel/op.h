@@ -11,6 +11,8 @@
 /* What block 0 tells the others when control is over: begin, or leave. */
 #define GO 0u
 #define SKIP 1u
+#define NOT_TOLD 2u
+#define NEVER 3u /* the operation has faulted */
 
 static K_INLINE k_i32 at_most(k_i32 a, k_i32 b) {
     return a < b ? a : b;
@@ -22,7 +24,7 @@ static K_INLINE k_i32 channel_first(const struct k_channels *n, k_i32 c) {
     if (c >= n->num) {
         return n->tokens;
     }
-    for (; group < 3 && c >= n->in_group; group++) {
+    for (; group < K_CHANNEL_GROUPS - 1 && c >= n->in_group; group++) {
         first += n->in_group * n->size[group];
         c -= n->in_group;
     }
@@ -32,7 +34,8 @@ static K_INLINE k_i32 channel_first(const struct k_channels *n, k_i32 c) {
 /* The channel of token t < T, if every channel had `more` tokens than it has. */
 static K_INLINE k_i32 channel_at(const struct k_channels *n, k_i32 t, k_i32 more) {
     k_i32 c = 0, group = 0;
-    for (; group < 3 && t >= n->in_group * (n->size[group] + more); group++) {
+    for (; group < K_CHANNEL_GROUPS - 1 && t >= n->in_group * (n->size[group] + more);
+         group++) {
         t -= n->in_group * (n->size[group] + more);
         c += n->in_group;
     }
@@ -85,14 +88,24 @@ static K_INLINE void tell_ready(struct k_thread *k, k_i32 p, const struct op_sig
                                 k_u32 where) {
     if (k->lane == 0) {
         const struct k_group *g = k->g;
-        k_u64 at = ready_offset(g, k->epoch, g->rank);
-        for (k_i32 i = 0; i < 3; i++) {
-            k_post(k_peer_at(g, p, at + 8ull * (k_u64)i),
-                   K_WORD(k->epoch, signature_word(sig, i)));
-        }
-        /* Released: what this rank read from the region before comes before p's writes to it. */
-        k_publish(k_peer_at(g, p, at + 24ull), K_WORD(k->epoch, where));
+        /* Published: what this rank read from the region before comes before p's writes to it. */
+        k_publish_four(k_peer_at(g, p, ready_offset(g, k->epoch, g->rank)),
+                       K_WORD(k->epoch, sig->word0), K_WORD(k->epoch, sig->word1),
+                       K_WORD(k->epoch, sig->word2), K_WORD(k->epoch, where));
     }
+}
+
+/*
+ * Waits for `go` unless this warp has; false: nothing may be sent. What a warp sends first it loads
+ * before that: only places at the peers, and counters that warps share, hold no sooner.
+ */
+static K_INLINE k_bool may_send(struct k_thread *k, k_u32 *go) {
+    if (*go == NOT_TOLD) {
+        k_u32 word = 0;
+        const k_bool ok = k_await(k, &k->g->ctl->go, k->epoch, k->g->rank, K_PHASE_SELF, &word);
+        *go = ok ? word : NEVER;
+    }
+    return *go == GO;
 }
 
 /*
@@ -130,6 +143,12 @@ static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature
     }
     return ok;
 }
+
+/*
+ * Work is taken in turn when so few pieces are left to send of what was taken before: late, so that
+ * warps end together, and early enough to load it meanwhile.
+ */
+#define FEW_AHEAD 2
 
 /* A walk over items cut into pieces, each of which takes the next stage of a mover. */
 struct walk {
@@ -193,7 +212,7 @@ static K_INLINE k_bool pending_is_due(const struct pending *p, k_bool at_once) {
 #define TWO_PARTS 2
 #define FEW_ANSWERS 1000000
 #else
-#define TWO_PARTS 28
+#define TWO_PARTS 24
 #define FEW_ANSWERS 8
 #endif
 

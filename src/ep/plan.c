@@ -218,17 +218,18 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
     return check_limit(c, p);
 }
 
-/* Fewer than four channels are alike. */
+/* Fewer channels than groups are alike. */
 void epi_plan_channels(const struct epi_plan *p, int tokens, struct k_channels *out) {
-    static const int parts[4] = {12, 10, 7, 3}; /* of 32 */
+    static const int parts[K_CHANNEL_GROUPS] = {12, 10, 6, 3, 1}, all = 32;
     const int num = p->info.num_channels;
     memset(out, 0, sizeof(*out));
     out->tokens = tokens;
     out->num = num;
-    out->in_group = num / 4;
-    for (int i = 0; i < 4; i++) {
-        const int size =
-            num < 4 ? (tokens + num - 1) / num : (parts[i] * tokens + 8 * num - 1) / (8 * num);
+    out->in_group = num / K_CHANNEL_GROUPS;
+    for (int i = 0; i < K_CHANNEL_GROUPS; i++) {
+        const int part = out->in_group ? parts[i] : 1,
+                  of = out->in_group ? all * out->in_group : num;
+        const int size = (part * tokens + of - 1) / of;
         out->size[i] = size ? size : 1; /* divisors, also of nothing */
     }
 }

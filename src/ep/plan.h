@@ -11,8 +11,8 @@
 
 /* Tokens of a channel, about: small enough that many warps share the work and rows are announced
  * early, large enough that announcing them costs nothing. */
-#define EPI_CHANNEL_TOKENS 8
-#define EPI_MAX_CHANNELS 512
+#define EPI_CHANNEL_TOKENS 6
+#define EPI_MAX_CHANNELS 640
 /* Rows that gaps between experts may add to an expanded output, per expert. */
 #define EPI_EXPANDED_SLACK 127
 
