@@ -17,9 +17,13 @@ if [ "$1" = --one ]; then
     *.py) set -- python3 "$prog" ;;
     *) set -- $TAP_PREFIX "$prog" ;;
     esac
+    # What a program that is killed leaves behind goes with its folder.
+    TMPDIR=$(mktemp -d) || exit 1
+    export TMPDIR
     start=$(date +%s)
     timeout -k 5 "$limit" "$@" >"$out" 2>"$err" </dev/null
     rc=$?
+    rm -rf "$TMPDIR"
     took=$(($(date +%s) - start))
     why=
     plan=$(sed -n 's/^1\.\.\([0-9]*\).*/\1/p' "$out" | head -1)

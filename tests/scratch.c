@@ -42,7 +42,12 @@ static void remove_folder(void) {
 const char *scratch_folder(void) {
     const char *above = getenv("TMPDIR");
     if (!folder[0]) {
-        snprintf(folder, sizeof(folder), "%s/ep-test-XXXXXX", above && *above ? above : "/tmp");
+        above = above && *above ? above : "/tmp";
+        if (snprintf(folder, sizeof(folder), "%s/ep-test-XXXXXX", above) >=
+            (int)sizeof(folder)) {
+            printf("Bail out! TMPDIR is too long a path: %s\n", above);
+            exit(1);
+        }
         if (!mkdtemp(folder)) {
             printf("Bail out! no folder %s: %s\n", folder, strerror(errno));
             exit(1);
