@@ -107,7 +107,7 @@ all:
 help:
 	@echo 'make            the library, the program build/ep, examples'
 	@echo 'make demo       build, then a Mixture-of-Experts layer over 4 processes'
-	@echo 'make check      everything a change must pass (about 15 minutes on 2 cores)'
+	@echo 'make check      everything a change must pass (about 18 minutes on 2 cores)'
 	@echo 'make check-gpu  the tests on the GPUs of this machine, ARGS=--quick for some, GPU_SECONDS=N'
 	@echo 'make soak       the tests with many seeds, SOAK_SECONDS=600'
 	@echo 'make asan|ubsan|tsan   the tests under one sanitizer'
