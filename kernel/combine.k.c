@@ -86,20 +86,15 @@ static K_INLINE k_i32 num_answers(const struct k_combine_args *a, k_i32 whom) {
     return (whom == TO_PEERS ? ranks - 1 : 1) * a->g.num_channels;
 }
 
-/* Whose answer `item` is, and of which channel; those of a channel are neighbours. */
-static K_INLINE void name_answer(const struct k_combine_args *a, k_i32 whom, k_i32 item,
-                                 k_i32 *owner, k_i32 *c) {
+/* Whose answer `item` is, of which channel (those of a channel are neighbours), and the rows received
+ * that it is made from: [*r0, *r1). */
+static K_INLINE void find_answer(const struct k_combine_args *a, k_i32 whom, k_i32 item,
+                                 k_i32 *owner, k_i32 *c, k_u32 *r0, k_u32 *r1) {
     const k_i32 ranks = a->g.num_ranks;
     const k_i32 owners = whom == TO_PEERS ? ranks - 1 : 1;
     const k_i32 d = a->g.rank + (whom == TO_PEERS) + item % owners;
     *owner = d < ranks ? d : d - ranks;
     *c = item / owners;
-}
-
-/* The same, and the rows received that it is made from: [*r0, *r1). */
-static K_INLINE void find_answer(const struct k_combine_args *a, k_i32 whom, k_i32 item,
-                                 k_i32 *owner, k_i32 *c, k_u32 *r0, k_u32 *r1) {
-    name_answer(a, whom, item, owner, c);
     const k_u32 *chan = a->h.recv_chan + (k_i64)*owner * (a->g.num_channels + 1) + *c;
     *r0 = a->h.recv_base[*owner] + chan[0];
     *r1 = a->h.recv_base[*owner] + chan[1];
@@ -242,8 +237,7 @@ static K_INLINE void walk_answer(struct answer_walk *w, const struct k_combine_a
             w->item++;
         }
     }
-    w->stage++;
-    w->stage = w->stage == a->stages ? 0 : w->stage;
+    w->stage = next_stage(w->stage, a->stages);
 }
 
 /*
@@ -280,7 +274,7 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
             if (!may_send(k, go)) {
                 for (; ahead > 0; ahead--) { /* none may be on its way when the warp leaves */
                     k_mover_wait(k, m, out.stage);
-                    out.stage = out.stage + 1 == a->stages ? 0 : out.stage + 1;
+                    out.stage = next_stage(out.stage, a->stages);
                 }
                 return;
             }
@@ -409,11 +403,8 @@ struct slices {
 static K_INLINE struct slices slices_of(const struct k_combine_args *a, k_i32 warps) {
     const k_i32 last = at_most(a->row_bytes / LEAST_SLICE, LAST_SLICES);
     const k_i32 few = at_most(a->tokens > 0 ? warps / a->tokens : 1, MOST_SLICES);
-    const k_i32 num = few > last ? few : last;
-    struct slices s = {a->tokens - warps, 1, a->row_bytes};
-    if (s.whole < 0) {
-        s.whole = 0;
-    }
+    const k_i32 num = at_least(few, last);
+    struct slices s = {at_least(a->tokens - warps, 0), 1, a->row_bytes};
     if (num > 1) {
         s.bytes = (a->row_bytes + 512 * num - 1) / (512 * num) * 512;
         s.num = (a->row_bytes + s.bytes - 1) / s.bytes;
@@ -725,11 +716,11 @@ static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
         }
         if (gathered < in_bytes && ahead < a->stages) {
             gathered += gather_part(k, a, m, in, gathered, load);
-            load = load + 1 == a->stages ? 0 : load + 1;
+            load = next_stage(load, a->stages);
             ahead++;
         } else if (ahead > 0) {
             summed += sum_part(k, a, m, out, summed, read);
-            read = read + 1 == a->stages ? 0 : read + 1;
+            read = next_stage(read, a->stages);
             ahead--;
             if (summed == out_bytes) {
                 end_sum(k, a, &warp_notes(k)->sum[out]);

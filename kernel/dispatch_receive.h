@@ -207,10 +207,6 @@ static K_INLINE k_i32 *warp_tokens(struct k_thread *k, const struct k_dispatch_a
     return warp_places(k) + w->most_rows * a->topk;
 }
 
-static K_INLINE k_i32 at_least(k_i32 a, k_i32 b) {
-    return a > b ? a : b;
-}
-
 /*
  * Into how many parts the rows of a channel of the group are cut. A part is large enough that
  * finding it costs little beside copying it, unless there would not be one for each warp then.
@@ -457,7 +453,7 @@ struct intake_walk {
 };
 
 static K_INLINE void walk_intake(struct intake_walk *at, const struct intake *w, k_i32 stages) {
-    at->stage = at->stage + 1 == stages ? 0 : at->stage + 1;
+    at->stage = next_stage(at->stage, stages);
     if (at->row < 0) {
         at->row = w->pieces ? 0 : at->rows;
     } else if (++at->piece == w->pieces) {

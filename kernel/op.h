@@ -11,11 +11,21 @@
 /* What block 0 tells the others when control is over: begin, or leave. */
 #define GO 0u
 #define SKIP 1u
+/* What a warp notes beside that: it has not asked, or the operation has faulted. */
 #define NOT_TOLD 2u
-#define NEVER 3u /* the operation has faulted */
+#define NEVER 3u
 
 static K_INLINE k_i32 at_most(k_i32 a, k_i32 b) {
     return a < b ? a : b;
+}
+
+static K_INLINE k_i32 at_least(k_i32 a, k_i32 b) {
+    return a > b ? a : b;
+}
+
+/* The stage of a mover that is used after this one. */
+static K_INLINE k_i32 next_stage(k_i32 stage, k_i32 stages) {
+    return stage + 1 == stages ? 0 : stage + 1;
 }
 
 /* The first token of channel c; of channel number C: T. */
@@ -168,8 +178,7 @@ static K_INLINE void walk_on(struct walk *w, k_i32 pieces, k_i32 stages) {
         w->piece = 0;
         w->item++;
     }
-    w->stage++;
-    w->stage = w->stage == stages ? 0 : w->stage;
+    w->stage = next_stage(w->stage, stages);
 }
 
 /*

@@ -91,7 +91,7 @@ struct epi_opt_info {
 };
 
 /* Read the environment on every call. A malformed value is replaced by the default and logged
- * once per value. epi_opt_int is for INT, BOOL (0, 1) and CHOICE (index). */
+ * once per value. epi_opt_int is for INT and CHOICE (index). */
 int64_t epi_opt_int(enum epi_opt opt);
 const char *epi_opt_str(enum epi_opt opt); /* NULL when unset and without a default */
 

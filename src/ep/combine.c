@@ -89,7 +89,7 @@ static ep_status enqueue(struct combine_task *t, void *stream) {
     }
     pthread_mutex_lock(&g->mutex);
     t->number = ++g->issued;
-    st = epi_cuda_run(g, EPI_KERNEL_COMBINE, &t->args, t->shape.blocks, stream, NULL);
+    st = epi_cuda_run(g, EPI_KERNEL_COMBINE, &t->args, t->shape.workers, stream, NULL);
     pthread_mutex_unlock(&g->mutex);
     if (st != EP_OK) { /* peers count on this operation */
         epi_group_raise(g, st, g->rank, t->number);

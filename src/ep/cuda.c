@@ -117,9 +117,10 @@ struct epi_sms epi_cuda_sms(int major, bool nvlink, int num_ranks,
     const int rows = load->expanded ? load->topk : peers; /* that a token's row becomes */
     const int most = MOST_RECEIVERS * peers, least = LEAST_RECEIVERS * peers;
     const int receive = send * (rows < least ? least : rows > most ? most : rows);
-    const struct epi_sms s = {load->answers ? saturating(link, SM_ANSWERS_GBPS, load->row_bytes)
-                                            : send,
-                              send + (receive + peers - 1) / peers};
+    struct epi_sms s = {send, send + (receive + peers - 1) / peers};
+    if (load->answers) {
+        s.send = saturating(link, SM_ANSWERS_GBPS, load->row_bytes);
+    }
     return s;
 }
 
@@ -337,9 +338,10 @@ struct epi_shape epi_cuda_shape(const ep_group *g, int asked, const struct epi_l
     const struct epi_sms sms =
         epi_cuda_sms(epi_gpu_device(g->cuda->gpu)->major, g->cuda->nvlink, g->num_ranks, load);
     const int all = asked ? asked : load->row_bytes ? sms.all : channels;
-    struct epi_shape out = {0, 0, 0, s.stages, s.stage_bytes};
-    out.workers = out.blocks = all < g->most_workers ? all : g->most_workers;
-    out.send_blocks = (out.blocks + 1) / 2 < sms.send ? (out.blocks + 1) / 2 : sms.send;
+    struct epi_shape out = {all < g->most_workers ? all : g->most_workers, 0, s.stages,
+                            s.stage_bytes};
+    const int half = (out.workers + 1) / 2;
+    out.send_blocks = half < sms.send ? half : sms.send;
     if (row > 0 && row < out.stage_bytes) { /* short rows: more of them under way */
         const int fit = s.stages * s.stage_bytes / row;
         out.stage_bytes = row;

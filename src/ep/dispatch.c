@@ -239,7 +239,7 @@ static ep_status launch(struct epi_dispatch_task *t, void *stream) {
     const struct epi_shape *shape = &t->shape;
     ep_status st;
     if (t->part == EPI_DISPATCH_ALL) {
-        return epi_cuda_run(g, EPI_KERNEL_DISPATCH, &t->args, shape->blocks, stream, NULL);
+        return epi_cuda_run(g, EPI_KERNEL_DISPATCH, &t->args, shape->workers, stream, NULL);
     }
     if (t->part == EPI_DISPATCH_BEGIN) {
         st = epi_gpu_fork(gpu, stream);
@@ -247,7 +247,7 @@ static ep_status launch(struct epi_dispatch_task *t, void *stream) {
                                           epi_gpu_stream(gpu), NULL)
                            : st;
     }
-    const int rest = shape->blocks - shape->send_blocks;
+    const int rest = shape->workers - shape->send_blocks;
     st = epi_gpu_launch(gpu, EPI_KERNEL_DISPATCH, &t->args, rest < 1 ? 1 : rest, stream);
     if (st == EP_OK) {
         st = epi_gpu_join(gpu, stream);

@@ -223,7 +223,7 @@ struct epi_shape epi_group_shape(const ep_group *g, int wanted, const struct epi
     }
     const int workers = asked < g->most_workers ? asked : g->most_workers;
     const struct epi_grid grid = epi_run_grid(workers);
-    const struct epi_shape s = {workers, grid.blocks, grid.send_blocks, EPI_HOST_STAGES,
+    const struct epi_shape s = {workers, grid.send_blocks, EPI_HOST_STAGES,
                                 epi_plan_stage_bytes(load->row_bytes)};
     return s;
 }

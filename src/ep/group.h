@@ -53,9 +53,9 @@ struct epi_load {
     bool expanded, answers;
 };
 
-/* How it is launched. `workers` is all of it: threads of a host rank, blocks of a CUDA rank. */
+/* How it is launched. Workers: threads of a host rank, blocks of a CUDA rank. */
 struct epi_shape {
-    int workers, blocks, send_blocks, stages, stage_bytes;
+    int workers, send_blocks, stages, stage_bytes;
 };
 
 /* A dispatch on its way through a stream. */

@@ -110,7 +110,7 @@ static ep_status run_on_device(ep_handle *h, enum epi_kernel kernel, const void 
     const struct epi_load local = {0, h->topk, false, false};
     pthread_mutex_lock(&g->mutex);
     ep_status st =
-        epi_cuda_run(g, kernel, args, epi_group_shape(g, 0, &local).blocks, stream, capturing);
+        epi_cuda_run(g, kernel, args, epi_group_shape(g, 0, &local).workers, stream, capturing);
     pthread_mutex_unlock(&g->mutex);
     return st;
 }

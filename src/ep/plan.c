@@ -85,8 +85,12 @@ static int most_local_experts(const struct ep_group_config *c, int num_ranks) {
     return most;
 }
 
+static int ceil_div(int a, int b) {
+    return (a + b - 1) / b;
+}
+
 static int num_channels(int max_tokens) {
-    int n = (max_tokens + EPI_CHANNEL_TOKENS - 1) / EPI_CHANNEL_TOKENS;
+    int n = ceil_div(max_tokens, EPI_CHANNEL_TOKENS);
     return n < EPI_MAX_CHANNELS ? n : EPI_MAX_CHANNELS;
 }
 
@@ -227,9 +231,8 @@ void epi_plan_channels(const struct epi_plan *p, int tokens, struct k_channels *
     out->num = num;
     out->in_group = num / K_CHANNEL_GROUPS;
     for (int i = 0; i < K_CHANNEL_GROUPS; i++) {
-        const int part = out->in_group ? parts[i] : 1,
-                  of = out->in_group ? all * out->in_group : num;
-        const int size = (part * tokens + of - 1) / of;
+        const int size = out->in_group ? ceil_div(parts[i] * tokens, all * out->in_group)
+                                       : ceil_div(tokens, num);
         out->size[i] = size ? size : 1; /* divisors, also of nothing */
     }
 }
