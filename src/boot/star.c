@@ -262,13 +262,10 @@ static void on_frame_at_peer(struct epi_star *star, struct epi_conn *conn,
     }
 }
 
-static void serve(struct epi_star *star, struct epi_conn *conn) {
+/* What was said before the end is heard first: a BYE, say, right before the close. */
+static void hear(struct epi_star *star, struct epi_conn *conn) {
     struct epi_frame frame;
-    if (conn->fd < 0 || !conn->is_ready) {
-        return;
-    }
     (void)epi_conn_fill(conn);
-    /* What was said before the end is heard first: a BYE, say, right before the close. */
     while (conn->fd >= 0 && epi_conn_next(conn, &frame) > 0) {
         if (star->rank == 0) {
             on_frame_at_root(star, conn, &frame);
@@ -278,20 +275,33 @@ static void serve(struct epi_star *star, struct epi_conn *conn) {
     }
 }
 
-/* Sends what goes, and buries what is doomed. Burying queues news for the others, which may
- * doom them in turn, hence the loop. */
+static void serve(struct epi_star *star, struct epi_conn *conn) {
+    if (conn->fd >= 0 && conn->is_ready) {
+        hear(star, conn);
+    }
+}
+
+/* Sends what goes, and buries what is doomed; whom nothing can be sent to any more may have left.
+ * Burying queues news for the others, which may doom them in turn, hence the loop. */
 static void flush_all(struct epi_star *star) {
     bool again = true;
     while (again) {
         again = false;
         for (int i = 0; i < star->num_conns; i++) {
             struct epi_conn *conn = &star->conns[i];
-            if (conn->fd >= 0 && !epi_conn_flush(conn)) {
-                const char *why = conn->doomed;
+            const bool could_send = conn->doomed == NULL;
+            if (conn->fd < 0 || epi_conn_flush(conn)) {
+                continue;
+            }
+            const char *why = conn->doomed;
+            if (could_send) {
+                hear(star, conn);
+            }
+            if (conn->fd >= 0) {
                 epi_conn_close(conn);
                 rank_gone(star, conn->rank, EPI_RANK_DEAD, why);
-                again = true;
             }
+            again = true;
         }
     }
 }
