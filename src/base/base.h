@@ -31,6 +31,15 @@ ep_status epi_fail(ep_status st, const char *fmt, ...) EPI_PRINTF(2, 3);
 void epi_clear_error(void);
 const char *epi_error_text(void); /* "" when there is none; the calling thread's own buffer */
 
+/* Returns what `call` returned if that is not EP_OK: the error text stands already. */
+#define EPI_TRY(call)                                                                          \
+    do {                                                                                       \
+        ep_status epi_try_status = (call);                                                     \
+        if (epi_try_status != EP_OK) {                                                         \
+            return epi_try_status;                                                             \
+        }                                                                                      \
+    } while (0)
+
 /* snprintf for texts that may be cut: the compiler need not warn, the end is marked "...". */
 void epi_format(char *out, size_t out_bytes, const char *fmt, ...) EPI_PRINTF(3, 4);
 

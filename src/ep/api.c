@@ -18,13 +18,6 @@
                              "EP_..._INIT macro of the header of this version",                \
                         (arg)->size, sizeof(struct tag));                                      \
     }
-#define TRY(call)                                                                              \
-    do {                                                                                       \
-        ep_status try_status = (call);                                                         \
-        if (try_status != EP_OK) {                                                             \
-            return try_status;                                                                 \
-        }                                                                                      \
-    } while (0)
 
 #define T(d) EPI_TYPE(EP_##d)
 #define IDS (T(I32) | T(I64))
@@ -127,7 +120,7 @@ ep_status ep_group_stats(ep_group *group, struct ep_group_stats *stats) {
     struct k_ctl copy;
     const struct k_ctl *ctl = group->ctl;
     if (group->cuda) {
-        TRY(epi_cuda_read_ctl(group, &copy));
+        EPI_TRY(epi_cuda_read_ctl(group, &copy));
         ctl = &copy;
     }
     const struct {
@@ -160,12 +153,12 @@ static ep_status check_host_group(const char *fn, const void *out, const ep_grou
 }
 
 ep_status ep_stream_create(ep_stream **out, ep_group *group) {
-    TRY(check_host_group("ep_stream_create", out, group));
+    EPI_TRY(check_host_group("ep_stream_create", out, group));
     return epi_stream_create(out);
 }
 
 ep_status ep_event_create(ep_event **out, ep_group *group) {
-    TRY(check_host_group("ep_event_create", out, group));
+    EPI_TRY(check_host_group("ep_event_create", out, group));
     return epi_event_create(out);
 }
 
@@ -184,7 +177,7 @@ struct named {
 static ep_status check_places(const ep_group *g, const struct named *list, size_t n) {
     for (size_t i = 0; i < n; i++) {
         if (list[i].t && list[i].t->data) {
-            TRY(epi_cuda_check_place(g, list[i].name, list[i].t));
+            EPI_TRY(epi_cuda_check_place(g, list[i].name, list[i].t));
         }
     }
     return EP_OK;
@@ -192,7 +185,7 @@ static ep_status check_places(const ep_group *g, const struct named *list, size_
 #define PLACES(g, ...)                                                                         \
     do {                                                                                       \
         const struct named places[] = {__VA_ARGS__};                                           \
-        TRY(check_places(g, places, sizeof(places) / sizeof(places[0])));                      \
+        EPI_TRY(check_places(g, places, sizeof(places) / sizeof(places[0])));                  \
     } while (0)
 
 ep_status ep_handle_create(ep_handle **out, ep_group *group,
@@ -255,7 +248,7 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
                         ids ? "not both" : "neither is set");
     }
     if (ids) {
-        TRY(epi_check_tensor("topk_ids", ids, 2, -1, -1, IDS, EPI_ANY_STRIDE));
+        EPI_TRY(epi_check_tensor("topk_ids", ids, 2, -1, -1, IDS, EPI_ANY_STRIDE));
         if (ids->shape[1] < 1 || ids->shape[1] > handle->config.max_topk) {
             return epi_fail(EP_ERR_ARG, "topk_ids.shape[1] is %lld, must be 1..%d (max_topk)",
                             (long long)ids->shape[1], handle->config.max_topk);
@@ -264,8 +257,8 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
         if (!g->mask_routing) {
             return epi_fail(EP_ERR_ARG, "token_in_rank needs ep_group_config.mask_routing");
         }
-        TRY(epi_check_tensor("token_in_rank", mask, 2, -1, handle->group->num_ranks, T(U8),
-                             EPI_ANY_STRIDE));
+        EPI_TRY(epi_check_tensor("token_in_rank", mask, 2, -1, handle->group->num_ranks, T(U8),
+                                 EPI_ANY_STRIDE));
     }
     const int64_t tokens = (ids ? ids : mask)->shape[0];
     if (tokens > handle->config.max_tokens) {
@@ -294,15 +287,16 @@ ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, vo
         return epi_fail(EP_ERR_ARG,
                         "tokens_per_expert: a handle routed by a mask has no experts");
     }
-    TRY(check_optional("tokens_per_rank", layout->tokens_per_rank, 1, g->num_ranks, 0, T(I32),
-                       EPI_DENSE));
-    TRY(check_optional("tokens_per_node", layout->tokens_per_node, 1, 1, 0, T(I32), EPI_DENSE));
-    TRY(check_optional("tokens_per_expert", layout->tokens_per_expert, 1, g->config.num_experts,
-                       0, T(I32), EPI_DENSE));
-    TRY(check_optional("token_in_rank", layout->token_in_rank, 2, handle->tokens, g->num_ranks,
-                       T(U8), EPI_DENSE));
-    TRY(check_optional("channel_prefix", layout->channel_prefix, 2, g->num_ranks,
-                       g->plan.info.num_channels, T(I32), EPI_DENSE));
+    EPI_TRY(check_optional("tokens_per_rank", layout->tokens_per_rank, 1, g->num_ranks, 0,
+                           T(I32), EPI_DENSE));
+    EPI_TRY(
+        check_optional("tokens_per_node", layout->tokens_per_node, 1, 1, 0, T(I32), EPI_DENSE));
+    EPI_TRY(check_optional("tokens_per_expert", layout->tokens_per_expert, 1,
+                           g->config.num_experts, 0, T(I32), EPI_DENSE));
+    EPI_TRY(check_optional("token_in_rank", layout->token_in_rank, 2, handle->tokens,
+                           g->num_ranks, T(U8), EPI_DENSE));
+    EPI_TRY(check_optional("channel_prefix", layout->channel_prefix, 2, g->num_ranks,
+                           g->plan.info.num_channels, T(I32), EPI_DENSE));
     PLACES(g, {"tokens_per_rank", layout->tokens_per_rank},
            {"tokens_per_node", layout->tokens_per_node},
            {"tokens_per_expert", layout->tokens_per_expert},
@@ -367,12 +361,12 @@ static ep_status check_row_bytes(const ep_handle *h, const struct ep_tensor *x) 
 
 static ep_status check_inputs(const ep_handle *h, const struct ep_dispatch_args *a) {
     NOT_NULL("ep_dispatch", a->x);
-    TRY(epi_check_tensor("x", a->x, 2, h->tokens, -1, ROWS, EPI_ANY_STRIDE));
-    TRY(check_row_bytes(h, a->x));
-    TRY(epi_check_tensor("x", a->x, 2, h->tokens, -1, ROWS, EPI_ROWS));
-    TRY(check_optional("scales", a->scales, 2, h->tokens, -1, SCALES, EPI_ANY_STRIDE));
-    TRY(check_optional("topk_weights", a->topk_weights, 2, h->tokens, h->topk, T(F32),
-                       EPI_ANY_STRIDE));
+    EPI_TRY(epi_check_tensor("x", a->x, 2, h->tokens, -1, ROWS, EPI_ANY_STRIDE));
+    EPI_TRY(check_row_bytes(h, a->x));
+    EPI_TRY(epi_check_tensor("x", a->x, 2, h->tokens, -1, ROWS, EPI_ROWS));
+    EPI_TRY(check_optional("scales", a->scales, 2, h->tokens, -1, SCALES, EPI_ANY_STRIDE));
+    EPI_TRY(check_optional("topk_weights", a->topk_weights, 2, h->tokens, h->topk, T(F32),
+                           EPI_ANY_STRIDE));
     if (a->topk_weights && h->by_mask) {
         return epi_fail(EP_ERR_ARG,
                         "topk_weights: a handle routed by a mask has no selections");
@@ -406,8 +400,8 @@ static ep_status check_scales_out(const struct ep_dispatch_args *a, const struct
         return epi_check_tensor("recv_scales", out, 2, n, in->shape[1], EPI_TYPE(in->dtype),
                                 EPI_DENSE);
     }
-    TRY(epi_check_tensor("recv_scales", out, 2, n, in->shape[1], EPI_TYPE(in->dtype),
-                         EPI_ANY_STRIDE));
+    EPI_TRY(epi_check_tensor("recv_scales", out, 2, n, in->shape[1], EPI_TYPE(in->dtype),
+                             EPI_ANY_STRIDE));
     if (out->shape[0] > 0 && out->shape[1] > 0 &&
         (out->stride[0] != 1 || out->stride[1] < out->shape[0] ||
          out->stride[1] * bytes % 16 != 0)) {
@@ -456,10 +450,10 @@ static ep_status check_outputs(const ep_handle *h, const struct ep_dispatch_args
         n = n < 0 && per_row[i] ? per_row[i]->shape[0] : n;
     }
     if (!arena && a->recv_x) {
-        TRY(epi_check_tensor("recv_x", a->recv_x, 2, n, x->shape[1], EPI_TYPE(x->dtype),
-                             EPI_ROWS));
+        EPI_TRY(epi_check_tensor("recv_x", a->recv_x, 2, n, x->shape[1], EPI_TYPE(x->dtype),
+                                 EPI_ROWS));
     }
-    TRY(check_scales_out(a, scales, n));
+    EPI_TRY(check_scales_out(a, scales, n));
     if (a->recv_topk_ids && (expand || h->by_mask)) {
         return epi_fail(EP_ERR_ARG, "recv_topk_ids: %s has none",
                         expand ? "expanded output" : "a mask routing");
@@ -471,14 +465,15 @@ static ep_status check_outputs(const ep_handle *h, const struct ep_dispatch_args
     if (a->recv_topk_weights && !weights) {
         return epi_fail(EP_ERR_ARG, "recv_topk_weights is given and topk_weights is not");
     }
-    TRY(check_optional("recv_topk_ids", a->recv_topk_ids, 2, n, h->topk, IDS, EPI_ANY_STRIDE));
-    TRY(check_optional("recv_topk_weights", a->recv_topk_weights, expand ? 1 : 2, n, h->topk,
-                       T(F32), EPI_ANY_STRIDE));
-    TRY(check_optional("recv_source", a->recv_source, 2, n, 2, T(I32), EPI_DENSE));
-    TRY(check_optional("expert_counts", a->expert_counts, 1, local, 0, T(I32), EPI_DENSE));
-    TRY(check_optional("expert_offsets", a->expert_offsets, 1, local + 1, 0, T(I32),
-                       EPI_DENSE));
-    TRY(check_optional("num_rows", a->num_rows, 1, 1, 0, T(I32), EPI_DENSE));
+    EPI_TRY(
+        check_optional("recv_topk_ids", a->recv_topk_ids, 2, n, h->topk, IDS, EPI_ANY_STRIDE));
+    EPI_TRY(check_optional("recv_topk_weights", a->recv_topk_weights, expand ? 1 : 2, n,
+                           h->topk, T(F32), EPI_ANY_STRIDE));
+    EPI_TRY(check_optional("recv_source", a->recv_source, 2, n, 2, T(I32), EPI_DENSE));
+    EPI_TRY(check_optional("expert_counts", a->expert_counts, 1, local, 0, T(I32), EPI_DENSE));
+    EPI_TRY(check_optional("expert_offsets", a->expert_offsets, 1, local + 1, 0, T(I32),
+                           EPI_DENSE));
+    EPI_TRY(check_optional("num_rows", a->num_rows, 1, 1, 0, T(I32), EPI_DENSE));
     PLACES(h->group, {"recv_x", arena ? NULL : a->recv_x}, {"recv_scales", a->recv_scales},
            {"recv_topk_ids", a->recv_topk_ids}, {"recv_topk_weights", a->recv_topk_weights},
            {"recv_source", a->recv_source}, {"expert_counts", a->expert_counts},
@@ -517,7 +512,7 @@ static ep_status check_dispatch(const char *fn, const ep_handle *handle,
     NOT_NULL("ep_dispatch", handle);
     NOT_NULL("ep_dispatch", args);
     SIZE_IS(ep_dispatch_args, args);
-    TRY(epi_group_refuse(handle->group));
+    EPI_TRY(epi_group_refuse(handle->group));
     if (!handle->routed) {
         return epi_fail(EP_ERR_STATE, "%s: the handle is not routed", fn);
     }
@@ -529,39 +524,39 @@ static ep_status check_dispatch(const char *fn, const ep_handle *handle,
 }
 
 ep_status ep_dispatch(ep_handle *handle, const struct ep_dispatch_args *args, void *stream) {
-    TRY(check_dispatch("ep_dispatch", handle, args));
-    TRY(check_not_begun("ep_dispatch", handle));
-    TRY(check_form(handle, args));
-    TRY(check_inputs(handle, args));
-    TRY(check_outputs(handle, args, args->x, args->scales, args->topk_weights != NULL));
+    EPI_TRY(check_dispatch("ep_dispatch", handle, args));
+    EPI_TRY(check_not_begun("ep_dispatch", handle));
+    EPI_TRY(check_form(handle, args));
+    EPI_TRY(check_inputs(handle, args));
+    EPI_TRY(check_outputs(handle, args, args->x, args->scales, args->topk_weights != NULL));
     return epi_dispatch(handle, args, stream, EPI_DISPATCH_ALL);
 }
 
 ep_status ep_dispatch_begin(ep_handle *handle, const struct ep_dispatch_args *args,
                             void *stream) {
-    TRY(check_dispatch("ep_dispatch_begin", handle, args));
-    TRY(check_not_begun("ep_dispatch_begin", handle));
-    TRY(check_inputs(handle, args));
+    EPI_TRY(check_dispatch("ep_dispatch_begin", handle, args));
+    EPI_TRY(check_not_begun("ep_dispatch_begin", handle));
+    EPI_TRY(check_inputs(handle, args));
     return epi_dispatch(handle, args, stream, EPI_DISPATCH_BEGIN);
 }
 
 ep_status ep_dispatch_finish(ep_handle *handle, const struct ep_dispatch_args *args,
                              void *stream) {
-    TRY(check_dispatch("ep_dispatch_finish", handle, args));
+    EPI_TRY(check_dispatch("ep_dispatch_finish", handle, args));
     if (handle->group->begun != handle) {
         return epi_fail(EP_ERR_STATE,
                         "ep_dispatch_finish: no dispatch of this handle has begun: call "
                         "ep_dispatch_begin first");
     }
-    TRY(check_form(handle, args));
+    EPI_TRY(check_form(handle, args));
     struct ep_tensor x = EP_TENSOR_INIT, scales = EP_TENSOR_INIT;
     x.dtype = handle->x_dtype;
     x.ndim = 2;
     x.shape[1] = handle->x_cols;
     scales.dtype = handle->scales_dtype;
     scales.shape[1] = handle->begun.args.num_scales;
-    TRY(check_outputs(handle, args, &x, handle->scales_dtype ? &scales : NULL,
-                      (handle->begun.args.flags & K_DO_WEIGHTS) != 0));
+    EPI_TRY(check_outputs(handle, args, &x, handle->scales_dtype ? &scales : NULL,
+                          (handle->begun.args.flags & K_DO_WEIGHTS) != 0));
     return epi_dispatch(handle, args, stream, EPI_DISPATCH_FINISH);
 }
 
@@ -570,19 +565,19 @@ ep_status ep_dispatch_finish(ep_handle *handle, const struct ep_dispatch_args *a
 static ep_status check_combine(const ep_handle *h, const struct ep_combine_args *a) {
     NOT_NULL("ep_combine", a->x);
     NOT_NULL("ep_combine", a->out);
-    TRY(epi_check_tensor("x", a->x, 2, -1, -1, SUMMABLE, EPI_ANY_STRIDE));
-    TRY(check_row_bytes(h, a->x));
-    TRY(epi_check_tensor("x", a->x, 2, -1, -1, SUMMABLE, EPI_ROWS));
+    EPI_TRY(epi_check_tensor("x", a->x, 2, -1, -1, SUMMABLE, EPI_ANY_STRIDE));
+    EPI_TRY(check_row_bytes(h, a->x));
+    EPI_TRY(epi_check_tensor("x", a->x, 2, -1, -1, SUMMABLE, EPI_ROWS));
     const int64_t n = a->x->shape[0], hidden = a->x->shape[1];
     const uint32_t type = EPI_TYPE(a->x->dtype);
-    TRY(check_optional("weights", a->weights, 1, n, 0, T(F32), EPI_ANY_STRIDE));
-    TRY(check_optional("topk_weights", a->topk_weights, h->expanded ? 1 : 2, n, h->topk, T(F32),
-                       EPI_ANY_STRIDE));
-    TRY(check_optional("bias[0]", a->bias[0], 2, h->tokens, hidden, type, EPI_ROWS));
-    TRY(check_optional("bias[1]", a->bias[1], 2, h->tokens, hidden, type, EPI_ROWS));
-    TRY(check_optional("out", a->out, 2, h->tokens, hidden, type, EPI_ROWS));
-    TRY(check_optional("out_topk_weights", a->out_topk_weights, 2, h->tokens, h->topk, T(F32),
-                       EPI_ANY_STRIDE));
+    EPI_TRY(check_optional("weights", a->weights, 1, n, 0, T(F32), EPI_ANY_STRIDE));
+    EPI_TRY(check_optional("topk_weights", a->topk_weights, h->expanded ? 1 : 2, n, h->topk,
+                           T(F32), EPI_ANY_STRIDE));
+    EPI_TRY(check_optional("bias[0]", a->bias[0], 2, h->tokens, hidden, type, EPI_ROWS));
+    EPI_TRY(check_optional("bias[1]", a->bias[1], 2, h->tokens, hidden, type, EPI_ROWS));
+    EPI_TRY(check_optional("out", a->out, 2, h->tokens, hidden, type, EPI_ROWS));
+    EPI_TRY(check_optional("out_topk_weights", a->out_topk_weights, 2, h->tokens, h->topk,
+                           T(F32), EPI_ANY_STRIDE));
     if (a->out_topk_weights && !a->topk_weights) {
         return epi_fail(EP_ERR_ARG, "out_topk_weights is given and topk_weights is not");
     }
@@ -607,8 +602,8 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
     NOT_NULL("ep_combine", handle);
     NOT_NULL("ep_combine", args);
     SIZE_IS(ep_combine_args, args);
-    TRY(epi_group_refuse(handle->group));
-    TRY(check_not_begun("ep_combine", handle));
+    EPI_TRY(epi_group_refuse(handle->group));
+    EPI_TRY(check_not_begun("ep_combine", handle));
     if (!handle->dispatched) {
         return epi_fail(EP_ERR_STATE, "ep_combine: the handle was not dispatched since it was "
                                       "routed");
@@ -619,6 +614,6 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
                         args->flags ? (int)args->flags : args->num_workers,
                         args->flags ? "0" : "at least 0");
     }
-    TRY(check_combine(handle, args));
+    EPI_TRY(check_combine(handle, args));
     return epi_combine(handle, args, stream);
 }
