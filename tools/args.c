@@ -5,7 +5,7 @@
  * Owns nothing. Must not accept what it does not understand: an unknown option, a number out of
  * its range and a leftover argument are named, and the exit status is 2.
  */
-#include "tool.h"
+#include "tools/tool.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -24,7 +24,7 @@ int args_refuse(const char *name, const char *fmt, ...) {
 static void print_default(const struct opt *opt) {
     if (opt->kind == OPT_INT && *(int64_t *)opt->value >= opt->min) {
         printf(" (%lld)", (long long)*(int64_t *)opt->value);
-    } else if (opt->kind == OPT_TEXT && *(const char **)opt->value != NULL) {
+    } else if (opt->kind == OPT_TEXT && *(const char **)opt->value) {
         printf(" (%s)", *(const char **)opt->value);
     } else if (opt->kind == OPT_CHOICE && *(int *)opt->value >= 0) {
         const char *p = opt->meta;
@@ -44,10 +44,10 @@ static void print_help(const struct command *command) {
         char left[80];
         char letter[8] = "    ";
         if (opt->letter != 0) {
-            snprintf(letter, sizeof letter, "-%c, ", opt->letter);
+            snprintf(letter, sizeof(letter), "-%c, ", opt->letter);
         }
-        snprintf(left, sizeof left, "  %s--%s %s", letter, opt->name,
-                 opt->meta != NULL ? opt->meta : "");
+        snprintf(left, sizeof(left), "  %s--%s %s", letter, opt->name,
+                 opt->meta ? opt->meta : "");
         printf("%-30s%s", left, strlen(left) > 29 ? "\n                              " : "");
         printf("%s", opt->help);
         print_default(opt);
@@ -70,13 +70,13 @@ static bool parse_number(const char *text, const struct opt *opt) {
 static bool parse_choice(const char *text, const struct opt *opt) {
     size_t len = strlen(text);
     int index = 0;
-    for (const char *p = opt->meta; p != NULL; index++) {
+    for (const char *p = opt->meta; p; index++) {
         if (strcspn(p, "|") == len && strncmp(p, text, len) == 0) {
             *(int *)opt->value = index;
             return true;
         }
         p = strchr(p, '|');
-        p = p != NULL ? p + 1 : NULL;
+        p = p ? p + 1 : NULL;
     }
     return false;
 }
@@ -129,20 +129,20 @@ int args_parse(const struct command *command, int argc, char **argv, int *rest) 
         }
         const char *value = NULL;
         const struct opt *opt = find(command, arg, &value);
-        if (opt == NULL) {
+        if (!opt) {
             return args_refuse(command->name, "unknown option %s", arg);
         }
         if (opt->kind == OPT_FLAG) {
-            if (value != NULL) {
+            if (value) {
                 return args_refuse(command->name, "--%s takes no value", opt->name);
             }
             *(bool *)opt->value = true;
             continue;
         }
-        if (value == NULL && ++i >= argc) {
+        if (!value && ++i >= argc) {
             return args_refuse(command->name, "%s needs a value, %s", arg, opt->meta);
         }
-        int status = set_value(command, opt, value != NULL ? value : argv[i]);
+        int status = set_value(command, opt, value ? value : argv[i]);
         if (status >= 0) {
             return status;
         }

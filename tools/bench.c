@@ -8,8 +8,8 @@
  */
 #include <stdlib.h>
 
-#include "bench.h"
-#include "gpu.h"
+#include "tools/bench.h"
+#include "tools/gpu.h"
 
 struct outputs {
     bool json, csv;
@@ -131,9 +131,9 @@ static void reduce_times(struct bench_case *c, int64_t *ns) {
 
 static int host_case(struct bench_case *c, bool quiet) {
     const struct bench_params *p = &c->p;
-    int64_t *ns = malloc((size_t)p->iters * sizeof *ns);
-    c->times = ranks_memory((size_t)(NUM_PHASES * p->iters * p->ranks) * sizeof *c->times);
-    if (c->times == NULL || ns == NULL) {
+    int64_t *ns = malloc((size_t)p->iters * sizeof(*ns));
+    c->times = ranks_memory((size_t)(NUM_PHASES * p->iters * p->ranks) * sizeof(*c->times));
+    if (!c->times || !ns) {
         fprintf(stderr, "ep bench: no memory for the times\n");
         return 1;
     }
@@ -152,16 +152,16 @@ static int host_case(struct bench_case *c, bool quiet) {
                             .fn = bench_rank,
                             .arg = c};
     status = ranks_run(&job);
-    snprintf(c->why, sizeof c->why, "%s", job.why);
+    snprintf(c->why, sizeof(c->why), "%s", job.why);
     reduce_times(c, ns);
     free(ns);
     return status;
 }
 
 int bench_case(const struct bench_params *p, bool quiet, struct bench_case **out) {
-    struct bench_case *c = ranks_memory(sizeof *c);
+    struct bench_case *c = ranks_memory(sizeof(*c));
     size_t num_ids = (size_t)(p->ranks * p->tokens * p->topk);
-    if (c == NULL || (c->ids = ranks_memory(num_ids * sizeof *c->ids)) == NULL) {
+    if (!c || !(c->ids = ranks_memory(num_ids * sizeof(*c->ids)))) {
         fprintf(stderr, "ep bench: no memory for the ids\n");
         return 1;
     }
@@ -205,11 +205,11 @@ static int parse_sweep(const char *text, struct bench_params *p, struct axis *ax
                   {"topk", &p->topk, EP_MAX_TOPK},
                   {"experts", &p->experts, 1 << 16},
                   {"ranks", &p->ranks, BENCH_MAX_RANKS}};
-    for (const char *s = text; s != NULL && *s != '\0';) {
+    for (const char *s = text; s && *s != '\0';) {
         struct axis *axis = &axes[*num];
         size_t len = strcspn(s, "=");
         int64_t max = 0;
-        for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+        for (size_t i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
             if (strlen(fields[i].name) == len && strncmp(s, fields[i].name, len) == 0) {
                 axis->target = fields[i].target;
                 max = fields[i].max;
@@ -267,7 +267,7 @@ static int bench(struct bench_params *p, const struct outputs *to) {
     if (status == 0 && to->json) {
         report_json(stdout, cases, num_cases);
     }
-    if (status == 0 && to->plot != NULL) {
+    if (status == 0 && to->plot) {
         status = svg_write(to->plot, cases, num_cases);
     }
     return status;
@@ -291,7 +291,7 @@ static int set_routing(struct bench_params *p, const char *text) {
 /* What depends on the device, where it was not given. -1, or an exit status after a complaint. */
 static int set_defaults(struct bench_params *p, const struct outputs *to) {
     bool cuda = p->device == DEVICE_CUDA;
-    if (cuda && to->plot != NULL) {
+    if (cuda && to->plot) {
         return args_refuse("ep bench", "--plot draws host ranks only; take --csv or --json");
     }
     p->dtype = p->dtype < 0 && !cuda ? DTYPE_BF16 : p->dtype;
@@ -374,7 +374,7 @@ int cmd_bench(int argc, char **argv) {
         .usage = "[options]",
         .about = about,
         .opts = opts,
-        .num_opts = sizeof opts / sizeof opts[0],
+        .num_opts = sizeof(opts) / sizeof(opts[0]),
     };
     int rest = 0;
     int status = args_parse(&command, argc, argv, &rest);

@@ -6,7 +6,7 @@
 #ifndef TOOLS_BENCH_H
 #define TOOLS_BENCH_H
 
-#include "tool.h"
+#include "tools/tool.h"
 
 enum { BENCH_MAX_RANKS = 64 };
 

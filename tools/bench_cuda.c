@@ -10,8 +10,8 @@
  */
 #include <sched.h>
 
-#include "bench.h"
-#include "gpu.h"
+#include "tools/bench.h"
+#include "tools/gpu.h"
 
 #define LEAD_NS (100 * EPI_NS_PER_US) /* from naming the instant to it: all must have seen it */
 
@@ -72,7 +72,7 @@ int cuda_dtype(const struct bench_params *p, int op) {
 struct text cuda_name(const struct bench_params *p, int op) {
     struct text t;
     bool typed = cuda_ops[op].kind != CUDA_ROUTE;
-    snprintf(t.s, sizeof t.s, "%s%s%s", typed ? dtype_names[cuda_dtype(p, op)] : "",
+    snprintf(t.s, sizeof(t.s), "%s%s%s", typed ? dtype_names[cuda_dtype(p, op)] : "",
              typed ? " " : "", cuda_ops[op].name);
     return t;
 }
@@ -223,7 +223,7 @@ static ep_status prepare(struct bench *b, int mode) {
     ep_status st = gpu_in(b->gpu, b->x, d->x, tokens * d->row_bytes);
     if (st == EP_OK && d->num_scales > 0) {
         st = gpu_in(b->gpu, b->scales, d->scales,
-                    tokens * d->num_scales * (int64_t)sizeof *d->scales);
+                    tokens * d->num_scales * (int64_t)sizeof(*d->scales));
     }
     if (st == EP_OK) {
         rank_barrier(b->rank); /* no GPU waits while another rank still makes its rows */
@@ -246,7 +246,7 @@ static int64_t leave_together(struct bench *b) {
         atomic_store(&b->cuda->start_ns, epi_now_ns() + LEAD_NS);
     }
     while ((at = atomic_load(&b->cuda->start_ns)) == b->started_ns) {
-        (void)sched_yield();
+        sched_yield();
     }
     b->started_ns = at;
     while (epi_now_ns() < at) {
@@ -265,7 +265,7 @@ static ep_status iterate(struct bench *b, struct gpu_graph *graph, struct cuda_s
     }
     ep_status st = gpu_mark(b->gpu, GPU_BEGIN);
     if (st == EP_OK) {
-        st = graph != NULL ? gpu_replay(b->gpu, graph) : do_op(b);
+        st = graph ? gpu_replay(b->gpu, graph) : do_op(b);
     }
     st = st == EP_OK ? gpu_mark(b->gpu, GPU_END) : st;
     if (st != EP_OK) {
@@ -286,7 +286,7 @@ static ep_status capture(struct bench *b, struct gpu_graph **graph) {
     }
     st = do_op(b);
     char why[400];
-    snprintf(why, sizeof why, "%s", ep_last_error());
+    snprintf(why, sizeof(why), "%s", ep_last_error());
     ep_status ended = gpu_captured(b->gpu, graph);
     return st != EP_OK ? epi_fail(st, "%s", why) : ended;
 }
@@ -302,16 +302,16 @@ static ep_status fetch_dispatch(struct bench *b, int32_t *num_rows) {
         const void *from;
         int64_t bytes;
     } copies[] = {
-        {num_rows, b->num_rows, sizeof *num_rows},
+        {num_rows, b->num_rows, sizeof(*num_rows)},
         {d->recv, b->view.data, n * d->row_bytes},
-        {d->recv_source, b->recv_source, n * 2 * (int64_t)sizeof *d->recv_source},
-        {d->recv_weights, b->recv_weights, n * per_row * (int64_t)sizeof *d->recv_weights},
+        {d->recv_source, b->recv_source, n * 2 * (int64_t)sizeof(*d->recv_source)},
+        {d->recv_weights, b->recv_weights, n * per_row * (int64_t)sizeof(*d->recv_weights)},
         {d->recv_ids, b->recv_ids,
-         d->expanded ? 0 : n * per_row * (int64_t)sizeof *d->recv_ids},
-        {d->recv_scales, b->recv_scales, n * d->num_scales * (int64_t)sizeof *d->recv_scales},
+         d->expanded ? 0 : n * per_row * (int64_t)sizeof(*d->recv_ids)},
+        {d->recv_scales, b->recv_scales, n * d->num_scales * (int64_t)sizeof(*d->recv_scales)},
     };
     ep_status st = EP_OK;
-    for (size_t i = 0; i < sizeof copies / sizeof copies[0] && st == EP_OK; i++) {
+    for (size_t i = 0; i < sizeof(copies) / sizeof(copies[0]) && st == EP_OK; i++) {
         st = gpu_out(b->gpu, copies[i].to, copies[i].from, copies[i].bytes);
     }
     d->rows = d->recv;
@@ -353,7 +353,7 @@ static int measure(struct bench *b, int mode) {
     if (st == EP_OK && mode == MODE_GRAPH) {
         st = capture(b, &graph);
     }
-    if (st == EP_OK && graph != NULL && b->rank->rank == 0) {
+    if (st == EP_OK && graph && b->rank->rank == 0) {
         b->cuda->sms[b->op] = gpu_graph_sms(graph);
     }
     for (int64_t i = -p->warmup; i < p->iters && st == EP_OK; i++) {
@@ -393,9 +393,9 @@ static ep_status allocate(struct bench *b) {
                   {&b->recv_weights, rows * p->topk, sizeof(float)},
                   {&b->recv_source, rows * 2, sizeof(int32_t)},
                   {&b->num_rows, 1, sizeof(int32_t)}};
-    for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
+    for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++) {
         *wanted[i].to = gpu_alloc(b->gpu, wanted[i].num, wanted[i].bytes);
-        if (*wanted[i].to == NULL) {
+        if (!*wanted[i].to) {
             return EP_ERR_NOMEM;
         }
     }
@@ -416,14 +416,14 @@ static ep_status open_all(struct bench *b) {
     st = st == EP_OK ? ep_group_create(&b->group, &config) : st;
     st = st == EP_OK ? ep_handle_create(&b->handle, b->group, NULL) : st;
     if (st == EP_OK && b->rank->rank == 0) {
-        (void)ep_group_plan(b->group, &plan);
+        ep_group_plan(b->group, &plan);
         b->c->arena_bytes = plan.arena_bytes;
     }
     st = st == EP_OK ? gpu_in(b->gpu, b->ids, b->c->ids + b->rank->rank * selections,
-                              selections * (int64_t)sizeof *b->c->ids)
+                              selections * (int64_t)sizeof(*b->c->ids))
                      : st;
     return st == EP_OK ? gpu_in(b->gpu, b->weights, b->d.weights,
-                                selections * (int64_t)sizeof *b->d.weights)
+                                selections * (int64_t)sizeof(*b->d.weights))
                        : st;
 }
 

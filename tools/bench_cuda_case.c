@@ -8,8 +8,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "bench.h"
-#include "gpu.h"
+#include "tools/bench.h"
+#include "tools/gpu.h"
 
 #define QUIET_SECONDS 180 /* kernels may have to be compiled first */
 
@@ -17,7 +17,7 @@ static int refuse(struct bench_case *c, bool quiet, const char *fmt, ...) EPI_PR
 static int refuse(struct bench_case *c, bool quiet, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
-    vsnprintf(c->why, sizeof c->why, fmt, args);
+    vsnprintf(c->why, sizeof(c->why), fmt, args);
     va_end(args);
     if (!quiet) {
         fprintf(stderr, "ep bench: %s\n", c->why);
@@ -45,7 +45,7 @@ static int choose_devices(struct bench_case *c, const struct gpu_look *look, boo
             cuda->all_reach = cuda->all_reach && look->reaches[i][j];
         }
     }
-    gpu_describe(look, cuda->num_devices, cuda->devices, sizeof cuda->devices);
+    gpu_describe(look, cuda->num_devices, cuda->devices, sizeof(cuda->devices));
     return -1;
 }
 
@@ -110,7 +110,7 @@ static double measure_link(struct bench_case *c) {
     struct bench_cuda *cuda = c->cuda;
     struct gpu_links links;
     if (!gpu_measure_links("ep bench", cuda->num_devices, false, &links)) {
-        snprintf(cuda->links_why, sizeof cuda->links_why, "%s", links.why);
+        snprintf(cuda->links_why, sizeof(cuda->links_why), "%s", links.why);
         return 0;
     }
     cuda->in_turn = links.in_turn > cuda->in_turn ? links.in_turn : cuda->in_turn;
@@ -136,9 +136,9 @@ static bool reduce(struct bench_case *c) {
     struct bench_cuda *cuda = c->cuda;
     int64_t iters = c->p.iters;
     int num_skews = 0;
-    int64_t *ns = malloc((size_t)iters * sizeof *ns);
-    int64_t *skews = malloc((size_t)(NUM_CUDA_OPS * NUM_MODES * iters) * sizeof *skews);
-    for (int op = 0; ns != NULL && skews != NULL && op < NUM_CUDA_OPS; op++) {
+    int64_t *ns = malloc((size_t)iters * sizeof(*ns));
+    int64_t *skews = malloc((size_t)(NUM_CUDA_OPS * NUM_MODES * iters) * sizeof(*skews));
+    for (int op = 0; ns && skews && op < NUM_CUDA_OPS; op++) {
         for (int mode = 0; mode < NUM_MODES; mode++) {
             if (!cuda_measures(&c->p, op) || (mode == MODE_GRAPH && c->p.no_graph)) {
                 continue;
@@ -154,12 +154,12 @@ static bool reduce(struct bench_case *c) {
                                      .max_ns = quantile(ns, (int)iters, 1)};
         }
     }
-    if (ns != NULL && skews != NULL) {
+    if (ns && skews) {
         cuda->skew_p50_ns = quantile(skews, num_skews, 0.50);
         cuda->skew_p99_ns = quantile(skews, num_skews, 0.99);
         cuda->skew_max_ns = quantile(skews, num_skews, 1);
     }
-    bool done = ns != NULL && skews != NULL;
+    bool done = ns && skews;
     free(ns);
     free(skews);
     return done;
@@ -167,9 +167,9 @@ static bool reduce(struct bench_case *c) {
 
 int cuda_case(struct bench_case *c, bool quiet) {
     const struct gpu_look *look = gpu_look("ep bench");
-    struct bench_cuda *cuda = ranks_memory(sizeof *cuda);
+    struct bench_cuda *cuda = ranks_memory(sizeof(*cuda));
     size_t num = (size_t)(NUM_CUDA_OPS * NUM_MODES * c->p.iters * c->p.ranks);
-    if (cuda == NULL || (cuda->samples = ranks_memory(num * sizeof *cuda->samples)) == NULL) {
+    if (!cuda || !(cuda->samples = ranks_memory(num * sizeof(*cuda->samples)))) {
         return refuse(c, quiet, "no memory for the samples");
     }
     c->cuda = cuda;
@@ -180,7 +180,7 @@ int cuda_case(struct bench_case *c, bool quiet) {
     }
     count_crossing(c);
     if (c->p.threads) { /* ranks that share a GPU: see "CUDA groups" in ep.h */
-        (void)setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+        setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
     }
     cuda->first = quiet ? 0 : measure_link(c);
     struct ranks_job job = {.name = "ep bench",
@@ -191,7 +191,7 @@ int cuda_case(struct bench_case *c, bool quiet) {
                             .fn = cuda_rank,
                             .arg = c};
     status = ranks_run(&job);
-    snprintf(c->why, sizeof c->why, "%s", job.why);
+    snprintf(c->why, sizeof(c->why), "%s", job.why);
     if (status != 0) {
         return status;
     }

@@ -6,7 +6,7 @@
  * call to usable output first, then the bytes that crossed the link as a share of what the link
  * reached in the same run, then DeepEP's figure for comparison.
  */
-#include "bench.h"
+#include "tools/bench.h"
 
 double cuda_link_rate(const struct bench_case *c) {
     return c->cuda->first > c->cuda->last ? c->cuda->first : c->cuda->last;
@@ -74,7 +74,7 @@ static void print_heading(const struct bench_case *c) {
     const struct bench_cuda *cuda = c->cuda;
     char workers[48] = "SMs: libep's choice";
     if (p->workers > 0) {
-        snprintf(workers, sizeof workers, "SMs: %d asked for", (int)p->workers);
+        snprintf(workers, sizeof(workers), "SMs: %d asked for", (int)p->workers);
     }
     printf("libep %s, CUDA backend: %d ranks as %s on %s, driver for CUDA %d.%d\n"
            "%d tokens per rank, hidden %d, top-%d of %d experts, %s routing%s\n"
@@ -138,9 +138,9 @@ static void print_line(const struct bench_case *c, int op, int mode, bool named)
 static void print_limit_bytes(const struct bench_case *c, int dtype) {
     int64_t row = bench_row_bytes(&c->p, dtype), scales = bench_scale_bytes(&c->p, dtype);
     char each[48];
-    int len = snprintf(each, sizeof each, "%lld", (long long)row);
+    int len = snprintf(each, sizeof(each), "%lld", (long long)row);
     if (scales > 0) {
-        snprintf(each + len, sizeof each - (size_t)len, " + %lld", (long long)scales);
+        snprintf(each + len, sizeof(each) - (size_t)len, " + %lld", (long long)scales);
     }
     printf("       %s %s rows of %s bytes, %s\n", text_count(c->cuda->crossed_rows).s,
            dtype_names[dtype], each,
@@ -184,8 +184,8 @@ void cuda_report_text(const struct bench_case *c) {
 
 void cuda_case_members(const struct bench_case *c, char *out, size_t room) {
     const struct bench_cuda *cuda = c->cuda;
-    char devices[sizeof cuda->devices];
-    for (size_t i = 0; i < sizeof devices; i++) { /* a comma would end a CSV column */
+    char devices[sizeof(cuda->devices)];
+    for (size_t i = 0; i < sizeof(devices); i++) { /* a comma would end a CSV column */
         char ch = cuda->devices[i];
         devices[i] = ch;
         if (ch == ',') {

@@ -6,7 +6,7 @@
  * Owns the buffers of one rank, in host memory: host ranks hand them to the library, ranks on
  * GPUs copy from and to them. Must not call the library.
  */
-#include "bench.h"
+#include "tools/bench.h"
 
 #define TABLE_STARTS 4096
 
@@ -193,18 +193,18 @@ bool data_create(struct bench_data *d, struct rank *rank, const struct bench_cas
     }
     d->recv = get(d, max_rows, answer_bytes); /* never less than row_bytes */
     d->recv_scales = get(d, max_rows, scale_bytes);
-    d->recv_ids = get(d, max_rows * p->topk, sizeof *d->recv_ids);
-    d->recv_weights = get(d, max_rows * p->topk, sizeof *d->recv_weights);
-    d->recv_source = get(d, max_rows * 2, sizeof *d->recv_source);
+    d->recv_ids = get(d, max_rows * p->topk, sizeof(*d->recv_ids));
+    d->recv_weights = get(d, max_rows * p->topk, sizeof(*d->recv_weights));
+    d->recv_source = get(d, max_rows * 2, sizeof(*d->recv_source));
     d->x = get(d, p->tokens, row_bytes);
     d->out = get(d, p->tokens, answer_bytes);
     d->scales = get(d, p->tokens, scale_bytes);
-    d->weights = get(d, p->tokens * p->topk, sizeof *d->weights);
+    d->weights = get(d, p->tokens * p->topk, sizeof(*d->weights));
     for (int element = 1; element <= 4; element *= 2) {
         d->table[element] = get(d, elements[element] ? TABLE_STARTS + p->hidden : 0, element);
     }
     for (int i = 0; i < d->num_owned; i++) {
-        if (d->owned[i] == NULL) {
+        if (!d->owned[i]) {
             return false;
         }
     }

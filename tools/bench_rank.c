@@ -5,7 +5,7 @@
  * Owns the rank's group and, through bench_data.c, its buffers. Only the library call lies
  * between the two clock readings.
  */
-#include "bench.h"
+#include "tools/bench.h"
 
 struct bench {
     struct rank *rank;
@@ -200,7 +200,7 @@ int bench_rank(struct rank *rank, void *arg) {
     if (st != EP_OK) {
         failed = rank_fail(rank, st, "creating the group");
     } else if (failed == 0 && rank->rank == 0) {
-        (void)ep_group_plan(b.group, &plan);
+        ep_group_plan(b.group, &plan);
         c->arena_bytes = plan.arena_bytes;
     }
     for (int phase = 0; phase < NUM_PHASES && failed == 0; phase++) {

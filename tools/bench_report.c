@@ -5,7 +5,7 @@
  * Owns the formulas of the limits. Must not print a figure without what it is made of: time
  * first, then bytes, then the share of what memcpy reached in the same run.
  */
-#include "bench.h"
+#include "tools/bench.h"
 
 const char *const dtype_names[] = {"bf16", "fp8", "f32"};
 const char *const routing_names[] = {"uniform", "grouped", "skewed", "half", "file"};
@@ -73,7 +73,7 @@ struct bench_line bench_line(const struct bench_case *c, enum bench_phase phase)
 struct text bench_groups(const struct bench_params *p) {
     struct text t = {""};
     if (p->routing == ROUTING_GROUPED) {
-        snprintf(t.s, sizeof t.s, " (%d of %d groups)", (int)p->topk_groups, (int)p->groups);
+        snprintf(t.s, sizeof(t.s), " (%d of %d groups)", (int)p->topk_groups, (int)p->groups);
     }
     return t;
 }
@@ -107,7 +107,7 @@ static void print_heading(const struct bench_case *c) {
 }
 
 void report_text(const struct bench_case *c) {
-    if (c->cuda != NULL) {
+    if (c->cuda) {
         cuda_report_text(c);
         return;
     }
@@ -163,15 +163,15 @@ static void add(char *out, const char *fmt, ...) {
 static void case_members(const struct bench_case *c, char *out) {
     const struct bench_params *p = &c->p;
     snprintf(out, MEMBERS_BYTES, "\"mode\": \"%s\"", p->threads ? "threads" : "processes");
-    if (c->cuda == NULL) {
+    if (!c->cuda) {
         add(out, ", \"dtype\": \"%s\"", dtype_names[p->dtype]);
     }
     add(out, ", \"routing\": \"%s\"", routing_names[p->routing]);
-    if (c->cuda == NULL) {
+    if (!c->cuda) {
         add(out, ", \"output\": \"%s\"", p->expanded ? "expanded" : "compact");
     }
     add(out, ", \"checked\": %s", p->no_check ? "false" : "true");
-    if (c->cuda == NULL) {
+    if (!c->cuda) {
         add(out, ", \"memcpy_gbs\": %.4f", bench_memcpy_rate(c));
     }
     const struct {
@@ -196,12 +196,12 @@ static void case_members(const struct bench_case *c, char *out) {
                    {"rows", bench_rows(c, false), false},
                    {"remote_rows", bench_rows(c, true), false},
                    {"selections", c->selections, false}};
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
-        if (c->cuda == NULL || !numbers[i].host) {
+    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) {
+        if (!c->cuda || !numbers[i].host) {
             add(out, ", \"%s\": %lld", numbers[i].key, (long long)numbers[i].value);
         }
     }
-    if (c->cuda != NULL) {
+    if (c->cuda) {
         add(out, ", ");
         cuda_case_members(c, out + strlen(out), MEMBERS_BYTES - strlen(out));
     }
@@ -209,16 +209,15 @@ static void case_members(const struct bench_case *c, char *out) {
 
 /* The lines of a case: phases, or operations in both modes. */
 static int num_lines(const struct bench_case *c) {
-    return c->cuda != NULL ? NUM_CUDA_OPS * NUM_MODES : NUM_PHASES;
+    return c->cuda ? NUM_CUDA_OPS * NUM_MODES : NUM_PHASES;
 }
 
 static bool is_measured(const struct bench_case *c, int i) {
-    return (c->cuda != NULL ? c->cuda->result[i / NUM_MODES][i % NUM_MODES].p50_ns
-                            : c->p50[i]) != 0;
+    return (c->cuda ? c->cuda->result[i / NUM_MODES][i % NUM_MODES].p50_ns : c->p50[i]) != 0;
 }
 
 static void phase_members(const struct bench_case *c, int i, char *out) {
-    if (c->cuda != NULL) {
+    if (c->cuda) {
         cuda_result_members(c, i / NUM_MODES, i % NUM_MODES, out, MEMBERS_BYTES);
         return;
     }
@@ -238,7 +237,7 @@ static void csv_members(FILE *out, const char *s, bool keys) {
     while (*s != '\0') {
         const char *colon = strstr(s, ": ");
         const char *end = strstr(colon, ", ");
-        end = end != NULL ? end : colon + strlen(colon);
+        end = end ? end : colon + strlen(colon);
         fprintf(out, "%.*s", (int)((keys ? colon - 1 : end) - (keys ? s + 1 : colon + 2)),
                 keys ? s + 1 : colon + 2);
         s = *end != '\0' ? end + 2 : end;
@@ -281,7 +280,7 @@ static void json_case(FILE *out, const struct bench_case *c) {
 }
 
 void report_json(FILE *out, struct bench_case *const *cases, int num_cases) {
-    bool cuda = num_cases > 0 && cases[0]->cuda != NULL;
+    bool cuda = num_cases > 0 && cases[0]->cuda;
     fprintf(out, "{\"version\": \"%s\", \"backend\": \"%s\", \"cores\": %d, \"knobs\": {",
             text_version().s, cuda ? "cuda" : "host", num_cores());
     for (size_t i = 0; i < epi_opt_count(); i++) {

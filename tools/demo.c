@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "demo.h"
+#include "tools/demo.h"
 
 #define TOLERANCE 0.02 /* of the largest value, against float64 */
 
@@ -23,9 +23,9 @@ static const char *const phase_names[NUM_PHASES] = {
 static char *read_text(const char *path, size_t *num_bytes) {
     FILE *file = fopen(path, "rb");
     size_t room = (size_t)4 << 20;
-    char *text = file != NULL ? malloc(room) : NULL;
-    *num_bytes = text != NULL ? fread(text, 1, room, file) : 0;
-    if (file != NULL) {
+    char *text = file ? malloc(room) : NULL;
+    *num_bytes = text ? fread(text, 1, room, file) : 0;
+    if (file) {
         fclose(file);
     }
     return text;
@@ -53,11 +53,11 @@ static bool load_text(struct demo *demo) {
         "/usr/share/licenses/glibc/COPYING", "/usr/include/stdlib.h"};
     size_t num_bytes = 0;
     char *text = NULL;
-    for (size_t i = 0; i < sizeof files / sizeof files[0] && num_bytes == 0; i++) {
-        const char *path = demo->file != NULL ? demo->file : files[i];
+    for (size_t i = 0; i < sizeof(files) / sizeof(files[0]) && num_bytes == 0; i++) {
+        const char *path = demo->file ? demo->file : files[i];
         free(text);
         text = read_text(path, &num_bytes);
-        if (num_bytes > 0 || demo->file != NULL) {
+        if (num_bytes > 0 || demo->file) {
             demo->file = path;
             break;
         }
@@ -73,7 +73,7 @@ static bool load_text(struct demo *demo) {
     }
     uint64_t before = 0;
     at = 0;
-    for (int64_t t = 0; demo->x != NULL && t < demo->num_tokens; t++) {
+    for (int64_t t = 0; demo->x && t < demo->num_tokens; t++) {
         uint64_t word = next_word(text, num_bytes, &at);
         if (word == 0) {
             at = 0;
@@ -83,7 +83,7 @@ static bool load_text(struct demo *demo) {
         before = word;
     }
     free(text);
-    return demo->x != NULL;
+    return demo->x;
 }
 
 /* ---- the parent -------------------------------------------------------------------------- */
@@ -96,7 +96,7 @@ static void tick(void *arg) {
 static void print_times(const struct demo *demo) {
     int n = (int)demo->num_ranks;
     printf("  %-28s %12s %14s\n", "time per phase, all steps", "median rank", "slowest rank");
-    for (int p = 0; p < (demo->gpus != NULL ? NUM_PHASES : COPIES); p++) {
+    for (int p = 0; p < (demo->gpus ? NUM_PHASES : COPIES); p++) {
         int64_t ns[EP_MAX_RANKS];
         for (int r = 0; r < n; r++) {
             ns[r] = demo->shared->rank[r].ns[p];
@@ -105,7 +105,7 @@ static void print_times(const struct demo *demo) {
         printf("    %-26s %12s %14s\n", phase_names[p], text_ns((double)median).s,
                text_ns((double)ns[n - 1]).s);
     }
-    bool gpus = demo->gpus != NULL && demo->gpus->num < n;
+    bool gpus = demo->gpus && demo->gpus->num < n;
     if (num_cores() < n || gpus) {
         printf("    (%d ranks share %d %s: waiting for a peer's turn counts as dispatch or "
                "combine)\n",
@@ -184,11 +184,11 @@ static int check(const struct demo *demo) {
 
 static void print_heading(const struct demo *demo) {
     char gpus[320] = "";
-    if (demo->gpus != NULL) {
+    if (demo->gpus) {
         int num = demo->gpus->num < demo->num_ranks ? demo->gpus->num : (int)demo->num_ranks;
         char names[256];
-        gpu_describe(demo->gpus, num, names, sizeof names);
-        snprintf(gpus, sizeof gpus, "\nwhose rows are on %s", names);
+        gpu_describe(demo->gpus, num, names, sizeof(names));
+        snprintf(gpus, sizeof(gpus), "\nwhose rows are on %s", names);
     }
     printf(
         "ep demo: a Mixture-of-Experts layer of DeepSeek-V3's shape across %d processes%s\n\n",
@@ -208,7 +208,7 @@ static void print_heading(const struct demo *demo) {
 
 static void print_without_gpus(const char *why) {
     char line[640];
-    snprintf(line, sizeof line, "are here but do not work, so without them (%s)", why);
+    snprintf(line, sizeof(line), "are here but do not work, so without them (%s)", why);
     printf("  GPUs   ");
     text_wrap(line, 9);
     putchar('\n');
@@ -216,7 +216,7 @@ static void print_without_gpus(const char *why) {
 
 /* Runs the ranks. `quiet`: why it failed is in `why` only. */
 static int run_ranks(struct demo *demo, bool quiet, char *why, size_t room) {
-    memset(demo->shared, 0, sizeof *demo->shared);
+    memset(demo->shared, 0, sizeof(*demo->shared));
     struct ranks_job job = {.name = "ep demo",
                             .num_ranks = (int)demo->num_ranks,
                             .quiet = quiet,
@@ -234,22 +234,22 @@ static int demo_run(struct demo *demo, bool may_fall_back) {
     const struct gpu_look *look = may_fall_back ? gpu_look("ep demo") : NULL;
     int64_t share = (demo->num_tokens + demo->num_ranks - 1) / demo->num_ranks;
     demo->num_steps = (share + demo->batch - 1) / demo->batch;
-    demo->shared = ranks_memory(sizeof *demo->shared);
+    demo->shared = ranks_memory(sizeof(*demo->shared));
     demo->out = ranks_memory((size_t)demo->num_tokens * ROW_BYTES);
-    if (demo->shared == NULL || demo->out == NULL) {
+    if (!demo->shared || !demo->out) {
         fprintf(stderr, "ep demo: no memory for %s tokens\n", text_count(demo->num_tokens).s);
         return 1;
     }
     print_heading(demo);
-    if (look != NULL && demo->gpus == NULL && look->num > 0) {
+    if (look && !demo->gpus && look->num > 0) {
         print_without_gpus(look->why);
     }
-    bool retry = may_fall_back && demo->gpus != NULL;
-    int status = run_ranks(demo, retry, why, sizeof why);
+    bool retry = may_fall_back && demo->gpus;
+    int status = run_ranks(demo, retry, why, sizeof(why));
     if (retry && status == 1) {
         print_without_gpus(why);
         demo->gpus = NULL;
-        status = run_ranks(demo, false, why, sizeof why);
+        status = run_ranks(demo, false, why, sizeof(why));
     }
     if (status != 0) {
         return status;
@@ -283,7 +283,7 @@ int cmd_demo(int argc, char **argv) {
             "each. Then the same layer is computed in one process; the exit status is 0 only "
             "if the results are the same.",
         .opts = opts,
-        .num_opts = sizeof opts / sizeof opts[0],
+        .num_opts = sizeof(opts) / sizeof(opts[0]),
     };
     int rest = 0;
     int status = args_parse(&command, argc, argv, &rest);
@@ -300,13 +300,13 @@ int cmd_demo(int argc, char **argv) {
     }
     if (!load_text(&demo)) {
         fprintf(stderr, "ep demo: no words in %s; name a text with --file\n",
-                demo.file != NULL ? demo.file : "any file tried");
+                demo.file ? demo.file : "any file tried");
         return 1;
     }
     status = demo_run(&demo, device == AUTO);
     if (status == 0) {
         printf("\nNext: `%s bench%s` measures dispatch and combine at the real size.\n",
-               tool_program, demo.gpus != NULL ? " --device cuda" : "");
+               tool_program, demo.gpus ? " --device cuda" : "");
     }
     free(demo.x);
     return status;

@@ -5,9 +5,9 @@
 #ifndef TOOLS_DEMO_H
 #define TOOLS_DEMO_H
 
-#include "gpu.h"
-#include "moe.h"
-#include "tool.h"
+#include "tools/gpu.h"
+#include "tools/moe.h"
+#include "tools/tool.h"
 
 #define ROW_BYTES (MOE_HIDDEN * 2)
 

@@ -9,7 +9,7 @@
  */
 #include <stdlib.h>
 
-#include "demo.h"
+#include "tools/demo.h"
 
 /* What the library reads and writes: host memory, or the GPU's. */
 struct buffers {
@@ -72,7 +72,7 @@ static void compute_experts(struct worker *w, uint16_t *rows) {
 /* ---- copies: nothing for host ranks ------------------------------------------------------ */
 
 static ep_status send_inputs(struct worker *w, int64_t num) {
-    if (w->gpu == NULL) {
+    if (!w->gpu) {
         w->at.x = w->here.x;
         w->at.out = w->here.out;
         return EP_OK;
@@ -85,12 +85,12 @@ static ep_status send_inputs(struct worker *w, int64_t num) {
 
 static ep_status fetch_rows(struct worker *w, const struct ep_tensor *rows, uint16_t **host) {
     *host = rows->data;
-    if (w->gpu == NULL) {
+    if (!w->gpu) {
         return EP_OK;
     }
     int32_t *offsets = w->here.offsets;
     ep_status st =
-        gpu_out(w->gpu, offsets, w->at.offsets, (w->moe.num + 1) * (int64_t)sizeof *offsets);
+        gpu_out(w->gpu, offsets, w->at.offsets, (w->moe.num + 1) * (int64_t)sizeof(*offsets));
     *host = w->rows;
     return st == EP_OK
                ? gpu_out(w->gpu, w->rows, rows->data, (int64_t)offsets[w->moe.num] * ROW_BYTES)
@@ -98,7 +98,7 @@ static ep_status fetch_rows(struct worker *w, const struct ep_tensor *rows, uint
 }
 
 static ep_status send_answers(struct worker *w, const struct ep_tensor *rows, int64_t num) {
-    if (w->gpu == NULL) {
+    if (!w->gpu) {
         return EP_OK;
     }
     ep_status st =
@@ -108,18 +108,18 @@ static ep_status send_answers(struct worker *w, const struct ep_tensor *rows, in
 }
 
 static ep_status fetch_output(struct worker *w, int64_t num) {
-    return w->gpu != NULL ? gpu_out(w->gpu, w->here.out, w->at.out, num * ROW_BYTES) : EP_OK;
+    return w->gpu ? gpu_out(w->gpu, w->here.out, w->at.out, num * ROW_BYTES) : EP_OK;
 }
 
 /* ---- operations: done when they return ---------------------------------------------------- */
 
 static void *stream_of(const struct worker *w) {
-    return w->gpu != NULL ? gpu_stream(w->gpu) : NULL;
+    return w->gpu ? gpu_stream(w->gpu) : NULL;
 }
 
 static ep_status finish(struct worker *w, ep_status st) {
-    st = st == EP_OK && w->gpu != NULL ? gpu_sync(w->gpu) : st;
-    return st == EP_OK && w->gpu != NULL ? ep_handle_status(w->handle) : st;
+    st = st == EP_OK && w->gpu ? gpu_sync(w->gpu) : st;
+    return st == EP_OK && w->gpu ? ep_handle_status(w->handle) : st;
 }
 
 static ep_status do_route(struct worker *w, int num) {
@@ -197,30 +197,29 @@ static int step(struct worker *w, int num) {
 static bool allocate_here(struct worker *w) {
     struct buffers *here = &w->here;
     size_t batch = (size_t)w->demo->batch;
-    here->ids = malloc(sizeof *here->ids * batch * MOE_TOPK);
-    here->weights = malloc(sizeof *here->weights * batch * MOE_TOPK);
+    here->ids = malloc(sizeof(*here->ids) * batch * MOE_TOPK);
+    here->weights = malloc(sizeof(*here->weights) * batch * MOE_TOPK);
     here->shared_out = malloc(batch * ROW_BYTES);
-    here->recv_weights = malloc(sizeof *here->recv_weights * (size_t)w->max_rows);
-    here->offsets = malloc(sizeof *here->offsets * (MOE_EXPERTS + 1));
-    w->rows = w->gpu != NULL ? malloc((size_t)w->max_rows * ROW_BYTES) : NULL;
+    here->recv_weights = malloc(sizeof(*here->recv_weights) * (size_t)w->max_rows);
+    here->offsets = malloc(sizeof(*here->offsets) * (MOE_EXPERTS + 1));
+    w->rows = w->gpu ? malloc((size_t)w->max_rows * ROW_BYTES) : NULL;
     w->at = *here;
-    return here->ids != NULL && here->weights != NULL && here->shared_out != NULL &&
-           here->recv_weights != NULL && here->offsets != NULL &&
-           (w->gpu == NULL || w->rows != NULL);
+    return here->ids && here->weights && here->shared_out && here->recv_weights &&
+           here->offsets && (!w->gpu || w->rows);
 }
 
 static ep_status allocate_there(struct worker *w) {
     struct buffers *at = &w->at;
     int64_t batch = w->demo->batch;
-    at->ids = gpu_alloc(w->gpu, batch * MOE_TOPK, sizeof *at->ids);
-    at->weights = gpu_alloc(w->gpu, batch * MOE_TOPK, sizeof *at->weights);
+    at->ids = gpu_alloc(w->gpu, batch * MOE_TOPK, sizeof(*at->ids));
+    at->weights = gpu_alloc(w->gpu, batch * MOE_TOPK, sizeof(*at->weights));
     at->x = gpu_alloc(w->gpu, batch, ROW_BYTES);
     at->shared_out = gpu_alloc(w->gpu, batch, ROW_BYTES);
     at->out = gpu_alloc(w->gpu, batch, ROW_BYTES);
-    at->recv_weights = gpu_alloc(w->gpu, w->max_rows, sizeof *at->recv_weights);
-    at->offsets = gpu_alloc(w->gpu, MOE_EXPERTS + 1, sizeof *at->offsets);
-    return at->ids != NULL && at->weights != NULL && at->x != NULL && at->shared_out != NULL &&
-                   at->out != NULL && at->recv_weights != NULL && at->offsets != NULL
+    at->recv_weights = gpu_alloc(w->gpu, w->max_rows, sizeof(*at->recv_weights));
+    at->offsets = gpu_alloc(w->gpu, MOE_EXPERTS + 1, sizeof(*at->offsets));
+    return at->ids && at->weights && at->x && at->shared_out && at->out && at->recv_weights &&
+                   at->offsets
                ? EP_OK
                : EP_ERR_NOMEM;
 }
@@ -236,7 +235,7 @@ static int worker_open(struct worker *w) {
     config.max_topk = MOE_TOPK;
     config.max_row_bytes = ROW_BYTES;
     ep_status st = EP_OK;
-    if (w->demo->gpus != NULL) {
+    if (w->demo->gpus) {
         config.device = EP_DEVICE_CUDA;
         config.device_index = gpu_of_rank(w->demo->gpus, w->rank->rank);
         st = gpu_open(&w->gpu, config.device_index);
@@ -257,7 +256,7 @@ static int worker_open(struct worker *w) {
         !allocate_here(w)) {
         return rank_fail(w->rank, EP_OK, "no memory");
     }
-    st = w->gpu != NULL ? allocate_there(w) : EP_OK;
+    st = w->gpu ? allocate_there(w) : EP_OK;
     return st == EP_OK ? 0 : rank_fail(w->rank, st, "memory of the GPU");
 }
 

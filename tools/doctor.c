@@ -15,8 +15,8 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
-#include "bench.h"
-#include "doctor.h"
+#include "tools/bench.h"
+#include "tools/doctor.h"
 
 void doctor_add(struct doctor *d, const char *what, const char *state, const char *fmt, ...) {
     struct finding *f = &d->findings[d->num];
@@ -28,7 +28,7 @@ void doctor_add(struct doctor *d, const char *what, const char *state, const cha
     f->state = state;
     va_list args;
     va_start(args, fmt);
-    vsnprintf(f->text, sizeof f->text, fmt, args);
+    vsnprintf(f->text, sizeof(f->text), fmt, args);
     va_end(args);
 }
 
@@ -49,8 +49,7 @@ static bool try_mode(struct doctor *d, bool threads) {
     struct bench_case *c = NULL;
     int64_t start_ns = epi_now_ns();
     if (bench_case(&p, true, &c) != 0) {
-        doctor_add(d, what, "broken", "%s",
-                   c != NULL && c->why[0] != '\0' ? c->why : "no memory");
+        doctor_add(d, what, "broken", "%s", c && c->why[0] != '\0' ? c->why : "no memory");
         return false;
     }
     doctor_add(d, what, "ok",
@@ -63,7 +62,7 @@ static bool try_mode(struct doctor *d, bool threads) {
 static void add_amount(struct doctor *d, const char *what, double have, double enough,
                        const char *fmt, const char *cost) {
     char amount[64];
-    snprintf(amount, sizeof amount, have < 1e15 ? fmt : "no limit", have);
+    snprintf(amount, sizeof(amount), have < 1e15 ? fmt : "no limit", have);
     doctor_add(d, what, have >= enough ? "ok" : "low", "%s%s%s", amount,
                have >= enough ? "" : "; ", have >= enough ? "" : cost);
 }
@@ -92,8 +91,8 @@ static void check_system(struct doctor *d) {
                port != 0 ? "processes meet at 127.0.0.1"
                          : "processes cannot meet by address; bring the interface lo up");
     struct rlimit files = {0}, procs = {0};
-    (void)getrlimit(RLIMIT_NOFILE, &files);
-    (void)getrlimit(RLIMIT_NPROC, &procs);
+    getrlimit(RLIMIT_NOFILE, &files);
+    getrlimit(RLIMIT_NPROC, &procs);
     add_amount(
         d, "open files", (double)files.rlim_cur, 1024, "%.0f allowed",
         "a rank needs a few per peer, so large groups fail to form; raise with ulimit -n");
@@ -107,12 +106,11 @@ static void check_system(struct doctor *d) {
 
 static void check_fabric(struct doctor *d) {
     void *library = dlopen("libfabric.so.1", RTLD_LAZY | RTLD_LOCAL);
-    doctor_add(d, "libfabric", library != NULL ? "ok" : "missing", "%s",
-               library != NULL
-                   ? "libfabric.so.1 is here; this version does not use it yet"
-                   : "costs nothing in this version, which connects the ranks of one host; "
-                     "later versions need it between hosts (Debian: libfabric1)");
-    if (library != NULL) {
+    doctor_add(d, "libfabric", library ? "ok" : "missing", "%s",
+               library ? "libfabric.so.1 is here; this version does not use it yet"
+                       : "costs nothing in this version, which connects the ranks of one host; "
+                         "later versions need it between hosts (Debian: libfabric1)");
+    if (library) {
         dlclose(library);
     }
 }
@@ -164,7 +162,7 @@ int cmd_doctor(int argc, char **argv) {
         return processes || threads ? 0 : 1;
     }
     struct utsname name = {0};
-    (void)uname(&name);
+    uname(&name);
     printf("libep %s on %s %s, %s\n\n", text_version().s, name.sysname, name.release,
            name.machine);
     for (int i = 0; i < d.num; i++) {

@@ -5,8 +5,8 @@
 #ifndef TOOLS_DOCTOR_H
 #define TOOLS_DOCTOR_H
 
-#include "gpu.h"
-#include "tool.h"
+#include "tools/gpu.h"
+#include "tools/tool.h"
 
 enum { MAX_FINDINGS = 48 };
 

@@ -6,8 +6,8 @@
  * Owns nothing that lasts. Says also where less holds than ep.h promises. Must not call a missing
  * GPU a failure, and must not open the driver: children do.
  */
-#include "bench.h"
-#include "doctor.h"
+#include "tools/bench.h"
+#include "tools/doctor.h"
 
 enum { TINY_TOKENS = 128, TINY_HIDDEN = 7168 }; /* a step of decoding */
 
@@ -145,7 +145,7 @@ static void try_groups(struct doctor *d) {
     int64_t start_ns = epi_now_ns();
     if (bench_case(&p, true, &c) != 0) {
         doctor_add(d, "CUDA mode", "broken", "%s",
-                   c != NULL && c->why[0] != '\0' ? c->why : "no memory");
+                   c && c->why[0] != '\0' ? c->why : "no memory");
         return;
     }
     doctor_add(
@@ -192,7 +192,7 @@ void doctor_gpu_print(const struct doctor *d) {
     printf("\nCopies from one GPU (down) to another (across), a pair alone: GB/s, and the time "
            "of 8 bytes\nfrom the start of the copy to its end event in us; by copy engine%s\n\n"
            "  from\\to ",
-           d->look != NULL ? "" : "");
+           d->look ? "" : "");
     for (int j = 0; j < l->num; j++) {
         printf("%12d", j);
     }
@@ -201,7 +201,7 @@ void doctor_gpu_print(const struct doctor *d) {
         for (int j = 0; j < l->num; j++) {
             char cell[48] = "-";
             if (i != j) {
-                snprintf(cell, sizeof cell, "%s%.0f/%.1f", d->look->reaches[i][j] ? "" : ".",
+                snprintf(cell, sizeof(cell), "%s%.0f/%.1f", d->look->reaches[i][j] ? "" : ".",
                          l->rate[i][j], l->small_us[i][j]);
             }
             printf("%12s", cell);
@@ -212,7 +212,7 @@ void doctor_gpu_print(const struct doctor *d) {
 
 void doctor_gpu_json(const struct doctor *d) {
     const struct gpu_links *l = &d->links;
-    printf(",\n \"gpus\": %d, \"links\": [", d->look != NULL ? d->look->num : 0);
+    printf(",\n \"gpus\": %d, \"links\": [", d->look ? d->look->num : 0);
     for (int i = 0, num = 0; i < l->num * l->num; i++) {
         int from = i / l->num, to = i % l->num;
         if (from != to) {

@@ -4,7 +4,7 @@
  *
  * Owns nothing. Must not know any knob by name: what it prints is what src/base/opt.c has.
  */
-#include "tool.h"
+#include "tools/tool.h"
 
 static void print_json(void) {
     printf("[");
@@ -16,7 +16,7 @@ static void print_json(void) {
                                          {"rule", info->rule},
                                          {"meaning", info->doc}};
         printf("%s\n  {", i > 0 ? "," : "");
-        for (size_t f = 0; f < sizeof fields / sizeof fields[0]; f++) {
+        for (size_t f = 0; f < sizeof(fields) / sizeof(fields[0]); f++) {
             printf("\"%s\": ", fields[f][0]);
             text_json(stdout, fields[f][1]);
             printf(", ");
@@ -50,7 +50,7 @@ int cmd_env(int argc, char **argv) {
     for (size_t i = 0; i < epi_opt_count(); i++) {
         const struct epi_opt_info *info = epi_opt_info(i);
         char value[264];
-        snprintf(value, sizeof value, "%s%s", info->value[0] != '\0' ? info->value : "-",
+        snprintf(value, sizeof(value), "%s%s", info->value[0] != '\0' ? info->value : "-",
                  info->set ? info->valid ? " *" : " !" : "");
         printf("%-20s %-14s %-10s %s\n", info->name, value,
                info->default_text[0] != '\0' ? info->default_text : "-", info->doc);

@@ -7,7 +7,7 @@
  * functions of graphs are not among those that src/cu opens: they are taken here from the driver
  * that it has loaded.
  */
-#include "gpu.h"
+#include "tools/gpu.h"
 
 #include <dlfcn.h>
 #include <stdlib.h>
@@ -65,12 +65,12 @@ struct gpu_graph {
 
 static ep_status load(struct driver *driver) {
     void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
-    if (lib == NULL) {
+    if (!lib) {
         return epi_fail(EP_ERR_UNSUPPORTED, "the driver is not loaded");
     }
 #define LOAD(name, symbol, args)                                                               \
     *(void **)&driver->name = dlsym(lib, symbol);                                              \
-    if (driver->name == NULL) {                                                                \
+    if (!driver->name) {                                                                       \
         return epi_fail(EP_ERR_UNSUPPORTED, "the driver has no " symbol);                      \
     }
     SYMBOLS(LOAD)
@@ -83,16 +83,15 @@ static ep_status result(const struct driver *driver, int code, const char *call)
     if (code == 0) {
         return EP_OK;
     }
-    (void)driver->GetErrorName(code, &name);
-    return epi_fail(EP_ERR_SYSTEM, "%s: %s (%d)", call, name != NULL ? name : "unknown error",
-                    code);
+    driver->GetErrorName(code, &name);
+    return epi_fail(EP_ERR_SYSTEM, "%s: %s (%d)", call, name ? name : "unknown error", code);
 }
 #define CALL(driver, name, ...) result(driver, (driver)->name(__VA_ARGS__), "cu" #name)
 
 ep_status gpu_open(struct gpu **out, int device) {
-    struct gpu *gpu = epi_alloc(sizeof *gpu);
+    struct gpu *gpu = epi_alloc(sizeof(*gpu));
     void *word = NULL;
-    if (gpu == NULL) {
+    if (!gpu) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a GPU");
     }
     ep_status st = epi_cu_device_open(&gpu->device, device);
@@ -102,7 +101,7 @@ ep_status gpu_open(struct gpu **out, int device) {
     for (int i = 0; i < 2 && st == EP_OK; i++) {
         st = epi_cu_event_create(&gpu->device, &gpu->mark[i]);
     }
-    st = st == EP_OK ? epi_cu_alloc_host(&gpu->device, &word, sizeof *gpu->word) : st;
+    st = st == EP_OK ? epi_cu_alloc_host(&gpu->device, &word, sizeof(*gpu->word)) : st;
     if (st != EP_OK) {
         gpu_close(&gpu);
         return st;
@@ -116,12 +115,12 @@ ep_status gpu_open(struct gpu **out, int device) {
 void gpu_close(struct gpu **gpu) {
     struct gpu *g = *gpu;
     *gpu = NULL;
-    if (g == NULL) {
+    if (!g) {
         return;
     }
-    if (g->device.context != NULL) {
+    if (g->device.context) {
         void *word = g->word;
-        if (g->word != NULL) {
+        if (g->word) {
             gpu_release(g);
         }
         for (int i = 0; i < g->num_blocks; i++) {
@@ -146,7 +145,7 @@ void *gpu_stream(const struct gpu *gpu) {
 void *gpu_alloc(struct gpu *gpu, int64_t num, int64_t bytes) {
     uint64_t *at = &gpu->blocks[gpu->num_blocks];
     if (gpu->num_blocks == MAX_BLOCKS) {
-        (void)epi_fail(EP_ERR_INTERNAL, "more than %d blocks of device memory", MAX_BLOCKS);
+        epi_fail(EP_ERR_INTERNAL, "more than %d blocks of device memory", MAX_BLOCKS);
         return NULL;
     }
     if (epi_cu_alloc(&gpu->device, at, (size_t)(num * bytes)) != EP_OK) {
@@ -203,8 +202,8 @@ ep_status gpu_capture(struct gpu *gpu) {
 }
 
 ep_status gpu_captured(struct gpu *gpu, struct gpu_graph **out) {
-    struct gpu_graph *g = epi_alloc(sizeof *g);
-    if (g == NULL) {
+    struct gpu_graph *g = epi_alloc(sizeof(*g));
+    if (!g) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a graph");
     }
     g->driver = &gpu->driver;
@@ -225,11 +224,11 @@ ep_status gpu_replay(struct gpu *gpu, struct gpu_graph *graph) {
 void gpu_graph_destroy(struct gpu_graph **graph) {
     struct gpu_graph *g = *graph;
     *graph = NULL;
-    if (g != NULL && g->exec != NULL) {
-        (void)g->driver->GraphExecDestroy(g->exec);
+    if (g && g->exec) {
+        g->driver->GraphExecDestroy(g->exec);
     }
-    if (g != NULL && g->graph != NULL) {
-        (void)g->driver->GraphDestroy(g->graph);
+    if (g && g->graph) {
+        g->driver->GraphDestroy(g->graph);
     }
     epi_free(g);
 }

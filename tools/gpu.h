@@ -10,7 +10,7 @@
 #ifndef TOOLS_GPU_H
 #define TOOLS_GPU_H
 
-#include "tool.h"
+#include "tools/tool.h"
 
 enum { GPU_MAX = 16 };
 

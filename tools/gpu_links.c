@@ -7,7 +7,7 @@
  * All streams are held back until all copies are queued, and are released by one store, so that
  * neither launches nor a late GPU are measured.
  */
-#include "gpu.h"
+#include "tools/gpu.h"
 
 #include "src/cu/cu.h"
 
@@ -59,10 +59,10 @@ static ep_status open_all(struct rig *rig) {
     for (int i = 0; i < rig->num * rig->num && st == EP_OK; i++) {
         int from = i / rig->num, to = i % rig->num;
         if (from != to) { /* without a path the driver copies through the host */
-            (void)epi_cu_peer(&rig->device[from], &rig->device[to]);
+            epi_cu_peer(&rig->device[from], &rig->device[to]);
         }
     }
-    st = st == EP_OK ? epi_cu_alloc_host(&rig->device[0], &word, sizeof *rig->word) : st;
+    st = st == EP_OK ? epi_cu_alloc_host(&rig->device[0], &word, sizeof(*rig->word)) : st;
     rig->word = word;
     if (st == EP_OK) {
         *rig->word = 0;
@@ -212,17 +212,17 @@ static int links_child(struct rank *rank, void *arg) {
     ep_status st = open_all(&rig);
     st = st == EP_OK ? measure(&rig, request->pairs) : st;
     if (st != EP_OK) {
-        snprintf(request->links.why, sizeof request->links.why, "%.400s", ep_last_error());
+        snprintf(request->links.why, sizeof(request->links.why), "%.400s", ep_last_error());
     }
     return 0;
 }
 
 bool gpu_measure_links(const char *name, int num, bool pairs, struct gpu_links *out) {
-    struct request *request = ranks_memory(sizeof *request);
+    struct request *request = ranks_memory(sizeof(*request));
     *out = (struct gpu_links){.num = num};
-    if (request == NULL || num < 2 || num > GPU_MAX) {
-        snprintf(out->why, sizeof out->why, "%s",
-                 request == NULL ? "no memory" : "there is no other GPU");
+    if (!request || num < 2 || num > GPU_MAX) {
+        snprintf(out->why, sizeof(out->why), "%s",
+                 !request ? "no memory" : "there is no other GPU");
         return false;
     }
     request->links.num = num;
@@ -236,7 +236,7 @@ bool gpu_measure_links(const char *name, int num, bool pairs, struct gpu_links *
     int status = ranks_run(&job);
     *out = request->links;
     if (status != 0 && out->why[0] == '\0') {
-        snprintf(out->why, sizeof out->why, "%.400s", job.why);
+        snprintf(out->why, sizeof(out->why), "%.400s", job.why);
     }
     return out->why[0] == '\0';
 }

@@ -5,7 +5,7 @@
  * Owns the one answer of the process. It is found in a child, because this process may have to
  * fork ranks; a child that crashes or hangs in a driver is an answer too.
  */
-#include "gpu.h"
+#include "tools/gpu.h"
 
 #include <dlfcn.h>
 #include <glob.h>
@@ -33,14 +33,14 @@ static void look_at_attributes(struct gpu_look *look, int index, int handle) {
     void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
     struct gpu_device *d = &look->device[index];
     int mode = 0, vmm = 0, files = 0, mps = 0;
-    *(void **)&get = lib != NULL ? dlsym(lib, "cuDeviceGetAttribute") : NULL;
-    if (get == NULL) {
+    *(void **)&get = lib ? dlsym(lib, "cuDeviceGetAttribute") : NULL;
+    if (!get) {
         return;
     }
-    (void)get(&mode, COMPUTE_MODE, handle);
-    (void)get(&vmm, VMM, handle);
-    (void)get(&files, VMM_FILE_DESCRIPTORS, handle);
-    (void)get(&mps, MPS_ENABLED, handle); /* older drivers do not know it */
+    get(&mode, COMPUTE_MODE, handle);
+    get(&vmm, VMM, handle);
+    get(&files, VMM_FILE_DESCRIPTORS, handle);
+    get(&mps, MPS_ENABLED, handle); /* older drivers do not know it */
     d->exclusive = mode == COMPUTE_MODE_EXCLUSIVE_PROCESS;
     d->shares_memory = vmm != 0 && files != 0;
     look->mps = look->mps || mps != 0;
@@ -53,10 +53,10 @@ static void look_at_devices(struct gpu_look *look) {
         struct epi_cu_device *d = &devices[i];
         *d = (struct epi_cu_device){0};
         if (epi_cu_device_open(d, i) != EP_OK) {
-            snprintf(to->why, sizeof to->why, "%.200s", ep_last_error());
+            snprintf(to->why, sizeof(to->why), "%.200s", ep_last_error());
             continue;
         }
-        snprintf(to->name, sizeof to->name, "%s", d->name);
+        snprintf(to->name, sizeof(to->name), "%s", d->name);
         to->major = d->major;
         to->minor = d->minor;
         to->num_sms = d->num_sms;
@@ -65,7 +65,7 @@ static void look_at_devices(struct gpu_look *look) {
     }
     for (int i = 0; i < look->num; i++) {
         for (int j = 0; j < look->num; j++) {
-            look->reaches[i][j] = devices[i].context != NULL && devices[j].context != NULL &&
+            look->reaches[i][j] = devices[i].context && devices[j].context &&
                                   (i == j || epi_cu_peer(&devices[i], &devices[j]) == EP_OK);
         }
     }
@@ -79,14 +79,14 @@ static void look_at_compiler(struct gpu_look *look) {
     struct epi_nvrtc *nvrtc = NULL;
     struct epi_jit_info jit;
     if (epi_nvrtc_open(&nvrtc, look->driver_version / 1000) == EP_OK) {
-        snprintf(look->compiler, sizeof look->compiler, "%s", epi_nvrtc_path(nvrtc));
+        snprintf(look->compiler, sizeof(look->compiler), "%s", epi_nvrtc_path(nvrtc));
         look->compiler_version = epi_nvrtc_version(nvrtc);
         epi_nvrtc_close(&nvrtc);
     } else {
-        snprintf(look->compiler_why, sizeof look->compiler_why, "%.400s", ep_last_error());
+        snprintf(look->compiler_why, sizeof(look->compiler_why), "%.400s", ep_last_error());
     }
     epi_jit_info(&jit);
-    snprintf(look->cache_folder, sizeof look->cache_folder, "%s", jit.cache_folder);
+    snprintf(look->cache_folder, sizeof(look->cache_folder), "%s", jit.cache_folder);
 }
 
 static int look_child(struct rank *rank, void *arg) {
@@ -97,7 +97,7 @@ static int look_child(struct rank *rank, void *arg) {
         look->num_present = count("/dev/nvidia[0-9]*");
     }
     if (epi_cu_open() != EP_OK) {
-        snprintf(look->why, sizeof look->why, "%.400s", ep_last_error());
+        snprintf(look->why, sizeof(look->why), "%.400s", ep_last_error());
         return 0;
     }
     look->driver_version = epi_cu_driver_version();
@@ -109,7 +109,7 @@ static int look_child(struct rank *rank, void *arg) {
         any = any || look->device[i].why[0] == '\0';
     }
     if (!any) {
-        snprintf(look->why, sizeof look->why, "%s", look->device[0].why);
+        snprintf(look->why, sizeof(look->why), "%s", look->device[0].why);
     }
     return 0;
 }
@@ -117,7 +117,7 @@ static int look_child(struct rank *rank, void *arg) {
 const struct gpu_look *gpu_look(const char *name) {
     static struct gpu_look nothing = {.why = "no memory"};
     static struct gpu_look *look;
-    if (look == NULL && (look = ranks_memory(sizeof *look)) != NULL) {
+    if (!look && (look = ranks_memory(sizeof(*look)))) {
         struct ranks_job job = {.name = name,
                                 .num_ranks = 1,
                                 .quiet = true,
@@ -125,11 +125,11 @@ const struct gpu_look *gpu_look(const char *name) {
                                 .fn = look_child,
                                 .arg = look};
         if (ranks_run(&job) != 0) {
-            snprintf(look->why, sizeof look->why,
+            snprintf(look->why, sizeof(look->why),
                      "looking for GPUs failed, perhaps in the driver (%.400s)", job.why);
         }
     }
-    return look != NULL ? look : &nothing;
+    return look ? look : &nothing;
 }
 
 int gpu_of_rank(const struct gpu_look *look, int rank) {

@@ -4,7 +4,7 @@
  *
  * Owns the list of subcommands. Must not know what they do beyond one line each.
  */
-#include "tool.h"
+#include "tools/tool.h"
 
 static const struct {
     const char *name;
@@ -25,7 +25,7 @@ const char *tool_program = "ep";
 static void print_help(void) {
     printf("ep - libep %s, expert-parallel communication\n\n", text_version().s);
     printf("usage: ep COMMAND [options]\n\n");
-    for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
+    for (size_t i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
         printf("  %-8s %s\n", commands[i].name, commands[i].help);
     }
     printf("\n`ep COMMAND --help` lists the options of a command. New here? Try `ep demo`.\n");
@@ -42,7 +42,7 @@ int main(int argc, char **argv) {
         printf("ep %s\n", text_version().s);
         return 0;
     }
-    for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
+    for (size_t i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
         if (strcmp(name, commands[i].name) == 0) {
             return commands[i].fn(argc - 1, argv + 1);
         }

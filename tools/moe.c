@@ -7,12 +7,12 @@
  * Owns the weights it generates from fixed seeds. Knows nothing of ranks but the order in which
  * their sums are added.
  */
-#include "moe.h"
+#include "tools/moe.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-#include "tool.h"
+#include "tools/tool.h"
 
 #define EXPERT_FLOATS (3 * MOE_HIDDEN * MOE_INTER)
 #define ROUTED_SCALE 2.5f
@@ -32,7 +32,7 @@ bool moe_create(struct moe *moe, int first, int num) {
     moe->num = num;
     moe->router = malloc(sizeof(float) * MOE_HIDDEN * MOE_EXPERTS);
     moe->experts = malloc(sizeof(float) * EXPERT_FLOATS * (size_t)(num + 1));
-    if (moe->router == NULL || moe->experts == NULL) {
+    if (!moe->router || !moe->experts) {
         moe_destroy(moe);
         return false;
     }

@@ -6,7 +6,7 @@
  * waits, ticks, and ends all when one fails, so that a crash or a hang of the library costs a
  * message and not the program. Must not leave a process behind: ranks die with their parent.
  */
-#include "tool.h"
+#include "tools/tool.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -46,8 +46,8 @@ static bool port_is_free(int port) {
     if (fd < 0) {
         return false;
     }
-    (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    bool is_free = bind(fd, (struct sockaddr *)&at, sizeof at) == 0 && listen(fd, 1) == 0;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+    bool is_free = bind(fd, (struct sockaddr *)&at, sizeof(at)) == 0 && listen(fd, 1) == 0;
     close(fd);
     return is_free;
 }
@@ -73,18 +73,18 @@ void rank_config(const struct rank *rank, struct ep_group_config *config) {
 }
 
 void rank_barrier(struct rank *rank) {
-    (void)pthread_barrier_wait(&rank->shared->barrier);
+    pthread_barrier_wait(&rank->shared->barrier);
 }
 
 int rank_fail(struct rank *rank, ep_status st, const char *fmt, ...) {
     char *out = rank->shared->error[rank->rank];
-    size_t room = sizeof rank->shared->error[0];
+    size_t room = sizeof(rank->shared->error[0]);
     if (out[0] != '\0') {
         return 1;
     }
     char detail[400] = "";
     if (st != EP_OK) {
-        snprintf(detail, sizeof detail, ": %s: %s", ep_status_string(st), ep_last_error());
+        snprintf(detail, sizeof(detail), ": %s: %s", ep_status_string(st), ep_last_error());
     }
     va_list args;
     va_start(args, fmt);
@@ -121,27 +121,27 @@ static int run_threads(struct ranks_job *job, struct ranks_shared *shared) {
     if (st != EP_OK) {
         return rank_fail(&first, st, "ep_world_create");
     }
-    struct thread_rank *all = calloc((size_t)job->num_ranks, sizeof *all);
-    for (int i = 0; all != NULL && i < job->num_ranks; i++) {
+    struct thread_rank *all = calloc((size_t)job->num_ranks, sizeof(*all));
+    for (int i = 0; all && i < job->num_ranks; i++) {
         all[i] = (struct thread_rank){.rank = first, .job = job};
         all[i].rank.rank = i;
         if (epi_thread_start(&all[i].thread, thread_main, &all[i], "rank") != 0) {
             return rank_fail(&first, EP_OK, "cannot start thread %d", i);
         }
     }
-    for (int i = 0; all != NULL && i < job->num_ranks; i++) {
-        (void)pthread_join(all[i].thread, NULL);
+    for (int i = 0; all && i < job->num_ranks; i++) {
+        pthread_join(all[i].thread, NULL);
     }
     free(all);
     ep_world_destroy(&first.world);
-    return all == NULL;
+    return !all;
 }
 
 static void child_main(struct ranks_job *job, struct ranks_shared *shared, int index,
                        pid_t parent) {
-    (void)signal(SIGINT, SIG_IGN); /* the parent ends us */
-    (void)signal(SIGTERM, SIG_DFL);
-    (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+    signal(SIGINT, SIG_IGN); /* the parent ends us */
+    signal(SIGTERM, SIG_DFL);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent) {
         _exit(1);
     }
@@ -157,10 +157,10 @@ static void complain(struct ranks_job *job, const char *fmt, ...) {
     char line[640];
     va_list args;
     va_start(args, fmt);
-    vsnprintf(line, sizeof line, fmt, args);
+    vsnprintf(line, sizeof(line), fmt, args);
     va_end(args);
     if (job->why[0] == '\0') {
-        snprintf(job->why, sizeof job->why, "%.500s", line);
+        snprintf(job->why, sizeof(job->why), "%.500s", line);
     }
     if (!job->quiet) {
         fprintf(stderr, "%s%s: %s\n", isatty(STDOUT_FILENO) ? "\n" : "", job->name, line);
@@ -218,12 +218,12 @@ static int supervise(struct ranks_job *job, struct ranks_shared *shared, pid_t *
             ended = true;
             for (int i = 0; i < num; i++) {
                 if (pids[i] != 0) {
-                    (void)kill(pids[i], SIGKILL);
+                    kill(pids[i], SIGKILL);
                 }
             }
         }
         if (live > 0) {
-            if (job->tick != NULL && !ended) {
+            if (job->tick && !ended) {
                 job->tick(job->arg);
             }
             epi_sleep_ns(POLL_NS);
@@ -243,8 +243,8 @@ static int start_all(struct ranks_job *job, struct ranks_shared *shared, pid_t *
         if (pids[i] < 0) {
             complain(job, "cannot start rank %d: %s", i, strerror(errno));
             for (int k = 0; k < i; k++) {
-                (void)kill(pids[k], SIGKILL);
-                (void)waitpid(pids[k], NULL, 0);
+                kill(pids[k], SIGKILL);
+                waitpid(pids[k], NULL, 0);
             }
             return 1;
         }
@@ -253,36 +253,36 @@ static int start_all(struct ranks_job *job, struct ranks_shared *shared, pid_t *
 }
 
 int ranks_run(struct ranks_job *job) {
-    struct ranks_shared *shared = ranks_memory(sizeof *shared);
-    pid_t *pids = calloc((size_t)job->num_ranks, sizeof *pids);
+    struct ranks_shared *shared = ranks_memory(sizeof(*shared));
+    pid_t *pids = calloc((size_t)job->num_ranks, sizeof(*pids));
     int port = free_port();
     job->why[0] = '\0';
-    if (shared == NULL || pids == NULL || port == 0) {
+    if (!shared || !pids || port == 0) {
         complain(job, "%s", port == 0 ? "no free TCP port on this machine" : "no memory");
         free(pids);
         return 1;
     }
     pthread_barrierattr_t attr;
-    (void)pthread_barrierattr_init(&attr);
-    (void)pthread_barrierattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
-    (void)pthread_barrier_init(&shared->barrier, &attr, (unsigned)job->num_ranks);
-    snprintf(shared->address, sizeof shared->address, "127.0.0.1:%d", port);
-    snprintf(shared->job, sizeof shared->job, "ep-%d-%llx", (int)getpid(),
+    pthread_barrierattr_init(&attr);
+    pthread_barrierattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
+    pthread_barrier_init(&shared->barrier, &attr, (unsigned)job->num_ranks);
+    snprintf(shared->address, sizeof(shared->address), "127.0.0.1:%d", port);
+    snprintf(shared->job, sizeof(shared->job), "ep-%d-%llx", (int)getpid(),
              (unsigned long long)epi_now_ns());
     struct sigaction act = {.sa_handler = on_signal};
     struct sigaction old_int;
     struct sigaction old_term;
     got_signal = 0;
-    (void)sigaction(SIGINT, &act, &old_int);
-    (void)sigaction(SIGTERM, &act, &old_term);
+    sigaction(SIGINT, &act, &old_int);
+    sigaction(SIGTERM, &act, &old_term);
     int num = job->threads ? 1 : job->num_ranks;
     int failed = start_all(job, shared, pids, num);
     if (failed == 0) {
         failed = supervise(job, shared, pids, num);
     }
-    (void)sigaction(SIGINT, &old_int, NULL);
-    (void)sigaction(SIGTERM, &old_term, NULL);
+    sigaction(SIGINT, &old_int, NULL);
+    sigaction(SIGTERM, &old_term, NULL);
     free(pids);
-    (void)munmap(shared, sizeof *shared);
+    munmap(shared, sizeof(*shared));
     return got_signal != 0 ? 128 + got_signal : failed != 0;
 }

@@ -9,7 +9,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "bench.h"
+#include "tools/bench.h"
 
 static int32_t best_of(const double *score, int64_t n) {
     int64_t best = 0;
@@ -43,15 +43,15 @@ static void limit_to_groups(const struct bench_params *p, double *score, double 
 static int make_random(struct bench_case *c) {
     const struct bench_params *p = &c->p;
     size_t num = (size_t)(p->experts + p->groups);
-    double *score = malloc(2 * num * sizeof *score);
+    double *score = malloc(2 * num * sizeof(*score));
     double *rarity = score + num;
     uint64_t state = (uint64_t)p->seed;
-    for (int64_t i = 0; score != NULL && i < p->experts; i++) {
+    for (int64_t i = 0; score && i < p->experts; i++) {
         int64_t at = (int64_t)(rand_next(&state) % (uint64_t)(i + 1));
         rarity[i] = rarity[at];
         rarity[at] = p->routing == ROUTING_SKEWED ? (double)(i + 1) : 1;
     }
-    for (int64_t t = 0; score != NULL && t < p->ranks * p->tokens; t++) {
+    for (int64_t t = 0; score && t < p->ranks * p->tokens; t++) {
         for (int64_t i = 0; i < p->experts; i++) {
             double u = ((double)(rand_next(&state) >> 11) + 1) / (double)(UINT64_C(1) << 53);
             score[i] = p->routing == ROUTING_SKEWED ? -1 / (rarity[i] * log(u)) : u;
@@ -66,16 +66,16 @@ static int make_random(struct bench_case *c) {
         }
     }
     free(score);
-    return score == NULL;
+    return !score;
 }
 
 /* Half of a token's experts are rank 0's, the others all of one other rank: rank 0 receives half
  * of all rows and computes half of all selections. */
 static int make_half(struct bench_case *c) {
     const struct bench_params *p = &c->p;
-    double *score = malloc((size_t)p->experts * sizeof *score);
+    double *score = malloc((size_t)p->experts * sizeof(*score));
     uint64_t state = (uint64_t)p->seed;
-    for (int64_t t = 0; score != NULL && t < p->ranks * p->tokens; t++) {
+    for (int64_t t = 0; score && t < p->ranks * p->tokens; t++) {
         int64_t half = p->ranks > 1 ? (p->topk + (t & 1)) / 2 : p->topk;
         int second = p->ranks > 1 ? 1 + (int)(rand_next(&state) % (uint64_t)(p->ranks - 1)) : 0;
         for (int64_t i = 0; i < p->experts; i++) {
@@ -95,7 +95,7 @@ static int make_half(struct bench_case *c) {
         }
     }
     free(score);
-    return score == NULL;
+    return !score;
 }
 
 /* Ids as numbers, K to a token, rank after rank; begins again when the file is short. */
@@ -105,11 +105,11 @@ static int read_file(struct bench_case *c) {
     int64_t num = p->ranks * p->tokens * p->topk;
     int64_t num_read = 0;
     int id = 0;
-    while (file != NULL && num_read < num && fscanf(file, "%d%*[ ,;\t\r\n]", &id) == 1 &&
-           id >= -1 && id < p->experts) {
+    while (file && num_read < num && fscanf(file, "%d%*[ ,;\t\r\n]", &id) == 1 && id >= -1 &&
+           id < p->experts) {
         c->ids[num_read++] = id;
     }
-    if (file != NULL) {
+    if (file) {
         fclose(file);
     }
     if (id < -1 || id >= p->experts || num_read < p->topk) {

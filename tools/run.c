@@ -7,7 +7,7 @@
  * thread polls the ranks' pipes and, through a signalfd, the signals. Must not mix two ranks'
  * output within a line.
  */
-#include "tool.h"
+#include "tools/tool.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -75,7 +75,7 @@ static void read_pipe(struct pipe_end *p) {
     }
     p->len += n > 0 ? (size_t)n : 0;
     char *newline;
-    while ((newline = memchr(p->line, '\n', p->len)) != NULL) {
+    while ((newline = memchr(p->line, '\n', p->len))) {
         size_t len = (size_t)(newline - p->line);
         print_line(p, len);
         p->len -= len + 1;
@@ -103,46 +103,46 @@ static int start_guard(struct job *job) {
     if (job->guard == 0) {
         sigset_t all;
         sigfillset(&all);
-        (void)sigprocmask(SIG_SETMASK, &all, NULL);
-        (void)setpgid(0, 0);
+        sigprocmask(SIG_SETMASK, &all, NULL);
+        setpgid(0, 0);
         close(ends[1]);
         char byte;
         while (read(ends[0], &byte, 1) < 0) {
         }
-        (void)kill(0, SIGKILL);
+        kill(0, SIGKILL);
         _exit(0);
     }
     close(ends[0]);
     if (job->guard > 0) {
-        (void)setpgid(job->guard, job->guard);
+        setpgid(job->guard, job->guard);
     }
     return job->guard > 0 ? 0 : -1;
 }
 
 static void set_number(const char *name, int64_t n) {
     char text[24];
-    snprintf(text, sizeof text, "%lld", (long long)n);
-    (void)setenv(name, text, 1);
+    snprintf(text, sizeof(text), "%lld", (long long)n);
+    setenv(name, text, 1);
 }
 
 static void become_rank(const struct job *job, int rank, const int out[2], const int err[2],
                         const sigset_t *mask, pid_t parent) {
-    (void)setpgid(0, job->guard);
-    (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+    setpgid(0, job->guard);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent) {
         _exit(1);
     }
     int null_fd = open("/dev/null", O_RDONLY);
-    (void)dup2(null_fd, 0);
-    (void)dup2(out[1], 1);
-    (void)dup2(err[1], 2);
+    dup2(null_fd, 0);
+    dup2(out[1], 1);
+    dup2(err[1], 2);
     if (null_fd > 2) {
         close(null_fd);
     }
     set_number("RANK", rank);
     set_number("LOCAL_RANK", rank);
-    (void)sigprocmask(SIG_SETMASK, mask, NULL);
-    (void)execvp(job->program[0], job->program);
+    sigprocmask(SIG_SETMASK, mask, NULL);
+    execvp(job->program[0], job->program);
     int status = errno == ENOENT ? 127 : 126;
     dprintf(2, "ep run: cannot run %s: %s\n", job->program[0], strerror(errno));
     _exit(status);
@@ -165,15 +165,15 @@ static int start_rank(struct job *job, int rank, const sigset_t *mask) {
         become_rank(job, rank, out, err, mask, parent);
     }
     if (pid > 0) {
-        (void)setpgid(pid, job->guard); /* here too, so that no signal comes before it */
+        setpgid(pid, job->guard); /* here too, so that no signal comes before it */
     }
     close(out[1]);
     close(err[1]);
     struct pipe_end *p = &job->pipes[2 * rank];
     p[0] = (struct pipe_end){.fd = out[0], .out_fd = 1, .rank = rank};
     p[1] = (struct pipe_end){.fd = err[0], .out_fd = 2, .rank = rank};
-    (void)fcntl(out[0], F_SETFL, O_NONBLOCK);
-    (void)fcntl(err[0], F_SETFL, O_NONBLOCK);
+    fcntl(out[0], F_SETFL, O_NONBLOCK);
+    fcntl(err[0], F_SETFL, O_NONBLOCK);
     job->pids[rank] = pid > 0 ? pid : 0;
     job->num_live += pid > 0;
     return pid > 0 ? 0 : -1;
@@ -182,11 +182,12 @@ static int start_rank(struct job *job, int rank, const sigset_t *mask) {
 /* What all ranks find in their environment; rank and local rank are added after the fork. */
 static void set_environment(const struct job *job) {
     char name[64];
-    snprintf(name, sizeof name, "run-%d-%llx", (int)getpid(), (unsigned long long)epi_now_ns());
-    (void)setenv("EP_JOB", name, 1);
-    (void)setenv("MASTER_ADDR", "127.0.0.1", 1);
+    snprintf(name, sizeof(name), "run-%d-%llx", (int)getpid(),
+             (unsigned long long)epi_now_ns());
+    setenv("EP_JOB", name, 1);
+    setenv("MASTER_ADDR", "127.0.0.1", 1);
     set_number("MASTER_PORT", job->port);
-    (void)unsetenv("EP_PORT");
+    unsetenv("EP_PORT");
     set_number("WORLD_SIZE", job->num_ranks);
     set_number("LOCAL_WORLD_SIZE", job->num_ranks);
 }
@@ -194,7 +195,7 @@ static void set_environment(const struct job *job) {
 /* ---- ending ------------------------------------------------------------------------------ */
 
 static void end_all(struct job *job, int sig) {
-    (void)kill(-job->guard, sig); /* the guard blocks all but SIGKILL */
+    kill(-job->guard, sig); /* the guard blocks all but SIGKILL */
     if (!job->ending) {
         job->kill_at = epi_deadline_after(KILL_AFTER_NS);
     }
@@ -213,7 +214,7 @@ static void rank_ended(struct job *job, int rank, int status) {
     }
     char others[48] = "";
     if (job->num_live > 0) {
-        snprintf(others, sizeof others, "; ending the other %d", job->num_live);
+        snprintf(others, sizeof(others), "; ending the other %d", job->num_live);
     }
     if (WIFSIGNALED(status)) {
         job->status = 128 + WTERMSIG(status);
@@ -228,7 +229,7 @@ static void rank_ended(struct job *job, int rank, int status) {
 
 static void handle_signal(struct job *job, int signal_fd) {
     struct signalfd_siginfo info;
-    while (read(signal_fd, &info, sizeof info) == sizeof info) {
+    while (read(signal_fd, &info, sizeof(info)) == sizeof(info)) {
         int sig = (int)info.ssi_signo;
         if (sig != SIGCHLD) {
             bool again = job->ending && job->status == 128 + sig;
@@ -252,7 +253,7 @@ static void check_deadlines(struct job *job) {
         end_all(job, SIGTERM);
     }
     if (job->ending && epi_deadline_expired(job->kill_at)) {
-        (void)kill(-job->guard, SIGKILL);
+        kill(-job->guard, SIGKILL);
         job->kill_at = epi_deadline_never();
     }
 }
@@ -281,12 +282,12 @@ static bool poll_once(struct job *job, int signal_fd, struct epi_deadline deadli
 
 static int supervise(struct job *job, int signal_fd) {
     while (job->num_live > 0) {
-        (void)poll_once(job, signal_fd, epi_deadline_min(job->timeout, job->kill_at));
+        poll_once(job, signal_fd, epi_deadline_min(job->timeout, job->kill_at));
         handle_signal(job, signal_fd);
         check_deadlines(job);
     }
-    (void)kill(-job->guard, SIGKILL); /* what the ranks started and left, and the guard */
-    (void)waitpid(job->guard, NULL, 0);
+    kill(-job->guard, SIGKILL); /* what the ranks started and left, and the guard */
+    waitpid(job->guard, NULL, 0);
     struct epi_deadline drained = epi_deadline_after(DRAIN_NS);
     while (poll_once(job, -1, drained) && !epi_deadline_expired(drained)) {
     }
@@ -298,7 +299,7 @@ static int run(struct job *job) {
     rlim_t needed = (rlim_t)job->num_ranks * 2 + 64;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < needed) {
         files.rlim_cur = needed < files.rlim_max ? needed : files.rlim_max;
-        (void)setrlimit(RLIMIT_NOFILE, &files);
+        setrlimit(RLIMIT_NOFILE, &files);
     }
     sigset_t handled;
     sigset_t before;
@@ -307,7 +308,7 @@ static int run(struct job *job) {
     sigaddset(&handled, SIGINT);
     sigaddset(&handled, SIGTERM);
     sigaddset(&handled, SIGHUP);
-    (void)sigprocmask(SIG_BLOCK, &handled, &before);
+    sigprocmask(SIG_BLOCK, &handled, &before);
     int signal_fd = signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK);
     if (signal_fd < 0 || start_guard(job) != 0) {
         fprintf(stderr, "ep run: cannot start: %s\n", strerror(errno));
@@ -347,7 +348,7 @@ int cmd_run(int argc, char **argv) {
             "ended (SIGTERM, SIGKILL after 5 s) and its status, or 128 + signal, is the "
             "result.",
         .opts = opts,
-        .num_opts = sizeof opts / sizeof opts[0],
+        .num_opts = sizeof(opts) / sizeof(opts[0]),
         .takes_rest = true,
     };
     int rest = 0;
@@ -364,10 +365,10 @@ int cmd_run(int argc, char **argv) {
     job.timeout = job.timeout_s > 0 ? epi_deadline_after(job.timeout_s * EPI_NS_PER_S)
                                     : epi_deadline_never();
     size_t num = (size_t)job.num_ranks;
-    job.pids = calloc(num, sizeof *job.pids);
-    job.pipes = calloc(2 * num, sizeof *job.pipes);
-    job.polls = calloc(2 * num + 1, sizeof *job.polls);
-    if (job.pids == NULL || job.pipes == NULL || job.polls == NULL || job.port == 0) {
+    job.pids = calloc(num, sizeof(*job.pids));
+    job.pipes = calloc(2 * num, sizeof(*job.pipes));
+    job.polls = calloc(2 * num + 1, sizeof(*job.polls));
+    if (!job.pids || !job.pipes || !job.polls || job.port == 0) {
         fprintf(stderr, "ep run: %s\n", job.port == 0 ? "no free TCP port" : "no memory");
         return 1;
     }

@@ -7,7 +7,7 @@
  */
 #include <errno.h>
 
-#include "bench.h"
+#include "tools/bench.h"
 
 enum {
     WIDTH = 980,
@@ -90,7 +90,7 @@ static void bars(FILE *f, const struct bench_case *c, int y) {
 
 int svg_write(const char *path, struct bench_case *const *cases, int num_cases) {
     FILE *f = fopen(path, "w");
-    if (f == NULL) {
+    if (!f) {
         fprintf(stderr, "ep bench: cannot write %s: %s\n", path, strerror(errno));
         return 1;
     }

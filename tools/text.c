@@ -5,7 +5,7 @@
  * Owns nothing but the progress bar's line on the terminal. Must not print a bar where nobody
  * watches: a log file gets none.
  */
-#include "tool.h"
+#include "tools/tool.h"
 
 #include <sched.h>
 #include <stdlib.h>
@@ -19,7 +19,7 @@ struct text text_ns(double ns) {
         ns /= 1000;
         unit++;
     }
-    snprintf(t.s, sizeof t.s, "%.*f %s", ns < 10 ? 2 : ns < 100 ? 1 : 0, ns, units[unit]);
+    snprintf(t.s, sizeof(t.s), "%.*f %s", ns < 10 ? 2 : ns < 100 ? 1 : 0, ns, units[unit]);
     return t;
 }
 
@@ -31,7 +31,7 @@ struct text text_bytes(double bytes) {
         bytes /= 1000;
         unit++;
     }
-    snprintf(t.s, sizeof t.s, "%.*f %s",
+    snprintf(t.s, sizeof(t.s), "%.*f %s",
              unit == 0 || bytes >= 100 ? 0
              : bytes < 10              ? 2
                                        : 1,
@@ -41,7 +41,7 @@ struct text text_bytes(double bytes) {
 
 struct text text_count(int64_t n) {
     char digits[24];
-    int len = snprintf(digits, sizeof digits, "%lld", (long long)n);
+    int len = snprintf(digits, sizeof(digits), "%lld", (long long)n);
     struct text t;
     int out = 0;
     for (int i = 0; i < len; i++) {
@@ -57,7 +57,7 @@ struct text text_count(int64_t n) {
 struct text text_version(void) {
     struct text t;
     uint32_t v = ep_version();
-    snprintf(t.s, sizeof t.s, "%u.%u.%u", v / 10000, v / 100 % 100, v % 100);
+    snprintf(t.s, sizeof(t.s), "%u.%u.%u", v / 10000, v / 100 % 100, v % 100);
     return t;
 }
 
@@ -98,7 +98,7 @@ int64_t quantile(int64_t *values, int n, double q) {
     if (n == 0) {
         return 0;
     }
-    qsort(values, (size_t)n, sizeof *values, compare);
+    qsort(values, (size_t)n, sizeof(*values), compare);
     int at = (int)(q * n + 0.999999) - 1;
     return values[at < 0 ? 0 : at < n ? at : n - 1];
 }
@@ -134,20 +134,20 @@ void progress(const char *what, int64_t done, int64_t total) {
 
 int num_cores(void) {
     cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
-                                                       : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set)
+                                                        : (int)sysconf(_SC_NPROCESSORS_ONLN);
 }
 
 int64_t free_memory_bytes(void) {
     FILE *file = fopen("/proc/meminfo", "r");
     char line[128];
     long long kb = 0;
-    while (file != NULL && fgets(line, sizeof line, file) != NULL) {
+    while (file && fgets(line, sizeof(line), file)) {
         if (sscanf(line, "MemAvailable: %lld kB", &kb) == 1) {
             break;
         }
     }
-    if (file != NULL) {
+    if (file) {
         fclose(file);
     }
     return kb * 1024;

@@ -82,14 +82,14 @@ int expert_owner(int expert, int num_experts, int num_ranks);
 static inline float bf16_to_float(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float f;
-    memcpy(&f, &wide, sizeof f);
+    memcpy(&f, &wide, sizeof(f));
     return f;
 }
 
 /* Rounds to nearest even; only finite numbers occur here. */
 static inline uint16_t bf16_from_float(float f) {
     uint32_t wide;
-    memcpy(&wide, &f, sizeof wide);
+    memcpy(&wide, &f, sizeof(wide));
     return (uint16_t)((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
