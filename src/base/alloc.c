@@ -7,7 +7,7 @@
  * thread. Memory is zeroed and starts on its own cache line.
  * Must not report errors: the caller knows what the memory was for.
  */
-#include "base.h"
+#include "src/base/base.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>

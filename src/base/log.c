@@ -7,7 +7,7 @@
  * report. The only file that writes to stderr.
  * Must not allocate, block on a lock, or let text that came from outside forge a second line.
  */
-#include "base.h"
+#include "src/base/base.h"
 
 #include <errno.h>
 #include <stdatomic.h>

@@ -8,7 +8,7 @@
  * until the object that uses them is created. The only file that calls getenv.
  * Must not silently ignore a value: a malformed one is named, with its rule, in one warning.
  */
-#include "base.h"
+#include "src/base/base.h"
 
 #include <errno.h>
 #include <inttypes.h>

@@ -6,7 +6,7 @@
  * another thread's report. Runs on any thread.
  * Must not allocate, log or read the environment: it is what everything else fails into.
  */
-#include "base.h"
+#include "src/base/base.h"
 
 #include <stdio.h>
 #include <string.h>

@@ -7,7 +7,7 @@
  * kin) and profiling stay deliverable, because they belong to the thread that causes them.
  * Must not be the only place that counts on a thread's existing: starting one can fail.
  */
-#include "base.h"
+#include "src/base/base.h"
 
 #include <errno.h>
 #include <signal.h>

@@ -6,7 +6,7 @@
  * traced to one place. Deadlines are absolute: handing one down a call chain cannot stretch it.
  * Must not use the wall clock: a wait must survive its being set.
  */
-#include "base.h"
+#include "src/base/base.h"
 
 #include <errno.h>
 #include <limits.h>

@@ -8,16 +8,16 @@
  * possible.
  * Must not look at arguments twice: what gets past check() is used as it is.
  */
-#include "boot.h"
+#include "src/boot/boot.h"
 
 #include <netinet/in.h>
 #include <string.h>
 #include <sys/random.h>
 
-#include "launch.h"
-#include "meet.h"
-#include "star.h"
-#include "world.h"
+#include "src/boot/launch.h"
+#include "src/boot/meet.h"
+#include "src/boot/star.h"
+#include "src/boot/world.h"
 
 struct epi_boot {
     int rank;

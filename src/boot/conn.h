@@ -6,7 +6,7 @@
 #define EPI_BOOT_CONN_H
 
 #include "src/base/base.h"
-#include "wire.h"
+#include "src/boot/wire.h"
 
 /* An encoded frame, shared by the queues it is in. Only one thread touches it. */
 struct epi_packet {

@@ -6,8 +6,8 @@
 #define EPI_BOOT_MEET_H
 
 #include "src/base/base.h"
-#include "conn.h"
-#include "sock.h"
+#include "src/boot/conn.h"
+#include "src/boot/sock.h"
 
 #define EPI_MEET_MAX_ADDRS 8
 /* An answer that is owed after the deadline: who is missing, or why one was turned away. */

@@ -10,8 +10,8 @@
 #include <sys/types.h>
 
 #include "src/base/base.h"
-#include "conn.h"
-#include "rounds.h"
+#include "src/boot/conn.h"
+#include "src/boot/rounds.h"
 
 enum epi_rank_state { EPI_RANK_ALIVE, EPI_RANK_DEAD, EPI_RANK_LEFT };
 

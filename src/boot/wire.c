@@ -6,9 +6,9 @@
  * Everything here is pure and runs on any thread; tests/fuzz_wire.c drives epi_wire_parse.
  * Must not read beyond len, whatever the bytes say.
  */
-#include "wire.h"
+#include "src/boot/wire.h"
 
-#include "boot.h"
+#include "src/boot/boot.h"
 
 #include <string.h>
 

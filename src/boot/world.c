@@ -8,12 +8,12 @@
  * the ranks' threads; one lock per world, one condition per session.
  * Must not wait for a rank that has left: leaving wakes everyone.
  */
-#include "world.h"
+#include "src/boot/world.h"
 
 #include <string.h>
 
-#include "boot.h"
-#include "rounds.h"
+#include "src/boot/boot.h"
+#include "src/boot/rounds.h"
 
 #define LIST_BYTES 200
 
