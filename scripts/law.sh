@@ -8,6 +8,8 @@
 # may be included from src/. kernel/ includes kernel/ only; tools/ ep.h and src/base/base.h, its
 # gpu*.c also src/cu/cu.h; examples/ ep.h. The self-test plants violations in a copy: each must be
 # caught.
+#
+# Also the dialect in which src/ and kernel/ are written: sizeof(x).
 self_test=
 [ "$1" = --self-test ] && self_test=1 && shift
 root=${1:-$(dirname "$0")/..}
@@ -117,6 +119,8 @@ law() {
             bad("assembly and builtin atomics belong to kernel/lang_*.h")
         if (file ~ /^kernel\/.*\.k\.c$/ && padded ~ word "(_Atomic|volatile)" word)
             bad("kernels hand off through the language, not _Atomic or volatile")
+        if (file !~ /^(src|kernel)\//) next
+        if (padded ~ word "sizeof[ \t]+[^( \t]") bad("sizeof(x), with parentheses")
     }
     END { exit wrong }'
 }
@@ -183,6 +187,7 @@ plant src/ep/zz.c 'clock_gettime(CLOCK_MONOTONIC, &now);'
 plant src/ep/zz.c '__asm__ volatile("" ::: "memory");'
 plant src/run/zz.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
 plant kernel/zz.k.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
+plant src/ep/zz.c 'size_t x = sizeof x;'
 spare src/ep/zz.c '/* getenv("X"), __atomic_load_n and stderr in a comment */ // asm'
 spare src/ep/zz.c 'const char *x = "getenv( stderr asm clock_gettime(";'
 spare src/ep/zz.c '#include "src/mem/mem.h"'

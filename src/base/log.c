@@ -57,7 +57,7 @@ void epi_log(enum epi_log_level level, const char *fmt, ...) {
         return;
     }
     char line[LINE_BYTES];
-    size_t room = sizeof line - 1; /* the last byte is kept for the newline */
+    size_t room = sizeof(line) - 1; /* the last byte is kept for the newline */
     size_t len = clamp_len(snprintf(line, room, "libep: %s: ", level_names[level]), room);
     if (thread_rank >= 0) {
         size_t left = room - len;

@@ -156,7 +156,7 @@ static void report(enum epi_opt opt, const char *text) {
         return;
     }
     char rule[128];
-    describe_rule(row, rule, sizeof rule);
+    describe_rule(row, rule, sizeof(rule));
     epi_log(EPI_LOG_WARN, "%s=\"%.64s\" is ignored: it must be %s; using %s", row->name, text,
             rule, row->def != NULL ? row->def : "no value");
 }
@@ -204,16 +204,16 @@ const struct epi_opt_info *epi_opt_info(size_t index) {
     info.name = row->name;
     info.doc = row->doc;
     info.default_text = row->def != NULL ? row->def : "";
-    describe_rule(row, info.rule, sizeof info.rule);
+    describe_rule(row, info.rule, sizeof(info.rule));
     info.set = text != NULL;
     info.valid = text == NULL || parse(row, text, &number);
     const char *value = info.set && info.valid ? text : info.default_text;
-    snprintf(info.value, sizeof info.value, "%s", value);
+    snprintf(info.value, sizeof(info.value), "%s", value);
     return &info;
 }
 
 const char *epi_env(const char *name) {
-    for (size_t i = 0; i < sizeof foreign_names / sizeof foreign_names[0]; i++) {
+    for (size_t i = 0; i < sizeof(foreign_names) / sizeof(foreign_names[0]); i++) {
         if (strcmp(name, foreign_names[i]) == 0) {
             return env_text(name);
         }

@@ -34,9 +34,9 @@ ep_status epi_fail(ep_status st, const char *fmt, ...) {
     char text[EPI_ERROR_TEXT_BYTES];
     va_list args;
     va_start(args, fmt);
-    format(text, sizeof text, fmt, args);
+    format(text, sizeof(text), fmt, args);
     va_end(args);
-    memcpy(error_text, text, sizeof text);
+    memcpy(error_text, text, sizeof(text));
     return st;
 }
 

@@ -22,7 +22,7 @@ int epi_thread_start(pthread_t *thread, void *(*run)(void *), void *arg, const c
     sigset_t blocked;
     sigset_t before;
     sigfillset(&blocked);
-    for (size_t i = 0; i < sizeof deliverable / sizeof deliverable[0]; i++) {
+    for (size_t i = 0; i < sizeof(deliverable) / sizeof(deliverable[0]); i++) {
         sigdelset(&blocked, deliverable[i]);
     }
     /* A thread inherits the mask of its creator: set it here, so no signal slips in between. */
@@ -34,7 +34,7 @@ int epi_thread_start(pthread_t *thread, void *(*run)(void *), void *arg, const c
     (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (err == 0) {
         char short_name[16] = {0}; /* the kernel's limit, the final 0 included */
-        strncpy(short_name, name, sizeof short_name - 1);
+        strncpy(short_name, name, sizeof(short_name) - 1);
         (void)pthread_setname_np(*thread, short_name);
     }
     return err;

@@ -110,14 +110,14 @@ static bool card_get_addr(const uint8_t *p, int port, struct epi_addr *out) {
 /* Rank 0: listens on a port of the kernel's choice and writes where. */
 static ep_status card_open(struct epi_meet *meet, uint8_t *card, int *listen_fd) {
     uint64_t nonce = 0;
-    epi_format(meet->where, sizeof meet->where, "a port of the system's choice");
+    epi_format(meet->where, sizeof(meet->where), "a port of the system's choice");
     ep_status st = epi_meet_listen(meet, listen_fd);
     if (st != EP_OK) {
         return st;
     }
     int port = epi_sock_port(*listen_fd);
     int num = epi_addr_local(port, meet->addrs, EPI_MEET_MAX_ADDRS);
-    bool has_nonce = getrandom(&nonce, sizeof nonce, 0) == (ssize_t)sizeof nonce;
+    bool has_nonce = getrandom(&nonce, sizeof(nonce), 0) == (ssize_t)sizeof(nonce);
     if (port < 0 || num <= 0 || !has_nonce) {
         epi_sock_close(listen_fd);
         return epi_fail(EP_ERR_SYSTEM, "rendezvous: rank 0 cannot find an address of its host");
@@ -177,7 +177,7 @@ static void cards_read(struct epi_meet *meet, const uint8_t *card) {
     if (meet->num_addrs > 0) {
         char text[EPI_ADDR_TEXT_BYTES];
         epi_addr_text(&meet->addrs[0], text);
-        epi_format(meet->where, sizeof meet->where, "%s", text);
+        epi_format(meet->where, sizeof(meet->where), "%s", text);
     }
 }
 
@@ -199,7 +199,7 @@ static ep_status meet_by_callback(const struct epi_boot_config *config, struct e
         own = card_open(meet, card, listen_fd);
     }
     epi_put_u32(card + CARD_AT_STATUS, (uint32_t)own);
-    epi_format(own_text, sizeof own_text, "%s", epi_error_text());
+    epi_format(own_text, sizeof(own_text), "%s", epi_error_text());
     int rc = config->allgather(config->allgather_ctx, card, cards, CARD_BYTES);
     ep_status st = own != EP_OK ? epi_fail(own, "%s", own_text) : EP_OK;
     if (st == EP_OK && rc != 0) {
@@ -243,10 +243,10 @@ static ep_status read_config(const struct epi_boot_config *config, struct epi_me
         meet->rank = launch.rank;
         meet->num_ranks = launch.num_ranks;
         meet->port = launch.port;
-        memcpy(meet->host, launch.host, sizeof meet->host);
+        memcpy(meet->host, launch.host, sizeof(meet->host));
     }
     bool is_v6 = strchr(meet->host, ':') != NULL;
-    epi_format(meet->where, sizeof meet->where, is_v6 ? "[%s]:%d" : "%s:%d", meet->host,
+    epi_format(meet->where, sizeof(meet->where), is_v6 ? "[%s]:%d" : "%s:%d", meet->host,
                meet->port);
     return EP_OK;
 }
@@ -311,7 +311,7 @@ static ep_status meet_all(struct epi_boot *boot, const struct epi_boot_config *c
         boot->num_ranks = epi_world_num_ranks(config->world);
         return epi_world_join(config->world, config->rank, timeout_ns, &boot->session);
     }
-    struct epi_meet *meet = epi_alloc(sizeof *meet);
+    struct epi_meet *meet = epi_alloc(sizeof(*meet));
     if (meet == NULL) {
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
     }
@@ -336,7 +336,7 @@ static ep_status fail_before_joining(const struct epi_boot_config *config, ep_st
     if (config->world == NULL) {
         return st;
     }
-    epi_format(text, sizeof text, "%s", epi_error_text());
+    epi_format(text, sizeof(text), "%s", epi_error_text());
     epi_boot_world_fail(config->world, config->rank, text);
     return epi_fail(st, "%s", text);
 }
@@ -346,7 +346,7 @@ ep_status epi_boot_create(struct epi_boot **out, const struct epi_boot_config *c
     if (st != EP_OK) {
         return fail_before_joining(config, st);
     }
-    struct epi_boot *boot = epi_alloc(sizeof *boot);
+    struct epi_boot *boot = epi_alloc(sizeof(*boot));
     if (boot == NULL) {
         return fail_before_joining(config, epi_fail(EP_ERR_NOMEM, "rendezvous: no memory"));
     }

@@ -49,7 +49,7 @@ void epi_conn_close(struct epi_conn *conn) {
 
 struct epi_packet *epi_packet_make(const struct epi_frame *frame) {
     size_t bytes = EPI_WIRE_HEADER_BYTES + frame->data_bytes;
-    struct epi_packet *packet = epi_alloc(sizeof *packet + bytes);
+    struct epi_packet *packet = epi_alloc(sizeof(*packet) + bytes);
     if (packet == NULL) {
         return NULL;
     }
@@ -72,7 +72,7 @@ void epi_conn_send_packet(struct epi_conn *conn, struct epi_packet *packet) {
     if (conn->fd < 0 || conn->doomed != NULL) {
         return;
     }
-    struct epi_conn_item *item = packet != NULL ? epi_alloc(sizeof *item) : NULL;
+    struct epi_conn_item *item = packet != NULL ? epi_alloc(sizeof(*item)) : NULL;
     if (item == NULL) {
         conn->doomed = "no memory to send to it";
         return;

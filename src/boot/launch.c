@@ -60,7 +60,7 @@ static const char *first_set(const char *const *names, size_t num, const char **
 
 static ep_status read_identity(struct epi_launch *out, const char **from) {
     const char *half = NULL;
-    for (size_t i = 0; i < sizeof sources / sizeof sources[0]; i++) {
+    for (size_t i = 0; i < sizeof(sources) / sizeof(sources[0]); i++) {
         const struct source *s = &sources[i];
         const char *size_name = NULL;
         const char *rank = epi_env(s->rank);
@@ -108,7 +108,7 @@ bool epi_launch_first_host(const char *list, char *out, size_t out_bytes) {
             int len = snprintf(out, out_bytes, "%.*s%.*s", (int)prefix, list, (int)number_len,
                                number);
             return len > 0 && (size_t)len < out_bytes &&
-                   epi_launch_first_host(rest, tail, sizeof tail) &&
+                   epi_launch_first_host(rest, tail, sizeof(tail)) &&
                    (size_t)snprintf(out + len, out_bytes - (size_t)len, "%s", tail) <
                        out_bytes - (size_t)len;
         }
@@ -138,23 +138,23 @@ static ep_status read_host(struct epi_launch *out, const char **from) {
     const char *host = epi_env("MASTER_ADDR");
     if (host != NULL) {
         *from = "MASTER_ADDR";
-        if (strlen(host) >= sizeof out->host) {
+        if (strlen(host) >= sizeof(out->host)) {
             return epi_fail(EP_ERR_ARG, "MASTER_ADDR is longer than %zu characters",
-                            sizeof out->host - 1);
+                            sizeof(out->host) - 1);
         }
-        epi_format(out->host, sizeof out->host, "%s", host);
+        epi_format(out->host, sizeof(out->host), "%s", host);
         return EP_OK;
     }
     if (is_all_local(out->num_ranks)) {
         *from = "all ranks are on this host";
-        epi_format(out->host, sizeof out->host, "127.0.0.1");
+        epi_format(out->host, sizeof(out->host), "127.0.0.1");
         return EP_OK;
     }
     const char *list = first_set(lists, 3, from);
     if (list == NULL) {
         return epi_fail(EP_ERR_ARG, "MASTER_ADDR is not set: it must name the host of rank 0");
     }
-    if (!epi_launch_first_host(list, out->host, sizeof out->host)) {
+    if (!epi_launch_first_host(list, out->host, sizeof(out->host))) {
         return epi_fail(EP_ERR_ARG,
                         "%s=\"%.80s\" is not understood; set MASTER_ADDR to the host "
                         "of rank 0",
@@ -226,21 +226,21 @@ void epi_launch_job(const char *name, struct epi_job *out) {
     out->is_named = true;
     if (given != NULL) {
         out->id = epi_launch_mix(epi_launch_mix(out->id, "job="), given);
-        epi_format(out->from, sizeof out->from, "%s", name != NULL ? "given" : "EP_JOB");
+        epi_format(out->from, sizeof(out->from), "%s", name != NULL ? "given" : "EP_JOB");
         return;
     }
-    for (size_t i = 0; i < sizeof ids / sizeof ids[0]; i++) {
+    for (size_t i = 0; i < sizeof(ids) / sizeof(ids[0]); i++) {
         const char *first = epi_env(ids[i][0]);
         if (first != NULL) {
             const char *second = ids[i][1] != NULL ? epi_env(ids[i][1]) : NULL;
             out->id = epi_launch_mix(epi_launch_mix(out->id, ids[i][0]), first);
             out->id = epi_launch_mix(out->id, second != NULL ? second : "");
-            epi_format(out->from, sizeof out->from, "%s", ids[i][0]);
+            epi_format(out->from, sizeof(out->from), "%s", ids[i][0]);
             /* torchrun's static rendezvous calls every job "none". */
             out->is_named = strcmp(first, "none") != 0;
             return;
         }
     }
     out->is_named = false;
-    epi_format(out->from, sizeof out->from, "unnamed");
+    epi_format(out->from, sizeof(out->from), "unnamed");
 }

@@ -43,7 +43,7 @@ static void say_hello(struct visit *v, int fd) {
     epi_conn_init(v->conn, fd, 0, EPI_WIRE_HEADER_BYTES + EPI_BOOT_MAX_TOTAL_BYTES);
     epi_conn_send(
         v->conn,
-        &(struct epi_frame){.type = EPI_FRAME_HELLO, .data = body, .data_bytes = sizeof body});
+        &(struct epi_frame){.type = EPI_FRAME_HELLO, .data = body, .data_bytes = sizeof(body)});
 }
 
 static enum outcome fail(struct visit *v, ep_status status, const char *text) {
@@ -78,11 +78,11 @@ static enum outcome hear(struct visit *v, const struct epi_frame *frame) {
 static enum outcome on_deadline(struct visit *v, struct epi_deadline *until) {
     char text[400];
     if (!v->is_welcome) {
-        epi_format(text, sizeof text,
+        epi_format(text, sizeof(text),
                    "something at %s accepts connections, but does not answer "
                    "as rank 0 of libep",
                    v->meet->where);
-        epi_format(v->last, sizeof v->last, "%s", text);
+        epi_format(v->last, sizeof(v->last), "%s", text);
         return epi_deadline_expired(v->meet->deadline) ? fail(v, EP_ERR_TIMEOUT, text)
                                                        : OUTCOME_RETRY;
     }
@@ -92,8 +92,9 @@ static enum outcome on_deadline(struct visit *v, struct epi_deadline *until) {
         epi_conn_send(v->conn, &(struct epi_frame){.type = EPI_FRAME_ASK});
         return OUTCOME_RETRY;
     }
-    epi_format(text, sizeof text, "rank 0 at %s is here, but not all others came within %.1f s",
-               v->meet->where, (double)v->meet->timeout_ns / 1e9);
+    epi_format(text, sizeof(text),
+               "rank 0 at %s is here, but not all others came within %.1f s", v->meet->where,
+               (double)v->meet->timeout_ns / 1e9);
     return fail(v, EP_ERR_TIMEOUT, text);
 }
 
@@ -115,8 +116,8 @@ static enum outcome talk(struct visit *v) {
         }
         if (v->conn->doomed != NULL) {
             char text[200];
-            epi_format(text, sizeof text, "lost rank 0: %s", v->conn->doomed);
-            epi_format(v->last, sizeof v->last, "%s", text);
+            epi_format(text, sizeof(text), "lost rank 0: %s", v->conn->doomed);
+            epi_format(v->last, sizeof(v->last), "%s", text);
             return v->is_welcome ? fail(v, EP_ERR_PEER, text) : OUTCOME_RETRY;
         }
         if (epi_deadline_expired(until)) {
@@ -143,7 +144,7 @@ static enum outcome try_address(struct visit *v, const struct epi_addr *addr) {
         return OUTCOME_FAILED;
     }
     if (fd < 0) {
-        epi_format(v->last, sizeof v->last, "%s", strerror(-fd));
+        epi_format(v->last, sizeof(v->last), "%s", strerror(-fd));
         return OUTCOME_RETRY;
     }
     say_hello(v, fd);
@@ -164,7 +165,7 @@ static enum outcome try_all(struct visit *v) {
         const char *why =
             epi_addr_resolve(m->host, m->port, resolved, EPI_MEET_MAX_ADDRS, &num, &is_name);
         if (why != NULL) {
-            epi_format(v->last, sizeof v->last, "%s", why);
+            epi_format(v->last, sizeof(v->last), "%s", why);
             return OUTCOME_RETRY;
         }
         addrs = resolved;

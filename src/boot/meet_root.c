@@ -100,7 +100,7 @@ static void drop(struct gathering *g, int index, const char *why) {
 
 static void turn_away(struct gathering *g, int index, ep_status status, const char *text) {
     struct stranger *s = &g->strangers[index];
-    epi_format(g->turned_away, sizeof g->turned_away, "%s", text);
+    epi_format(g->turned_away, sizeof(g->turned_away), "%s", text);
     epi_log(EPI_LOG_WARN, "rendezvous: turned away %s: %s", s->name, text);
     struct epi_frame head = {.type = EPI_FRAME_REJECT, .status = status};
     epi_conn_send_text(&s->conn, &head, text);
@@ -212,7 +212,7 @@ static bool look_at(struct gathering *g, int index) {
 
 static void missing_text(struct gathering *g, char *out, size_t out_bytes) {
     char list[LIST_BYTES];
-    epi_rank_list(g->here, false, g->meet->num_ranks, list, sizeof list);
+    epi_rank_list(g->here, false, g->meet->num_ranks, list, sizeof(list));
     epi_format(out, out_bytes, "%d of %d ranks arrived within %.1f s; missing: %s%s%s%s",
                g->num_here, g->meet->num_ranks, (double)g->meet->timeout_ns / 1e9, list,
                g->turned_away[0] != '\0' ? " (turned away: " : "", g->turned_away,
@@ -225,7 +225,7 @@ static void hear(struct gathering *g, struct epi_conn *conn) {
     while (epi_conn_next(conn, &frame) > 0) {
         if (frame.type == EPI_FRAME_ASK) {
             char text[EPI_WIRE_TEXT_BYTES];
-            missing_text(g, text, sizeof text);
+            missing_text(g, text, sizeof(text));
             struct epi_frame head = {.type = EPI_FRAME_TELL, .seq = frame.seq};
             epi_conn_send_text(conn, &head, text);
         } else {
@@ -307,7 +307,7 @@ static void gather_step(struct gathering *g, int listen_fd) {
     if (g->status == EP_OK && g->num_here < g->meet->num_ranks &&
         epi_deadline_expired(g->meet->deadline)) {
         char text[EPI_WIRE_TEXT_BYTES];
-        missing_text(g, text, sizeof text);
+        missing_text(g, text, sizeof(text));
         g->status = epi_fail(EP_ERR_TIMEOUT, "rendezvous: %s", text);
     }
 }
@@ -316,9 +316,9 @@ ep_status epi_meet_root(const struct epi_meet *meet, int listen_fd, struct epi_c
     size_t n = (size_t)meet->num_ranks;
     struct gathering g = {.meet = meet, .conns = conns, .num_here = 1};
     g.max_strangers = meet->num_ranks + NUM_SPARE_STRANGERS;
-    g.here = epi_alloc_array(n, sizeof *g.here);
-    g.strangers = epi_alloc_array((size_t)g.max_strangers, sizeof *g.strangers);
-    g.polls = epi_alloc_array(1 + n + (size_t)g.max_strangers, sizeof *g.polls);
+    g.here = epi_alloc_array(n, sizeof(*g.here));
+    g.strangers = epi_alloc_array((size_t)g.max_strangers, sizeof(*g.strangers));
+    g.polls = epi_alloc_array(1 + n + (size_t)g.max_strangers, sizeof(*g.polls));
     if (g.here == NULL || g.strangers == NULL || g.polls == NULL) {
         g.status =
             epi_fail(EP_ERR_NOMEM, "rendezvous: no memory for %d ranks", meet->num_ranks);

@@ -12,12 +12,12 @@
 #include <string.h>
 
 static struct epi_round *make(struct epi_rounds *rounds, uint64_t seq, int rank, size_t bytes) {
-    struct epi_round *round = epi_alloc(sizeof *round);
+    struct epi_round *round = epi_alloc(sizeof(*round));
     if (round == NULL) {
         return NULL;
     }
     size_t num_ranks = (size_t)rounds->num_ranks;
-    round->have = epi_alloc_array(num_ranks, sizeof *round->have);
+    round->have = epi_alloc_array(num_ranks, sizeof(*round->have));
     round->data = epi_alloc_array(num_ranks, bytes);
     if (round->have == NULL || round->data == NULL) {
         epi_free(round->have);
@@ -52,7 +52,7 @@ struct epi_round *epi_rounds_put(struct epi_rounds *rounds, uint64_t seq, int ra
     }
     if (round->bytes != bytes) {
         if (!round->is_mismatch) {
-            epi_format(round->text, sizeof round->text,
+            epi_format(round->text, sizeof(round->text),
                        "allgather: rank %d gave %zu bytes, rank %d gave %zu", round->first_rank,
                        round->bytes, rank, bytes);
         }
@@ -96,10 +96,10 @@ void epi_rank_list(const bool *set, bool value, int num, char *out, size_t out_b
         char item[32];
         const char *comma = len > 0 ? ", " : "";
         if (last > i + 1) {
-            epi_format(item, sizeof item, "%s%d-%d", comma, i, last);
+            epi_format(item, sizeof(item), "%s%d-%d", comma, i, last);
         } else {
             last = i;
-            epi_format(item, sizeof item, "%s%d", comma, i);
+            epi_format(item, sizeof(item), "%s%d", comma, i);
         }
         size_t item_len = strlen(item);
         if (len + item_len + 4 >= out_bytes) {

@@ -43,7 +43,7 @@ static void after_fork_parent(void) {
 }
 
 static void after_fork_child(void) {
-    for (int i = 0; i < (int)sizeof tracked; i++) {
+    for (int i = 0; i < (int)sizeof(tracked); i++) {
         for (int bit = 0; tracked[i] != 0 && bit < 8; bit++) {
             if (tracked[i] & 1u << bit) {
                 close(i * 8 + bit);
@@ -149,7 +149,7 @@ const char *epi_addr_resolve(const char *host, int port, struct epi_addr *out, i
     *num = 0;
     for (struct addrinfo *ai = list; ai != NULL && *num < max; ai = ai->ai_next) {
         if (ai->ai_family == AF_INET || ai->ai_family == AF_INET6) {
-            memset(&out[*num], 0, sizeof out[*num]);
+            memset(&out[*num], 0, sizeof(out[*num]));
             memcpy(&out[*num].ss, ai->ai_addr, ai->ai_addrlen);
             out[*num].len = ai->ai_addrlen;
             set_port(&out[*num], port);
@@ -193,7 +193,7 @@ int epi_addr_local(int port, struct epi_addr *out, int max) {
 }
 
 void epi_addr_any(int port, bool v6, struct epi_addr *out) {
-    memset(out, 0, sizeof *out);
+    memset(out, 0, sizeof(*out));
     out->ss.ss_family = v6 ? AF_INET6 : AF_INET; /* all zero bytes is the wildcard of both */
     out->len = v6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
     set_port(out, port);
@@ -203,11 +203,11 @@ void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]) {
     char host[INET6_ADDRSTRLEN] = "?";
     if (addr->ss.ss_family == AF_INET6) {
         const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)&addr->ss;
-        (void)inet_ntop(AF_INET6, &v6->sin6_addr, host, sizeof host);
+        (void)inet_ntop(AF_INET6, &v6->sin6_addr, host, sizeof(host));
         epi_format(out, EPI_ADDR_TEXT_BYTES, "[%s]:%d", host, ntohs(v6->sin6_port));
     } else {
         const struct sockaddr_in *v4 = (const struct sockaddr_in *)&addr->ss;
-        (void)inet_ntop(AF_INET, &v4->sin_addr, host, sizeof host);
+        (void)inet_ntop(AF_INET, &v4->sin_addr, host, sizeof(host));
         epi_format(out, EPI_ADDR_TEXT_BYTES, "%s:%d", host, ntohs(v4->sin_port));
     }
 }
@@ -221,11 +221,11 @@ static void set_options(int fd) {
     const int idle_s = 2;
     const int interval_s = 1;
     const int num_probes = 3;
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof interval_s);
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &num_probes, sizeof num_probes);
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof(idle_s));
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &num_probes, sizeof(num_probes));
 }
 
 static int open_stream(int family) {
@@ -243,9 +243,9 @@ int epi_sock_listen(const struct epi_addr *addr) {
     }
     const int on = 1;
     const int off = 0;
-    (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
     if (addr->ss.ss_family == AF_INET6) {
-        (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
+        (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof(off));
     }
     if (bind(fd, (const struct sockaddr *)&addr->ss, addr->len) != 0 ||
         listen(fd, SOMAXCONN) != 0) {
@@ -260,8 +260,8 @@ int epi_sock_accept(int listen_fd, struct epi_addr *from) {
     if (epi_alloc_should_fail()) {
         return -EMFILE;
     }
-    memset(from, 0, sizeof *from);
-    from->len = sizeof from->ss;
+    memset(from, 0, sizeof(*from));
+    from->len = sizeof(from->ss);
     track_begin();
     int fd = track_end(accept4(listen_fd, (struct sockaddr *)&from->ss, &from->len,
                                SOCK_CLOEXEC | SOCK_NONBLOCK));
@@ -275,8 +275,8 @@ int epi_sock_accept(int listen_fd, struct epi_addr *from) {
  * kernel has just picked as the port to dial from. Nobody is listening there. */
 static bool is_self_connected(int fd) {
     struct sockaddr_storage ends[2];
-    socklen_t len[2] = {sizeof ends[0], sizeof ends[1]};
-    memset(ends, 0, sizeof ends);
+    socklen_t len[2] = {sizeof(ends[0]), sizeof(ends[1])};
+    memset(ends, 0, sizeof(ends));
     return getsockname(fd, (struct sockaddr *)&ends[0], &len[0]) == 0 &&
            getpeername(fd, (struct sockaddr *)&ends[1], &len[1]) == 0 && len[0] == len[1] &&
            memcmp(&ends[0], &ends[1], len[0]) == 0;
@@ -294,7 +294,7 @@ static int finish_connect(int fd, struct epi_deadline deadline) {
         }
     }
     int err = 0;
-    socklen_t len = sizeof err;
+    socklen_t len = sizeof(err);
     if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &len) != 0) {
         return errno;
     }
@@ -322,7 +322,7 @@ int epi_sock_connect(const struct epi_addr *addr, struct epi_deadline deadline) 
 }
 
 int epi_sock_port(int fd) {
-    struct epi_addr addr = {.len = sizeof addr.ss};
+    struct epi_addr addr = {.len = sizeof(addr.ss)};
     if (getsockname(fd, (struct sockaddr *)&addr.ss, &addr.len) != 0) {
         return -errno;
     }
@@ -347,8 +347,8 @@ bool epi_sock_has_unacked(int fd) {
 
 bool epi_sock_vanished(int fd) {
     struct tcp_info info;
-    socklen_t len = sizeof info;
-    memset(&info, 0, sizeof info);
+    socklen_t len = sizeof(info);
+    memset(&info, 0, sizeof(info));
     if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len) != 0) {
         return false;
     }

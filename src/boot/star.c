@@ -27,7 +27,7 @@ static void finish(struct epi_star *star, ep_status status, const char *text) {
     if (star->req.active && !star->req.done) {
         star->req.done = true;
         star->req.status = status;
-        epi_format(star->req.text, sizeof star->req.text, "%s", text);
+        epi_format(star->req.text, sizeof(star->req.text), "%s", text);
         (void)pthread_cond_broadcast(&star->cond);
     }
 }
@@ -35,7 +35,7 @@ static void finish(struct epi_star *star, ep_status status, const char *text) {
 static void set_broken(struct epi_star *star, ep_status status, const char *text) {
     if (star->broken == EP_OK) {
         star->broken = status;
-        epi_format(star->broken_text, sizeof star->broken_text, "%s", text);
+        epi_format(star->broken_text, sizeof(star->broken_text), "%s", text);
     }
     finish(star, star->broken, star->broken_text);
 }
@@ -64,9 +64,9 @@ static void rank_gone(struct epi_star *star, int rank, enum epi_rank_state state
                       const char *why) {
     char text[EPI_WIRE_TEXT_BYTES + 1];
     if (state == EPI_RANK_DEAD) {
-        epi_format(text, sizeof text, "rank %d died: %s", rank, why);
+        epi_format(text, sizeof(text), "rank %d died: %s", rank, why);
     } else {
-        epi_format(text, sizeof text, "rank %d has left the group", rank);
+        epi_format(text, sizeof(text), "rank %d has left the group", rank);
     }
     pthread_mutex_lock(&star->lock);
     bool is_news = star->state[rank] == EPI_RANK_ALIVE;
@@ -100,7 +100,7 @@ static void rank_gone(struct epi_star *star, int rank, enum epi_rank_state state
 /* The lock is held. Rank 0 cannot serve any more; better all fail than all wait. */
 static void fault_no_memory(struct epi_star *star, size_t bytes) {
     char text[EPI_ROUND_TEXT_BYTES];
-    epi_format(text, sizeof text, "allgather: rank 0 has no memory for %zu bytes per rank",
+    epi_format(text, sizeof(text), "allgather: rank 0 has no memory for %zu bytes per rank",
                bytes);
     set_broken(star, EP_ERR_NOMEM, text);
     struct epi_frame head = {.type = EPI_FRAME_FAULT, .status = EP_ERR_NOMEM};
@@ -156,7 +156,7 @@ static void missing_text(struct epi_star *star, uint64_t seq, char *out, size_t 
         epi_format(out, out_bytes, "none is missing any more");
         return;
     }
-    epi_rank_list(round->have, false, star->num_ranks, list, sizeof list);
+    epi_rank_list(round->have, false, star->num_ranks, list, sizeof(list));
     epi_format(out, out_bytes, "%d of %d ranks have called; missing: %s", round->num_in,
                star->num_ranks, list);
 }
@@ -179,7 +179,7 @@ static void on_frame_at_root(struct epi_star *star, struct epi_conn *conn,
     case EPI_FRAME_ASK: {
         char text[EPI_WIRE_TEXT_BYTES + 1];
         pthread_mutex_lock(&star->lock);
-        missing_text(star, frame->seq, text, sizeof text);
+        missing_text(star, frame->seq, text, sizeof(text));
         pthread_mutex_unlock(&star->lock);
         struct epi_frame head = {.type = EPI_FRAME_TELL, .seq = frame->seq};
         epi_conn_send_text(conn, &head, text);
@@ -323,7 +323,7 @@ static void take_posted(struct epi_star *star, struct epi_packet *packet) {
 /* Takes over what the caller's thread has asked for. Returns true when it is time to stop. */
 static bool take_orders(struct epi_star *star) {
     uint64_t kicks;
-    ssize_t n = read(star->kick_fd, &kicks, sizeof kicks);
+    ssize_t n = read(star->kick_fd, &kicks, sizeof(kicks));
     (void)n; /* nothing to read is fine */
     pthread_mutex_lock(&star->lock);
     struct epi_request *req = &star->req;
@@ -335,7 +335,7 @@ static bool take_orders(struct epi_star *star) {
     if (req->ask) {
         req->ask = false;
         if (star->rank == 0) {
-            missing_text(star, req->seq, req->text, sizeof req->text);
+            missing_text(star, req->seq, req->text, sizeof(req->text));
             req->told = true;
             (void)pthread_cond_broadcast(&star->cond);
         } else {

@@ -19,7 +19,7 @@
 #include "src/boot/sock.h"
 
 ep_status epi_star_make(struct epi_star **out, int rank, int num_ranks) {
-    struct epi_star *star = epi_alloc(sizeof *star);
+    struct epi_star *star = epi_alloc(sizeof(*star));
     if (star == NULL) {
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
     }
@@ -38,9 +38,9 @@ ep_status epi_star_make(struct epi_star **out, int rank, int num_ranks) {
     star->num_conns = rank == 0 ? num_ranks : 1;
     star->rounds.num_ranks = num_ranks;
     star->kick_fd = epi_sock_kicker();
-    star->conns = epi_alloc_array((size_t)star->num_conns, sizeof *star->conns);
-    star->polls = epi_alloc_array((size_t)star->num_conns + 1, sizeof *star->polls);
-    star->state = epi_alloc_array((size_t)num_ranks, sizeof *star->state);
+    star->conns = epi_alloc_array((size_t)star->num_conns, sizeof(*star->conns));
+    star->polls = epi_alloc_array((size_t)star->num_conns + 1, sizeof(*star->polls));
+    star->state = epi_alloc_array((size_t)num_ranks, sizeof(*star->state));
     for (int i = 0; star->conns != NULL && i < star->num_conns; i++) {
         epi_conn_init(&star->conns[i], -1, i, 0);
     }
@@ -62,7 +62,7 @@ int epi_star_run(struct epi_star *star) {
 
 void epi_star_kick(struct epi_star *star) {
     uint64_t one = 1;
-    ssize_t n = write(star->kick_fd, &one, sizeof one);
+    ssize_t n = write(star->kick_fd, &one, sizeof(one));
     (void)n; /* it can only fail when the counter is full of kicks already */
 }
 
@@ -102,7 +102,7 @@ static void ask_who_is_missing(struct epi_star *star) {
     while (!req->done && !req->told && epi_cond_wait(&star->cond, &star->lock, grace)) {
     }
     if (!req->done && !req->told) {
-        epi_format(req->text, sizeof req->text, "rank 0 does not answer");
+        epi_format(req->text, sizeof(req->text), "rank 0 does not answer");
     }
 }
 

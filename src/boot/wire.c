@@ -120,7 +120,7 @@ int epi_wire_parse(const uint8_t *buf, size_t len, struct epi_frame *out) {
     if (len == 0) {
         return 0;
     }
-    if (memcmp(buf, magic, len < sizeof magic ? len : sizeof magic) != 0) {
+    if (memcmp(buf, magic, len < sizeof(magic) ? len : sizeof(magic)) != 0) {
         return -1; /* a stranger is known by its first byte */
     }
     if (len < EPI_WIRE_HEADER_BYTES) {
@@ -150,7 +150,7 @@ int epi_wire_parse(const uint8_t *buf, size_t len, struct epi_frame *out) {
 }
 
 void epi_wire_header(uint8_t out[EPI_WIRE_HEADER_BYTES], const struct epi_frame *frame) {
-    memcpy(out + AT_MAGIC, magic, sizeof magic);
+    memcpy(out + AT_MAGIC, magic, sizeof(magic));
     epi_put_u16(out + AT_TYPE, (uint16_t)frame->type);
     epi_put_u16(out + AT_ZERO, 0);
     epi_put_u64(out + AT_SEQ, frame->seq);

@@ -48,8 +48,8 @@ ep_status ep_world_create(ep_world **out, int num_ranks) {
         return epi_fail(EP_ERR_ARG, "num_ranks is %d, it must be in 1..%d", num_ranks,
                         EP_MAX_RANKS);
     }
-    ep_world *world = epi_alloc(sizeof *world);
-    uint64_t *num_joins = epi_alloc_array((size_t)num_ranks, sizeof *num_joins);
+    ep_world *world = epi_alloc(sizeof(*world));
+    uint64_t *num_joins = epi_alloc_array((size_t)num_ranks, sizeof(*num_joins));
     if (world == NULL || num_joins == NULL || pthread_mutex_init(&world->lock, NULL) != 0) {
         epi_free(num_joins);
         epi_free(world);
@@ -110,14 +110,14 @@ void ep_world_destroy(ep_world **world_ptr) {
 
 static struct epi_session *session_make(ep_world *world, uint64_t number) {
     size_t n = (size_t)world->num_ranks;
-    struct epi_session *session = epi_alloc(sizeof *session);
+    struct epi_session *session = epi_alloc(sizeof(*session));
     if (session == NULL || epi_cond_init(&session->cond) != 0) {
         epi_free(session);
         return NULL;
     }
-    session->joined = epi_alloc_array(n, sizeof *session->joined);
-    session->left = epi_alloc_array(n, sizeof *session->left);
-    session->num_calls = epi_alloc_array(n, sizeof *session->num_calls);
+    session->joined = epi_alloc_array(n, sizeof(*session->joined));
+    session->left = epi_alloc_array(n, sizeof(*session->left));
+    session->num_calls = epi_alloc_array(n, sizeof(*session->num_calls));
     if (session->joined == NULL || session->left == NULL || session->num_calls == NULL) {
         session_free(session);
         return NULL;
@@ -174,7 +174,7 @@ static void session_exit(struct epi_session *session, int rank, const char *why)
     ep_world *world = session->world;
     session->left[rank] = true;
     if (why != NULL && session->left_why[0] == '\0') {
-        epi_format(session->left_why, sizeof session->left_why, "rank %d failed: %s", rank,
+        epi_format(session->left_why, sizeof(session->left_why), "rank %d failed: %s", rank,
                    why);
     }
     (void)pthread_cond_broadcast(&session->cond);
@@ -233,7 +233,7 @@ static ep_status round_status(const struct epi_session *session, const struct ep
     if (left >= 0) {
         return epi_fail(EP_ERR_PEER, "%s: rank %d has left the group", what, left);
     }
-    epi_rank_list(round->have, false, num_ranks, missing, sizeof missing);
+    epi_rank_list(round->have, false, num_ranks, missing, sizeof(missing));
     return epi_fail(EP_ERR_TIMEOUT, "%s: %d of %d ranks arrived within %.1f s; missing: %s",
                     what, round->num_in, num_ranks, (double)waited_ns / 1e9, missing);
 }
