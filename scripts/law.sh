@@ -9,7 +9,8 @@
 # gpu*.c also src/cu/cu.h; examples/ ep.h. The self-test plants violations in a copy: each must be
 # caught.
 #
-# Also the dialect in which src/ and kernel/ are written: sizeof(x).
+# Also the dialect in which src/ and kernel/ are written: sizeof(x), and in conditions p and !p
+# rather than p == NULL.
 self_test=
 [ "$1" = --self-test ] && self_test=1 && shift
 root=${1:-$(dirname "$0")/..}
@@ -121,6 +122,9 @@ law() {
             bad("kernels hand off through the language, not _Atomic or volatile")
         if (file !~ /^(src|kernel)\//) next
         if (padded ~ word "sizeof[ \t]+[^( \t]") bad("sizeof(x), with parentheses")
+        if (code ~ /==[ \t]*NULL|NULL[ \t]*[=!]=/ ||
+            code ~ /[A-Za-z0-9_\]][ \t]*!=[ \t]*NULL[ \t]*(\)[ \t]*\{|\?|&&|\|\||;.*\))/)
+            bad("p and !p, not a comparison with NULL")
     }
     END { exit wrong }'
 }
@@ -188,8 +192,12 @@ plant src/ep/zz.c '__asm__ volatile("" ::: "memory");'
 plant src/run/zz.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
 plant kernel/zz.k.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
 plant src/ep/zz.c 'size_t x = sizeof x;'
+plant src/ep/zz.c 'if (p == NULL) {'
+plant src/ep/zz.c 'while (p != NULL && p->next) {'
 spare src/ep/zz.c '/* getenv("X"), __atomic_load_n and stderr in a comment */ // asm'
 spare src/ep/zz.c 'const char *x = "getenv( stderr asm clock_gettime(";'
+spare src/ep/zz.c 'bool x = p != NULL;'
+spare src/ep/zz.c 'if ((p = strchr(s, c)) != NULL) {'
 spare src/ep/zz.c '#include "src/mem/mem.h"'
 spare src/run/zz.c '#include "kernel/abi.h"'
 spare tools/zz.c '#include "src/base/base.h"'

@@ -40,7 +40,7 @@ void *epi_alloc(size_t bytes) {
         padded_bytes = ALIGN_BYTES;
     }
     void *p = aligned_alloc(ALIGN_BYTES, padded_bytes);
-    if (p != NULL) {
+    if (p) {
         memset(p, 0, padded_bytes);
         atomic_fetch_add(&num_live, 1);
     }
@@ -55,7 +55,7 @@ void *epi_alloc_array(size_t num, size_t item_bytes) {
 }
 
 void epi_free(void *p) {
-    if (p != NULL) {
+    if (p) {
         atomic_fetch_sub(&num_live, 1);
         free(p);
     }

@@ -146,7 +146,7 @@ static uint64_t hash_text(const char *text) {
 
 static const char *env_text(const char *name) {
     const char *text = getenv(name);
-    return text != NULL && text[0] != '\0' ? text : NULL;
+    return text && text[0] != '\0' ? text : NULL;
 }
 
 static void report(enum epi_opt opt, const char *text) {
@@ -158,7 +158,7 @@ static void report(enum epi_opt opt, const char *text) {
     char rule[128];
     describe_rule(row, rule, sizeof(rule));
     epi_log(EPI_LOG_WARN, "%s=\"%.64s\" is ignored: it must be %s; using %s", row->name, text,
-            rule, row->def != NULL ? row->def : "no value");
+            rule, row->def ? row->def : "no value");
 }
 
 /* The text in force and its number; NULL when there is neither a value nor a default. */
@@ -166,13 +166,13 @@ static const char *effective(enum epi_opt opt, int64_t *number) {
     const struct opt_row *row = &rows[opt];
     *number = 0;
     const char *text = env_text(row->name);
-    if (text != NULL) {
+    if (text) {
         if (parse(row, text, number)) {
             return text;
         }
         report(opt, text);
     }
-    if (row->def != NULL) {
+    if (row->def) {
         (void)parse(row, row->def, number);
     }
     return row->def;
@@ -203,10 +203,10 @@ const struct epi_opt_info *epi_opt_info(size_t index) {
     int64_t number = 0;
     info.name = row->name;
     info.doc = row->doc;
-    info.default_text = row->def != NULL ? row->def : "";
+    info.default_text = row->def ? row->def : "";
     describe_rule(row, info.rule, sizeof(info.rule));
     info.set = text != NULL;
-    info.valid = text == NULL || parse(row, text, &number);
+    info.valid = !text || parse(row, text, &number);
     const char *value = info.set && info.valid ? text : info.default_text;
     snprintf(info.value, sizeof(info.value), "%s", value);
     return &info;

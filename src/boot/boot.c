@@ -29,8 +29,7 @@ struct epi_boot {
 /* ---- arguments --------------------------------------------------------------------------- */
 
 static ep_status check(const struct epi_boot_config *config) {
-    bool from_env =
-        config->world == NULL && config->allgather == NULL && config->address == NULL;
+    bool from_env = !config->world && !config->allgather && !config->address;
     if (config->timeout_ns < 0) {
         return epi_fail(EP_ERR_ARG, "the timeout is negative");
     }
@@ -44,7 +43,7 @@ static ep_status check(const struct epi_boot_config *config) {
         return EP_OK;
     }
     int num_ranks = config->num_ranks;
-    if (config->world != NULL && num_ranks == -1) {
+    if (config->world && num_ranks == -1) {
         num_ranks = epi_world_num_ranks(config->world);
     }
     if (num_ranks < 1 || num_ranks > EP_MAX_RANKS) {
@@ -55,7 +54,7 @@ static ep_status check(const struct epi_boot_config *config) {
         return epi_fail(EP_ERR_ARG, "rank is %d, it must be in 0..%d", config->rank,
                         num_ranks - 1);
     }
-    if (config->world != NULL && num_ranks != epi_world_num_ranks(config->world)) {
+    if (config->world && num_ranks != epi_world_num_ranks(config->world)) {
         return epi_fail(EP_ERR_ARG, "num_ranks is %d, but the world has %d", num_ranks,
                         epi_world_num_ranks(config->world));
     }
@@ -187,7 +186,7 @@ static ep_status meet_by_callback(const struct epi_boot_config *config, struct e
     uint8_t card[CARD_BYTES] = {0};
     char own_text[EPI_ERROR_TEXT_BYTES];
     uint8_t *cards = epi_alloc_array((size_t)meet->num_ranks, CARD_BYTES);
-    if (cards == NULL) {
+    if (!cards) {
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory for %d ranks", meet->num_ranks);
     }
     epi_put_u32(card + CARD_AT_PROTOCOL, EPI_WIRE_PROTOCOL);
@@ -224,10 +223,10 @@ static ep_status read_config(const struct epi_boot_config *config, struct epi_me
     meet->num_ranks = config->num_ranks;
     meet->job = job.id;
     meet->is_job_named = job.is_named;
-    if (config->allgather != NULL) {
+    if (config->allgather) {
         return EP_OK;
     }
-    if (config->address != NULL) {
+    if (config->address) {
         if (!epi_addr_split(config->address, meet->host, &meet->port)) {
             return epi_fail(EP_ERR_ARG,
                             "address is \"%.100s\", it must be \"host:port\" or \"[v6]:port\" "
@@ -276,7 +275,7 @@ static ep_status meet_over_tcp(struct epi_boot *boot, const struct epi_boot_conf
     int listen_fd = -1;
     struct epi_star *star = NULL;
     ep_status st = epi_star_make(&star, meet->rank, meet->num_ranks);
-    if (config->allgather != NULL) {
+    if (config->allgather) {
         st = meet_by_callback(config, meet, st, &listen_fd);
     } else if (meet->rank == 0 && st == EP_OK) {
         st = epi_meet_listen(meet, &listen_fd);
@@ -291,7 +290,7 @@ static ep_status meet_over_tcp(struct epi_boot *boot, const struct epi_boot_conf
     if (st == EP_OK) {
         st = star_start(star);
     }
-    if (st != EP_OK && star != NULL) {
+    if (st != EP_OK && star) {
         epi_star_free(star);
         star = NULL;
     }
@@ -306,13 +305,13 @@ static ep_status meet_all(struct epi_boot *boot, const struct epi_boot_config *c
     if (timeout_ns == 0) {
         timeout_ns = epi_opt_int(EPI_OPT_TIMEOUT_MS) * EPI_NS_PER_MS;
     }
-    if (config->world != NULL) {
+    if (config->world) {
         boot->rank = config->rank;
         boot->num_ranks = epi_world_num_ranks(config->world);
         return epi_world_join(config->world, config->rank, timeout_ns, &boot->session);
     }
     struct epi_meet *meet = epi_alloc(sizeof(*meet));
-    if (meet == NULL) {
+    if (!meet) {
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
     }
     meet->timeout_ns = timeout_ns;
@@ -333,7 +332,7 @@ static ep_status meet_all(struct epi_boot *boot, const struct epi_boot_config *c
 /* The other threads of a world wait for this one: they learn at once that it is in vain. */
 static ep_status fail_before_joining(const struct epi_boot_config *config, ep_status st) {
     char text[EPI_ERROR_TEXT_BYTES];
-    if (config->world == NULL) {
+    if (!config->world) {
         return st;
     }
     epi_format(text, sizeof(text), "%s", epi_error_text());
@@ -347,7 +346,7 @@ ep_status epi_boot_create(struct epi_boot **out, const struct epi_boot_config *c
         return fail_before_joining(config, st);
     }
     struct epi_boot *boot = epi_alloc(sizeof(*boot));
-    if (boot == NULL) {
+    if (!boot) {
         return fail_before_joining(config, epi_fail(EP_ERR_NOMEM, "rendezvous: no memory"));
     }
     st = meet_all(boot, config);
@@ -360,15 +359,15 @@ ep_status epi_boot_create(struct epi_boot **out, const struct epi_boot_config *c
 }
 
 void epi_boot_destroy(struct epi_boot **boot_ptr) {
-    if (boot_ptr == NULL || *boot_ptr == NULL) {
+    if (!boot_ptr || !*boot_ptr) {
         return;
     }
     struct epi_boot *boot = *boot_ptr;
     *boot_ptr = NULL;
-    if (boot->session != NULL) {
+    if (boot->session) {
         epi_world_leave(boot->session, boot->rank);
     }
-    if (boot->star != NULL) {
+    if (boot->star) {
         epi_star_free(boot->star);
     }
     epi_free(boot);
@@ -393,10 +392,10 @@ ep_status epi_boot_allgather(struct epi_boot *boot, const void *in, size_t bytes
         return epi_fail(EP_ERR_ARG, "allgather: %zu bytes of each of %d ranks are too many",
                         bytes, boot->num_ranks);
     }
-    if (boot->session != NULL) {
+    if (boot->session) {
         return epi_world_allgather(boot->session, boot->rank, in, bytes, out, deadline);
     }
-    if (boot->star != NULL) {
+    if (boot->star) {
         return epi_star_allgather(boot->star, in, bytes, out, deadline);
     }
     if (bytes > 0) {

@@ -30,7 +30,7 @@ void epi_conn_init(struct epi_conn *conn, int fd, int rank, size_t in_limit) {
 }
 
 void epi_conn_drop_queue(struct epi_conn *conn) {
-    while (conn->out_first != NULL) {
+    while (conn->out_first) {
         struct epi_conn_item *item = conn->out_first;
         conn->out_first = item->next;
         epi_packet_drop(item->packet);
@@ -50,7 +50,7 @@ void epi_conn_close(struct epi_conn *conn) {
 struct epi_packet *epi_packet_make(const struct epi_frame *frame) {
     size_t bytes = EPI_WIRE_HEADER_BYTES + frame->data_bytes;
     struct epi_packet *packet = epi_alloc(sizeof(*packet) + bytes);
-    if (packet == NULL) {
+    if (!packet) {
         return NULL;
     }
     packet->refs = 1;
@@ -63,23 +63,23 @@ struct epi_packet *epi_packet_make(const struct epi_frame *frame) {
 }
 
 void epi_packet_drop(struct epi_packet *packet) {
-    if (packet != NULL && --packet->refs == 0) {
+    if (packet && --packet->refs == 0) {
         epi_free(packet);
     }
 }
 
 void epi_conn_send_packet(struct epi_conn *conn, struct epi_packet *packet) {
-    if (conn->fd < 0 || conn->doomed != NULL) {
+    if (conn->fd < 0 || conn->doomed) {
         return;
     }
-    struct epi_conn_item *item = packet != NULL ? epi_alloc(sizeof(*item)) : NULL;
-    if (item == NULL) {
+    struct epi_conn_item *item = packet ? epi_alloc(sizeof(*item)) : NULL;
+    if (!item) {
         conn->doomed = "no memory to send to it";
         return;
     }
     packet->refs++;
     item->packet = packet;
-    if (conn->out_last != NULL) {
+    if (conn->out_last) {
         conn->out_last->next = item;
     } else {
         conn->out_first = item;
@@ -101,7 +101,7 @@ void epi_conn_send_text(struct epi_conn *conn, const struct epi_frame *head, con
 }
 
 bool epi_conn_flush(struct epi_conn *conn) {
-    while (conn->doomed == NULL && conn->out_first != NULL) {
+    while (!conn->doomed && conn->out_first) {
         struct epi_conn_item *item = conn->out_first;
         ssize_t n = send(conn->fd, item->packet->data + item->sent_bytes,
                          item->packet->bytes - item->sent_bytes, MSG_NOSIGNAL);
@@ -119,14 +119,14 @@ bool epi_conn_flush(struct epi_conn *conn) {
         item->sent_bytes += (size_t)n;
         if (item->sent_bytes == item->packet->bytes) {
             conn->out_first = item->next;
-            if (conn->out_first == NULL) {
+            if (!conn->out_first) {
                 conn->out_last = NULL;
             }
             epi_packet_drop(item->packet);
             epi_free(item);
         }
     }
-    return conn->doomed == NULL;
+    return !conn->doomed;
 }
 
 static bool grow(struct epi_conn *conn) {
@@ -138,7 +138,7 @@ static bool grow(struct epi_conn *conn) {
         cap = conn->in_limit;
     }
     uint8_t *in = epi_alloc(cap);
-    if (in == NULL) {
+    if (!in) {
         conn->doomed = "no memory to receive from it";
         return false;
     }
@@ -174,7 +174,7 @@ bool epi_conn_fill(struct epi_conn *conn) {
             conn->doomed = strerror(errno);
         }
     }
-    return conn->doomed == NULL;
+    return !conn->doomed;
 }
 
 int epi_conn_next(struct epi_conn *conn, struct epi_frame *frame) {
@@ -195,7 +195,7 @@ int epi_conn_next(struct epi_conn *conn, struct epi_frame *frame) {
 }
 
 short epi_conn_events(const struct epi_conn *conn) {
-    return (short)(POLLIN | (conn->out_first != NULL ? POLLOUT : 0));
+    return (short)(POLLIN | (conn->out_first ? POLLOUT : 0));
 }
 
 void epi_frame_text(const struct epi_frame *frame, char out[EPI_WIRE_TEXT_BYTES + 1]) {

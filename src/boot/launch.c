@@ -48,9 +48,9 @@ static ep_status read_number(const char *name, const char *text, long min, long 
 }
 
 static const char *first_set(const char *const *names, size_t num, const char **name) {
-    for (size_t i = 0; i < num && names[i] != NULL; i++) {
+    for (size_t i = 0; i < num && names[i]; i++) {
         const char *text = epi_env(names[i]);
-        if (text != NULL) {
+        if (text) {
             *name = names[i];
             return text;
         }
@@ -65,11 +65,11 @@ static ep_status read_identity(struct epi_launch *out, const char **from) {
         const char *size_name = NULL;
         const char *rank = epi_env(s->rank);
         const char *size = first_set(s->size, 3, &size_name);
-        if (rank == NULL || (s->guard != NULL && epi_env(s->guard) == NULL)) {
+        if (!rank || (s->guard && !epi_env(s->guard))) {
             continue;
         }
-        if (size == NULL) {
-            half = half == NULL ? s->rank : half;
+        if (!size) {
+            half = half ? half : s->rank;
             continue;
         }
         ep_status st = read_number(size_name, size, 1, EP_MAX_RANKS, &out->num_ranks);
@@ -79,7 +79,7 @@ static ep_status read_identity(struct epi_launch *out, const char **from) {
         *from = s->name;
         return st;
     }
-    if (half != NULL) {
+    if (half) {
         return epi_fail(EP_ERR_ARG,
                         "%s is set, but nothing says how many ranks there are; set RANK and "
                         "WORLD_SIZE, or start the program with `ep run`",
@@ -98,7 +98,7 @@ bool epi_launch_first_host(const char *list, char *out, size_t out_bytes) {
         number = list + prefix + 1;
         number_len = strcspn(number, "-,]");
         const char *close = strchr(number, ']');
-        if (number_len == 0 || close == NULL) {
+        if (number_len == 0 || !close) {
             return false;
         }
         /* A suffix or a second bracket ("r[1-2]n[3-4]") follows for every host alike. */
@@ -119,7 +119,7 @@ bool epi_launch_first_host(const char *list, char *out, size_t out_bytes) {
 
 static bool equals_size(const char *name, int num) {
     const char *text = epi_env(name);
-    return text != NULL && strtol(text, NULL, 10) == num;
+    return text && strtol(text, NULL, 10) == num;
 }
 
 static bool is_all_local(int num_ranks) {
@@ -128,15 +128,14 @@ static bool is_all_local(int num_ranks) {
     const char *nodes = first_set(node_counts, 2, &name);
     return num_ranks == 1 || equals_size("LOCAL_WORLD_SIZE", num_ranks) ||
            equals_size("OMPI_COMM_WORLD_LOCAL_SIZE", num_ranks) ||
-           equals_size("MPI_LOCALNRANKS", num_ranks) ||
-           (nodes != NULL && strcmp(nodes, "1") == 0);
+           equals_size("MPI_LOCALNRANKS", num_ranks) || (nodes && strcmp(nodes, "1") == 0);
 }
 
 static ep_status read_host(struct epi_launch *out, const char **from) {
     static const char *const lists[] = {"SLURM_STEP_NODELIST", "SLURM_NODELIST",
                                         "SLURM_JOB_NODELIST"};
     const char *host = epi_env("MASTER_ADDR");
-    if (host != NULL) {
+    if (host) {
         *from = "MASTER_ADDR";
         if (strlen(host) >= sizeof(out->host)) {
             return epi_fail(EP_ERR_ARG, "MASTER_ADDR is longer than %zu characters",
@@ -151,7 +150,7 @@ static ep_status read_host(struct epi_launch *out, const char **from) {
         return EP_OK;
     }
     const char *list = first_set(lists, 3, from);
-    if (list == NULL) {
+    if (!list) {
         return epi_fail(EP_ERR_ARG, "MASTER_ADDR is not set: it must name the host of rank 0");
     }
     if (!epi_launch_first_host(list, out->host, sizeof(out->host))) {
@@ -168,7 +167,7 @@ static ep_status read_port(const struct epi_job *job, struct epi_launch *out,
     int64_t port = epi_opt_int(EPI_OPT_PORT);
     const char *master = epi_env("MASTER_PORT");
     *from = "EP_PORT";
-    if (port == 0 && master != NULL) {
+    if (port == 0 && master) {
         /* MASTER_PORT itself belongs to the launcher's own store. */
         int value = 0;
         ep_status st = read_number("MASTER_PORT", master, 1, 65534, &value);
@@ -221,20 +220,20 @@ void epi_launch_job(const char *name, struct epi_job *out) {
         {"SLURM_JOB_ID", "SLURM_STEP_ID"},
         {"SLURM_JOBID", "SLURM_STEPID"},
     };
-    const char *given = name != NULL ? name : epi_opt_str(EPI_OPT_JOB);
+    const char *given = name ? name : epi_opt_str(EPI_OPT_JOB);
     out->id = epi_launch_mix(0, "libep");
     out->is_named = true;
-    if (given != NULL) {
+    if (given) {
         out->id = epi_launch_mix(epi_launch_mix(out->id, "job="), given);
-        epi_format(out->from, sizeof(out->from), "%s", name != NULL ? "given" : "EP_JOB");
+        epi_format(out->from, sizeof(out->from), "%s", name ? "given" : "EP_JOB");
         return;
     }
     for (size_t i = 0; i < sizeof(ids) / sizeof(ids[0]); i++) {
         const char *first = epi_env(ids[i][0]);
-        if (first != NULL) {
-            const char *second = ids[i][1] != NULL ? epi_env(ids[i][1]) : NULL;
+        if (first) {
+            const char *second = ids[i][1] ? epi_env(ids[i][1]) : NULL;
             out->id = epi_launch_mix(epi_launch_mix(out->id, ids[i][0]), first);
-            out->id = epi_launch_mix(out->id, second != NULL ? second : "");
+            out->id = epi_launch_mix(out->id, second ? second : "");
             epi_format(out->from, sizeof(out->from), "%s", ids[i][0]);
             /* torchrun's static rendezvous calls every job "none". */
             out->is_named = strcmp(first, "none") != 0;

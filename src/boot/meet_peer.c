@@ -114,7 +114,7 @@ static enum outcome talk(struct visit *v) {
             }
             until = v->has_asked ? until : v->meet->deadline;
         }
-        if (v->conn->doomed != NULL) {
+        if (v->conn->doomed) {
             char text[200];
             epi_format(text, sizeof(text), "lost rank 0: %s", v->conn->doomed);
             epi_format(v->last, sizeof(v->last), "%s", text);
@@ -164,7 +164,7 @@ static enum outcome try_all(struct visit *v) {
         bool is_name;
         const char *why =
             epi_addr_resolve(m->host, m->port, resolved, EPI_MEET_MAX_ADDRS, &num, &is_name);
-        if (why != NULL) {
+        if (why) {
             epi_format(v->last, sizeof(v->last), "%s", why);
             return OUTCOME_RETRY;
         }

@@ -57,7 +57,7 @@ ep_status epi_meet_listen(const struct epi_meet *meet, int *fd) {
     }
     /* A name may mean one address here and another elsewhere (Debian's hosts file calls the
      * host itself 127.0.1.1), so only a literal address restricts whom we listen to. */
-    if (why == NULL && num > 0 && (!is_name || strcmp(meet->host, "localhost") == 0)) {
+    if (!why && num > 0 && (!is_name || strcmp(meet->host, "localhost") == 0)) {
         listener = epi_sock_listen(&addr[0]);
     }
     if (listener == -EADDRNOTAVAIL) {
@@ -184,7 +184,7 @@ static bool look_at(struct gathering *g, int index) {
     struct epi_frame frame;
     (void)epi_conn_fill(&s->conn);
     int n = epi_conn_next(&s->conn, &frame);
-    if (n == 0 && s->conn.doomed == NULL) {
+    if (n == 0 && !s->conn.doomed) {
         return false;
     }
     if (n <= 0 || frame.type != EPI_FRAME_HELLO) {
@@ -319,7 +319,7 @@ ep_status epi_meet_root(const struct epi_meet *meet, int listen_fd, struct epi_c
     g.here = epi_alloc_array(n, sizeof(*g.here));
     g.strangers = epi_alloc_array((size_t)g.max_strangers, sizeof(*g.strangers));
     g.polls = epi_alloc_array(1 + n + (size_t)g.max_strangers, sizeof(*g.polls));
-    if (g.here == NULL || g.strangers == NULL || g.polls == NULL) {
+    if (!g.here || !g.strangers || !g.polls) {
         g.status =
             epi_fail(EP_ERR_NOMEM, "rendezvous: no memory for %d ranks", meet->num_ranks);
     } else {

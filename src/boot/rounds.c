@@ -13,13 +13,13 @@
 
 static struct epi_round *make(struct epi_rounds *rounds, uint64_t seq, int rank, size_t bytes) {
     struct epi_round *round = epi_alloc(sizeof(*round));
-    if (round == NULL) {
+    if (!round) {
         return NULL;
     }
     size_t num_ranks = (size_t)rounds->num_ranks;
     round->have = epi_alloc_array(num_ranks, sizeof(*round->have));
     round->data = epi_alloc_array(num_ranks, bytes);
-    if (round->have == NULL || round->data == NULL) {
+    if (!round->have || !round->data) {
         epi_free(round->have);
         epi_free(round->data);
         epi_free(round);
@@ -35,7 +35,7 @@ static struct epi_round *make(struct epi_rounds *rounds, uint64_t seq, int rank,
 
 struct epi_round *epi_rounds_find(struct epi_rounds *rounds, uint64_t seq) {
     struct epi_round *round = rounds->first;
-    while (round != NULL && round->seq != seq) {
+    while (round && round->seq != seq) {
         round = round->next;
     }
     return round;
@@ -44,10 +44,10 @@ struct epi_round *epi_rounds_find(struct epi_rounds *rounds, uint64_t seq) {
 struct epi_round *epi_rounds_put(struct epi_rounds *rounds, uint64_t seq, int rank,
                                  const void *in, size_t bytes) {
     struct epi_round *round = epi_rounds_find(rounds, seq);
-    if (round == NULL) {
+    if (!round) {
         round = make(rounds, seq, rank, bytes);
     }
-    if (round == NULL) {
+    if (!round) {
         return NULL;
     }
     if (round->bytes != bytes) {
@@ -77,7 +77,7 @@ void epi_rounds_remove(struct epi_rounds *rounds, struct epi_round *round) {
 }
 
 void epi_rounds_clear(struct epi_rounds *rounds) {
-    while (rounds->first != NULL) {
+    while (rounds->first) {
         epi_rounds_remove(rounds, rounds->first);
     }
 }

@@ -94,7 +94,7 @@ void epi_sock_close(int *fd) {
 
 bool epi_addr_split(const char *text, char host[256], int *port) {
     const char *colon = strrchr(text, ':');
-    if (colon == NULL || colon == text) {
+    if (!colon || colon == text) {
         return false;
     }
     const char *from = text;
@@ -105,7 +105,7 @@ bool epi_addr_split(const char *text, char host[256], int *port) {
         }
         from = text + 1;
         len -= 2;
-    } else if (memchr(text, ':', len) != NULL) {
+    } else if (memchr(text, ':', len)) {
         return false; /* a bare IPv6 address: which colon begins the port is anyone's guess */
     }
     char *end = NULL;
@@ -147,7 +147,7 @@ const char *epi_addr_resolve(const char *host, int port, struct epi_addr *out, i
         return err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err);
     }
     *num = 0;
-    for (struct addrinfo *ai = list; ai != NULL && *num < max; ai = ai->ai_next) {
+    for (struct addrinfo *ai = list; ai && *num < max; ai = ai->ai_next) {
         if (ai->ai_family == AF_INET || ai->ai_family == AF_INET6) {
             memset(&out[*num], 0, sizeof(out[*num]));
             memcpy(&out[*num].ss, ai->ai_addr, ai->ai_addrlen);
@@ -167,8 +167,8 @@ int epi_addr_local(int port, struct epi_addr *out, int max) {
     }
     int num = 0;
     for (int loopback = 0; loopback < 2; loopback++) {
-        for (struct ifaddrs *ifa = list; ifa != NULL && num < max; ifa = ifa->ifa_next) {
-            if (ifa->ifa_addr == NULL || !(ifa->ifa_flags & IFF_UP) ||
+        for (struct ifaddrs *ifa = list; ifa && num < max; ifa = ifa->ifa_next) {
+            if (!ifa->ifa_addr || !(ifa->ifa_flags & IFF_UP) ||
                 ((ifa->ifa_flags & IFF_LOOPBACK) != 0) != (loopback == 1)) {
                 continue;
             }

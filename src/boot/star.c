@@ -90,7 +90,7 @@ static void rank_gone(struct epi_star *star, int rank, enum epi_rank_state state
         return;
     }
     epi_log(EPI_LOG_WARN, "%s", text);
-    if (star->on_dead != NULL) {
+    if (star->on_dead) {
         star->on_dead(star->on_dead_ctx, rank, why);
     }
 }
@@ -120,7 +120,7 @@ static void end_round(struct epi_star *star, struct epi_round *round) {
     }
     struct epi_packet *packet = epi_packet_make(&frame);
     struct epi_request *req = &star->req;
-    if (packet == NULL) {
+    if (!packet) {
         fault_no_memory(star, round->bytes);
     } else {
         send_packet_to_all(star, packet);
@@ -141,7 +141,7 @@ static void contribute(struct epi_star *star, int rank, uint64_t seq, const void
         return;
     }
     struct epi_round *round = epi_rounds_put(&star->rounds, seq, rank, in, bytes);
-    if (round == NULL) {
+    if (!round) {
         fault_no_memory(star, bytes);
     } else if (round->num_in == star->num_ranks) {
         end_round(star, round);
@@ -152,7 +152,7 @@ static void contribute(struct epi_star *star, int rank, uint64_t seq, const void
 static void missing_text(struct epi_star *star, uint64_t seq, char *out, size_t out_bytes) {
     struct epi_round *round = epi_rounds_find(&star->rounds, seq);
     char list[EPI_ROUND_TEXT_BYTES];
-    if (round == NULL) {
+    if (!round) {
         epi_format(out, out_bytes, "none is missing any more");
         return;
     }
@@ -289,7 +289,7 @@ static void flush_all(struct epi_star *star) {
         again = false;
         for (int i = 0; i < star->num_conns; i++) {
             struct epi_conn *conn = &star->conns[i];
-            const bool could_send = conn->doomed == NULL;
+            const bool could_send = !conn->doomed;
             if (conn->fd < 0 || epi_conn_flush(conn)) {
                 continue;
             }
@@ -327,7 +327,7 @@ static bool take_orders(struct epi_star *star) {
     (void)n; /* nothing to read is fine */
     pthread_mutex_lock(&star->lock);
     struct epi_request *req = &star->req;
-    if (star->posted != NULL) {
+    if (star->posted) {
         take_posted(star, star->posted);
         star->posted = NULL;
         (void)pthread_cond_broadcast(&star->cond);
@@ -397,12 +397,12 @@ static void farewell(struct epi_star *star) {
                 continue;
             }
             conn->in_used = conn->in_bytes; /* nobody listens any more */
-            bool was_sent = conn->out_first == NULL;
+            bool was_sent = !conn->out_first;
             if (!epi_conn_flush(conn) || !epi_conn_fill(conn)) {
                 epi_conn_close(conn);
                 continue;
             }
-            if (!was_sent && conn->out_first == NULL) {
+            if (!was_sent && !conn->out_first) {
                 (void)shutdown(conn->fd, SHUT_WR);
             }
             star->polls[num++] =

@@ -20,7 +20,7 @@
 
 ep_status epi_star_make(struct epi_star **out, int rank, int num_ranks) {
     struct epi_star *star = epi_alloc(sizeof(*star));
-    if (star == NULL) {
+    if (!star) {
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
     }
     if (pthread_mutex_init(&star->lock, NULL) != 0) {
@@ -41,11 +41,11 @@ ep_status epi_star_make(struct epi_star **out, int rank, int num_ranks) {
     star->conns = epi_alloc_array((size_t)star->num_conns, sizeof(*star->conns));
     star->polls = epi_alloc_array((size_t)star->num_conns + 1, sizeof(*star->polls));
     star->state = epi_alloc_array((size_t)num_ranks, sizeof(*star->state));
-    for (int i = 0; star->conns != NULL && i < star->num_conns; i++) {
+    for (int i = 0; star->conns && i < star->num_conns; i++) {
         epi_conn_init(&star->conns[i], -1, i, 0);
     }
     int err = star->kick_fd < 0 ? -star->kick_fd : 0;
-    if (err != 0 || star->conns == NULL || star->polls == NULL || star->state == NULL) {
+    if (err != 0 || !star->conns || !star->polls || !star->state) {
         epi_star_free(star);
         return err != 0 ? epi_fail(EP_ERR_SYSTEM, "rendezvous: eventfd: %s", strerror(err))
                         : epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
@@ -76,7 +76,7 @@ void epi_star_free(struct epi_star *star) {
         epi_star_kick(star);
         (void)pthread_join(star->thread, NULL);
     }
-    for (int i = 0; star->conns != NULL && i < star->num_conns; i++) {
+    for (int i = 0; star->conns && i < star->num_conns; i++) {
         epi_conn_close(&star->conns[i]);
     }
     epi_sock_close(&star->kick_fd);
@@ -130,16 +130,16 @@ static ep_status wait_done(struct epi_star *star, struct epi_deadline deadline) 
  * in a long on_dead) has to go first. */
 static ep_status post(struct epi_star *star, const void *in, size_t bytes, void *out,
                       struct epi_deadline deadline) {
-    while (star->posted != NULL && epi_cond_wait(&star->cond, &star->lock, deadline)) {
+    while (star->posted && epi_cond_wait(&star->cond, &star->lock, deadline)) {
     }
-    if (star->posted != NULL) {
+    if (star->posted) {
         return epi_fail(EP_ERR_TIMEOUT, "allgather: the control thread of this rank is busy");
     }
     uint64_t seq = star->num_calls + 1;
     struct epi_frame frame = {
         .type = EPI_FRAME_GATHER, .seq = seq, .data = in, .data_bytes = bytes};
     star->posted = epi_packet_make(&frame);
-    if (star->posted == NULL) {
+    if (!star->posted) {
         return epi_fail(EP_ERR_NOMEM, "allgather: no memory for %zu bytes", bytes);
     }
     star->num_calls = seq;

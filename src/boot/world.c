@@ -41,7 +41,7 @@ struct ep_world {
 
 ep_status ep_world_create(ep_world **out, int num_ranks) {
     epi_clear_error();
-    if (out == NULL) {
+    if (!out) {
         return epi_fail(EP_ERR_ARG, "out is NULL");
     }
     if (num_ranks < 1 || num_ranks > EP_MAX_RANKS) {
@@ -50,7 +50,7 @@ ep_status ep_world_create(ep_world **out, int num_ranks) {
     }
     ep_world *world = epi_alloc(sizeof(*world));
     uint64_t *num_joins = epi_alloc_array((size_t)num_ranks, sizeof(*num_joins));
-    if (world == NULL || num_joins == NULL || pthread_mutex_init(&world->lock, NULL) != 0) {
+    if (!world || !num_joins || pthread_mutex_init(&world->lock, NULL) != 0) {
         epi_free(num_joins);
         epi_free(world);
         return epi_fail(EP_ERR_NOMEM, "no memory for a world of %d ranks", num_ranks);
@@ -66,7 +66,7 @@ int epi_world_num_ranks(ep_world *world) {
 }
 
 static void session_free(struct epi_session *session) {
-    if (session != NULL) {
+    if (session) {
         epi_rounds_clear(&session->rounds);
         epi_free(session->joined);
         epi_free(session->left);
@@ -77,14 +77,14 @@ static void session_free(struct epi_session *session) {
 }
 
 void ep_world_destroy(ep_world **world_ptr) {
-    if (world_ptr == NULL || *world_ptr == NULL) {
+    if (!world_ptr || !*world_ptr) {
         return;
     }
     ep_world *world = *world_ptr;
     *world_ptr = NULL;
     pthread_mutex_lock(&world->lock);
     bool in_use = false;
-    for (struct epi_session *s = world->sessions; s != NULL; s = s->next) {
+    for (struct epi_session *s = world->sessions; s; s = s->next) {
         for (int r = 0; r < world->num_ranks; r++) {
             in_use = in_use || (s->joined[r] && !s->left[r]);
         }
@@ -96,7 +96,7 @@ void ep_world_destroy(ep_world **world_ptr) {
                 "is not freed");
         return;
     }
-    while (world->sessions != NULL) {
+    while (world->sessions) {
         struct epi_session *session = world->sessions;
         world->sessions = session->next;
         session_free(session);
@@ -111,14 +111,14 @@ void ep_world_destroy(ep_world **world_ptr) {
 static struct epi_session *session_make(ep_world *world, uint64_t number) {
     size_t n = (size_t)world->num_ranks;
     struct epi_session *session = epi_alloc(sizeof(*session));
-    if (session == NULL || epi_cond_init(&session->cond) != 0) {
+    if (!session || epi_cond_init(&session->cond) != 0) {
         epi_free(session);
         return NULL;
     }
     session->joined = epi_alloc_array(n, sizeof(*session->joined));
     session->left = epi_alloc_array(n, sizeof(*session->left));
     session->num_calls = epi_alloc_array(n, sizeof(*session->num_calls));
-    if (session->joined == NULL || session->left == NULL || session->num_calls == NULL) {
+    if (!session->joined || !session->left || !session->num_calls) {
         session_free(session);
         return NULL;
     }
@@ -132,7 +132,7 @@ static struct epi_session *session_make(ep_world *world, uint64_t number) {
 
 static struct epi_session *session_find(ep_world *world, uint64_t number) {
     struct epi_session *session = world->sessions;
-    while (session != NULL && session->number != number) {
+    while (session && session->number != number) {
         session = session->next;
     }
     return session;
@@ -140,7 +140,7 @@ static struct epi_session *session_find(ep_world *world, uint64_t number) {
 
 /* Two threads that both claim a rank: the first still waits in the session before. */
 static bool is_waiting_elsewhere(ep_world *world, int rank) {
-    for (struct epi_session *s = world->sessions; s != NULL; s = s->next) {
+    for (struct epi_session *s = world->sessions; s; s = s->next) {
         bool complete = true;
         for (int r = 0; r < world->num_ranks; r++) {
             complete = complete && s->joined[r];
@@ -158,10 +158,10 @@ static ep_status session_enter(ep_world *world, int rank, struct epi_session **o
     }
     uint64_t number = world->num_joins[rank] + 1;
     struct epi_session *session = session_find(world, number);
-    if (session == NULL) {
+    if (!session) {
         session = session_make(world, number);
     }
-    if (session == NULL) {
+    if (!session) {
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
     }
     world->num_joins[rank] = number;
@@ -173,7 +173,7 @@ static ep_status session_enter(ep_world *world, int rank, struct epi_session **o
 static void session_exit(struct epi_session *session, int rank, const char *why) {
     ep_world *world = session->world;
     session->left[rank] = true;
-    if (why != NULL && session->left_why[0] == '\0') {
+    if (why && session->left_why[0] == '\0') {
         epi_format(session->left_why, sizeof(session->left_why), "rank %d failed: %s", rank,
                    why);
     }
@@ -245,7 +245,7 @@ static ep_status meet(struct epi_session *session, int rank, const void *in, siz
     pthread_mutex_lock(&world->lock);
     uint64_t seq = ++session->num_calls[rank];
     struct epi_round *round = epi_rounds_put(&session->rounds, seq, rank, in, bytes);
-    if (round == NULL) {
+    if (!round) {
         pthread_mutex_unlock(&world->lock);
         return epi_fail(EP_ERR_NOMEM, "%s: no memory for %zu bytes per rank", what, bytes);
     }

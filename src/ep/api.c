@@ -243,7 +243,7 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
                         "ep_handle_route: the handle's dispatch has begun and not "
                         "finished");
     }
-    if ((ids == NULL) == (mask == NULL)) {
+    if (!ids == !mask) {
         return epi_fail(EP_ERR_ARG, "ep_routing: set topk_ids or token_in_rank, %s",
                         ids ? "not both" : "neither is set");
     }

@@ -104,7 +104,7 @@ ep_status epi_combine(ep_handle *h, const struct ep_combine_args *a, void *strea
     if (g->cuda) {
         return enqueue(&t, stream);
     }
-    if (stream == NULL && atomic_load(&h->pending) == 0 && !atomic_load(&h->unfit)) {
+    if (!stream && atomic_load(&h->pending) == 0 && !atomic_load(&h->unfit)) {
         ep_status st = check_rows(&t); /* known already: refuse before the peers are involved */
         if (st != EP_OK) {
             return st;

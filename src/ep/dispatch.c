@@ -306,10 +306,10 @@ ep_status epi_dispatch(ep_handle *h, const struct ep_dispatch_args *a, void *str
     }
     atomic_fetch_add(&h->pending, 1);
     ep_status st = epi_stream_submit(stream, run_dispatch, &t, sizeof(t));
-    if (st != EP_OK && stream == NULL) {
+    if (st != EP_OK && !stream) {
         take_back(h);
     }
-    if (st == EP_OK && t.arena && stream == NULL && a->recv_x) {
+    if (st == EP_OK && t.arena && !stream && a->recv_x) {
         a->recv_x->shape[0] =
             h->expanded ? (int64_t)h->k.expert_start[g->num_local] : h->k.counts->rows;
     }

@@ -134,7 +134,7 @@ ep_status epi_handle_route(ep_handle *h, const struct ep_routing *r, void *strea
     t.args.lenient = (h->config.flags & EP_HANDLE_LENIENT_IDS) != 0;
     h->tokens = t.args.tokens;
     h->topk = t.args.topk;
-    h->by_mask = r->topk_ids == NULL;
+    h->by_mask = !r->topk_ids;
     h->dispatched = false;
     h->routed = true;
     t.args.ticket = ++h->routed_by;
