@@ -10,7 +10,7 @@
 # caught.
 #
 # Also the dialect in which src/ and kernel/ are written: sizeof(x), and in conditions p and !p
-# rather than p == NULL.
+# rather than p == NULL, no (void) before a call.
 self_test=
 [ "$1" = --self-test ] && self_test=1 && shift
 root=${1:-$(dirname "$0")/..}
@@ -125,6 +125,8 @@ law() {
         if (code ~ /==[ \t]*NULL|NULL[ \t]*[=!]=/ ||
             code ~ /[A-Za-z0-9_\]][ \t]*!=[ \t]*NULL[ \t]*(\)[ \t]*\{|\?|&&|\|\||;.*\))/)
             bad("p and !p, not a comparison with NULL")
+        if (code ~ /\(void\)[ \t]*[A-Za-z_][A-Za-z0-9_.>-]*[ \t]*\(/)
+            bad("a result that is ignored needs no (void)")
     }
     END { exit wrong }'
 }
@@ -194,6 +196,7 @@ plant kernel/zz.k.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
 plant src/ep/zz.c 'size_t x = sizeof x;'
 plant src/ep/zz.c 'if (p == NULL) {'
 plant src/ep/zz.c 'while (p != NULL && p->next) {'
+plant src/ep/zz.c '(void)pthread_join(thread, NULL);'
 spare src/ep/zz.c '/* getenv("X"), __atomic_load_n and stderr in a comment */ // asm'
 spare src/ep/zz.c 'const char *x = "getenv( stderr asm clock_gettime(";'
 spare src/ep/zz.c 'bool x = p != NULL;'

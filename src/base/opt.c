@@ -173,14 +173,14 @@ static const char *effective(enum epi_opt opt, int64_t *number) {
         report(opt, text);
     }
     if (row->def) {
-        (void)parse(row, row->def, number);
+        parse(row, row->def, number);
     }
     return row->def;
 }
 
 int64_t epi_opt_int(enum epi_opt opt) {
     int64_t number = 0;
-    (void)effective(opt, &number);
+    effective(opt, &number);
     return number;
 }
 

@@ -31,11 +31,11 @@ int epi_thread_start(pthread_t *thread, void *(*run)(void *), void *arg, const c
         return err;
     }
     err = pthread_create(thread, NULL, run, arg);
-    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (err == 0) {
         char short_name[16] = {0}; /* the kernel's limit, the final 0 included */
         strncpy(short_name, name, sizeof(short_name) - 1);
-        (void)pthread_setname_np(*thread, short_name);
+        pthread_setname_np(*thread, short_name);
     }
     return err;
 }

@@ -13,7 +13,7 @@
 
 int64_t epi_now_ns(void) {
     struct timespec now = {0};
-    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * EPI_NS_PER_S + now.tv_nsec;
 }
 
@@ -75,13 +75,13 @@ int epi_cond_init(pthread_cond_t *cond) {
     if (err == 0) {
         err = pthread_cond_init(cond, &attr);
     }
-    (void)pthread_condattr_destroy(&attr);
+    pthread_condattr_destroy(&attr);
     return err;
 }
 
 bool epi_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, struct epi_deadline d) {
     if (d.at_ns == INT64_MAX) {
-        (void)pthread_cond_wait(cond, mutex);
+        pthread_cond_wait(cond, mutex);
         return true;
     }
     struct timespec until = to_timespec(d.at_ns > 0 ? d.at_ns : 0);

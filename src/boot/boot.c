@@ -265,7 +265,7 @@ static ep_status star_start(struct epi_star *star) {
                             "rank 0 failed: it cannot start its control thread");
     } else {
         epi_conn_send(&star->conns[0], &(struct epi_frame){.type = EPI_FRAME_BYE});
-        (void)epi_conn_flush(&star->conns[0]);
+        epi_conn_flush(&star->conns[0]);
     }
     return st;
 }

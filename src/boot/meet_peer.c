@@ -104,8 +104,8 @@ static enum outcome talk(struct visit *v) {
         until = epi_deadline_min(until, epi_deadline_after(SILENCE_NS));
     }
     for (;;) {
-        (void)epi_conn_flush(v->conn);
-        (void)epi_conn_fill(v->conn);
+        epi_conn_flush(v->conn);
+        epi_conn_fill(v->conn);
         struct epi_frame frame;
         while (epi_conn_next(v->conn, &frame) > 0) {
             enum outcome outcome = hear(v, &frame);

@@ -104,7 +104,7 @@ static void turn_away(struct gathering *g, int index, ep_status status, const ch
     epi_log(EPI_LOG_WARN, "rendezvous: turned away %s: %s", s->name, text);
     struct epi_frame head = {.type = EPI_FRAME_REJECT, .status = status};
     epi_conn_send_text(&s->conn, &head, text);
-    (void)epi_conn_flush(&s->conn); /* a new socket has room for it */
+    epi_conn_flush(&s->conn); /* a new socket has room for it */
     epi_conn_close(&s->conn);
     forget(g, index);
 }
@@ -175,14 +175,14 @@ static void admit(struct gathering *g, int index, const struct epi_hello *h) {
     g->here[h->rank] = true;
     g->num_here++;
     epi_conn_send(conn, &(struct epi_frame){.type = EPI_FRAME_WELCOME});
-    (void)epi_conn_flush(conn);
+    epi_conn_flush(conn);
 }
 
 /* Returns true when the stranger's place in the array is now another's, or nobody's. */
 static bool look_at(struct gathering *g, int index) {
     struct stranger *s = &g->strangers[index];
     struct epi_frame frame;
-    (void)epi_conn_fill(&s->conn);
+    epi_conn_fill(&s->conn);
     int n = epi_conn_next(&s->conn, &frame);
     if (n == 0 && !s->conn.doomed) {
         return false;
@@ -221,7 +221,7 @@ static void missing_text(struct gathering *g, char *out, size_t out_bytes) {
 
 static void hear(struct gathering *g, struct epi_conn *conn) {
     struct epi_frame frame;
-    (void)epi_conn_fill(conn);
+    epi_conn_fill(conn);
     while (epi_conn_next(conn, &frame) > 0) {
         if (frame.type == EPI_FRAME_ASK) {
             char text[EPI_WIRE_TEXT_BYTES];
@@ -254,8 +254,7 @@ void epi_meet_reject_all(struct epi_conn *conns, int num_ranks, ep_status status
         if (conns[r].fd >= 0) {
             epi_conn_drop_queue(&conns[r]);
             epi_conn_send_text(&conns[r], &head, text);
-            (void)epi_conn_flush(
-                &conns[r]); /* nothing but WELCOME went before: there is room */
+            epi_conn_flush(&conns[r]); /* nothing but WELCOME went before: there is room */
         }
         epi_conn_close(&conns[r]);
     }

@@ -55,7 +55,7 @@ static void after_fork_child(void) {
 }
 
 static void track_init(void) {
-    (void)pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+    pthread_atfork(before_fork, after_fork_parent, after_fork_child);
 }
 
 static void track_begin(void) {
@@ -203,11 +203,11 @@ void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]) {
     char host[INET6_ADDRSTRLEN] = "?";
     if (addr->ss.ss_family == AF_INET6) {
         const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)&addr->ss;
-        (void)inet_ntop(AF_INET6, &v6->sin6_addr, host, sizeof(host));
+        inet_ntop(AF_INET6, &v6->sin6_addr, host, sizeof(host));
         epi_format(out, EPI_ADDR_TEXT_BYTES, "[%s]:%d", host, ntohs(v6->sin6_port));
     } else {
         const struct sockaddr_in *v4 = (const struct sockaddr_in *)&addr->ss;
-        (void)inet_ntop(AF_INET, &v4->sin_addr, host, sizeof(host));
+        inet_ntop(AF_INET, &v4->sin_addr, host, sizeof(host));
         epi_format(out, EPI_ADDR_TEXT_BYTES, "%s:%d", host, ntohs(v4->sin_port));
     }
 }
@@ -221,11 +221,11 @@ static void set_options(int fd) {
     const int idle_s = 2;
     const int interval_s = 1;
     const int num_probes = 3;
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-    (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof(idle_s));
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &num_probes, sizeof(num_probes));
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof(idle_s));
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &num_probes, sizeof(num_probes));
 }
 
 static int open_stream(int family) {
@@ -243,9 +243,9 @@ int epi_sock_listen(const struct epi_addr *addr) {
     }
     const int on = 1;
     const int off = 0;
-    (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
     if (addr->ss.ss_family == AF_INET6) {
-        (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof(off));
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof(off));
     }
     if (bind(fd, (const struct sockaddr *)&addr->ss, addr->len) != 0 ||
         listen(fd, SOMAXCONN) != 0) {

@@ -28,7 +28,7 @@ static void finish(struct epi_star *star, ep_status status, const char *text) {
         star->req.done = true;
         star->req.status = status;
         epi_format(star->req.text, sizeof(star->req.text), "%s", text);
-        (void)pthread_cond_broadcast(&star->cond);
+        pthread_cond_broadcast(&star->cond);
     }
 }
 
@@ -222,7 +222,7 @@ static void on_tell(struct epi_star *star, const struct epi_frame *frame) {
     if (req->active && !req->done && req->seq == frame->seq) {
         epi_frame_text(frame, req->text);
         req->told = true;
-        (void)pthread_cond_broadcast(&star->cond);
+        pthread_cond_broadcast(&star->cond);
     }
     pthread_mutex_unlock(&star->lock);
 }
@@ -265,7 +265,7 @@ static void on_frame_at_peer(struct epi_star *star, struct epi_conn *conn,
 /* What was said before the end is heard first: a BYE, say, right before the close. */
 static void hear(struct epi_star *star, struct epi_conn *conn) {
     struct epi_frame frame;
-    (void)epi_conn_fill(conn);
+    epi_conn_fill(conn);
     while (conn->fd >= 0 && epi_conn_next(conn, &frame) > 0) {
         if (star->rank == 0) {
             on_frame_at_root(star, conn, &frame);
@@ -330,14 +330,14 @@ static bool take_orders(struct epi_star *star) {
     if (star->posted) {
         take_posted(star, star->posted);
         star->posted = NULL;
-        (void)pthread_cond_broadcast(&star->cond);
+        pthread_cond_broadcast(&star->cond);
     }
     if (req->ask) {
         req->ask = false;
         if (star->rank == 0) {
             missing_text(star, req->seq, req->text, sizeof(req->text));
             req->told = true;
-            (void)pthread_cond_broadcast(&star->cond);
+            pthread_cond_broadcast(&star->cond);
         } else {
             epi_conn_send(&star->conns[0],
                           &(struct epi_frame){.type = EPI_FRAME_ASK, .seq = req->seq});
@@ -403,7 +403,7 @@ static void farewell(struct epi_star *star) {
                 continue;
             }
             if (!was_sent && !conn->out_first) {
-                (void)shutdown(conn->fd, SHUT_WR);
+                shutdown(conn->fd, SHUT_WR);
             }
             star->polls[num++] =
                 (struct pollfd){.fd = conn->fd, .events = epi_conn_events(conn)};
@@ -411,7 +411,7 @@ static void farewell(struct epi_star *star) {
         if (num == 0 || epi_deadline_expired(deadline)) {
             return;
         }
-        (void)poll(star->polls, (nfds_t)num, epi_deadline_left_ms(deadline));
+        poll(star->polls, (nfds_t)num, epi_deadline_left_ms(deadline));
     }
 }
 

@@ -28,7 +28,7 @@ ep_status epi_star_make(struct epi_star **out, int rank, int num_ranks) {
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
     }
     if (epi_cond_init(&star->cond) != 0) {
-        (void)pthread_mutex_destroy(&star->lock);
+        pthread_mutex_destroy(&star->lock);
         epi_free(star);
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
     }
@@ -74,7 +74,7 @@ void epi_star_free(struct epi_star *star) {
         star->stop = true;
         pthread_mutex_unlock(&star->lock);
         epi_star_kick(star);
-        (void)pthread_join(star->thread, NULL);
+        pthread_join(star->thread, NULL);
     }
     for (int i = 0; star->conns && i < star->num_conns; i++) {
         epi_conn_close(&star->conns[i]);
@@ -86,8 +86,8 @@ void epi_star_free(struct epi_star *star) {
     epi_free(star->state);
     epi_packet_drop(star->posted);
     if (is_ours) { /* in a child a thread of the parent may seem to be waiting still */
-        (void)pthread_cond_destroy(&star->cond);
-        (void)pthread_mutex_destroy(&star->lock);
+        pthread_cond_destroy(&star->cond);
+        pthread_mutex_destroy(&star->lock);
     }
     epi_free(star);
 }

@@ -71,7 +71,7 @@ static void session_free(struct epi_session *session) {
         epi_free(session->joined);
         epi_free(session->left);
         epi_free(session->num_calls);
-        (void)pthread_cond_destroy(&session->cond);
+        pthread_cond_destroy(&session->cond);
         epi_free(session);
     }
 }
@@ -101,7 +101,7 @@ void ep_world_destroy(ep_world **world_ptr) {
         world->sessions = session->next;
         session_free(session);
     }
-    (void)pthread_mutex_destroy(&world->lock);
+    pthread_mutex_destroy(&world->lock);
     epi_free(world->num_joins);
     epi_free(world);
 }
@@ -177,7 +177,7 @@ static void session_exit(struct epi_session *session, int rank, const char *why)
         epi_format(session->left_why, sizeof(session->left_why), "rank %d failed: %s", rank,
                    why);
     }
-    (void)pthread_cond_broadcast(&session->cond);
+    pthread_cond_broadcast(&session->cond);
     if (++session->num_left == world->num_ranks) {
         struct epi_session **at = &world->sessions;
         while (*at != session) {
@@ -250,7 +250,7 @@ static ep_status meet(struct epi_session *session, int rank, const void *in, siz
         return epi_fail(EP_ERR_NOMEM, "%s: no memory for %zu bytes per rank", what, bytes);
     }
     if (round->num_in == world->num_ranks) {
-        (void)pthread_cond_broadcast(&session->cond);
+        pthread_cond_broadcast(&session->cond);
     }
     while (round->num_in < world->num_ranks && who_left(session, round) < 0) {
         if (!epi_cond_wait(&session->cond, &world->lock, deadline)) {

@@ -105,7 +105,7 @@ static void disassemble(const struct epi_jit_request *r, int dir, const char *st
             err = errno;
         }
         if (err != 0) {
-            (void)unlinkat(dir, part, 0);
+            unlinkat(dir, part, 0);
         }
     }
     if (err == ENOENT || err == EACCES || err == ENOTDIR) {

@@ -335,6 +335,6 @@ void epi_dispatch_drop(ep_handle *h) {
     pthread_mutex_unlock(&g->mutex);
     if (begun && !g->cuda) {
         atomic_fetch_add(&h->pending, 1);
-        (void)epi_stream_submit(NULL, run_dispatch, &t, sizeof(t));
+        epi_stream_submit(NULL, run_dispatch, &t, sizeof(t));
     }
 }

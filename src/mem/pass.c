@@ -115,7 +115,7 @@ ep_status epi_fd_serve(int listener, const uint8_t token[EPI_FD_TOKEN], int fd, 
                             strerror(errno));
         }
         if (is_ours(c, token, deadline)) {
-            (void)send_fd(c, fd); /* who is gone by now is missed by all in the next step */
+            send_fd(c, fd); /* who is gone by now is missed by all in the next step */
             count--;
         }
         close(c);
@@ -160,7 +160,7 @@ int epi_fd_connect(int source, const uint8_t token[EPI_FD_TOKEN], struct epi_dea
         *st = epi_fail(EP_ERR_SYSTEM, "cannot open a Unix socket: %s", strerror(errno));
         return -1;
     }
-    (void)setsockopt(s, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+    setsockopt(s, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
     if (connect(s, (struct sockaddr *)&a, len) != 0) {
         *st = epi_fail(
             EP_ERR_UNSUPPORTED,
