@@ -263,18 +263,6 @@ struct k_channels {
     k_i32 in_group, size[K_CHANNEL_GROUPS]; /* tokens of a channel */
 };
 
-struct k_route_args {
-    struct k_group g;
-    struct k_handle h;
-    struct k_channels channels;
-    k_i32 tokens, topk;
-    k_i32 id_bytes; /* 4 or 8; 0: by mask */
-    k_i32 lenient;
-    k_u32 ticket, pad;   /* names this call to the host */
-    struct k_array ids;  /* [T][K] */
-    struct k_array mask; /* [T][R] bytes */
-};
-
 #define K_DO_SEND 1u   /* control and send part */
 #define K_DO_RECV 2u   /* receive part; the operation ends with this kernel */
 #define K_DO_COUNTS 4u /* uncached: exchange counts */
@@ -285,14 +273,35 @@ struct k_route_args {
 #define K_DO_NOTHING 256u /* after a fault: only leave the outputs as after a failure */
 #define K_DO_DROP 512u    /* receives, unless the kernel that sent has ended the operation */
 
-struct k_dispatch_args {
-    struct k_group g;
-    struct k_handle h;
-    struct k_channels channels;
-    k_u32 flags, send_blocks;
-    k_i32 handle_id;
-    k_i32 tokens, topk;
+/*
+ * What the arguments of every kernel begin with, as fields of theirs: one member of another struct
+ * there would change the machine code of kernels. Host code that serves all kernels reads them as a
+ * struct k_op, in a union with the rest. What a kernel has no use for is 0.
+ */
+#define K_OP_FIELDS                                                                            \
+    struct k_group g;                                                                          \
+    struct k_handle h;                                                                         \
+    struct k_channels channels;                                                                \
+    k_u32 flags, send_blocks;                                                                  \
+    k_i32 handle_id;                                                                           \
+    k_i32 tokens, topk;                                                                        \
     k_i32 row_bytes;
+
+struct k_op {
+    K_OP_FIELDS
+};
+
+struct k_route_args {
+    K_OP_FIELDS
+    k_i32 id_bytes; /* 4 or 8; 0: by mask */
+    k_i32 lenient;
+    k_u32 ticket, pad;   /* names this call to the host */
+    struct k_array ids;  /* [T][K] */
+    struct k_array mask; /* [T][R] bytes */
+};
+
+struct k_dispatch_args {
+    K_OP_FIELDS
     k_i32 num_scales, scale_bytes; /* per row; bytes of one */
     k_i32 slot;
     k_i32 alignment;
@@ -307,13 +316,7 @@ struct k_dispatch_args {
 };
 
 struct k_combine_args {
-    struct k_group g;
-    struct k_handle h;
-    struct k_channels channels;
-    k_u32 flags, send_blocks;
-    k_i32 handle_id;
-    k_i32 tokens, topk;
-    k_i32 row_bytes;
+    K_OP_FIELDS
     k_i32 dtype; /* K_BF16, K_F16, K_F32 */
     k_i32 stages, stage_bytes;
     k_i32 pad;
@@ -323,9 +326,7 @@ struct k_combine_args {
 
 /* Layout tensors from a routed handle. */
 struct k_layout_args {
-    struct k_group g;
-    struct k_handle h;
-    k_i32 tokens, topk;
+    K_OP_FIELDS
     k_i32 num_nodes;
     k_i32 pad;
     const k_i32 *rank_node; /* [R], or NULL: all on node 0 */
@@ -338,9 +339,12 @@ _Static_assert(sizeof(struct k_fault) == 48, "k_fault");
 _Static_assert(sizeof(struct k_board) == 6 * 8 + 48, "k_board");
 _Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
 _Static_assert(sizeof(struct k_handle) == 26 * 8, "k_handle");
-_Static_assert(sizeof(struct k_route_args) == 216 + 208 + 32 + 24 + 48, "k_route_args");
-_Static_assert(sizeof(struct k_dispatch_args) == 216 + 208 + 32 + 56 + 16 + 11 * 24,
+_Static_assert(sizeof(struct k_op) == 216 + 208 + 32 + 24, "k_op");
+_Static_assert(sizeof(struct k_route_args) == sizeof(struct k_op) + 16 + 48, "k_route_args");
+_Static_assert(sizeof(struct k_layout_args) == sizeof(struct k_op) + 16 + 40, "k_layout_args");
+_Static_assert(sizeof(struct k_dispatch_args) == sizeof(struct k_op) + 32 + 16 + 11 * 24,
                "k_dispatch_args");
-_Static_assert(sizeof(struct k_combine_args) == 216 + 208 + 32 + 48 + 7 * 24, "k_combine_args");
+_Static_assert(sizeof(struct k_combine_args) == sizeof(struct k_op) + 24 + 7 * 24,
+               "k_combine_args");
 
 #endif
