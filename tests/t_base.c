@@ -248,6 +248,16 @@ static void test_alloc(void) {
     ok(epi_alloc_live() == live, "a failed one is not out");
 }
 
+static void test_hash(void) {
+    const uint64_t whole = epi_hash(EPI_HASH_BEGIN, "foobar", 6);
+    ok(epi_hash(EPI_HASH_BEGIN, "a", 1) == UINT64_C(0xaf63dc4c8601ec8c) &&
+           whole == UINT64_C(0x85944171f73967e8),
+       "the hash is FNV-1a of 64 bits");
+    ok(epi_hash(epi_hash(EPI_HASH_BEGIN, "foo", 3), "bar", 3) == whole &&
+           epi_hash(whole, NULL, 0) == whole,
+       "and can be taken in pieces");
+}
+
 int main(void) {
     gpu_never("status, log, knobs");
     tap_deadline(60);
@@ -259,5 +269,6 @@ int main(void) {
     test_log();
     test_time();
     test_alloc();
+    test_hash();
     return done_testing();
 }

@@ -41,9 +41,8 @@ static void set_folder(const char *folder) {
 
 static void test_key(void) {
     struct epi_jit_key key = key_of("a"), pieces;
-    ok(key.hash[1] == UINT64_C(0xd228cb696f1a8caf) &&
-           key.hash[0] == UINT64_C(0x78912b704e4a8964) && key.bytes == 1,
-       "the hash is FNV-1a of 128 bits");
+    ok(key.hash == UINT64_C(0xaf63dc4c8601ec8c) && key.bytes == 1,
+       "a key is a hash and a length");
     epi_jit_key_begin(&pieces);
     epi_jit_key_add(&pieces, "foo", 3);
     epi_jit_key_add(&pieces, "bar", 3);

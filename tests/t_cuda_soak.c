@@ -27,13 +27,13 @@ static int number(const char *name, int usual, int most) {
     return n < 1 ? usual : n > most ? most : n;
 }
 
-/* FNV-1a of the bytes of all outputs that have a value. */
+/* The hash of the bytes of all outputs that have a value. */
 static void add_outputs(uint64_t *hash, const struct run *r) {
     for (int i = 0; i < NUM_OUTPUTS; i++) {
         const struct output *o = &r->out[i];
         for (size_t b = 0; o->got && b < o->bytes; b++) {
             if (!o->any[b]) {
-                *hash = (*hash ^ o->got[b]) * 1099511628211u;
+                *hash = epi_hash(*hash, &o->got[b], 1);
             }
         }
     }
@@ -41,7 +41,7 @@ static void add_outputs(uint64_t *hash, const struct run *r) {
 
 static void body(struct world *w) {
     const struct scene *s = w->ctx;
-    uint64_t hash = 1469598103934665603u;
+    uint64_t hash = EPI_HASH_BEGIN;
     struct run r[NUM_TRIALS];
     ep_handle *handle = NULL;
     bool go;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The one header of layer 0: status and error text, log, knobs, time, allocation, threads.
+ * The one header of layer 0: status and error text, log, knobs, time, hash, allocation, threads.
  * Every other directory may include it; it includes nothing of theirs but the public ep.h.
  *
  * Threads: everything here may be called from any thread at any time, unless said otherwise.
@@ -136,6 +136,13 @@ void epi_sleep_ns(int64_t ns);                       /* the whole time, whatever
 int epi_cond_init(pthread_cond_t *cond);
 /* False when the deadline has passed; may wake early, as condition variables do. */
 bool epi_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, struct epi_deadline d);
+
+/* ---- hash.c ------------------------------------------------------------------------------ */
+
+#define EPI_HASH_BEGIN UINT64_C(0xcbf29ce484222325)
+
+/* Goes on with a hash, so that data can be hashed in pieces; EPI_HASH_BEGIN is that of no bytes. */
+uint64_t epi_hash(uint64_t hash, const void *data, size_t bytes);
 
 /* ---- alloc.c ----------------------------------------------------------------------------- */
 

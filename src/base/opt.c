@@ -136,14 +136,6 @@ static void describe_rule(const struct opt_row *row, char *out, size_t bytes) {
     }
 }
 
-static uint64_t hash_text(const char *text) {
-    uint64_t hash = UINT64_C(0xcbf29ce484222325);
-    for (; *text != '\0'; text++) {
-        hash = (hash ^ (unsigned char)*text) * UINT64_C(0x100000001b3);
-    }
-    return hash | 1; /* never 0: that is "nothing reported yet" */
-}
-
 static const char *env_text(const char *name) {
     const char *text = getenv(name);
     return text && text[0] != '\0' ? text : NULL;
@@ -151,7 +143,8 @@ static const char *env_text(const char *name) {
 
 static void report(enum epi_opt opt, const char *text) {
     const struct opt_row *row = &rows[opt];
-    uint64_t hash = hash_text(text);
+    /* Never 0: that is "nothing reported yet". */
+    uint64_t hash = epi_hash(EPI_HASH_BEGIN, text, strlen(text)) | 1;
     if (atomic_exchange(&reported[opt], hash) == hash) {
         return;
     }

@@ -203,12 +203,8 @@ ep_status epi_launch_read(const struct epi_job *job, struct epi_launch *out) {
     return st;
 }
 
-uint64_t epi_launch_mix(uint64_t hash, const char *text) {
-    hash = hash == 0 ? UINT64_C(0xcbf29ce484222325) : hash;
-    for (; *text != '\0'; text++) {
-        hash = (hash ^ (unsigned char)*text) * UINT64_C(0x100000001b3);
-    }
-    return hash;
+static uint64_t mix(uint64_t hash, const char *text) {
+    return epi_hash(hash, text, strlen(text));
 }
 
 void epi_launch_job(const char *name, struct epi_job *out) {
@@ -221,10 +217,10 @@ void epi_launch_job(const char *name, struct epi_job *out) {
         {"SLURM_JOBID", "SLURM_STEPID"},
     };
     const char *given = name ? name : epi_opt_str(EPI_OPT_JOB);
-    out->id = epi_launch_mix(0, "libep");
+    out->id = mix(EPI_HASH_BEGIN, "libep");
     out->is_named = true;
     if (given) {
-        out->id = epi_launch_mix(epi_launch_mix(out->id, "job="), given);
+        out->id = mix(mix(out->id, "job="), given);
         epi_format(out->from, sizeof(out->from), "%s", name ? "given" : "EP_JOB");
         return;
     }
@@ -232,8 +228,8 @@ void epi_launch_job(const char *name, struct epi_job *out) {
         const char *first = epi_env(ids[i][0]);
         if (first) {
             const char *second = ids[i][1] ? epi_env(ids[i][1]) : NULL;
-            out->id = epi_launch_mix(epi_launch_mix(out->id, ids[i][0]), first);
-            out->id = epi_launch_mix(out->id, second ? second : "");
+            out->id = mix(mix(out->id, ids[i][0]), first);
+            out->id = mix(out->id, second ? second : "");
             epi_format(out->from, sizeof(out->from), "%s", ids[i][0]);
             /* torchrun's static rendezvous calls every job "none". */
             out->is_named = strcmp(first, "none") != 0;

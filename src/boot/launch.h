@@ -26,6 +26,5 @@ void epi_launch_job(const char *name, struct epi_job *out);
 ep_status epi_launch_read(const struct epi_job *job, struct epi_launch *out);
 /* The first host of a Slurm node list: "node[03-07,9]" is "node03". False: not understood. */
 bool epi_launch_first_host(const char *list, char *out, size_t out_bytes);
-uint64_t epi_launch_mix(uint64_t hash, const char *text);
 
 #endif

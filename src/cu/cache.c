@@ -19,7 +19,7 @@
 #include <unistd.h>
 
 #define MAGIC "libepjit"
-#define FORMAT 1
+#define FORMAT 2
 #define MAX_ENTRY_BYTES ((uint64_t)64 << 20)
 #define NAME_BYTES 48
 #define LOCK_POLL_NS (5 * EPI_NS_PER_MS)
@@ -31,39 +31,24 @@ struct entry_head {
     uint32_t nvrtc_version; /* that made it; for the log */
     struct epi_jit_key key;
     uint64_t cubin_bytes;
-    uint64_t cubin_hash[2];
+    uint64_t cubin_hash;
     uint64_t head_hash; /* of all before */
 };
 
 /* ---- keys --------------------------------------------------------------------------------- */
 
 void epi_jit_key_begin(struct epi_jit_key *key) {
-    key->hash[0] = UINT64_C(0x62b821756295c58d);
-    key->hash[1] = UINT64_C(0x6c62272e07bb0142);
+    key->hash = EPI_HASH_BEGIN;
     key->bytes = 0;
 }
 
 void epi_jit_key_add(struct epi_jit_key *key, const void *data, size_t bytes) {
-    const unsigned __int128 prime = (unsigned __int128)1 << 88 | 0x13b;
-    unsigned __int128 hash = (unsigned __int128)key->hash[1] << 64 | key->hash[0];
-    for (size_t i = 0; i < bytes; i++) {
-        hash = (hash ^ ((const unsigned char *)data)[i]) * prime;
-    }
-    key->hash[0] = (uint64_t)hash;
-    key->hash[1] = (uint64_t)(hash >> 64);
+    key->hash = epi_hash(key->hash, data, bytes);
     key->bytes += bytes;
 }
 
-static struct epi_jit_key hash_of(const void *data, size_t bytes) {
-    struct epi_jit_key key;
-    epi_jit_key_begin(&key);
-    epi_jit_key_add(&key, data, bytes);
-    return key;
-}
-
 static void name_of(char name[NAME_BYTES], const struct epi_jit_key *key, const char *tail) {
-    epi_format(name, NAME_BYTES, "%016" PRIx64 "%016" PRIx64 "%s", key->hash[1], key->hash[0],
-               tail);
+    epi_format(name, NAME_BYTES, "%016" PRIx64 "%s", key->hash, tail);
 }
 
 /* ---- the folder --------------------------------------------------------------------------- */
@@ -71,9 +56,9 @@ static void name_of(char name[NAME_BYTES], const struct epi_jit_key *key, const 
 /* One line per state of things, however many kernels meet it. */
 static void report(enum epi_log_level level, const char *path, const char *why) {
     static _Atomic uint64_t reported;
-    struct epi_jit_key hash = hash_of(path, strlen(path) + 1);
-    epi_jit_key_add(&hash, why, strlen(why));
-    if (atomic_exchange(&reported, hash.hash[0]) != hash.hash[0]) {
+    uint64_t hash = epi_hash(EPI_HASH_BEGIN, path, strlen(path) + 1);
+    hash = epi_hash(hash, why, strlen(why));
+    if (atomic_exchange(&reported, hash) != hash) {
         epi_log(level, "compiled kernels are not kept in %s: %s", path, why);
     }
 }
@@ -207,7 +192,7 @@ int epi_put_file(int dir, const char *name, const struct epi_piece *pieces, int 
 /* ---- entries ------------------------------------------------------------------------------ */
 
 static uint64_t hash_of_head(const struct entry_head *h) {
-    return hash_of(h, offsetof(struct entry_head, head_hash)).hash[0];
+    return epi_hash(EPI_HASH_BEGIN, h, offsetof(struct entry_head, head_hash));
 }
 
 /* What is wrong with the head of a file of `bytes`; NULL: nothing. */
@@ -249,7 +234,7 @@ static ep_status read_entry(int fd, const struct epi_jit_key *key, struct epi_cu
         return epi_fail(EP_ERR_NOMEM, "no memory for a kernel of %zu bytes", c.bytes);
     }
     if (!read_all(fd, c.data, c.bytes) ||
-        memcmp(hash_of(c.data, c.bytes).hash, h.cubin_hash, sizeof(h.cubin_hash)) != 0) {
+        epi_hash(EPI_HASH_BEGIN, c.data, c.bytes) != h.cubin_hash) {
         *why = "its kernel is damaged";
         epi_cubin_free(&c);
         return EP_AGAIN;
@@ -283,7 +268,6 @@ bool epi_cache_write(const struct epi_cache *c, const struct epi_jit_key *key,
                      const struct epi_cubin *cubin, int nvrtc_version) {
     char name[NAME_BYTES];
     struct entry_head h;
-    const struct epi_jit_key hash = hash_of(cubin->data, cubin->bytes);
     const struct epi_piece pieces[2] = {{&h, sizeof(h)}, {cubin->data, cubin->bytes}};
     memset(&h, 0, sizeof(h));
     memcpy(h.magic, MAGIC, sizeof(h.magic));
@@ -291,7 +275,7 @@ bool epi_cache_write(const struct epi_cache *c, const struct epi_jit_key *key,
     h.nvrtc_version = (uint32_t)nvrtc_version;
     h.key = *key;
     h.cubin_bytes = cubin->bytes;
-    memcpy(h.cubin_hash, hash.hash, sizeof(h.cubin_hash));
+    h.cubin_hash = epi_hash(EPI_HASH_BEGIN, cubin->data, cubin->bytes);
     h.head_hash = hash_of_head(&h);
     name_of(name, key, ".cubin");
     const int err = epi_put_file(c->dir, name, pieces, 2);

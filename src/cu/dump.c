@@ -132,7 +132,7 @@ void epi_jit_dump(const struct epi_jit_request *r, const struct epi_cubin *cubin
     base = base ? base + 1 : r->file;
     describe(r, nvrtc_version, head, sizeof(head));
     epi_format(stem, sizeof(stem), "%.*s.sm_%d.%08" PRIx32, (int)strcspn(base, "."), base,
-               r->arch, (uint32_t)r->key.hash[0]);
+               r->arch, (uint32_t)r->key.hash);
     const struct {
         const char *tail;
         struct epi_piece pieces[2];

@@ -189,7 +189,7 @@ static ep_status get_kernel(struct kernel *k, const struct epi_jit_request *r) {
 ep_status epi_jit_get(const char *file, int arch, const char *const *defines,
                       int driver_version, struct epi_jit_kernel *out) {
     struct epi_jit_request r = {
-        file, arch, defines, driver_version / 1000, epi_opt_str(EPI_OPT_JIT_DUMP), {{0, 0}, 0}};
+        file, arch, defines, driver_version / 1000, epi_opt_str(EPI_OPT_JIT_DUMP), {0, 0}};
     make_key(&r);
     struct epi_jit_key key = r.key;
     if (r.dump) {

@@ -8,10 +8,9 @@
 
 #include "src/cu/cu.h"
 
-/* The hash (FNV-1a, 128 bits) and the length of all that decides what a compilation gives. */
+/* The hash (epi_hash) and the length of all that decides what a compilation gives. */
 struct epi_jit_key {
-    uint64_t hash[2];
-    uint64_t bytes;
+    uint64_t hash, bytes;
 };
 void epi_jit_key_begin(struct epi_jit_key *key);
 void epi_jit_key_add(struct epi_jit_key *key, const void *data, size_t bytes);

@@ -62,11 +62,8 @@ static void fill_agreed(const ep_group *g, struct agreed *a) {
     a->max_expanded_rows = g->plan.info.max_expanded_rows;
     a->memory_limit_bytes = c->memory_limit_bytes;
     a->timeout_ms = g->timeout_ns / EPI_NS_PER_MS;
-    uint64_t hash = 1469598103934665603u; /* FNV-1a of the expert map */
-    for (int e = 0; e < c->num_experts; e++) {
-        hash = (hash ^ (uint64_t)g->k.expert_rank[e]) * 1099511628211u;
-    }
-    a->expert_rank = (int64_t)(hash >> 1);
+    const size_t map_bytes = (size_t)c->num_experts * sizeof(*g->k.expert_rank);
+    a->expert_rank = (int64_t)(epi_hash(EPI_HASH_BEGIN, g->k.expert_rank, map_bytes) >> 1);
 }
 
 static ep_status gather(void *ctx, const void *in, size_t bytes, void *out) {
