@@ -263,7 +263,7 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
             const k_u64 from = x_row(a, u->row + (k_u32)in.line) + (k_u64)in.from;
             k_mover_retire(k, m, newest_stores(a->stages));
             k_mover_load(k, m, in.stage, (const void *)from,
-                         at_most(u->line_bytes - in.from, a->stage_bytes));
+                         k_min(u->line_bytes - in.from, a->stage_bytes));
             walk_answer(&in, a, u);
             ahead++;
         }
@@ -287,7 +287,7 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
             const k_u64 to = u->to + (k_u64)out.line * (k_u64)a->row_bytes + (k_u64)out.from;
             k_mover_wait(k, m, out.stage);
             k_mover_store(k, m, out.stage, one_lane(k, to),
-                          at_most(u->line_bytes - out.from, a->stage_bytes));
+                          k_min(u->line_bytes - out.from, a->stage_bytes));
             k_mover_commit(k, m);
             walk_answer(&out, a, u);
             ended = out.item != item ? item : -1;
@@ -401,10 +401,10 @@ struct slices {
 #define LEAST_SLICE 4096
 
 static K_INLINE struct slices slices_of(const struct k_combine_args *a, k_i32 warps) {
-    const k_i32 last = at_most(a->row_bytes / LEAST_SLICE, LAST_SLICES);
-    const k_i32 few = at_most(a->tokens > 0 ? warps / a->tokens : 1, MOST_SLICES);
-    const k_i32 num = at_least(few, last);
-    struct slices s = {at_least(a->tokens - warps, 0), 1, a->row_bytes};
+    const k_i32 last = k_min(a->row_bytes / LEAST_SLICE, LAST_SLICES);
+    const k_i32 few = k_min(a->tokens > 0 ? warps / a->tokens : 1, MOST_SLICES);
+    const k_i32 num = k_max(few, last);
+    struct slices s = {k_max(a->tokens - warps, 0), 1, a->row_bytes};
     if (num > 1) {
         s.bytes = (a->row_bytes + 512 * num - 1) / (512 * num) * 512;
         s.num = (a->row_bytes + s.bytes - 1) / s.bytes;
@@ -428,7 +428,7 @@ static K_INLINE k_i32 part_bytes(const struct k_combine_args *a, k_i32 num, k_i3
         return bytes;
     }
     const k_i32 each = a->stage_bytes / (num > 1 ? num : 1);
-    return at_most(each < 512 ? each & ~15 : each & ~511, bytes);
+    return k_min(each < 512 ? each & ~15 : each & ~511, bytes);
 }
 
 /* Rows of the experts' output that make up this rank's answer for received row `row`. */
@@ -531,7 +531,7 @@ static K_INLINE void begin_token(const struct k_combine_args *a, const struct sl
     s->channel = 0;
     s->item = t;
     s->to = a->out.data + (k_u64)((k_i64)t * a->out.s0) + (k_u64)from;
-    s->bytes = at_most(t < cut->whole ? a->row_bytes : cut->bytes, a->row_bytes - from);
+    s->bytes = k_min(t < cut->whole ? a->row_bytes : cut->bytes, a->row_bytes - from);
     s->last = from + s->bytes == a->row_bytes;
     f->token = NOBODY;
 }
@@ -658,7 +658,7 @@ static K_INLINE k_i32 sum_part(struct k_thread *k, const struct k_combine_args *
     const struct sum *s = &warp_notes(k)->sum[set];
     const struct k_term *terms = warp_terms(k, set);
     const k_bool weighted = s->owner != NOBODY && a->weights.data != 0;
-    const k_i32 bytes = at_most(s->part, s->bytes - from), num = s->num;
+    const k_i32 bytes = k_min(s->part, s->bytes - from), num = s->num;
     const struct k_peer to = own_memory(s->to + (k_u64)from);
     if (is_staged(a)) {
         k_mover_wait(k, m, stage);
@@ -675,7 +675,7 @@ static K_INLINE k_i32 sum_part(struct k_thread *k, const struct k_combine_args *
 static K_INLINE k_i32 gather_part(struct k_thread *k, const struct k_combine_args *a,
                                   struct k_mover *m, k_i32 set, k_i32 from, k_i32 stage) {
     const struct sum *s = &warp_notes(k)->sum[set];
-    const k_i32 bytes = at_most(s->part, s->bytes - from);
+    const k_i32 bytes = k_min(s->part, s->bytes - from);
     if (is_staged(a)) {
         k_mover_gather(k, m, stage, warp_terms(k, set), s->num, from, bytes);
     }

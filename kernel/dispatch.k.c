@@ -111,7 +111,7 @@ static K_FN k_bool await_counts(struct k_thread *k, const struct k_dispatch_args
                           : a->h.recv_chan + (k_i64)src * (c.num + 1);
     k_u32 v[K_MANY], ignored = 0;
     if (!k_await_word(k, arrival_of(k, src), k->epoch, src, K_PHASE_READY, &ignored) ||
-        !k_await_words(k, words, K_LANES, at_most(left, K_MANY), k->epoch, src, K_PHASE_COUNTS,
+        !k_await_words(k, words, K_LANES, k_min(left, K_MANY), k->epoch, src, K_PHASE_COUNTS,
                        v)) {
         return 0;
     }
@@ -202,7 +202,7 @@ static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args 
             a->h.remote_base[p] = v[0];
         }
         if (has && v[1]) {
-            k_max(&a->h.counts->need, K_NEED_PACK(v[1], p));
+            k_raise_to(&a->h.counts->need, K_NEED_PACK(v[1], p));
             fits = 0;
         }
     }

@@ -51,7 +51,7 @@ static K_FN k_bool prepare(struct k_thread *k, const struct k_dispatch_args *a) 
     const k_i32 num_local = a->g.num_local, ranks = a->g.num_ranks;
     const k_i32 me = k->warp * K_LANES + k->lane, all = k->num_warps * K_LANES;
     const k_i32 run = (num_local + all - 1) / all;
-    const k_i32 first = at_most(me * run, num_local), end = at_most(first + run, num_local);
+    const k_i32 first = k_min(me * run, num_local), end = k_min(first + run, num_local);
     k_u32 space = 0, total = 0;
     K_ROLLED for (k_i32 e = first; e < end; e++) {
         k_u32 rows = 0;
@@ -217,9 +217,9 @@ static K_INLINE k_i32 *warp_tokens(struct k_thread *k, const struct k_dispatch_a
 static K_INLINE k_i32 parts_in(const struct k_dispatch_args *a, const struct intake *w,
                                k_i32 group) {
     const k_i32 tokens = a->channels.size[group];
-    const k_i32 bytes = a->recv_x.data ? at_most(a->row_bytes, 1 << 14) : 0;
-    const k_i32 large = at_most(tokens, 1 << 16) * bytes / INTAKE_BYTES;
-    return at_most(at_least(at_least(large, w->few), 1), at_most(MOST_PARTS, tokens));
+    const k_i32 bytes = a->recv_x.data ? k_min(a->row_bytes, 1 << 14) : 0;
+    const k_i32 large = k_min(tokens, 1 << 16) * bytes / INTAKE_BYTES;
+    return k_min(k_max(k_max(large, w->few), 1), k_min(MOST_PARTS, tokens));
 }
 
 static K_INLINE k_i32 channels_in(const struct k_channels *n, k_i32 group) {
@@ -234,14 +234,14 @@ static K_INLINE struct intake intake_of(const struct k_thread *k,
     const k_i32 senders = a->send_blocks ? (k_i32)a->send_blocks : 1;
     struct intake w;
     w.few = 2 * k->num_blocks * k->num_warps / (g->num_ranks * g->num_channels);
-    w.wide = at_most(senders * k->num_warps, g->num_channels);
+    w.wide = k_min(senders * k->num_warps, g->num_channels);
     w.items = 0;
     for (k_i32 i = 0; i < K_CHANNEL_GROUPS; i++) {
         w.items += channels_in(&a->channels, i) * parts_in(a, &w, i);
     }
     w.staged = g->side_stride <= a->stage_bytes;
     w.most_rows =
-        at_most(room / (a->topk + 1), w.staged ? a->stage_bytes / g->side_stride : room);
+        k_min(room / (a->topk + 1), w.staged ? a->stage_bytes / g->side_stride : room);
     w.pieces = a->recv_x.data ? (a->row_bytes + a->stage_bytes - 1) / a->stage_bytes : 0;
     w.direct = direct;
     return w;
@@ -276,8 +276,8 @@ static K_INLINE struct item item_at(const struct k_dispatch_args *a, const struc
         m.parts = parts_in(a, w, group);
     }
     const k_i32 num = channels_in(&a->channels, group);
-    const k_i32 wide = far < 0 ? 1 : at_most(w->wide, num);
-    const k_i32 round = at / (wide * m.parts) * wide, width = at_most(wide, num - round);
+    const k_i32 wide = far < 0 ? 1 : k_min(w->wide, num);
+    const k_i32 round = at / (wide * m.parts) * wide, width = k_min(wide, num - round);
     const k_i32 in = at - round * m.parts;
     m.channel = first + round + in % width;
     m.part = in / width;
@@ -354,7 +354,7 @@ static K_FN k_i32 choose_batch(struct k_thread *k, const struct k_dispatch_args 
     }
     b->source = f->source;
     b->first = f->row;
-    b->rows = at_most((k_i32)(f->end - f->row), w->most_rows);
+    b->rows = k_min((k_i32)(f->end - f->row), w->most_rows);
     if (is_direct(a, w, f->source)) {
         find_tokens(k, a, f, (k_u32)b->rows, warp_tokens(k, a, w));
     } else {
@@ -490,7 +490,7 @@ static K_INLINE void take_in(struct k_thread *k, const struct k_dispatch_args *a
             const k_i64 t = warp_tokens(k, a, w)[in->row];
             row = (const k_u8 *)(a->x.data + (k_u64)(t * a->x.s0));
         }
-        k_mover_load(k, m, in->stage, row + from, at_most(a->row_bytes - from, a->stage_bytes));
+        k_mover_load(k, m, in->stage, row + from, k_min(a->row_bytes - from, a->stage_bytes));
     } else if (direct) {
         make_sides(k, a, m, w, b, in->stage);
     } else if (w->staged) {
@@ -502,7 +502,7 @@ static K_INLINE void take_in(struct k_thread *k, const struct k_dispatch_args *a
 static K_INLINE void store_out(struct k_thread *k, const struct k_dispatch_args *a,
                                struct k_mover *m, const struct intake_walk *out) {
     const k_i32 from = out->piece * a->stage_bytes;
-    const k_i32 bytes = at_most(a->row_bytes - from, a->stage_bytes);
+    const k_i32 bytes = k_min(a->row_bytes - from, a->stage_bytes);
     if (a->flags & K_DO_EXPAND) {
         const k_i32 *places = warp_places(k) + out->row * a->topk;
         for (k_i32 base = 0; base < a->topk; base += K_LANES) {

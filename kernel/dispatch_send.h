@@ -154,7 +154,7 @@ static K_INLINE struct send_list begin_list(struct k_thread *k, const struct k_d
 /* Ready messages and bases are here. */
 static K_INLINE void note_places(struct k_thread *k, const struct k_dispatch_args *a,
                                  const struct send_list *l) {
-    for (k_i32 d = k->lane; d < at_most(a->g.num_ranks, NEAR_RANKS); d += K_LANES) {
+    for (k_i32 d = k->lane; d < k_min(a->g.num_ranks, NEAR_RANKS); d += K_LANES) {
         l->s->first[d] = first_place(a, d);
     }
     k_syncwarp(k);
@@ -324,7 +324,7 @@ static K_INLINE void fill_side(struct k_thread *k, const struct k_dispatch_args 
                                struct k_mover *m, const struct send_shape *s, k_i32 t,
                                k_i32 part, k_i32 stage, const struct token_ahead *n) {
     const k_i32 first = part * (a->stage_bytes / 4);
-    const k_i32 end = at_most(s->side_bytes / 4, first + a->stage_bytes / 4);
+    const k_i32 end = k_min(s->side_bytes / 4, first + a->stage_bytes / 4);
     k_u32 *out = k_mover_fill(k, m, stage) + s->side_at / 4;
     k_i32 ready = 0;
     if (part == 0) {
@@ -344,7 +344,7 @@ static K_INLINE void fill_side(struct k_thread *k, const struct k_dispatch_args 
         const k_i32 from = s->direct > first ? s->direct : first;
         k_syncwarp(k);
         K_ROLLED
-        for (k_i32 w = from + k->lane; w < at_most(s->side_words, end); w += K_LANES) {
+        for (k_i32 w = from + k->lane; w < k_min(s->side_words, end); w += K_LANES) {
             out[w - first] = scales_word(a, t, 4 * (w - s->scales));
         }
     }
@@ -394,7 +394,7 @@ static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args 
         if (side) {
             k_mover_store_filled(k, m, out->stage, s->side_at,
                                  own_memory(p.side ? p.side + (k_u64)side_from : 0),
-                                 at_most(s->side_bytes - side_from, a->stage_bytes));
+                                 k_min(s->side_bytes - side_from, a->stage_bytes));
         }
         base += K_LANES;
         if (base < t->dests) { /* more than lanes */

@@ -40,6 +40,7 @@
  *               k_reduce(k, ...)         sum of rows in float32 in the order given, rounded once
  *               k_zero(k, ...)           fills own memory
  * Sums          k_tally(p, v)            adds to a sum of this rank's that orders nothing
+ * Numbers       k_min(a, b), k_max(a, b), k_raise_to(p, v): *p becomes v if that is more
  * Code          K_UNROLL, K_ROLLED       before a loop: its values are to stay in registers; it is
  *                                        short, and code must stay in its cache
  * Time          k_now(k), k_spin(k, ...) deadline and abort are inside
@@ -66,6 +67,14 @@ struct k_peer {
 /* The library's: logs a long wait, once for each operation (src/ep). */
 void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
 #endif
+
+static K_INLINE k_i32 k_min(k_i32 a, k_i32 b) {
+    return a < b ? a : b;
+}
+
+static K_INLINE k_i32 k_max(k_i32 a, k_i32 b) {
+    return a > b ? a : b;
+}
 
 /* Address `offset` of rank `rank`'s arena. */
 static K_INLINE struct k_peer k_peer_at(const struct k_group *g, k_i32 rank, k_u64 offset) {

@@ -121,7 +121,7 @@ static K_INLINE k_bool k_claim(k_u64 *p) {
     return old == 0;
 }
 
-static K_INLINE void k_max(k_u64 *p, k_u64 v) {
+static K_INLINE void k_raise_to(k_u64 *p, k_u64 v) {
     asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 

@@ -105,7 +105,7 @@ static K_INLINE k_bool k_claim(k_u64 *p) {
 }
 
 /* *p = max(*p, v), atomically. */
-static K_INLINE void k_max(k_u64 *p, k_u64 v) {
+static K_INLINE void k_raise_to(k_u64 *p, k_u64 v) {
     k_u64 old = __atomic_load_n(p, __ATOMIC_RELAXED);
     while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED,
                                                    __ATOMIC_RELAXED)) {

@@ -15,14 +15,6 @@
 #define NOT_TOLD 2u
 #define NEVER 3u
 
-static K_INLINE k_i32 at_most(k_i32 a, k_i32 b) {
-    return a < b ? a : b;
-}
-
-static K_INLINE k_i32 at_least(k_i32 a, k_i32 b) {
-    return a > b ? a : b;
-}
-
 /* The stage of a mover that is used after this one. */
 static K_INLINE k_i32 next_stage(k_i32 stage, k_i32 stages) {
     return stage + 1 == stages ? 0 : stage + 1;
@@ -38,7 +30,7 @@ static K_INLINE k_i32 channel_first(const struct k_channels *n, k_i32 c) {
         first += n->in_group * n->size[group];
         c -= n->in_group;
     }
-    return at_most(first + c * n->size[group], n->tokens);
+    return k_min(first + c * n->size[group], n->tokens);
 }
 
 /* The channel of token t < T, if every channel had `more` tokens than it has. */
@@ -49,7 +41,7 @@ static K_INLINE k_i32 channel_at(const struct k_channels *n, k_i32 t, k_i32 more
         t -= n->in_group * (n->size[group] + more);
         c += n->in_group;
     }
-    return at_most(c + (k_i32)((k_u32)t / (k_u32)(n->size[group] + more)), n->num - 1);
+    return k_min(c + (k_i32)((k_u32)t / (k_u32)(n->size[group] + more)), n->num - 1);
 }
 
 static K_INLINE k_i32 channel_of(const struct k_channels *n, k_i32 t) {

@@ -80,7 +80,7 @@ static K_INLINE void fetch_ids(struct id_reader *from, const struct share *w, k_
 /* Takes token t and those behind it into the scratch, as many as fit. */
 static K_FN void hold(struct k_thread *k, const struct k_route_args *a, struct share *w,
                       k_i32 t) {
-    const k_i32 topk = a->topk, end = t + at_most(w->t1 - t, (k_i32)(BATCH / (k_u32)topk));
+    const k_i32 topk = a->topk, end = t + k_min(w->t1 - t, (k_i32)(BATCH / (k_u32)topk));
     const k_i32 n = (end - t) * topk;
     const k_i64 s0 = a->ids.s0, s1 = a->ids.s1;
     struct id_reader from;
@@ -275,7 +275,7 @@ static K_FN void number_share(struct k_thread *k, const struct k_route_args *a,
             if (t >= w->held_end) {
                 hold(k, a, w, t);
             }
-            const k_i32 until = at_most(end, w->held_end);
+            const k_i32 until = k_min(end, w->held_end);
             number_ids(k, a, w, t, until);
             write_dests(k, a, w, t, until);
             t = until;
@@ -314,7 +314,7 @@ static K_FN k_bool await_sums(struct k_thread *k, const struct k_route_args *a,
     const k_u64 *words = a->h.totals + col;
     k_bool ok = 1;
     K_ROLLED for (k_i32 b = 0; ok && b < k->block; b += K_MANY) {
-        const k_i32 n = col < cols ? at_most(k->block - b, K_MANY) : 0;
+        const k_i32 n = col < cols ? k_min(k->block - b, K_MANY) : 0;
         k_u32 sum[K_MANY];
         ok = k_await_words(k, words + (k_i64)b * cols, cols, n, team->mark, k->g->rank,
                            K_PHASE_SELF, sum);
@@ -487,8 +487,8 @@ static K_INLINE struct team make_team(struct k_thread *k, const struct k_route_a
     const k_u32 chans = (k_u32)a->g.num_channels, warps = (k_u32)k->num_warps;
     team.mark = (k_u32)k_peek(&a->h.sync[0]) + 1u;
     team.blocks =
-        at_most(at_most(k->num_blocks, K_MAX_BLOCKS), (k_i32)((chans + warps - 1) / warps));
-    team.warps = at_most(k->num_warps, (k_i32)(chans / (k_u32)team.blocks));
+        k_min(k_min(k->num_blocks, K_MAX_BLOCKS), (k_i32)((chans + warps - 1) / warps));
+    team.warps = k_min(k->num_warps, (k_i32)(chans / (k_u32)team.blocks));
     team.rows = 0;
     return team;
 }
