@@ -58,9 +58,9 @@
 #define K_SIG_TOPK_SHIFT 6
 #define K_SIG_HANDLE_SHIFT 16
 
-/* Answers to counts: word 0 the row at which the writer's rows start, word 1 the rows that the
- * answering rank would need if they do not fit, else 0. */
-#define K_ANSWER_WORDS 2
+/* Bases, by which a rank answers counts: word 0 is the row at which the reader's rows start there,
+ * word 1 the rows that the rank would need if all do not fit, else 0. */
+#define K_BASE_WORDS 2
 
 /* What a rank waits for; ep_fault.phase in words. */
 #define K_PHASE_NONE 0
@@ -159,7 +159,7 @@ struct k_map {
     k_u64 board;                 /* struct k_board, where arenas are host memory */
     k_u64 ready;                 /* [2][R][K_READY_STRIDE] words, by writer */
     k_u64 counts;                /* [2][R][count_words] words, by writer */
-    k_u64 answers;               /* [2][R][K_ANSWER_WORDS] words, by writer */
+    k_u64 bases;                 /* [2][R][K_BASE_WORDS] words, by writer */
     k_u64 progress;              /* [R][C] words: dispatched rows of (source, channel) */
     k_u64 returned;              /* [R][C] words: combined rows of (rank, channel) */
     k_u64 recv, recv_slot_bytes; /* [slots][rows][row bytes of the operation] */
@@ -233,9 +233,8 @@ struct k_handle {
     k_u32 *expert_start; /* [L + 1] expanded: aligned starts, end */
     k_u32 *expert_rows;  /* [L] */
     k_u32 *remote_base;  /* [R] row at which this rank's rows start at each peer */
-    k_u32
-        *remote_slot; /* [R] the slot each peer named in this operation; combine: landing row */
-    k_i32 *expand_row; /* [max_recv_rows][K] expanded row of a selection, or -1 */
+    k_u32 *remote_where; /* [R] what each peer's ready message said: slot, or landing row */
+    k_i32 *expand_row;   /* [max_recv_rows][K] expanded row of a selection, or -1 */
     struct k_counts *counts;
     struct k_counts *notice; /* the same for the host to read; may be `counts` itself */
     k_u64 *sync;             /* [1] how often route has run: the epoch of `totals` */

@@ -52,7 +52,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
         k_i32 p = (g->rank + i) % g->num_ranks;
         tell_ready(k, p, &sig, a->h.send_base[p]);
     }
-    k_bool ok = check_rows(k, a) && await_all_ready(k, &sig, a->h.remote_slot);
+    k_bool ok = check_rows(k, a) && await_all_ready(k, &sig, a->h.remote_where);
     ok = k_barrier(k, ok);
     if (ok && k->warp == 0 && k->lane == 0) {
         k_poke(&g->ctl->taken[NEXT_ANSWERS], 0);
@@ -66,7 +66,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
 
 /* Where row `row` (received from `owner`) lands: its number in the owner's landing region. */
 static K_INLINE k_u64 landing_row(const struct k_combine_args *a, k_i32 owner, k_u32 row) {
-    return (k_u64)a->h.remote_slot[owner] + (row - a->h.recv_base[owner]);
+    return (k_u64)a->h.remote_where[owner] + (row - a->h.recv_base[owner]);
 }
 
 static K_INLINE k_u64 landing(const struct k_combine_args *a, k_u64 row) {

@@ -3,7 +3,7 @@
  * dispatch: rows to the ranks of their experts, and what arrives into the caller's tensors.
  *
  *   control   block 0: ready words; uncached: counts to every peer, bases back, everybody reads
- *             every answer, so all ranks know alike whether the rows fit. Then `go`.
+ *             every base, so all ranks know alike whether the rows fit. Then `go`.
  *   send      one copy per (token, destination) to its final row of the destination's slot, its
  *             sidecar beside it, and one progress word per (destination, channel). Where some
  *             blocks send and others receive, the receivers make the copies to this rank itself.
@@ -144,10 +144,10 @@ static K_FN k_bool await_rows(struct k_thread *k, k_i32 src, k_u32 *rows) {
     return k_all(k, ok);
 }
 
-/* Posts word i of this rank's answers to the ranks: the lane's one to rank p. */
-static K_INLINE void tell_answer(struct k_thread *k, const struct k_dispatch_args *a, k_i32 p,
-                                 k_i32 i, k_u32 value) {
-    k_post(k_peer_at(&a->g, p, answer_offset(&a->g, k->epoch, a->g.rank) + 8ull * (k_u64)i),
+/* Posts word i of this rank's bases to rank p. Each lane has a rank of its own. */
+static K_INLINE void post_base(struct k_thread *k, const struct k_dispatch_args *a, k_i32 p,
+                               k_i32 i, k_u32 value) {
+    k_post(k_peer_at(&a->g, p, base_offset(&a->g, k->epoch, a->g.rank) + 8ull * (k_u64)i),
            K_WORD(k->epoch, value));
 }
 
@@ -165,7 +165,7 @@ static K_FN k_bool place_sources(struct k_thread *k, const struct k_dispatch_arg
         }
         const k_u32 base = (k_u32)sum + k_scan(k, rows, &total);
         if (s < g->num_ranks) {
-            tell_answer(k, a, s, 0, base);
+            post_base(k, a, s, 0, base);
             h->recv_count[s] = rows;
             h->recv_base[s] = base;
             h->recv_chan[(k_i64)s * (g->num_channels + 1) + g->num_channels] = rows;
@@ -174,7 +174,7 @@ static K_FN k_bool place_sources(struct k_thread *k, const struct k_dispatch_arg
     }
     const k_u32 need = (k_i64)sum > g->max_recv_rows ? (k_u32)sum : 0u;
     K_ROLLED for (k_i32 p = k->lane; p < g->num_ranks; p += K_LANES) {
-        tell_answer(k, a, p, 1, need);
+        post_base(k, a, p, 1, need);
     }
     if (k->lane == 0) {
         h->recv_base[g->num_ranks] = (k_u32)sum;
@@ -185,16 +185,17 @@ static K_FN k_bool place_sources(struct k_thread *k, const struct k_dispatch_arg
     return 1;
 }
 
-/* The same warp: every answer. Marks in counts->need the largest unmet need; `go` says if any. */
+/* The same warp awaits every base. It marks in counts->need the largest unmet need, if there is
+ * any; `go` says whether there is. */
 static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args *a, k_u32 *go) {
     const struct k_group *g = &a->g;
     k_bool fits = 1;
     K_ROLLED for (k_i32 first = 0; first < g->num_ranks; first += K_LANES) {
         const k_i32 p = first + k->lane;
         const k_bool has = p < g->num_ranks;
-        const k_u64 *words = (const k_u64 *)k_own(g, answer_offset(g, k->epoch, has ? p : 0));
+        const k_u64 *words = (const k_u64 *)k_own(g, base_offset(g, k->epoch, has ? p : 0));
         k_u32 v[K_MANY];
-        if (!k_await_words(k, words, 1, has ? K_ANSWER_WORDS : 0, k->epoch, p, K_PHASE_BASES,
+        if (!k_await_words(k, words, 1, has ? K_BASE_WORDS : 0, k->epoch, p, K_PHASE_BASES,
                            v)) {
             return 0;
         }
@@ -248,7 +249,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) 
     k_bool ok = 1;
     K_ROLLED for (k_i32 i = k->warp; ok && k->warp < readers && i < items; i += readers) {
         const k_i32 p = i % g->num_ranks;
-        ok = i < g->num_ranks ? await_ready(k, p, &sig, &a->h.remote_slot[p])
+        ok = i < g->num_ranks ? await_ready(k, p, &sig, &a->h.remote_where[p])
                               : await_counts(k, a, p, i / g->num_ranks - 1);
     }
     if (ok && counts && last) {

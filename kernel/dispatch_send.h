@@ -118,7 +118,7 @@ static K_INLINE void next_channel(struct k_thread *k, const struct k_dispatch_ar
 /* Where this rank's rows and their sidecars begin at rank d. */
 static K_INLINE struct place first_place(const struct k_dispatch_args *a, k_i32 d) {
     const struct k_map *map = &a->g.map;
-    const k_u64 slot = a->h.remote_slot[d], row = a->h.remote_base[d];
+    const k_u64 slot = a->h.remote_where[d], row = a->h.remote_base[d];
     struct place p;
     p.row =
         k_peer_at(&a->g, d, map->recv + slot * map->recv_slot_bytes + row * (k_u64)a->row_bytes)

@@ -58,9 +58,9 @@ static K_INLINE k_u64 counts_offset(const struct k_group *g, k_u32 epoch, k_i32 
                                ((k_u64)(epoch & 1u) * (k_u64)g->num_ranks + (k_u64)writer);
 }
 
-static K_INLINE k_u64 answer_offset(const struct k_group *g, k_u32 epoch, k_i32 writer) {
-    return g->map.answers +
-           8ull * K_ANSWER_WORDS * ((k_u64)(epoch & 1u) * (k_u64)g->num_ranks + (k_u64)writer);
+static K_INLINE k_u64 base_offset(const struct k_group *g, k_u32 epoch, k_i32 writer) {
+    return g->map.bases +
+           8ull * K_BASE_WORDS * ((k_u64)(epoch & 1u) * (k_u64)g->num_ranks + (k_u64)writer);
 }
 
 /* Word of (writer, channel) in `progress` or `returned`. */

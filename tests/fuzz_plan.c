@@ -122,7 +122,7 @@ static void check_map(const struct ep_group_config *c, const struct epi_plan *p)
     region(&end, m->board, (int64_t)sizeof(struct k_board));
     region(&end, m->ready, 2 * ranks * K_READY_STRIDE * 8);
     region(&end, m->counts, 2 * ranks * p->count_words * 8);
-    region(&end, m->answers, 2 * ranks * K_ANSWER_WORDS * 8);
+    region(&end, m->bases, 2 * ranks * K_BASE_WORDS * 8);
     region(&end, m->progress, ranks * chans * 8);
     region(&end, m->returned, ranks * chans * 8);
     region(&end, m->recv, (int64_t)m->recv_slot_bytes * p->num_slots);

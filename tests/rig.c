@@ -260,9 +260,9 @@ void rig_say(struct rig *r, enum rig_said what) {
             say_counts(r, p, what == RIG_ROWS);
         }
         if (what == RIG_ROWS) {
-            const k_u32 answer[K_ANSWER_WORDS] = {(k_u32)(p * RIG_TOKENS), 0};
+            const k_u32 base[K_BASE_WORDS] = {(k_u32)(p * RIG_TOKENS), 0};
             const k_u64 turn = (k_u64)(r->num_ranks + r->rank);
-            say(r, p, k->map.answers + 8 * turn * K_ANSWER_WORDS, 1, answer, K_ANSWER_WORDS);
+            say(r, p, k->map.bases + 8 * turn * K_BASE_WORDS, 1, base, K_BASE_WORDS);
         }
     }
 }

@@ -106,7 +106,7 @@ static void map_control(struct epi_plan *p, uint64_t *at) {
     p->map.board = take(at, (int64_t)sizeof(struct k_board));
     p->map.ready = take(at, 2 * ranks * K_READY_STRIDE * 8);
     p->map.counts = take(at, 2 * ranks * p->count_words * 8);
-    p->map.answers = take(at, 2 * ranks * K_ANSWER_WORDS * 8);
+    p->map.bases = take(at, 2 * ranks * K_BASE_WORDS * 8);
     p->map.progress = take(at, ranks * chans * 8);
     p->map.returned = take(at, ranks * chans * 8);
 }
@@ -280,7 +280,7 @@ size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p
     TAKE(expert_start, (local + 1) * 4);
     TAKE(expert_rows, (local + 1) * 4);
     TAKE(remote_base, ranks * 4);
-    TAKE(remote_slot, ranks * 4);
+    TAKE(remote_where, ranks * 4);
     TAKE(expand_row, p->info.max_recv_rows * topk * 4);
     TAKE(counts, (int64_t)sizeof(struct k_counts));
     TAKE(sync, 8);
