@@ -129,20 +129,20 @@ struct k_board {
     struct k_fault fault; /* holds where `abort` names a kind */
 };
 
-/* How an operation ended, beside well; k_ctl.ending. */
+/* How an operation ended that did not end well; k_ctl.how_ended. */
 #define K_END_FAULT 1u
-#define K_END_SKIP 2u  /* its rows did not fit: nothing was sent */
-#define K_END_SHORT 3u /* this rank's outputs hold fewer rows than came */
+#define K_END_NEED 2u /* rows did not fit the memory for them (k_counts.need); none was sent */
+#define K_END_OVER 3u /* more came than this rank's outputs hold (k_counts.over) */
 
 /* Control block of a rank: lives in its own memory, read and written by its own kernels. */
 struct k_ctl {
     k_u64 epoch;       /* operations finished */
     k_u64 abort;       /* not 0: stop waiting; this rank's kernels have faulted */
-    k_u64 go;          /* {epoch | 0 go, 1 skip}: exchange is done, handle arrays are filled */
+    k_u64 go;          /* {epoch | K_GO...}: the exchange is done, handle arrays are filled */
     k_u64 go_recv;     /* {epoch | ..}: offsets of the output are known */
     k_u64 out[2];      /* warps that have left: a kernel that only sends, any other */
     k_u64 sent;        /* {epoch | 1}: the kernel that only sends has left */
-    k_u64 ending;      /* {epoch | K_END_...} of an operation that did not end well */
+    k_u64 how_ended;   /* {epoch | K_END_...} of an operation that did not end well */
     k_u64 fault_claim; /* 0, then 1 */
     k_u64 taken[2];    /* work that warps take in turn: next numbers; 0 before go or go_recv */
     k_i64 timeout_ns;

@@ -57,7 +57,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
     if (ok && k->warp == 0 && k->lane == 0) {
         k_poke(&g->ctl->taken[NEXT_ANSWERS], 0);
         k_poke(&g->ctl->taken[NEXT_TOKEN], 0);
-        k_publish_local(&g->ctl->go, K_WORD(k->epoch, a->h.counts->need ? SKIP : GO));
+        k_publish_local(&g->ctl->go, K_WORD(k->epoch, a->h.counts->need ? K_GO_NEED : K_GO));
     }
     return ok;
 }
@@ -741,7 +741,7 @@ static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
     const k_bool both = k->num_blocks > 1;
     const k_i32 senders = both ? (k_i32)a->send_blocks : k->num_blocks;
     const k_bool sums = (a->flags & K_DO_REDUCE) != 0; /* made by all blocks */
-    k_u32 go = NOT_TOLD;
+    k_u32 go = K_GO_UNASKED;
     if (k->block == 0 && !control(k, a)) {
         return 0;
     }
@@ -754,10 +754,10 @@ static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
     }
     if (!may_send(k, &go)) {
         k_mover_end(k, &m);
-        if (go == SKIP) {
-            k_ends(k, K_END_SKIP);
+        if (go == K_GO_NEED) {
+            k_fail_op(k, K_END_NEED);
         }
-        return go == SKIP;
+        return go == K_GO_NEED;
     }
     if (!sums && !(away && both)) {
         const k_i32 from = both ? senders : 0;
@@ -779,9 +779,9 @@ static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
 K_KERNEL(combine, k_combine_args) {
     k_enter(k, &a->g, K_OP_COMBINE);
     if (!run(k, a)) {
-        k_ends(k, K_END_FAULT);
+        k_fail_op(k, K_END_FAULT);
     }
-    if (k_last_out(k, 1)) {
-        k_leave(k, 1);
+    if (k_is_last_out(k, 1)) {
+        k_finish_kernel(k, 1);
     }
 }

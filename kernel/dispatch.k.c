@@ -207,7 +207,7 @@ static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args 
             fits = 0;
         }
     }
-    *go = k_all(k, fits) ? GO : SKIP;
+    *go = k_all(k, fits) ? K_GO : K_GO_NEED;
     return 1;
 }
 
@@ -234,7 +234,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) 
     sig.word0 = signature(k, a->flags, a->topk, a->handle_id);
     sig.word1 = (k_u32)a->row_bytes;
     sig.word2 = (k_u32)(a->num_scales * a->scale_bytes);
-    k_u32 go = last && !counts && a->h.counts->need ? SKIP : GO;
+    k_u32 go = last && !counts && a->h.counts->need ? K_GO_NEED : K_GO;
     if (counts && last) {
         tell_rows(k, a);
     }
@@ -277,11 +277,11 @@ static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
     const k_i32 first_recv = both ? senders : 0;
     /* Own rows that are copied out need not be sent. */
     const k_bool direct = sends && receives && a->recv_x.data != 0;
-    k_u32 go = NOT_TOLD;
+    k_u32 go = K_GO_UNASKED;
     k_bool ok = 1;
     if (k->block == 0) { /* its warps go on to `prepare` together, or not at all */
-        ok = (!sends || control(k, a)) && (may_send(k, &go) || go == SKIP);
-        ok = k_barrier(k, ok) && (go == SKIP || !receives || prepare(k, a));
+        ok = (!sends || control(k, a)) && (may_send(k, &go) || go == K_GO_NEED);
+        ok = k_barrier(k, ok) && (go == K_GO_NEED || !receives || prepare(k, a));
     }
     if (!ok) {
         return 0;
@@ -305,8 +305,8 @@ static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
     if (ok && receives) {
         ok = receive(k, a, &m, first_recv, direct);
     }
-    if (go == SKIP) {
-        k_ends(k, K_END_SKIP);
+    if (go == K_GO_NEED) {
+        k_fail_op(k, K_END_NEED);
         ok = 1;
     }
     k_mover_end(k, &m);
@@ -327,20 +327,20 @@ K_KERNEL(dispatch, k_dispatch_args) {
         return;
     }
     if (!run(k, a)) {
-        k_ends(k, K_END_FAULT);
+        k_fail_op(k, K_END_FAULT);
     }
-    if (k_last_out(k, receives)) {
+    if (k_is_last_out(k, receives)) {
         k_u32 left = 0;
         /* A warp of the sending kernel may start late, and takes its epoch from memory then. */
         if (receives && !sends &&
             !k_await(k, &a->g.ctl->sent, k->epoch, a->g.rank, K_PHASE_SELF, &left)) {
-            k_ends(k, K_END_FAULT);
+            k_fail_op(k, K_END_FAULT);
         }
-        const k_u32 ending = k_ending(k);
-        if (ending && receives) {
+        const k_u32 how = k_how_ended(k);
+        if (how && receives) {
             clear_outputs(k, a);
         }
-        k_leave(k, receives || ending == K_END_SKIP); /* else another kernel receives */
+        k_finish_kernel(k, receives || how == K_END_NEED); /* else another kernel receives */
         if (!receives && k->lane == 0) {
             k_publish_local(&a->g.ctl->sent, K_WORD(k->epoch, 1));
         }

@@ -80,14 +80,14 @@ static K_FN k_bool prepare(struct k_thread *k, const struct k_dispatch_args *a) 
         write_i32(&a->num_rows, 0, (k_i32)rows);
         if (rows > a->capacity || (a->recv_x.data && rows > a->x_rows)) {
             h->notice->over = K_WORD(h->tag, rows);
-            k_ends(k, K_END_SHORT);
+            k_fail_op(k, K_END_OVER);
         }
     }
     k_syncwarp(k);
     k_bool ok = k_barrier(k, 1);
     if (me == 0) {
         k_poke(&a->g.ctl->taken[0], 0);
-        k_publish_local(&a->g.ctl->go_recv, K_WORD(k->epoch, GO));
+        k_publish_local(&a->g.ctl->go_recv, K_WORD(k->epoch, K_GO));
         k_tally(&a->g.ctl->rows_received, h->recv_base[ranks]);
     }
     return ok;

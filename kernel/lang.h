@@ -279,16 +279,16 @@ static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step
     return k_all(k, ok);
 }
 
-/* The operation does not end well; before k_last_out. */
-static K_INLINE void k_ends(struct k_thread *k, k_u32 how) {
+/* The operation does not end well, for the reason K_END_...; said before k_is_last_out. */
+static K_INLINE void k_fail_op(struct k_thread *k, k_u32 how) {
     if (k->lane == 0) {
-        k_poke(&k->g->ctl->ending, K_WORD(k->epoch, how));
+        k_poke(&k->g->ctl->how_ended, K_WORD(k->epoch, how));
     }
 }
 
-/* How it ends: 0 well, or K_END_...; for the warp that was last out. */
-static K_INLINE k_u32 k_ending(const struct k_thread *k) {
-    const k_u64 w = k_peek(&k->g->ctl->ending);
+/* How it ended: 0 well, or K_END_...; known to the warp that was last out. */
+static K_INLINE k_u32 k_how_ended(const struct k_thread *k) {
+    const k_u64 w = k_peek(&k->g->ctl->how_ended);
     return (k_u32)(w >> 32) == k->epoch ? (k_u32)w : 0u;
 }
 
@@ -332,7 +332,7 @@ static K_FN k_bool k_arrived(struct k_thread *k, const k_u64 *word, k_u32 epoch,
  * Every warp's last step but one: true for the last of the grid, which sees all that the others
  * did. `part` is 0 for a kernel that only sends, whose operation another kernel ends, else 1.
  */
-static K_FN k_bool k_last_out(struct k_thread *k, k_i32 part) {
+static K_FN k_bool k_is_last_out(struct k_thread *k, k_i32 part) {
     k_bool last = 1;
     k_syncwarp(k);
     if (k->lane == 0) {
@@ -349,7 +349,7 @@ static K_FN k_bool k_last_out(struct k_thread *k, k_i32 part) {
 }
 
 /* By the last warp out: the kernel has done its work; with `over` its operation has ended. */
-static K_FN void k_leave(struct k_thread *k, k_bool over) {
+static K_FN void k_finish_kernel(struct k_thread *k, k_bool over) {
     k_syncwarp(k);
     if (k->lane == 0) {
         struct k_ctl *ctl = k->g->ctl;
@@ -359,7 +359,7 @@ static K_FN void k_leave(struct k_thread *k, k_bool over) {
             k_add(&ctl->num_ops[op], 1);
             k_poke(&ctl->epoch, k_peek(&ctl->epoch) + 1);
         }
-        if (k_ending(k) == K_END_FAULT) {
+        if (k_how_ended(k) == K_END_FAULT) {
             k_publish_local(&k_board_of(k->g, k->g->rank)->failed, K_WORD(k->epoch, 1));
         }
     }

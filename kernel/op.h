@@ -8,12 +8,13 @@
 
 #include "kernel/lang.h"
 
-/* What block 0 tells the others when control is over: begin, or leave. */
-#define GO 0u
-#define SKIP 1u
-/* What a warp notes beside that: it has not asked, or the operation has faulted. */
-#define NOT_TOLD 2u
-#define NEVER 3u
+/* What block 0 tells the others in k_ctl.go when control is over: begin, or leave, as rows do not
+ * fit at some rank. */
+#define K_GO 0u
+#define K_GO_NEED 1u
+/* What a warp notes beside these: it has not asked yet; or the operation has faulted. */
+#define K_GO_UNASKED 2u
+#define K_GO_FAULT 3u
 
 /* The stage of a mover that is used after this one. */
 static K_INLINE k_i32 next_stage(k_i32 stage, k_i32 stages) {
@@ -102,12 +103,12 @@ static K_INLINE void tell_ready(struct k_thread *k, k_i32 p, const struct op_sig
  * before that: only places at the peers, and counters that warps share, hold no sooner.
  */
 static K_INLINE k_bool may_send(struct k_thread *k, k_u32 *go) {
-    if (*go == NOT_TOLD) {
+    if (*go == K_GO_UNASKED) {
         k_u32 word = 0;
         const k_bool ok = k_await(k, &k->g->ctl->go, k->epoch, k->g->rank, K_PHASE_SELF, &word);
-        *go = ok ? word : NEVER;
+        *go = ok ? word : K_GO_FAULT;
     }
-    return *go == GO;
+    return *go == K_GO;
 }
 
 /*
