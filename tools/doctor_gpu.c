@@ -55,7 +55,11 @@ static void add_compiler(struct doctor *d) {
                    "there is no folder for compiled kernels that can be written (HOME, "
                    "XDG_CACHE_HOME or EP_JIT_CACHE): every process compiles anew");
     } else {
-        doctor_add(d, "kernel cache", "ok", "%s", look->cache_folder);
+        doctor_add(d, "kernel cache", "ok",
+                   "%s (to see a kernel's machine code, set EP_JIT_DUMP to a folder and call "
+                   "nvdisasm -c FILE.cubin; it comes with the CUDA toolkit, or by pip install "
+                   "nvidia-cuda-nvdisasm)",
+                   look->cache_folder);
     }
 }
 

@@ -76,8 +76,8 @@ void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per 
       "folder that keeps compiled kernels, off for none; else libep in XDG_CACHE_HOME or in "  \
       "HOME/.cache")                                                                           \
     X(JIT_DUMP, STR, NULL, 1, 1000, NULL,                                                      \
-      "folder for each kernel's text, PTX, cubin, machine code (where nvdisasm is) and "       \
-      "compiler report; compiles them anew")                                                   \
+      "folder for each kernel's text, PTX, cubin (nvdisasm -c FILE shows its machine code) "   \
+      "and compiler report; compiles them anew")                                               \
     X(ARENA, CHOICE, "auto", 0, 0, "auto|device|host",                                         \
       "where the arenas of CUDA groups lie: host is pinned host memory")                       \
     X(TEST_ALLOC_FAIL, INT, "0", 0, INT64_MAX, NULL,                                           \

@@ -3,23 +3,17 @@
  * EP_JIT_DUMP: what was compiled, for people. Owns the names of the files: per kernel
  * KERNEL.sm_ARCH.KEY.cu, .ptx, .cubin and .log (what the compiler and ptxas said: registers,
  * local memory), and the texts that the .cu includes under their own names, so that it compiles
- * again with -I FOLDER. And .sass, the machine code, where the toolkit's nvdisasm is found in PATH
- * or below CUDA_HOME: a process, because no library reads a cubin. Any thread; processes may dump
- * to one folder at a time. Must not make a compilation fail.
+ * again with -I FOLDER. The machine code is what `nvdisasm -c KERNEL.sm_ARCH.KEY.cubin` says. Any
+ * thread; processes may dump to one folder at a time. Must not make a compilation fail.
  */
 #include "src/cu/jit.h"
 #include "src/cu/nvrtc.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
-
-extern char **environ;
 
 static void put(const struct epi_jit_request *r, int dir, const char *name,
                 const struct epi_piece *pieces, int num_pieces) {
@@ -65,59 +59,6 @@ static const char *put_texts(const struct epi_jit_request *r, int dir) {
     return source;
 }
 
-/* Runs `nvdisasm -c FOLDER/cubin` into a descriptor. Returns 0, an errno, or -1: it failed. */
-static int run_nvdisasm(const char *folder, const char *cubin, int out) {
-    char path[EPI_CACHE_PATH_BYTES + 160], program[EPI_CACHE_PATH_BYTES] = "nvdisasm";
-    const char *home = epi_env("CUDA_HOME");
-    posix_spawn_file_actions_t actions;
-    pid_t child;
-    int status = 0;
-    epi_format(path, sizeof(path), "%s/%s", folder, cubin);
-    char *const argv[] = {program, (char[]){"-c"}, path, NULL};
-    int err = posix_spawn_file_actions_init(&actions);
-    if (err != 0) {
-        return err;
-    }
-    err = posix_spawn_file_actions_adddup2(&actions, out, STDOUT_FILENO);
-    err = err ? err : posix_spawnp(&child, program, &actions, NULL, argv, environ);
-    if (err != 0 && home) {
-        epi_format(program, sizeof(program), "%s/bin/nvdisasm", home);
-        err = posix_spawn(&child, program, &actions, NULL, argv, environ);
-    }
-    posix_spawn_file_actions_destroy(&actions);
-    while (err == 0 && waitpid(child, &status, 0) < 0) { /* ECHILD: who knows how it ended */
-        err = errno == EINTR ? 0 : errno;
-    }
-    return err ? err : status ? -1 : 0;
-}
-
-/* STEM.sass from STEM.cubin, or a line that says why there is none. */
-static void disassemble(const struct epi_jit_request *r, int dir, const char *stem) {
-    char cubin[160], sass[160], part[192];
-    epi_format(cubin, sizeof(cubin), "%s.cubin", stem);
-    epi_format(sass, sizeof(sass), "%s.sass", stem);
-    epi_format(part, sizeof(part), "%s.%d.tmp", sass, (int)getpid());
-    const int out = openat(dir, part, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    int err = out < 0 ? errno : run_nvdisasm(r->dump, cubin, out);
-    if (out >= 0) {
-        close(out);
-        if (err == 0 && renameat(dir, part, dir, sass) != 0) {
-            err = errno;
-        }
-        if (err != 0) {
-            unlinkat(dir, part, 0);
-        }
-    }
-    if (err == ENOENT || err == EACCES || err == ENOTDIR) {
-        epi_log(EPI_LOG_INFO,
-                "no %s: nvdisasm of the CUDA toolkit is neither in PATH nor in CUDA_HOME/bin",
-                sass);
-    } else if (err != 0) {
-        epi_log(EPI_LOG_WARN, "no %s/%s: %s", r->dump, sass,
-                err > 0 ? strerror(err) : "nvdisasm failed");
-    }
-}
-
 void epi_jit_dump(const struct epi_jit_request *r, const struct epi_cubin *cubin,
                   int nvrtc_version) {
     const int dir = epi_open_folder(r->dump, 0, 0777);
@@ -144,6 +85,5 @@ void epi_jit_dump(const struct epi_jit_request *r, const struct epi_cubin *cubin
         epi_format(name, sizeof(name), "%s.%s", stem, files[i].tail);
         put(r, dir, name, files[i].pieces, 2);
     }
-    disassemble(r, dir, stem);
     close(dir);
 }
