@@ -5,9 +5,9 @@
 #
 #   L0 src/base   L1 src/cu boot mem net   L2 src/run proxy   L3 src/ep
 # A directory includes its own files, src/base, and the <dir>.h of lower layers; kernel/abi.h
-# may be included from src/. kernel/ includes kernel/ only; tools/ ep.h and src/base/base.h, its
-# gpu*.c also src/cu/cu.h; examples/ ep.h. The self-test plants violations in a copy: each must be
-# caught.
+# may be included from src/, kernels.h and lang*.h from src/run. kernel/ includes kernel/ only;
+# tools/ ep.h and src/base/base.h, its gpu*.c also src/cu/cu.h; examples/ ep.h. The self-test plants
+# violations in a copy: each must be caught.
 #
 # Also the dialect in which src/ and kernel/ are written: sizeof(x), and in conditions p and !p
 # rather than p == NULL, no (void) before a call.
@@ -63,7 +63,7 @@ law() {
             }
             if (inc == "ep.h" || inc == "include/ep.h" || inc == "kernel/abi.h") return
             if (inc ~ /^kernel\//) {
-                if (dir == "run" && inc ~ /^kernel\/lang/) return
+                if (dir == "run" && inc ~ /^kernel\/(lang|kernels)/) return
                 bad("src may include only kernel/abi.h of kernel/: " inc)
                 return
             }
@@ -175,6 +175,7 @@ plant src/run/zz.c '#include "src/proxy/proxy.h"'
 plant src/run/zz.c '#include "src/ep/ep.h"'
 plant src/ep/zz.c '#include "src/mem/map.h"'
 plant src/ep/zz.c '#include "kernel/lang.h"'
+plant src/ep/zz.c '#include "kernel/kernels.h"'
 plant src/zz/zz.c 'int x;'
 plant kernel/zz.k.c '#include <stdint.h>'
 plant kernel/zz.k.c '#include "src/base/base.h"'
@@ -203,6 +204,7 @@ spare src/ep/zz.c 'bool x = p != NULL;'
 spare src/ep/zz.c 'if ((p = strchr(s, c)) != NULL) {'
 spare src/ep/zz.c '#include "src/mem/mem.h"'
 spare src/run/zz.c '#include "kernel/abi.h"'
+spare src/run/zz.c '#include "kernel/kernels.h"'
 spare tools/zz.c '#include "src/base/base.h"'
 spare tools/gpu_zz.c '#include "src/cu/cu.h"'
 echo "ok: law self-test, $planted plants"

@@ -72,6 +72,9 @@ ep_status epi_cuda_open(ep_group *g) {
                             wants_generic_mover());
     }
     if (st == EP_OK) {
+        st = epi_gpu_load(c->gpu, EPI_KERNEL_SET_THROUGHPUT);
+    }
+    if (st == EP_OK) {
         const struct epi_cu_device *d = epi_gpu_device(c->gpu);
         epi_log(EPI_LOG_INFO, "device %d: %s, sm_%d%d, %d SMs", d->index, d->name, d->major,
                 d->minor, d->num_sms);

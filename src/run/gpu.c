@@ -3,7 +3,7 @@
  * Kernels on a CUDA device: the device of one rank, its streams, the compiled kernels and their
  * launches. Owns the order of a rank's launches: each waits for the one before it, whatever
  * streams they are on, through one event; within a capture, through another. Loaded kernels are
- * kept for the life of the process, one set per device and shape, because loading one may wait
+ * kept for the life of the process, once per device and shape, because loading some may wait
  * for kernels that wait for this thread. Must not look into a kernel's arguments, and never waits
  * for a device.
  */
@@ -22,21 +22,23 @@
 #define MOST_STAGE_BYTES 4096
 #define LEAST_STAGE_BYTES 512
 
-/* One per device, number of warps and mover; guarded by `mutex`, freed never. */
-struct kernel_set {
+/* One per set, device, number of warps and mover; guarded by `mutex`, freed never. */
+struct loaded {
+    enum epi_kernel_set set;
     int device, warps;
     bool generic;
-    struct epi_cu_kernel kernel[EPI_KERNEL_COUNT];
-    struct kernel_set *next;
+    struct epi_cu_kernel kernel[EPI_KERNEL_COUNT]; /* those of the set */
+    struct loaded *next;
 };
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static struct kernel_set *sets;
+static struct loaded *all_loaded;
 
 struct epi_gpu {
     struct epi_cu_device device;
-    const struct kernel_set *set;
+    const struct loaded *loaded[EPI_NUM_KERNEL_SETS];
     struct epi_gpu_shape shape;
+    bool generic; /* which mover */
     size_t shared_bytes;
     void *stream;  /* for overlap with the caller's work */
     void *control; /* copies and fills that must not wait for kernels */
@@ -52,75 +54,102 @@ struct epi_gpu {
 /* ---- kernels ---------------------------------------------------------------------------- */
 
 static const struct {
-    const char *name;
-    int file;
+    const char *name, *file;
+    enum epi_kernel_set set;
 } kernels[EPI_KERNEL_COUNT] = {
-    [EPI_KERNEL_ROUTE] = {"ep_route", 0},
-    [EPI_KERNEL_LAYOUT] = {"ep_layout", 0},
-    [EPI_KERNEL_DISPATCH] = {"ep_dispatch", 1},
-    [EPI_KERNEL_COMBINE] = {"ep_combine", 2},
+#define ROW(NAME, name, file, args, set) {"ep_" #name, file, EPI_KERNEL_SET_##set},
+    K_KERNELS(ROW)
+#undef ROW
 };
-#define NUM_FILES 3
-static const char *const files[NUM_FILES] = {"kernel/route.k.c", "kernel/dispatch.k.c",
-                                             "kernel/combine.k.c"};
 
-static ep_status load_set(const struct epi_cu_device *d, struct kernel_set *s) {
+/* Where `file` is in files[num], or would come next. */
+static int find_file(const char *const *files, int num, const char *file) {
+    int i = 0;
+    while (i < num && strcmp(files[i], file) != 0) {
+        i++;
+    }
+    return i;
+}
+
+int epi_kernel_files(enum epi_kernel_set set, const char *files[EPI_KERNEL_COUNT]) {
+    int num = 0;
+    for (int i = 0; i < EPI_KERNEL_COUNT; i++) {
+        if (kernels[i].set == set && find_file(files, num, kernels[i].file) == num) {
+            files[num++] = kernels[i].file;
+        }
+    }
+    return num;
+}
+
+static ep_status load_kernels(const struct epi_cu_device *d, struct loaded *l) {
     char warps[32];
-    const char *defines[] = {warps, s->generic ? "-DK_MOVER_GENERIC=1" : NULL, NULL};
-    struct epi_jit_kernel built[NUM_FILES];
-    void *module[NUM_FILES] = {NULL};
-    epi_format(warps, sizeof(warps), "-DK_BLOCK_WARPS=%d", s->warps);
-    ep_status st = epi_jit_get_all(files, NUM_FILES, d->major * 10 + d->minor, defines,
+    const char *defines[] = {warps, l->generic ? "-DK_MOVER_GENERIC=1" : NULL, NULL};
+    const char *files[EPI_KERNEL_COUNT];
+    const int num = epi_kernel_files(l->set, files);
+    struct epi_jit_kernel built[EPI_KERNEL_COUNT];
+    void *module[EPI_KERNEL_COUNT] = {NULL};
+    epi_format(warps, sizeof(warps), "-DK_BLOCK_WARPS=%d", l->warps);
+    ep_status st = epi_jit_get_all(files, num, d->major * 10 + d->minor, defines,
                                    epi_cu_driver_version(), built);
-    for (int i = 0; st == EP_OK && i < NUM_FILES; i++) {
+    for (int i = 0; st == EP_OK && i < num; i++) {
         st = epi_cu_module_load(d, built[i].cubin, &module[i]);
     }
     for (int i = 0; st == EP_OK && i < EPI_KERNEL_COUNT; i++) {
-        st = epi_cu_kernel_get(d, module[kernels[i].file], kernels[i].name, &s->kernel[i]);
+        if (kernels[i].set == l->set) {
+            st = epi_cu_kernel_get(d, module[find_file(files, num, kernels[i].file)],
+                                   kernels[i].name, &l->kernel[i]);
+        }
     }
-    for (int i = 0; st != EP_OK && i < NUM_FILES; i++) {
+    for (int i = 0; st != EP_OK && i < num; i++) {
         epi_cu_module_unload(d, &module[i]);
     }
     return st;
 }
 
-/* The kernels for a device, loaded by whoever comes first. A set keeps its device open. */
-static ep_status find_set(const struct epi_cu_device *d, int warps, bool generic,
-                          const struct kernel_set **out) {
+/* A set's kernels for a device, loaded by whoever comes first. They keep their device open. */
+static ep_status find_loaded(const struct epi_cu_device *d, enum epi_kernel_set set, int warps,
+                             bool generic, const struct loaded **out) {
     ep_status st = EP_OK;
     pthread_mutex_lock(&mutex);
-    struct kernel_set *s = sets;
-    while (s && (s->device != d->index || s->warps != warps || s->generic != generic)) {
-        s = s->next;
+    struct loaded *l = all_loaded;
+    while (l && (l->device != d->index || l->set != set || l->warps != warps ||
+                 l->generic != generic)) {
+        l = l->next;
     }
-    if (!s) {
+    if (!l) {
         struct epi_cu_device keep;
-        s = epi_alloc(sizeof(*s));
-        if (!s) {
+        l = epi_alloc(sizeof(*l));
+        if (!l) {
             st = epi_fail(EP_ERR_NOMEM, "no memory for the kernels of device %d", d->index);
         } else {
-            s->device = d->index;
-            s->warps = warps;
-            s->generic = generic;
-            st = load_set(d, s);
+            l->device = d->index;
+            l->set = set;
+            l->warps = warps;
+            l->generic = generic;
+            st = load_kernels(d, l);
         }
         if (st == EP_OK) {
             st = epi_cu_device_open(&keep, d->index); /* and never closed */
         }
         if (st == EP_OK) {
-            s->next = sets;
-            sets = s;
+            l->next = all_loaded;
+            all_loaded = l;
         } else {
-            epi_free(s);
+            epi_free(l);
         }
     }
     pthread_mutex_unlock(&mutex);
-    *out = s;
+    *out = l;
     return st;
 }
 
+ep_status epi_gpu_load(struct epi_gpu *g, enum epi_kernel_set set) {
+    return find_loaded(&g->device, set, g->shape.warps, g->generic, &g->loaded[set]);
+}
+
 /* As many warps as leave each a ring of useful stages. */
-static ep_status choose_shape(struct epi_gpu *g, int scratch_bytes, bool generic) {
+static ep_status choose_shape(struct epi_gpu *g, int scratch_bytes) {
+    const bool generic = g->generic;
     for (int warps = generic ? MOST_WARPS_GENERIC : MOST_WARPS; warps >= 1; warps /= 2) {
         const int each = g->device.max_shared_bytes / warps - scratch_bytes - K_RING_HEAD;
         const int stage = each / STAGES / 128 * 128;
@@ -167,12 +196,9 @@ ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bo
         return epi_fail(EP_ERR_NOMEM, "no memory for a device");
     }
     ep_status st = epi_cu_device_open(&g->device, device);
-    generic = generic || g->device.major < 9;
+    g->generic = generic || g->device.major < 9;
     if (st == EP_OK) {
-        st = choose_shape(g, scratch_bytes, generic);
-    }
-    if (st == EP_OK) {
-        st = find_set(&g->device, g->shape.warps, generic, &g->set);
+        st = choose_shape(g, scratch_bytes);
     }
     if (st == EP_OK) {
         st = make_streams(g);
@@ -269,7 +295,7 @@ ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *
                                     .threads = 32 * g->shape.warps,
                                     .shared_bytes = g->shared_bytes,
                                     .stream = stream};
-    return epi_cu_launch(&g->device, &g->set->kernel[kernel], &l, args);
+    return epi_cu_launch(&g->device, &g->loaded[kernels[kernel].set]->kernel[kernel], &l, args);
 }
 
 ep_status epi_gpu_end(struct epi_gpu *g, void *stream) {

@@ -10,19 +10,14 @@
 
 #include "kernel/lang.h"
 
-#define KERNEL(name) void k_entry_##name(struct k_thread *k, const void *args)
-KERNEL(route);
-KERNEL(layout);
-KERNEL(dispatch);
-KERNEL(combine);
-#undef KERNEL
+#define DECLARE(NAME, name, file, args, set)                                                   \
+    void k_entry_##name(struct k_thread *k, const void *a);
+K_KERNELS(DECLARE)
+#undef DECLARE
 
-static const k_entry_fn entries[EPI_KERNEL_COUNT] = {
-    [EPI_KERNEL_ROUTE] = k_entry_route,
-    [EPI_KERNEL_LAYOUT] = k_entry_layout,
-    [EPI_KERNEL_DISPATCH] = k_entry_dispatch,
-    [EPI_KERNEL_COMBINE] = k_entry_combine,
-};
+#define ENTRY(NAME, name, file, args, set) k_entry_##name,
+static const k_entry_fn entries[EPI_KERNEL_COUNT] = {K_KERNELS(ENTRY)};
+#undef ENTRY
 
 struct worker {
     struct epi_run *run;

@@ -7,15 +7,19 @@
 #ifndef EPI_RUN_H
 #define EPI_RUN_H
 
+#include "kernel/kernels.h"
 #include "src/base/base.h"
 
-enum epi_kernel {
-    EPI_KERNEL_ROUTE,
-    EPI_KERNEL_LAYOUT,
-    EPI_KERNEL_DISPATCH,
-    EPI_KERNEL_COMBINE,
-    EPI_KERNEL_COUNT
-};
+#define EPI_KERNEL_ENUM(NAME, name, file, args, set) EPI_KERNEL_##NAME,
+enum epi_kernel { K_KERNELS(EPI_KERNEL_ENUM) EPI_KERNEL_COUNT };
+#undef EPI_KERNEL_ENUM
+
+#define EPI_KERNEL_SET_ENUM(NAME) EPI_KERNEL_SET_##NAME,
+enum epi_kernel_set { K_KERNEL_SETS(EPI_KERNEL_SET_ENUM) EPI_NUM_KERNEL_SETS };
+#undef EPI_KERNEL_SET_ENUM
+
+/* The files of a set's kernels, each once; returns how many. */
+int epi_kernel_files(enum epi_kernel_set set, const char *files[EPI_KERNEL_COUNT]);
 
 /* Threads that run one rank's kernels, one kernel at a time. */
 struct epi_run;
@@ -48,9 +52,12 @@ struct epi_gpu_shape {
     int most_stages; /* smaller ones, in the same ring */
 };
 
-/* Opens the device, compiles what is not compiled, loads what is not loaded. `scratch_bytes` of
- * shared memory are each warp's own. EP_ERR_UNSUPPORTED says what is missing. */
+/* Opens the device. `scratch_bytes` of shared memory are each warp's own. EP_ERR_UNSUPPORTED says
+ * what is missing. */
 ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bool generic);
+/* Compiles of a set what is not compiled and loads what is not loaded; before the first launch of
+ * its kernels. */
+ep_status epi_gpu_load(struct epi_gpu *g, enum epi_kernel_set set);
 /* After epi_gpu_idle. Does not wait. */
 void epi_gpu_destroy(struct epi_gpu **gpu);
 const struct epi_cu_device *epi_gpu_device(const struct epi_gpu *g);

@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "kernel/kernels.h"
 #include "kernel/lang.h"
 
 #define NUM_DEVICES 2
@@ -541,19 +542,16 @@ DEFINE(cuMemsetD8Async, uint64_t at, unsigned char byte, size_t bytes, void *str
 
 /* ---- kernels -------------------------------------------------------------------------------- */
 
-#define KERNEL(name) void k_entry_##name(struct k_thread *k, const void *args)
-KERNEL(route);
-KERNEL(layout);
-KERNEL(dispatch);
-KERNEL(combine);
+#define DECLARE(NAME, name, file, args, set)                                                   \
+    void k_entry_##name(struct k_thread *k, const void *a);
+K_KERNELS(DECLARE)
 static const struct kernel {
     const char *name;
     k_entry_fn entry;
     size_t arg_bytes;
-} kernels[] = {{"ep_route", k_entry_route, sizeof(struct k_route_args)},
-               {"ep_layout", k_entry_layout, sizeof(struct k_layout_args)},
-               {"ep_dispatch", k_entry_dispatch, sizeof(struct k_dispatch_args)},
-               {"ep_combine", k_entry_combine, sizeof(struct k_combine_args)}};
+} kernels[] = {
+#define ROW(NAME, name, file, args, set) {"ep_" #name, k_entry_##name, sizeof(struct args)},
+    K_KERNELS(ROW)};
 
 DEFINE(cuModuleLoadData, void **module, const void *image) {
     *module = (void *)(uintptr_t)image;

@@ -6,6 +6,7 @@
 #include <stdio.h>
 
 #include "src/cu/cu.h"
+#include "src/run/run.h"
 
 /* As in t_jit: what NVRTC makes once for all its threads. */
 __attribute__((visibility("default"))) const char *__tsan_default_suppressions(void);
@@ -14,11 +15,11 @@ const char *__tsan_default_suppressions(void) {
 }
 
 int main(void) {
-    static const char *const files[] = {"kernel/route.k.c", "kernel/dispatch.k.c",
-                                        "kernel/combine.k.c"};
+    const char *files[EPI_KERNEL_COUNT];
+    const int num_files = epi_kernel_files(EPI_KERNEL_SET_THROUGHPUT, files);
     static const char *const defines[] = {"-DK_BLOCK_WARPS=2", NULL};
-    struct epi_jit_kernel kernels[3];
-    const ep_status st = epi_jit_get_all(files, 3, 90, defines, 13000, kernels);
+    struct epi_jit_kernel kernels[EPI_KERNEL_COUNT];
+    const ep_status st = epi_jit_get_all(files, num_files, 90, defines, 13000, kernels);
     if (st != EP_OK) {
         printf("%s\n", ep_last_error());
     }
