@@ -70,8 +70,6 @@ want 2 "$ep" bench --sweep tokens=1,x && says tokens=1,x
 ok "a sweep that cannot be read is named"
 want 2 "$ep" bench --routing half --topk 8 --experts 8 && says half
 ok "half routing that a rank has too few experts for is refused"
-want 2 "$ep" bench --device cuda --plot "$tmp/p.svg" && says plot && [ ! -e "$tmp/p.svg" ]
-ok "what --device cuda does not draw is refused"
 want 2 "$ep" env surplus && says surplus
 ok "a surplus argument is named"
 
@@ -213,13 +211,6 @@ ok "bench --json with a sweep of four cases"
 want 0 "$ep" bench $small --csv && [ "$(wc -l <"$tmp/out")" = 9 ] &&
     [ "$(awk -F, '{ print NF }' "$tmp/out" | sort -u | wc -l)" = 1 ]
 ok "bench --csv has one line per phase, all of one width"
-is_xml() {
-    ! command -v python3 >/dev/null ||
-        python3 -c 'import sys, xml.dom.minidom as m; m.parse(sys.argv[1])' "$1"
-}
-want 0 "$ep" bench $small --plot "$tmp/p.svg" && grep -q '^</svg>' "$tmp/p.svg" &&
-    is_xml "$tmp/p.svg"
-ok "bench --plot writes well-formed SVG"
 want 1 "$ep" bench --tokens 1000000 --hidden 65536 && says 'lower --tokens'
 ok "a case that does not fit in memory is refused before it starts"
 

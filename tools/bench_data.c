@@ -56,10 +56,6 @@ static int owner_of(const struct bench_data *d, int32_t id) {
     return id < 0 ? -1 : expert_owner(id, (int)d->p->experts, (int)d->p->ranks);
 }
 
-const char *data_answer(const struct bench_data *d, int64_t i) {
-    return row_of(d, d->recv_source[2 * i], d->recv_source[2 * i + 1], d->answer_element);
-}
-
 /* ---- checks ------------------------------------------------------------------------------ */
 
 /* Row i of the output must be that of (source, token), chosen as k (expanded). */
@@ -83,9 +79,13 @@ static bool row_is_right(const struct bench_data *d, int64_t i, int64_t source, 
 }
 
 /* Every row in the one order that ep.h allows. */
-int check_dispatch(struct bench_data *d) {
+int bench_check_dispatch(struct bench_data *d) {
     const struct bench_params *p = d->p;
     int64_t i = 0;
+    if (*d->num_recv != d->num_rows) {
+        return rank_fail(d->rank, EP_OK, "check: %s: num_rows is %d, not %lld", d->what.s,
+                         *d->num_recv, (long long)d->num_rows);
+    }
     for (int64_t e = 0; e < (d->expanded ? p->experts : 1); e++) {
         for (int64_t t = 0; t < p->ranks * p->tokens; t++) {
             bool once = false;
@@ -98,7 +98,7 @@ int check_dispatch(struct bench_data *d) {
                     return rank_fail(
                         d->rank, EP_OK,
                         "check: row %lld of %s is not that of rank %lld, token %lld",
-                        (long long)i, d->what, (long long)(t / p->tokens),
+                        (long long)i, d->what.s, (long long)(t / p->tokens),
                         (long long)(t % p->tokens));
                 }
                 i++;
@@ -110,9 +110,9 @@ int check_dispatch(struct bench_data *d) {
 }
 
 /* The answers were the rows themselves: a token's sum is its row times what each rank adds. */
-int check_combine(struct bench_data *d) {
+int bench_check_combine(struct bench_data *d) {
     const struct bench_params *p = d->p;
-    size_t element = d->answer_element;
+    size_t element = d->element;
     for (int64_t t = 0; t < p->tokens; t++) {
         const int32_t *ids = d->c->ids + (d->rank->rank * p->tokens + t) * p->topk;
         const char *row = row_of(d, d->rank->rank, t, element);
@@ -125,15 +125,14 @@ int check_combine(struct bench_data *d) {
         }
         for (int64_t h = 0; h < p->hidden; h++) {
             double v = read_number(row + h * (int64_t)element, element);
-            double got =
-                read_number(d->out + t * d->answer_bytes + h * (int64_t)element, element);
+            double got = read_number(d->out + t * d->row_bytes + h * (int64_t)element, element);
             double sum = 0;
             for (int64_t r = 0; r < p->ranks; r++) {
                 sum += factor[r] != 0 ? rounded(factor[r] * v, element) : 0;
             }
             if (got != rounded(sum, element)) {
                 return rank_fail(d->rank, EP_OK,
-                                 "check: %s: token %lld, column %lld is %g, not %g", d->what,
+                                 "check: %s: token %lld, column %lld is %g, not %g", d->what.s,
                                  (long long)t, (long long)h, got, sum);
             }
         }
@@ -143,18 +142,16 @@ int check_combine(struct bench_data *d) {
 
 /* ---- buffers ----------------------------------------------------------------------------- */
 
-void data_use(struct bench_data *d, const char *what, uint64_t salt, int dtype, bool expanded) {
+void bench_data_use(struct bench_data *d, const struct bench_item *item, uint64_t salt) {
     const struct bench_params *p = d->p;
-    d->what = what;
+    d->what = bench_item_name(p, item);
     d->salt = salt;
-    d->dtype = dtype;
-    d->expanded = expanded;
-    d->num_rows = bench_output_rows(d->c, d->rank->rank, expanded);
-    d->row_bytes = bench_row_bytes(p, dtype);
-    d->answer_bytes = bench_answer_bytes(p, dtype);
-    d->num_scales = bench_scale_bytes(p, dtype) / (int64_t)sizeof(float);
+    d->dtype = item->dtype;
+    d->expanded = item->expanded;
+    d->num_rows = bench_output_rows(d->c, d->rank->rank, item->expanded);
+    d->row_bytes = bench_row_bytes(p, item->dtype);
+    d->num_scales = bench_scale_bytes(p, item->dtype) / (int64_t)sizeof(float);
     d->element = (size_t)(d->row_bytes / p->hidden);
-    d->answer_element = (size_t)(d->answer_bytes / p->hidden);
     for (int64_t t = 0; t < p->tokens; t++) {
         memcpy(d->x + t * d->row_bytes, row_of(d, d->rank->rank, t, d->element),
                (size_t)d->row_bytes);
@@ -169,36 +166,26 @@ static void *get(struct bench_data *d, int64_t num, int64_t bytes) {
     return d->owned[d->num_owned++] = epi_alloc_array((size_t)num, (size_t)bytes);
 }
 
-static int64_t larger(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
-bool data_create(struct bench_data *d, struct rank *rank, const struct bench_case *c,
-                 int64_t max_rows, unsigned dtypes) {
+bool bench_data_create(struct bench_data *d, struct rank *rank, const struct bench_case *c,
+                       int64_t max_rows) {
     const struct bench_params *p = &c->p;
-    int64_t row_bytes = 0, scale_bytes = 0, answer_bytes = 0;
     bool elements[5] = {false};
     *d = (struct bench_data){.rank = rank, .c = c, .p = p};
-    for (int dtype = 0; dtype <= DTYPE_F32; dtype++) {
-        if (dtypes >> dtype & 1) {
-            row_bytes = larger(row_bytes, bench_row_bytes(p, dtype));
-            scale_bytes = larger(scale_bytes, bench_scale_bytes(p, dtype));
-            answer_bytes = larger(answer_bytes, bench_answer_bytes(p, dtype));
-            elements[bench_row_bytes(p, dtype) / p->hidden] = true;
-            elements[bench_answer_bytes(p, dtype) / p->hidden] = true;
-        }
+    for (int i = 0; i < c->num_items; i++) {
+        elements[bench_row_bytes(p, c->items[i].dtype) / p->hidden] = true;
     }
     while (owner_of(d, d->first_expert) < rank->rank && d->first_expert < p->experts) {
         d->first_expert++;
     }
-    d->recv = get(d, max_rows, answer_bytes); /* never less than row_bytes */
-    d->recv_scales = get(d, max_rows, scale_bytes);
+    d->recv = get(d, max_rows, c->row_bytes);
+    d->recv_scales = get(d, max_rows, c->scale_bytes);
     d->recv_ids = get(d, max_rows * p->topk, sizeof(*d->recv_ids));
     d->recv_weights = get(d, max_rows * p->topk, sizeof(*d->recv_weights));
     d->recv_source = get(d, max_rows * 2, sizeof(*d->recv_source));
-    d->x = get(d, p->tokens, row_bytes);
-    d->out = get(d, p->tokens, answer_bytes);
-    d->scales = get(d, p->tokens, scale_bytes);
+    d->num_recv = get(d, 1, sizeof(*d->num_recv));
+    d->x = get(d, p->tokens, c->row_bytes);
+    d->out = get(d, p->tokens, c->row_bytes);
+    d->scales = get(d, p->tokens, c->scale_bytes);
     d->weights = get(d, p->tokens * p->topk, sizeof(*d->weights));
     for (int element = 1; element <= 4; element *= 2) {
         d->table[element] = get(d, elements[element] ? TABLE_STARTS + p->hidden : 0, element);
@@ -219,7 +206,7 @@ bool data_create(struct bench_data *d, struct rank *rank, const struct bench_cas
     return true;
 }
 
-void data_destroy(struct bench_data *d) {
+void bench_data_destroy(struct bench_data *d) {
     for (int i = 0; i < d->num_owned; i++) {
         epi_free(d->owned[i]);
     }

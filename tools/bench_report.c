@@ -1,30 +1,24 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What `ep bench` says: the table for people, CSV, JSON, and the arithmetic behind them.
+ * What `ep bench` says about a case to people: the table, and the arithmetic behind it.
  *
- * Owns the formulas of the limits. Must not print a figure without what it is made of: time
- * first, then bytes, then the share of what memcpy reached in the same run.
+ * Must not print a figure without what it is made of: time first, then bytes, then the share of
+ * what the same bytes take at the rate that memcpy (host) or the link (GPUs) reached in this run;
+ * DeepEP's figure for comparison.
  */
 #include "tools/bench.h"
 
-const char *const dtype_names[] = {"bf16", "fp8", "f32"};
-const char *const routing_names[] = {"uniform", "grouped", "skewed", "half", "file"};
-const ep_dtype bench_row_types[] = {EP_BF16, EP_F8E4M3, EP_F32};
+static bool on_gpus(const struct bench_case *c) {
+    return c->p.device == BENCH_CUDA;
+}
 
-static const char *const phase_names[NUM_PHASES][2] = {
-    {"memcpy of rows", "memcpy"},
-    {"route", "route"},
-    {"dispatch to arena", "dispatch_arena"},
-    {"dispatch to arena, cached", "dispatch_arena_cached"},
-    {"dispatch to memory", "dispatch_memory"},
-    {"dispatch to memory, cached", "dispatch_memory_cached"},
-    {"combine from arena", "combine_arena"},
-    {"combine from memory", "combine_memory"},
-    {"", ""},
-};
+/* ---- arithmetic --------------------------------------------------------------------------- */
 
-double bench_memcpy_rate(const struct bench_case *c) {
-    return (double)(c->memcpy_bytes * c->p.ranks) / (double)c->p50[PHASE_MEMCPY];
+double bench_rate(const struct bench_case *c) {
+    if (on_gpus(c)) {
+        return c->gpus.first > c->gpus.last ? c->gpus.first : c->gpus.last;
+    }
+    return (double)(c->memcpy_bytes * c->p.ranks) / (double)c->result[0][BENCH_EAGER].p50_ns;
 }
 
 int64_t bench_rows(const struct bench_case *c, bool remote) {
@@ -37,48 +31,7 @@ int64_t bench_rows(const struct bench_case *c, bool remote) {
     return sum;
 }
 
-/* T rows go in, N are received, R of them by other ranks, S selections are in expanded output. */
-struct bench_line bench_line(const struct bench_case *c, enum bench_phase phase) {
-    struct bench_line line = {phase_names[phase][0], phase_names[phase][1], "", 0, 0, 0, 0};
-    bool combine = phase == PHASE_COMBINE_ARENA || phase == PHASE_COMBINE_MEMORY;
-    bool arena = phase == PHASE_DISPATCH_ARENA || phase == PHASE_DISPATCH_ARENA_CACHED;
-    if (phase == PHASE_ROUTE || phase == PHASE_MEMCPY) {
-        return line;
-    }
-    int64_t t = c->p.ranks * c->p.tokens;
-    int64_t n = bench_rows(c, false);
-    int64_t r = bench_rows(c, true);
-    int64_t s = c->selections;
-    double bytes = (double)(combine ? c->answer_bytes : c->row_bytes + c->scale_bytes);
-    if (c->p.expanded) {
-        line.formula = combine ? "read S + write N + read N + write T"
-                               : "read T + write N + read N + write S";
-        line.limit_bytes = bytes * (double)(t + n + n + s);
-    } else if (arena) {
-        line.formula = "read T + write N";
-        line.limit_bytes = bytes * (double)(t + n);
-    } else if (combine) { /* answers of a rank to itself are read where they are */
-        line.formula = "read R + write R + read N + write T";
-        line.limit_bytes = bytes * (double)(r + r + n + t);
-    } else {
-        line.formula = "read T + write N + read N + write N";
-        line.limit_bytes = bytes * (double)(t + n + n + n);
-    }
-    line.remote_bytes = bytes * (double)r;
-    line.logical_bytes = bytes * (double)n / (double)c->p.ranks;
-    line.limit_ns = line.limit_bytes / bench_memcpy_rate(c);
-    return line;
-}
-
-struct text bench_groups(const struct bench_params *p) {
-    struct text t = {""};
-    if (p->routing == ROUTING_GROUPED) {
-        snprintf(t.s, sizeof(t.s), " (%d of %d groups)", (int)p->topk_groups, (int)p->groups);
-    }
-    return t;
-}
-
-double bench_imbalance(const struct bench_case *c, bool expanded) {
+static double imbalance(const struct bench_case *c, bool expanded) {
     int64_t most = 0, sum = 0;
     for (int r = 0; r < c->p.ranks; r++) {
         int64_t rows = bench_output_rows(c, r, expanded);
@@ -88,209 +41,259 @@ double bench_imbalance(const struct bench_case *c, bool expanded) {
     return (double)(most * c->p.ranks) / (double)sum;
 }
 
-static void print_heading(const struct bench_case *c) {
-    const struct bench_params *p = &c->p;
-    printf(
-        "libep %s, host backend: %d ranks as %s on %d cores\n"
-        "%d tokens per rank, hidden %d, %s, top-%d of %d experts, %s routing%s, %s output\n"
-        "%d iterations after %d, seed %d, workers %d, data %s; arena %s per rank\n"
-        "rows: T = %s in, N = %s received, R = %s of them by other ranks, S = %s selections;\n"
-        "busiest rank %.2f x the mean\n\n",
-        text_version().s, (int)p->ranks, p->threads ? "threads" : "processes", num_cores(),
-        (int)p->tokens, (int)p->hidden, dtype_names[p->dtype], (int)p->topk, (int)p->experts,
-        routing_names[p->routing], bench_groups(p).s, p->expanded ? "expanded" : "compact",
-        (int)p->iters, (int)p->warmup, (int)p->seed, (int)p->workers,
-        p->no_check ? "not checked" : "checked", text_bytes((double)c->arena_bytes).s,
-        text_count(p->ranks * p->tokens).s, text_count(bench_rows(c, false)).s,
-        text_count(bench_rows(c, true)).s, text_count(c->selections).s,
-        bench_imbalance(c, p->expanded));
+/* The sum of the rows that a formula names by their capital letters. */
+static double moved_rows(const struct bench_case *c, const char *formula) {
+    int64_t sum = 0;
+    for (const char *s = formula; *s != '\0'; s++) {
+        sum += *s == 'T'   ? c->p.ranks * c->p.tokens
+               : *s == 'N' ? bench_rows(c, false)
+               : *s == 'R' ? bench_rows(c, true)
+               : *s == 'S' ? c->selections
+                           : 0;
+    }
+    return (double)sum;
 }
 
-void report_text(const struct bench_case *c) {
-    if (c->cuda) {
-        cuda_report_text(c);
-        return;
+/* Bytes are those of rows and scales; ids and weights are not counted. */
+bool bench_line(const struct bench_case *c, int index, int mode, struct bench_line *l) {
+    const struct bench_item *item = &c->items[index];
+    const struct bench_result *result = &c->result[index][mode];
+    const struct bench_op *op = item->op;
+    double bytes =
+        (double)(bench_row_bytes(&c->p, item->dtype) + bench_scale_bytes(&c->p, item->dtype));
+    *l = (struct bench_line){.item = item, .result = result, .index = index, .mode = mode};
+    l->ns = (double)result->p50_ns;
+    l->moved = item->expanded ? op->moved_expanded : op->moved;
+    l->moved = l->moved ? l->moved : "";
+    if (l->moved[0] != '\0') {
+        l->moved_bytes = bytes * moved_rows(c, l->moved);
+        l->remote_bytes = bytes * (double)bench_rows(c, true);
+        /* A combine sends back what the dispatch brought: the most in or out is the same. */
+        l->crossed_bytes = bytes * (double)c->gpus.crossed_rows;
+        l->logical = bytes * (double)bench_rows(c, false) / (double)c->p.ranks / l->ns;
     }
-    print_heading(c);
+    if (bench_rate(c) > 0) {
+        l->limit_ns = (on_gpus(c) ? l->crossed_bytes : l->moved_bytes) / bench_rate(c);
+    }
+    const struct bench_op *before = index > 0 ? c->items[index - 1].op : op;
+    if (!op->cached && before->cached && before->form == op->form && before->kind == op->kind) {
+        l->extra_ns = l->ns - (double)c->result[index - 1][mode].p50_ns;
+    }
+    return result->p50_ns != 0;
+}
+
+/* ---- for people: host --------------------------------------------------------------------- */
+
+static struct text groups_text(const struct bench_params *p) {
+    struct text t = {""};
+    if (p->routing == BENCH_GROUPED) {
+        snprintf(t.s, sizeof(t.s), " (%d of %d groups)", (int)p->topk_groups, (int)p->groups);
+    }
+    return t;
+}
+
+static void print_rows(const struct bench_case *c) {
+    printf("rows: T = %s in, N = %s received, R = %s of them by other ranks, S = %s "
+           "selections;\n",
+           text_count(c->p.ranks * c->p.tokens).s, text_count(bench_rows(c, false)).s,
+           text_count(bench_rows(c, true)).s, text_count(c->selections).s);
+}
+
+static void host_heading(const struct bench_case *c) {
+    const struct bench_params *p = &c->p;
+    printf("libep %s, host backend: %d ranks as %s on %d cores\n"
+           "%d tokens per rank, hidden %d, %s, top-%d of %d experts, %s routing%s, %s output\n"
+           "%d iterations after %d, seed %d, workers %d, data %s; arena %s per rank\n",
+           text_version().s, (int)p->ranks, p->threads ? "threads" : "processes", num_cores(),
+           (int)p->tokens, (int)p->hidden, bench_dtype_names[p->dtype], (int)p->topk,
+           (int)p->experts, bench_routing_names[p->routing], groups_text(p).s,
+           p->expanded ? "expanded" : "compact", (int)p->iters, (int)p->warmup, (int)p->seed,
+           (int)p->workers, p->no_check ? "not checked" : "checked",
+           text_bytes((double)c->arena_bytes).s);
+    print_rows(c);
+    printf("busiest rank %.2f x the mean\n\n", imbalance(c, p->expanded));
+}
+
+static void host_line(const struct bench_case *c, const struct bench_line *l) {
+    printf("%-28s %9s %9s", bench_item_name(&c->p, l->item).s, text_ns(l->ns).s,
+           text_ns((double)l->result->p99_ns).s);
+    if (l->moved_bytes > 0) {
+        printf("  %9s %9s  %9s %4.0f %%  %8.2f", text_bytes(l->moved_bytes).s,
+               text_bytes(l->remote_bytes).s, text_ns(l->limit_ns).s, 100 * l->limit_ns / l->ns,
+               l->logical);
+    }
+    putchar('\n');
+}
+
+static void host_text(const struct bench_case *c) {
+    struct bench_line l;
+    host_heading(c);
     printf("%-28s %9s %9s  %9s %9s  %9s %6s  %8s\n", "first call to last output", "p50", "p99",
            "moved", "remote", "limit", "share", "logical");
-    for (int i = 0; i < NUM_PHASES; i++) {
-        struct bench_line line = bench_line(c, (enum bench_phase)i);
-        if (c->p50[i] == 0 || i == PHASE_MEMCPY) {
-            continue;
+    for (int i = 0; i < c->num_items; i++) {
+        if (bench_line(c, i, BENCH_EAGER, &l) && l.item->op->kind != BENCH_COPY) {
+            host_line(c, &l);
         }
-        printf("%-28s %9s %9s", line.name, text_ns((double)c->p50[i]).s,
-               text_ns((double)c->p99[i]).s);
-        if (line.limit_bytes > 0) {
-            printf("  %9s %9s  %9s %4.0f %%  %8.2f", text_bytes(line.limit_bytes).s,
-                   text_bytes(line.remote_bytes).s, text_ns(line.limit_ns).s,
-                   100 * line.limit_ns / (double)c->p50[i],
-                   line.logical_bytes / (double)c->p50[i]);
-        }
-        putchar('\n');
     }
     printf("\nmoved: bytes all ranks must read and write, of rows of %d + %d (dispatch) and %d "
            "(combine) bytes\n",
-           (int)c->row_bytes, (int)c->scale_bytes, (int)c->answer_bytes);
-    for (int i = 0; i < NUM_PHASES; i++) {
-        struct bench_line line = bench_line(c, (enum bench_phase)i);
-        if (c->p50[i] != 0 && line.limit_bytes > 0 && i != PHASE_DISPATCH_ARENA_CACHED &&
-            i != PHASE_DISPATCH_MEMORY_CACHED) {
-            printf("  %-20s %s\n", line.name, line.formula);
+           (int)bench_row_bytes(&c->p, c->p.dtype), (int)c->scale_bytes, (int)c->row_bytes);
+    for (int i = 0; i < c->num_items; i++) {
+        if (bench_line(c, i, BENCH_EAGER, &l) && l.moved_bytes > 0 &&
+            (l.item->op->kind != BENCH_DISPATCH || !l.item->op->cached)) {
+            printf("  %-20s %s\n", bench_item_name(&c->p, l.item).s, l.moved);
         }
     }
     printf(
         "limit: moved / %.2f GB/s, what memcpy of rows reached in this run, read + write, all "
         "ranks at once,\n       one thread each\n"
         "logical: GB/s as DeepEP counts: rows received per rank, its own included, over p50\n",
-        bench_memcpy_rate(c));
+        bench_rate(c));
 }
 
-/* ---- for programs: JSON members, whose names and values are the columns of the CSV ------- */
+/* ---- for people: GPUs --------------------------------------------------------------------- */
 
-enum { MEMBERS_BYTES = 2048 };
-
-/* Appends to a text of MEMBERS_BYTES. */
-static void add(char *out, const char *fmt, ...) EPI_PRINTF(2, 3);
-static void add(char *out, const char *fmt, ...) {
-    size_t len = strlen(out);
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(out + len, MEMBERS_BYTES - len, fmt, args);
-    va_end(args);
+static void print_link(const struct bench_case *c) {
+    const struct bench_gpus *gpus = &c->gpus;
+    if (gpus->num_devices < 2) {
+        printf("link: all ranks are on one GPU, so nothing crosses a link\n");
+    } else if (bench_rate(c) == 0) {
+        printf("link: not measured (%s)\n",
+               gpus->links_why[0] != '\0' ? gpus->links_why : "not asked");
+    } else {
+        printf("link: %.0f GB/s per GPU and direction, all GPUs sending to all others by copy "
+               "engine\n      (before %.0f, after %.0f;",
+               bench_rate(c), gpus->first, gpus->last);
+        if (gpus->at_once > 0) {
+            printf(" one receiver after the other %.0f, to all at once %.0f)\n", gpus->in_turn,
+                   gpus->at_once);
+        } else {
+            printf(" no SM takes part)\n");
+        }
+    }
+    if (!gpus->all_reach) {
+        printf("      GPUs that cannot reach each other: arenas lie in pinned host memory, and "
+               "rows cross\n      PCIe; see `%s doctor`\n",
+               tool_program);
+    }
 }
 
-static void case_members(const struct bench_case *c, char *out) {
+static void print_start(const struct bench_case *c) {
+    const struct bench_gpus *gpus = &c->gpus;
+    if (!gpus->held) {
+        printf("start: streams cannot be held back here: times include the host's launches\n");
+    } else if (c->p.ranks > 1) {
+        printf("start: ranks are released within %.1f us of each other (median; p99 %.1f, most "
+               "%.1f)\n",
+               (double)gpus->skew_p50_ns / 1000, (double)gpus->skew_p99_ns / 1000,
+               (double)gpus->skew_max_ns / 1000);
+    }
+    if (gpus->num_devices < c->p.ranks && !c->p.threads) {
+        printf("turns: %d processes share %d GPU%s and take turns: times say nothing about "
+               "speed\n",
+               (int)c->p.ranks, gpus->num_devices, gpus->num_devices > 1 ? "s" : "");
+    }
+}
+
+static void gpu_heading(const struct bench_case *c) {
     const struct bench_params *p = &c->p;
-    snprintf(out, MEMBERS_BYTES, "\"mode\": \"%s\"", p->threads ? "threads" : "processes");
-    if (!c->cuda) {
-        add(out, ", \"dtype\": \"%s\"", dtype_names[p->dtype]);
+    const struct bench_gpus *gpus = &c->gpus;
+    char workers[48] = "SMs: libep's choice";
+    if (p->workers > 0) {
+        snprintf(workers, sizeof(workers), "SMs: %d asked for", (int)p->workers);
     }
-    add(out, ", \"routing\": \"%s\"", routing_names[p->routing]);
-    if (!c->cuda) {
-        add(out, ", \"output\": \"%s\"", p->expanded ? "expanded" : "compact");
+    printf("libep %s, CUDA backend: %d ranks as %s on %s, driver for CUDA %d.%d\n"
+           "%d tokens per rank, hidden %d, top-%d of %d experts, %s routing%s\n"
+           "%d iterations after %d, seed %d, %s, data %s; arena %s per rank\n",
+           text_version().s, (int)p->ranks, p->threads ? "threads" : "processes", gpus->devices,
+           gpus->driver_version / 1000, gpus->driver_version % 1000 / 10, (int)p->tokens,
+           (int)p->hidden, (int)p->topk, (int)p->experts, bench_routing_names[p->routing],
+           groups_text(p).s, (int)p->iters, (int)p->warmup, (int)p->seed, workers,
+           p->no_check ? "not checked" : "checked", text_bytes((double)c->arena_bytes).s);
+    print_rows(c);
+    printf("busiest rank %.2f x the mean (expanded %.2f); at most %s rows cross into or out of "
+           "one GPU\n",
+           imbalance(c, false), imbalance(c, true), text_count(gpus->crossed_rows).s);
+    print_link(c);
+    print_start(c);
+    putchar('\n');
+}
+
+static void gpu_line(const struct bench_case *c, const struct bench_line *l) {
+    bool second = l->mode > 0 && c->result[l->index][l->mode - 1].p50_ns != 0;
+    printf("%-34s %-5s %8.1f %8.1f %8.1f", second ? "" : bench_item_name(&c->p, l->item).s,
+           bench_mode_names[l->mode], l->ns / 1000, (double)l->result->p99_ns / 1000,
+           (double)l->result->max_ns / 1000);
+    if (c->gpus.sms[l->index] > 0) {
+        printf(" %4d", c->gpus.sms[l->index]);
+    } else {
+        printf(" %4s", "?");
     }
-    add(out, ", \"checked\": %s", p->no_check ? "false" : "true");
-    if (!c->cuda) {
-        add(out, ", \"memcpy_gbs\": %.4f", bench_memcpy_rate(c));
+    if (l->limit_ns > 0) {
+        printf(" %7.1f %4.0f %% %6.1f", l->limit_ns / 1000, 100 * l->limit_ns / l->ns,
+               l->crossed_bytes / l->ns);
+    } else if (l->moved_bytes > 0) {
+        printf(" %7s %6s %6s", "-", "-", "-");
     }
-    const struct {
-        const char *key;
-        int64_t value;
-        bool host; /* only */
-    } numbers[] = {{"ranks", p->ranks, false},
-                   {"tokens", p->tokens, false},
-                   {"hidden", p->hidden, false},
-                   {"topk", p->topk, false},
-                   {"experts", p->experts, false},
-                   {"groups", p->groups, false},
-                   {"topk_groups", p->topk_groups, false},
-                   {"iters", p->iters, false},
-                   {"warmup", p->warmup, false},
-                   {"workers", p->workers, false},
-                   {"seed", p->seed, false},
-                   {"row_bytes", c->row_bytes, true},
-                   {"scale_bytes", c->scale_bytes, true},
-                   {"answer_bytes", c->answer_bytes, true},
-                   {"arena_bytes", c->arena_bytes, false},
-                   {"rows", bench_rows(c, false), false},
-                   {"remote_rows", bench_rows(c, true), false},
-                   {"selections", c->selections, false}};
-    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) {
-        if (!c->cuda || !numbers[i].host) {
-            add(out, ", \"%s\": %lld", numbers[i].key, (long long)numbers[i].value);
+    if (l->moved_bytes > 0) {
+        printf(" %7.1f", l->logical);
+    }
+    if (l->extra_ns != 0) {
+        printf("  %+.1f us", l->extra_ns / 1000);
+    }
+    putchar('\n');
+}
+
+static void print_limit_bytes(const struct bench_case *c, int dtype) {
+    int64_t row = bench_row_bytes(&c->p, dtype), scales = bench_scale_bytes(&c->p, dtype);
+    char each[48];
+    int len = snprintf(each, sizeof(each), "%lld", (long long)row);
+    if (scales > 0) {
+        snprintf(each + len, sizeof(each) - (size_t)len, " + %lld", (long long)scales);
+    }
+    printf("       %s %s rows of %s bytes, %s\n", text_count(c->gpus.crossed_rows).s,
+           bench_dtype_names[dtype], each,
+           text_bytes((double)(c->gpus.crossed_rows * (row + scales))).s);
+}
+
+static void gpu_legend(const struct bench_case *c) {
+    printf("\ntimes: us from the release of all ranks to usable output, of the slowest rank of "
+           "each iteration,\n       by events on the caller's stream\n");
+    if (c->gpus.crossed_rows > 0 && bench_rate(c) > 0) {
+        bool seen[BENCH_NUM_DTYPES] = {false};
+        for (int i = 0; i < c->num_items; i++) {
+            seen[c->items[i].dtype] = true;
+        }
+        printf("limit: us that the link needs for what crosses into or out of the busiest GPU, "
+               "ids and weights\n       not counted:\n");
+        for (int dtype = 0; dtype < BENCH_NUM_DTYPES; dtype++) {
+            if (seen[dtype]) {
+                print_limit_bytes(c, dtype);
+            }
+        }
+        printf("share: limit / p50. GB/s: the same bytes / p50\n");
+    }
+    printf("DeepEP: GB/s as DeepEP counts: rows received per rank, its own included, over p50\n"
+           "extra: what route and the first dispatch cost more than a cached dispatch\n");
+}
+
+static void gpu_text(const struct bench_case *c) {
+    struct bench_line l;
+    gpu_heading(c);
+    printf("%-34s %-5s %8s %8s %8s %4s %7s %6s %6s %7s  %s\n", "call to usable output, us", "",
+           "p50", "p99", "max", "SMs", "limit", "share", "GB/s", "DeepEP", "extra");
+    for (int i = 0; i < c->num_items * BENCH_NUM_MODES; i++) {
+        if (bench_line(c, i / BENCH_NUM_MODES, i % BENCH_NUM_MODES, &l)) {
+            gpu_line(c, &l);
         }
     }
-    if (c->cuda) {
-        add(out, ", ");
-        cuda_case_members(c, out + strlen(out), MEMBERS_BYTES - strlen(out));
-    }
+    gpu_legend(c);
 }
 
-/* The lines of a case: phases, or operations in both modes. */
-static int num_lines(const struct bench_case *c) {
-    return c->cuda ? NUM_CUDA_OPS * NUM_MODES : NUM_PHASES;
-}
-
-static bool is_measured(const struct bench_case *c, int i) {
-    return (c->cuda ? c->cuda->result[i / NUM_MODES][i % NUM_MODES].p50_ns : c->p50[i]) != 0;
-}
-
-static void phase_members(const struct bench_case *c, int i, char *out) {
-    if (c->cuda) {
-        cuda_result_members(c, i / NUM_MODES, i % NUM_MODES, out, MEMBERS_BYTES);
-        return;
+void bench_report_text(const struct bench_case *c) {
+    if (on_gpus(c)) {
+        gpu_text(c);
+    } else {
+        host_text(c);
     }
-    struct bench_line line = bench_line(c, (enum bench_phase)i);
-    double ns = (double)c->p50[i];
-    snprintf(
-        out, MEMBERS_BYTES,
-        "\"phase\": \"%s\", \"p50_ns\": %.0f, \"p99_ns\": %lld, \"moved\": \"%s\", "
-        "\"moved_bytes\": %.0f, \"remote_bytes\": %.0f, \"limit_ns\": %.0f, \"share\": %.4f, "
-        "\"logical_gbs\": %.4f",
-        line.key, ns, (long long)c->p99[i], line.formula, line.limit_bytes, line.remote_bytes,
-        line.limit_ns, line.limit_ns / ns, line.logical_bytes / ns);
-}
-
-/* `"key": value` members as a line of keys or of values. */
-static void csv_members(FILE *out, const char *s, bool keys) {
-    while (*s != '\0') {
-        const char *colon = strstr(s, ": ");
-        const char *end = strstr(colon, ", ");
-        end = end ? end : colon + strlen(colon);
-        fprintf(out, "%.*s", (int)((keys ? colon - 1 : end) - (keys ? s + 1 : colon + 2)),
-                keys ? s + 1 : colon + 2);
-        s = *end != '\0' ? end + 2 : end;
-        fputc(*s != '\0' ? ',' : '\n', out);
-    }
-}
-
-void report_csv(FILE *out, const struct bench_case *c, bool header) {
-    char members[2 * MEMBERS_BYTES];
-    for (int i = header ? -1 : 0; i < num_lines(c); i++) {
-        if (i < 0 || is_measured(c, i)) {
-            case_members(c, members);
-            strcat(members, ", ");
-            phase_members(c, i < 0 ? 0 : i, members + strlen(members));
-            csv_members(out, members, i < 0);
-        }
-    }
-}
-
-static void json_case(FILE *out, const struct bench_case *c) {
-    char members[MEMBERS_BYTES];
-    int64_t ranks = c->p.ranks;
-    case_members(c, members);
-    fprintf(out, "{%s,\n   \"rows_from_to\": [", members);
-    for (int64_t i = 0; i < ranks * ranks; i++) {
-        fprintf(out, "%s%lld%s", i % ranks == 0 ? "[" : "",
-                (long long)c->traffic[i / ranks][i % ranks],
-                i % ranks < ranks - 1   ? ", "
-                : i + 1 < ranks * ranks ? "], "
-                                        : "]");
-    }
-    fprintf(out, "],\n   \"phases\": [");
-    for (int i = 0, num = 0; i < num_lines(c); i++) {
-        if (is_measured(c, i)) {
-            phase_members(c, i, members);
-            fprintf(out, "%s\n    {%s}", num++ > 0 ? "," : "", members);
-        }
-    }
-    fprintf(out, "]}");
-}
-
-void report_json(FILE *out, struct bench_case *const *cases, int num_cases) {
-    bool cuda = num_cases > 0 && cases[0]->cuda;
-    fprintf(out, "{\"version\": \"%s\", \"backend\": \"%s\", \"cores\": %d, \"knobs\": {",
-            text_version().s, cuda ? "cuda" : "host", num_cores());
-    for (size_t i = 0; i < epi_opt_count(); i++) {
-        fprintf(out, "%s\"%s\": ", i > 0 ? ", " : "", epi_opt_info(i)->name);
-        text_json(out, epi_opt_info(i)->value);
-    }
-    fprintf(out, "},\n \"cases\": [");
-    for (int i = 0; i < num_cases; i++) {
-        fprintf(out, "%s\n  ", i > 0 ? "," : "");
-        json_case(out, cases[i]);
-    }
-    fprintf(out, "]}\n");
 }

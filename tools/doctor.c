@@ -43,7 +43,7 @@ static bool try_mode(struct doctor *d, bool threads) {
                              .topk_groups = 1,
                              .iters = 2,
                              .seed = 1,
-                             .dtype = DTYPE_F32,
+                             .dtype = BENCH_F32,
                              .threads = threads};
     const char *what = threads ? "host mode, threads" : "host mode, processes";
     struct bench_case *c = NULL;

@@ -121,12 +121,12 @@ static void add_promises(struct doctor *d) {
         "processes that live get EP_ERR_PEER or EP_ERR_TIMEOUT");
 }
 
-/* An op's median as a graph, where that was measured, else eager. */
-static double median_ns(const struct bench_case *c, const char *key, bool fp8) {
-    for (int op = 0; op < NUM_CUDA_OPS; op++) {
-        const struct cuda_result *r = c->cuda->result[op];
-        if (strcmp(cuda_ops[op].key, key) == 0 && cuda_ops[op].fp8 == fp8) {
-            return (double)(r[MODE_GRAPH].p50_ns > 0 ? r[MODE_GRAPH] : r[MODE_EAGER]).p50_ns;
+/* An operation's median as a graph, where that was measured, else eager. */
+static double median_ns(const struct bench_case *c, const char *key, int dtype) {
+    for (int i = 0; i < c->num_items; i++) {
+        const struct bench_result *r = c->result[i];
+        if (strcmp(c->items[i].op->key, key) == 0 && c->items[i].dtype == dtype) {
+            return (double)(r[BENCH_GRAPH].p50_ns > 0 ? r[BENCH_GRAPH] : r[BENCH_EAGER]).p50_ns;
         }
     }
     return 0;
@@ -143,7 +143,7 @@ static void try_groups(struct doctor *d) {
                              .iters = 20,
                              .warmup = 5,
                              .seed = 1,
-                             .device = DEVICE_CUDA,
+                             .device = BENCH_CUDA,
                              .dtype = -1};
     struct bench_case *c = NULL;
     int64_t start_ns = epi_now_ns();
@@ -157,12 +157,12 @@ static void try_groups(struct doctor *d) {
         "%d ranks as processes on %d GPU%s met, dispatched, combined and checked every "
         "value, eagerly and in graphs, in %s; %d tokens of %d each: fp8 dispatch %s, bf16 "
         "dispatch %s, bf16 combine %s%s",
-        (int)p.ranks, c->cuda->num_devices, c->cuda->num_devices > 1 ? "s" : "",
+        (int)p.ranks, c->gpus.num_devices, c->gpus.num_devices > 1 ? "s" : "",
         text_ns((double)(epi_now_ns() - start_ns)).s, TINY_TOKENS, TINY_HIDDEN,
-        text_ns(median_ns(c, "dispatch_memory_cached", true)).s,
-        text_ns(median_ns(c, "dispatch_memory_cached", false)).s,
-        text_ns(median_ns(c, "combine_memory", false)).s,
-        p.ranks > c->cuda->num_devices ? " (taking turns on the GPU)" : "");
+        text_ns(median_ns(c, "dispatch_memory_cached", BENCH_FP8)).s,
+        text_ns(median_ns(c, "dispatch_memory_cached", BENCH_BF16)).s,
+        text_ns(median_ns(c, "combine_memory", BENCH_BF16)).s,
+        p.ranks > c->gpus.num_devices ? " (taking turns on the GPU)" : "");
 }
 
 void doctor_gpu(struct doctor *d) {
@@ -194,9 +194,8 @@ void doctor_gpu_print(const struct doctor *d) {
         return;
     }
     printf("\nCopies from one GPU (down) to another (across), a pair alone: GB/s, and the time "
-           "of 8 bytes\nfrom the start of the copy to its end event in us; by copy engine%s\n\n"
-           "  from\\to ",
-           d->look ? "" : "");
+           "of 8 bytes\nfrom the start of the copy to its end event in us; by copy engine\n\n"
+           "  from\\to ");
     for (int j = 0; j < l->num; j++) {
         printf("%12d", j);
     }

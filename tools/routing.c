@@ -11,6 +11,8 @@
 
 #include "tools/bench.h"
 
+const char *const bench_routing_names[] = {"uniform", "grouped", "skewed", "half", "file"};
+
 static int32_t best_of(const double *score, int64_t n) {
     int64_t best = 0;
     for (int64_t i = 1; i < n; i++) {
@@ -49,14 +51,14 @@ static int make_random(struct bench_case *c) {
     for (int64_t i = 0; score && i < p->experts; i++) {
         int64_t at = (int64_t)(rand_next(&state) % (uint64_t)(i + 1));
         rarity[i] = rarity[at];
-        rarity[at] = p->routing == ROUTING_SKEWED ? (double)(i + 1) : 1;
+        rarity[at] = p->routing == BENCH_SKEWED ? (double)(i + 1) : 1;
     }
     for (int64_t t = 0; score && t < p->ranks * p->tokens; t++) {
         for (int64_t i = 0; i < p->experts; i++) {
             double u = ((double)(rand_next(&state) >> 11) + 1) / (double)(UINT64_C(1) << 53);
-            score[i] = p->routing == ROUTING_SKEWED ? -1 / (rarity[i] * log(u)) : u;
+            score[i] = p->routing == BENCH_SKEWED ? -1 / (rarity[i] * log(u)) : u;
         }
-        if (p->routing == ROUTING_GROUPED) {
+        if (p->routing == BENCH_GROUPED) {
             limit_to_groups(p, score, score + p->experts);
         }
         for (int64_t k = 0; k < p->topk; k++) {
@@ -146,10 +148,10 @@ static void count_traffic(struct bench_case *c) {
     }
 }
 
-int routing_make(struct bench_case *c) {
-    int failed = c->p.routing == ROUTING_FILE   ? read_file(c)
-                 : c->p.routing == ROUTING_HALF ? make_half(c)
-                                                : make_random(c);
+int bench_routing(struct bench_case *c) {
+    int failed = c->p.routing == BENCH_FROM_FILE ? read_file(c)
+                 : c->p.routing == BENCH_HALF    ? make_half(c)
+                                                 : make_random(c);
     if (failed == 0) {
         count_traffic(c);
     }

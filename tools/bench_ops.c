@@ -1,0 +1,204 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The operations that `ep bench` measures, on host ranks and on GPUs: one table. A new one is a
+ * row and, where its arguments are new, a function that runs it.
+ *
+ * Owns nothing. Must not take time: it says what is timed, bench_clock.c how.
+ */
+#include "tools/bench.h"
+
+const char *const bench_dtype_names[] = {"bf16", "fp8", "f32"};
+static const ep_dtype row_types[] = {EP_BF16, EP_F8E4M3, EP_F32}; /* by enum bench_dtype */
+static const int element_bytes[] = {2, 1, 4};
+
+int64_t bench_row_bytes(const struct bench_params *p, int dtype) {
+    return p->hidden * element_bytes[dtype];
+}
+
+int64_t bench_scale_bytes(const struct bench_params *p, int dtype) {
+    return dtype == BENCH_FP8 ? (p->hidden + 127) / 128 * 4 : 0;
+}
+
+/* ---- running them ------------------------------------------------------------------------- */
+
+static ep_status run_copy(struct bench *b) {
+    int64_t bytes = b->d.row_bytes;
+    for (int64_t done = 0; done < b->c->memcpy_bytes / 2;) {
+        for (int64_t t = 0; t < b->p->tokens; t++, done += bytes) {
+            memcpy(b->d.out + t * b->c->row_bytes, b->d.x + t * bytes, (size_t)bytes);
+        }
+    }
+    return EP_OK;
+}
+
+static ep_status run_route(struct bench *b) {
+    struct ep_routing routing = EP_ROUTING_INIT;
+    struct ep_tensor ids;
+    ep_tensor_2d(&ids, EP_I32, b->at.ids, b->p->tokens, b->p->topk);
+    routing.topk_ids = &ids;
+    return ep_handle_route(b->handle, &routing, bench_stream(b));
+}
+
+static ep_status run_dispatch(struct bench *b) {
+    const struct bench_params *p = b->p;
+    const struct bench_data *d = &b->d;
+    const struct bench_buffers *at = &b->at;
+    struct ep_tensor x, scales, weights, recv_scales, recv_ids, recv_weights, source, num_rows;
+    struct ep_dispatch_args args = EP_DISPATCH_ARGS_INIT;
+    args.flags = (d->expanded ? EP_DISPATCH_EXPANDED : 0) |
+                 (b->item->op->form == BENCH_ARENA ? EP_DISPATCH_ARENA : 0);
+    ep_tensor_2d(&x, row_types[d->dtype], at->x, p->tokens, p->hidden);
+    ep_tensor_2d(&weights, EP_F32, at->weights, p->tokens, p->topk);
+    ep_tensor_2d(&recv_ids, EP_I32, at->recv_ids, d->num_rows, p->topk);
+    ep_tensor_2d(&recv_weights, EP_F32, at->recv_weights, d->num_rows, p->topk);
+    if (d->expanded) {
+        ep_tensor_1d(&recv_weights, EP_F32, at->recv_weights, d->num_rows);
+    }
+    ep_tensor_2d(&source, EP_I32, at->recv_source, d->num_rows, 2);
+    ep_tensor_1d(&num_rows, EP_I32, at->num_recv, 1);
+    ep_tensor_2d(&b->view, row_types[d->dtype], at->recv, d->num_rows, p->hidden);
+    args.x = &x;
+    args.topk_weights = &weights;
+    args.recv_x = &b->view;
+    args.recv_topk_ids = d->expanded ? NULL : &recv_ids;
+    args.recv_topk_weights = &recv_weights;
+    args.recv_source = &source;
+    args.num_rows = &num_rows;
+    if (d->num_scales > 0) {
+        ep_tensor_2d(&scales, EP_F32, at->scales, p->tokens, d->num_scales);
+        ep_tensor_2d(&recv_scales, EP_F32, at->recv_scales, d->num_rows, d->num_scales);
+        args.scales = &scales;
+        args.recv_scales = &recv_scales;
+    }
+    return ep_dispatch(b->handle, &args, bench_stream(b));
+}
+
+/* The answers are the rows, where the dispatch has left them. */
+static ep_status run_combine(struct bench *b) {
+    struct ep_combine_args args = EP_COMBINE_ARGS_INIT;
+    struct ep_tensor weights, out;
+    ep_tensor_1d(&weights, EP_F32, b->at.recv_weights, b->view.shape[0]);
+    ep_tensor_2d(&out, row_types[b->d.dtype], b->at.out, b->p->tokens, b->p->hidden);
+    args.x = &b->view;
+    args.weights = b->d.expanded ? &weights : NULL;
+    args.out = &out;
+    return ep_combine(b->handle, &args, bench_stream(b));
+}
+
+/* The dispatch that a cached one and a combine rest on. */
+static ep_status dispatched(struct bench *b) {
+    EPI_TRY(run_route(b));
+    EPI_TRY(run_dispatch(b));
+    return b->c->clock->settle(b);
+}
+
+ep_status bench_route_anew(struct bench *b) {
+    return b->item->op->cached ? EP_OK : run_route(b);
+}
+
+ep_status bench_prepare(struct bench *b, int mode) {
+    bench_data_use(&b->d, b->item, (uint64_t)(b->index * BENCH_NUM_MODES + mode));
+    EPI_TRY(b->c->clock->fill(b));
+    rank_barrier(b->rank); /* no GPU waits while another rank still makes its rows */
+    return b->item->op->prepare ? b->item->op->prepare(b) : EP_OK;
+}
+
+/* ---- the table ---------------------------------------------------------------------------- */
+
+#define TO_VIEW "read T + write N"
+#define TO_MEMORY "read T + write N + read N + write N"
+#define TO_EXPANDED "read T + write N + read N + write S"
+/* Answers of a rank to itself are read where they are. */
+#define ANSWERS "read R + write R + read N + write T"
+#define ANSWERS_EXPANDED "read S + write N + read N + write T"
+
+static const struct bench_op ops[] = {
+    {"memcpy", "memcpy of rows", BENCH_COPY, BENCH_MEMORY, true, NULL, run_copy, NULL, NULL},
+    {"route", "route", BENCH_ROUTE, BENCH_MEMORY, true, NULL, run_route, NULL, NULL},
+    {"dispatch_arena_cached", "dispatch to arena, cached", BENCH_DISPATCH, BENCH_ARENA, true,
+     dispatched, run_dispatch, TO_VIEW, TO_EXPANDED},
+    {"dispatch_arena", "dispatch to arena", BENCH_DISPATCH, BENCH_ARENA, false, NULL,
+     run_dispatch, TO_VIEW, TO_EXPANDED},
+    {"dispatch_memory_cached", "dispatch to memory, cached", BENCH_DISPATCH, BENCH_MEMORY, true,
+     dispatched, run_dispatch, TO_MEMORY, TO_EXPANDED},
+    {"dispatch_memory", "dispatch to memory", BENCH_DISPATCH, BENCH_MEMORY, false, NULL,
+     run_dispatch, TO_MEMORY, TO_EXPANDED},
+    {"dispatch_expanded_cached", "dispatch expanded, cached", BENCH_DISPATCH, BENCH_EXPANDED,
+     true, dispatched, run_dispatch, NULL, TO_EXPANDED},
+    {"dispatch_expanded", "dispatch expanded", BENCH_DISPATCH, BENCH_EXPANDED, false, NULL,
+     run_dispatch, NULL, TO_EXPANDED},
+    {"combine_arena", "combine from arena", BENCH_COMBINE, BENCH_ARENA, true, dispatched,
+     run_combine, ANSWERS, ANSWERS_EXPANDED},
+    {"combine_memory", "combine from memory", BENCH_COMBINE, BENCH_MEMORY, true, dispatched,
+     run_combine, ANSWERS, ANSWERS_EXPANDED},
+    {"combine_expanded", "combine expanded, weighted", BENCH_COMBINE, BENCH_EXPANDED, true,
+     dispatched, run_combine, NULL, ANSWERS_EXPANDED},
+};
+
+/* ---- which of them ------------------------------------------------------------------------ */
+
+/* Answers of FP8 rows are bf16, and what has no rows is measured once. */
+static bool has_type(const struct bench_params *p, const struct bench_op *op, int dtype) {
+    if (op->kind == BENCH_ROUTE || op->kind == BENCH_COMBINE) {
+        return dtype == (p->dtype == BENCH_F32 ? BENCH_F32 : BENCH_BF16);
+    }
+    return p->dtype < 0 ? dtype != BENCH_F32 : dtype == p->dtype;
+}
+
+static bool measures(const struct bench_params *p, const struct bench_op *op, int dtype) {
+    bool host = p->device == BENCH_HOST;
+    if (!has_type(p, op, dtype) || (op->kind == BENCH_COPY && !host)) {
+        return false;
+    }
+    if (op->kind == BENCH_COPY || op->kind == BENCH_ROUTE) {
+        return true;
+    }
+    if (op->form == BENCH_ARENA ? p->memory_only : p->arena_only) {
+        return false;
+    }
+    if (host ? op->form == BENCH_EXPANDED : p->expanded && op->form != BENCH_EXPANDED) {
+        return false;
+    }
+    if (dtype == BENCH_FP8 && op->form == BENCH_EXPANDED && !p->expanded) {
+        return false; /* only when asked for */
+    }
+    return !(op->kind == BENCH_DISPATCH && op->cached && p->uncached);
+}
+
+int bench_items(const struct bench_params *p, struct bench_item items[BENCH_MAX_ITEMS]) {
+    static const int order[] = {BENCH_FP8, BENCH_BF16, BENCH_F32};
+    const int num_ops = sizeof(ops) / sizeof(ops[0]);
+    int num = 0;
+    for (int i = 0; i < BENCH_NUM_KINDS * BENCH_NUM_DTYPES * num_ops; i++) {
+        const struct bench_op *op = &ops[i % num_ops];
+        int dtype = order[i / num_ops % BENCH_NUM_DTYPES];
+        if ((int)op->kind == i / num_ops / BENCH_NUM_DTYPES && measures(p, op, dtype)) {
+            bool expanded = p->device == BENCH_HOST ? p->expanded : op->form == BENCH_EXPANDED;
+            items[num++] = (struct bench_item){op, dtype, expanded};
+        }
+    }
+    if (items[0].op->kind == BENCH_COPY) {
+        items[num++] = items[0]; /* again, at the end */
+    }
+    return num;
+}
+
+/* On GPUs routing anew is in the time: see bench_clock.c. */
+static const char *routed(const struct bench_params *p, const struct bench_op *op,
+                          const char *with) {
+    return p->device == BENCH_CUDA && !op->cached ? with : "";
+}
+
+struct text bench_item_name(const struct bench_params *p, const struct bench_item *item) {
+    bool typed = p->device == BENCH_CUDA && item->op->kind != BENCH_ROUTE;
+    struct text t;
+    snprintf(t.s, sizeof(t.s), "%s%s%s%s", typed ? bench_dtype_names[item->dtype] : "",
+             typed ? " " : "", routed(p, item->op, "route + "), item->op->name);
+    return t;
+}
+
+struct text bench_item_key(const struct bench_params *p, const struct bench_item *item) {
+    struct text t;
+    snprintf(t.s, sizeof(t.s), "%s%s", routed(p, item->op, "route_"), item->op->key);
+    return t;
+}
