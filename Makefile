@@ -35,13 +35,14 @@ endif
 ifeq ($(VARIANT),san)
 VARIANT_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all \
     -fno-omit-frame-pointer
+COVERAGE := 1
 endif
 ifeq ($(VARIANT),tsan)
 # Late movers: copies happen late, on another thread, so that a missing wait is a race.
 VARIANT_FLAGS := -fsanitize=thread -fno-omit-frame-pointer -DK_LATE_MOVERS=1
 endif
 ifeq ($(VARIANT),cov)
-VARIANT_FLAGS := --coverage -fprofile-update=atomic
+COVERAGE := 1
 OPT := -O1
 KERNEL_OPT := -O1
 endif
@@ -60,6 +61,9 @@ BASE_FLAGS := -std=c11 -D_GNU_SOURCE -g -fPIC -fvisibility=hidden -ffp-contract=
     $(WARN) $(VARIANT_FLAGS)
 INCLUDES := -Iinclude -I.
 LIBS := -pthread -ldl -lm
+# Of the library and the kernels alone: what checks their results is slow enough.
+LIB_FLAGS := $(if $(COVERAGE),--coverage -fprofile-update=atomic)
+LIBS += $(if $(COVERAGE),--coverage)
 
 LIB_SRC := $(sort $(wildcard src/*/*.c))
 KERNEL_SRC := $(sort $(wildcard kernel/*.k.c))
@@ -196,7 +200,7 @@ tests: $(TESTS) $(TOOL) $(if $(VARIANT),,lib $(EXAMPLES)) \
 fuzzers: $(FUZZERS)
 
 # Objects are rebuilt when the compiler or the flags change, archives when the list does.
-FLAGS_NOW := $(CC) $(BASE_FLAGS) $(OPT) $(KERNEL_OPT) $(EXTRA_CFLAGS)
+FLAGS_NOW := $(CC) $(BASE_FLAGS) $(LIB_FLAGS) $(OPT) $(KERNEL_OPT) $(EXTRA_CFLAGS)
 LIST_NOW := $(LIB_OBJ) $(TOOL_OBJ) $(SUPPORT_OBJ)
 
 $(B)/flags: FORCE
@@ -212,17 +216,17 @@ COMPILE = $(CC) $(BASE_FLAGS) $(INCLUDES) -MMD -MP
 $(B)/obj/src/ep/%.o: src/ep/%.c $(B)/flags
 	@mkdir -p $(@D)
 	$(SAY) CC $<
-	$(Q)$(COMPILE) $(KERNEL_OPT) -include src/export.h $(EXTRA_CFLAGS) -c $< -o $@
+	$(Q)$(COMPILE) $(KERNEL_OPT) $(LIB_FLAGS) -include src/export.h $(EXTRA_CFLAGS) -c $< -o $@
 
 $(B)/obj/src/%.o: src/%.c $(B)/flags
 	@mkdir -p $(@D)
 	$(SAY) CC $<
-	$(Q)$(COMPILE) $(OPT) -include src/export.h $(EXTRA_CFLAGS) -c $< -o $@
+	$(Q)$(COMPILE) $(OPT) $(LIB_FLAGS) -include src/export.h $(EXTRA_CFLAGS) -c $< -o $@
 
 $(B)/obj/kernel/%.o: kernel/%.c $(B)/flags
 	@mkdir -p $(@D)
 	$(SAY) KERNEL $<
-	$(Q)$(COMPILE) $(KERNEL_OPT) -Wc++-compat $(EXTRA_CFLAGS) -x c -c $< -o $@
+	$(Q)$(COMPILE) $(KERNEL_OPT) $(LIB_FLAGS) -Wc++-compat $(EXTRA_CFLAGS) -x c -c $< -o $@
 
 $(B)/obj/%.o: %.c $(B)/flags
 	@mkdir -p $(@D)

@@ -102,22 +102,20 @@ step exports 'exported symbols' scripts/exports.sh build/libep.so
 counted plain 'tests' scripts/run_tests.sh
 step example 'examples' run_examples
 step demo 'ep demo' run_demo
-step build-san 'build with AddressSanitizer and UndefinedBehaviorSanitizer' \
+step build-san 'build with AddressSanitizer, UndefinedBehaviorSanitizer and coverage' \
     build VARIANT=san tests fuzzers
+if wanted san; then
+    find build/san -name '*.gcda' -delete 2>/dev/null
+fi
 counted san 'tests under AddressSanitizer and UndefinedBehaviorSanitizer' \
     scripts/run_tests.sh san
+step coverage 'line coverage of these' scripts/cov.sh san
 step build-tsan 'build with ThreadSanitizer and late movers' build VARIANT=tsan tests
 counted tsan 'tests under ThreadSanitizer' scripts/run_tests.sh tsan
 counted must-fail 'tests that must fail' scripts/must_fail.sh
 counted fuzz 'fuzzers: corpus and seeded mutants' scripts/fuzz.sh replay
 step build-gate 'build the gate' build build/gate
 counted gate 'gate: kernels for every GPU generation, aarch64' scripts/gate.sh
-step build-cov 'build for coverage' build VARIANT=cov tests
-if wanted cov-tests; then
-    find build/cov -name '*.gcda' -delete 2>/dev/null
-fi
-counted cov-tests 'tests for coverage' scripts/run_tests.sh cov
-step coverage 'line coverage' scripts/cov.sh
 
 heading 'result'
 echo "$((SECONDS - begin)) s; logs in $logs"

@@ -1,15 +1,17 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# cov.sh: line coverage of src/ (without the libfabric glue and what only a GPU runs: src/cu,
-# src/run/gpu.c, src/ep/cuda.c) and kernel/ (without the GPU's lang_cuda.h) from the last run of the
-# cov variant; fails below COV_MIN (90) percent. `make check-gpu` runs the rest.
+# cov.sh [VARIANT]: line coverage from the last run of VARIANT, san or cov (the default), of src/
+# (without the libfabric glue and what only a GPU runs: src/cu, src/run/gpu.c, src/ep/cuda.c) and
+# kernel/ (without the GPU's lang_cuda.h); fails below COV_MIN (90) percent. `make check-gpu` runs
+# the rest.
 # build/logs/cov.txt lists every file, build/logs/cov-missed.txt every line not run.
 cd "$(dirname "$0")/.." || exit 1
+dir=build/${1:-cov}
 mkdir -p build/logs
 # A header's lines are spread over objects, so counts are merged by file and line; an object
 # that never ran counts too, through its notes file.
 rm -f build/logs/cov-missed.txt
-find build/cov/obj/src build/cov/obj/kernel -name '*.gcno' 2>/dev/null |
+find "$dir/obj/src" "$dir/obj/kernel" -name '*.gcno' 2>/dev/null |
     xargs -r gcov -t -p 2>/dev/null |
     awk '
     { n = index($0, ":"); count = substr($0, 1, n - 1); rest = substr($0, n + 1)
