@@ -195,7 +195,7 @@ clean:
 build-all: lib $(TOOL) $(EXAMPLES)
 lib: $(B)/libep.so $(B)/libep.a $(B)/libep.pc
 tests: $(TESTS) $(TOOL) $(if $(VARIANT),,lib $(EXAMPLES)) \
-    $(if $(filter-out san tsan,$(VARIANT)),,$(B)/driver/libcuda.so.1 $(B)/driver/warm)
+    $(B)/driver/libnvrtc.so.13 $(if $(filter-out san tsan,$(VARIANT)),,$(B)/driver/libcuda.so.1)
 .PHONY: fuzzers fmt-check
 fuzzers: $(FUZZERS)
 
@@ -283,10 +283,12 @@ $(B)/driver/libcuda.so.1: $(B)/obj/tests/driver/driver.o $(B)/libep.a
 	$(SAY) LINK $@
 	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -shared -o $@ $< $(B)/libep.a $(LIBS)
 
-$(B)/driver/warm: $(B)/obj/tests/driver/warm.o $(B)/libep.a
+# A compiler of kernels that compiles nothing: tests of what is around it use it by EP_NVRTC_PATH.
+$(B)/driver/libnvrtc.so.13: $(B)/obj/tests/driver/nvrtc.o
 	@mkdir -p $(@D)
 	$(SAY) LINK $@
-	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -o $@ $< $(B)/libep.a $(LIBS)
+	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -shared -Wl,-soname,$(@F) -o $@ $<
+	$(Q)ln -sf $(@F) $(@D)/libnvrtc-builtins.so.13.0
 
 $(TESTS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libtest.a $(B)/libep.a
 	@mkdir -p $(@D)

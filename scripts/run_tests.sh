@@ -1,8 +1,14 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # run_tests.sh [VARIANT [TEST...]]: runs the test programs of a variant ("" is the plain one)
-# under prove, each under a hard limit, and counts their test points.
-# The last line is "VARIANT: N passed, N failed, N skipped"; build/logs/VARIANT holds it all.
+# under prove, each under a hard limit, and counts their test points. A line "class: NAME" in the
+# head of a test says with whom it runs:
+#   exclusive   nobody: its bounds on time mean nothing beside others, or others' beside it
+#   timed       others of its class, several at once: it mostly sleeps
+#   rest        others of its class, as many at once as there are cores
+# The last line is "VARIANT: N passed, N failed, N skipped"; build/logs/VARIANT holds it all, and
+# in the file times a line "SECONDS NAME CPU-SECONDS" for each program. When all tests of the plain
+# build run, one outside class exclusive fails if it takes more than 20 seconds (TAP_LIMIT).
 # With --one PROGRAM it is what prove calls for each program.
 cd "$(dirname "$0")/.." || exit 1
 
@@ -20,11 +26,15 @@ if [ "$1" = --one ]; then
     # What a program that is killed leaves behind goes with its folder.
     TMPDIR=$(mktemp -d) || exit 1
     export TMPDIR
-    start=$(date +%s)
+    start=$(date +%s%N)
     timeout -k 5 "$limit" "$@" >"$out" 2>"$err" </dev/null
     rc=$?
     rm -rf "$TMPDIR"
-    took=$(($(date +%s) - start))
+    took=$((($(date +%s%N) - start) / 1000000))
+    times >"$out.cpu" # a shell's children's are lost in a pipe
+    cpu=$(awk 'NR == 2 {
+        split($0, t, /[ms ]+/); printf "%.1f", (t[1] + t[3]) * 60 + t[2] + t[4] }' "$out.cpu")
+    rm -f "$out.cpu"
     why=
     plan=$(sed -n 's/^1\.\.\([0-9]*\).*/\1/p' "$out" | head -1)
     points=$(grep -cE '^(not )?ok\>' "$out")
@@ -40,6 +50,8 @@ if [ "$1" = --one ]; then
         why="ended with status $rc although no test point failed"
     elif grep -Eq '(WARNING|ERROR): [A-Za-z]+Sanitizer|runtime error:' "$err"; then
         why="a sanitizer reported"
+    elif [ -n "$TAP_BOUND" ] && [ $took -gt $((TAP_BOUND * 1000)) ]; then
+        why="took $((took / 1000)) s; outside class exclusive a program may take $TAP_BOUND s"
     else
         # A warning that the test did not announce fails it.
         sed -n 's/^# expect-log: //p' "$out" >"$out.expect"
@@ -67,7 +79,7 @@ if [ "$1" = --one ]; then
         tail -20 "$err" | sed 's/^/# /'
         [ $rc != 0 ] || rc=1
     fi
-    echo "$took $name" >>"$TAP_LOGS/times"
+    echo "$((took / 1000)).$((took / 100 % 10)) $name $cpu" >>"$TAP_LOGS/times"
     exit $rc
 fi
 
@@ -89,28 +101,42 @@ tsan)
     ;;
 asan | ubsan | san | cov) TAP_TIMEOUT_SCALE=${TAP_TIMEOUT_SCALE:-4} ;;
 esac
+# NVRTC itself is not what these look for errors in, and takes minutes.
+if [ -n "$variant" ] || [ "$TAP_EFFORT" = quick ]; then
+    [ -e "$dir/driver/libnvrtc.so.13" ] && EP_NVRTC_PATH=$PWD/$dir/driver/libnvrtc.so.13
+    export EP_NVRTC_PATH
+fi
 TSAN_OPTIONS="halt_on_error=0:second_deadlock_stack=1:${TSAN_OPTIONS:-}"
 ASAN_OPTIONS="abort_on_error=0:detect_stack_use_after_return=1:${ASAN_OPTIONS:-}"
 UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
 export TAP_BUILD TAP_LOGS TAP_TIMEOUT_SCALE TAP_PREFIX TSAN_OPTIONS ASAN_OPTIONS UBSAN_OPTIONS
 
 tests=
+TAP_ALL=
 if [ $# -gt 0 ]; then
     for t in "$@"; do
-        [ -x "$dir/tests/$t" ] && tests="$tests $dir/tests/$t" || tests="$tests tests/$t"
+        if [ -e "tests/$t.c" ]; then
+            tests="$tests $dir/tests/$t"
+        elif [ -e "tests/$t.sh" ]; then
+            tests="$tests tests/$t.sh"
+        else
+            tests="$tests tests/$t"
+        fi
     done
 else
-    for src in tests/t_*.c; do
-        [ -e "$src" ] && tests="$tests $dir/tests/$(basename "$src" .c)"
-    done
+    [ -n "$variant" ] || [ "${TAP_EFFORT:-1}" != 1 ] || TAP_ALL=1
+    # Scripts first: they take longest.
     case $variant in
     "")
         for t in tests/t_*.sh python/tests/t_*.py; do
             [ -e "$t" ] && tests="$tests $t"
         done
         ;;
-    san | tsan) tests="$tests tests/t_driver.sh" ;;
+    san | tsan) tests="tests/t_driver.sh" ;;
     esac
+    for src in tests/t_*.c; do
+        [ -e "$src" ] && tests="$tests $dir/tests/$(basename "$src" .c)"
+    done
 fi
 if [ -z "$tests" ]; then
     echo "${variant:-plain}: 0 passed, 0 failed, 0 skipped"
@@ -128,17 +154,37 @@ for t in $tests; do
     fi
 done
 tests=$built
-if [ -z "$tests" ]; then
-    :
-elif command -v prove >/dev/null; then
-    # shellcheck disable=SC2086
-    prove --exec "scripts/run_tests.sh --one" $tests \
-        >>"$TAP_LOGS/prove.txt" 2>&1 || rc=1
-else
+
+class_of() { # class_of PROGRAM
+    case $1 in
+    *.sh | *.py) head=$1 ;;
+    *) head=tests/$(basename "$1").c ;;
+    esac
+    sed -n '1,5s/.*class: \([a-z]*\).*/\1/p' "$head"
+}
+in_class() { # in_class CLASS JOBS: runs those of that class
+    some=
     for t in $tests; do
-        scripts/run_tests.sh --one "$t" >>"$TAP_LOGS/prove.txt" 2>&1 || rc=1
+        [ "$(class_of "$t")" = "$1" ] && some="$some $t"
     done
-fi
+    [ -n "$some" ] || return 0
+    TAP_BOUND=
+    [ -z "$TAP_ALL" ] || [ "$1" = exclusive ] || TAP_BOUND=${TAP_LIMIT:-20}
+    export TAP_BOUND
+    if command -v prove >/dev/null; then
+        # shellcheck disable=SC2086
+        prove -j "$2" --exec "scripts/run_tests.sh --one" $some \
+            >>"$TAP_LOGS/prove.txt" 2>&1 </dev/null || rc=1
+    else
+        # shellcheck disable=SC2086
+        printf '%s\n' $some | xargs -n 1 -P "$2" scripts/run_tests.sh --one \
+            >>"$TAP_LOGS/prove.txt" 2>&1 || rc=1
+    fi
+}
+cores=$(nproc 2>/dev/null || echo 2)
+in_class rest "$cores"
+in_class timed "${TAP_TIMED_JOBS:-6}"
+in_class exclusive 1
 for t in $tests; do
     [ -e "$TAP_LOGS/$(basename "$t").sum" ] || echo 0 1 0 >"$TAP_LOGS/$(basename "$t").sum"
 done
@@ -159,7 +205,8 @@ if [ $rc != 0 ] && ! grep -qv '^[0-9]* 0 ' "$TAP_LOGS"/*.sum -h; then
     echo 0 1 0 >"$TAP_LOGS/prove.sum"
 fi
 cat "$TAP_LOGS"/*.tap 2>/dev/null | grep '# SKIP' | sed 's/.*# SKIP/skip:/' | sort | uniq -c
-sort -rn "$TAP_LOGS/times" | awk '$1 >= 10 { print "slow: " $2 ", " $1 " s" }' | head -5
+sort -rn "$TAP_LOGS/times" | awk '$1 >= 5 { print "slow: " $2 ", " $1 " s (" $3 " s of CPU)" }' |
+    head -5
 cat "$TAP_LOGS"/*.sum | awk -v name="${variant:-plain}" '
     { p += $1; f += $2; s += $3 }
     END { printf "%s: %d passed, %d failed, %d skipped\n", name, p, f, s; exit f > 0 }'

@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
- * Kernels compiled once (src/cu/jit.c), with the NVRTC of this machine and without a GPU: per
- * process, per user, by several threads and processes at once, and what happens when the disk, the
- * memory or the compiler is not there. Each part runs in processes of its own: NVRTC stays loaded.
+ * Kernels compiled once (src/cu/jit.c), without a GPU: per process, per user, by several threads
+ * and processes at once, and what happens when the disk, the memory or the compiler is not there.
+ * The NVRTC of this machine does what needs a compiler; what compiles dozens of times runs in the
+ * builds whose NVRTC is that of tests/driver. Each part runs in processes of its own: NVRTC stays
+ * loaded.
  */
 #include <dlfcn.h>
 #include <signal.h>
@@ -230,6 +233,22 @@ static int no_compiler(int rank, void *ctx) {
     return 0;
 }
 
+static int does_not_compile(int rank, void *ctx) {
+    static const char *const wrong[] = {"-DK_BLOCK_WARPS=none", NULL};
+    struct epi_jit_kernel k = {NULL, 0};
+    (void)rank;
+    set_environment(ctx);
+    ok(epi_jit_get(ROUTE, 90, wrong, DRIVER, &k) == EP_ERR_UNSUPPORTED && !k.cubin &&
+           strstr(ep_last_error(),
+                  ROUTE " does not compile (--gpu-architecture=sm_90, NVRTC") &&
+           strstr(ep_last_error(), "error: expected an expression"),
+       "one sentence with the compiler's: %s", ep_last_error());
+    ok(scratch_logged("error: expected") == 1 && scratch_logged("libep: error: 1 error") == 1,
+       "the log has all of the compiler's lines");
+    ok(scratch_count(ctx, ".cubin") == 0 && account().num_compiled == 0, "nothing is left");
+    return 0;
+}
+
 /* ---- at the same time --------------------------------------------------------------------- */
 
 static int at_once(int rank, void *ctx) {
@@ -371,6 +390,23 @@ static int no_memory_warm(int rank, void *ctx) {
 
 /* ------------------------------------------------------------------------------------------- */
 
+static void often_compiled(const char *folder, const char *fresh) {
+    test_damage(folder);
+    tap_expect_log("others can write to it");
+    in_processes(1, wide_folder, scratch_path(scratch_folder(), "wide"), "folder of mode 0777");
+    in_processes(1, read_only_home, scratch_path(scratch_folder(), "home"), "HOME read only");
+    in_processes(1, no_compiler, scratch_path(scratch_folder(), "none"), "no NVRTC");
+    tap_expect_log("error: expected an expression");
+    tap_expect_log("1 error detected");
+    in_processes(1, does_not_compile, scratch_path(scratch_folder(), "bad"), "a bad kernel");
+    const char *together = scratch_path(scratch_folder(), "at-once");
+    in_processes(4, at_once, together, "four processes at once");
+    ok(shared->num_compiled == 1 && shared->num_from_disk == 3, "compile once, read thrice");
+    in_processes(1, threads, "off", "eight threads at once");
+    in_processes(1, no_memory, "off", "no memory while compiling");
+    in_processes(1, no_memory_warm, fresh, "no memory while reading");
+}
+
 int main(void) {
     gpu_nvrtc(nvrtc);
     tap_deadline(110);
@@ -379,21 +415,13 @@ int main(void) {
     in_processes(1, cold, folder, "the first time");
     in_processes(1, warm, folder, "the second time, in another process");
     in_processes(1, other_questions, folder, "what is not the same");
-    test_damage(folder);
-    in_processes(1, dumped, folder, "EP_JIT_DUMP");
     tap_expect_log("cannot be written to");
-    tap_expect_log("others can write to it");
-    in_processes(1, wide_folder, scratch_path(scratch_folder(), "wide"), "folder of mode 0777");
-    in_processes(1, read_only_home, scratch_path(scratch_folder(), "home"), "HOME read only");
-    in_processes(1, no_compiler, scratch_path(scratch_folder(), "none"), "no NVRTC");
-    const char *fresh = scratch_path(scratch_folder(), "at-once");
-    in_processes(4, at_once, fresh, "four processes at once");
-    ok(shared->num_compiled == 1 && shared->num_from_disk == 3, "compile once, read thrice");
-    in_processes(1, threads, "off", "eight threads at once");
-    fresh = scratch_path(scratch_folder(), "all");
+    in_processes(1, dumped, folder, "EP_JIT_DUMP");
+    const char *fresh = scratch_path(scratch_folder(), "all");
     in_processes(1, all, fresh, "several kernels at once");
     in_processes(1, all_warm, fresh, "several kernels from disk");
-    in_processes(1, no_memory, "off", "no memory while compiling");
-    in_processes(1, no_memory_warm, fresh, "no memory while reading");
+    if (strstr(nvrtc, "/driver/libnvrtc.so")) {
+        often_compiled(folder, fresh);
+    }
     return done_testing();
 }
