@@ -6,12 +6,13 @@
 #   L0 src/base   L1 src/cu boot mem net   L2 src/run proxy   L3 src/ep
 # A directory includes its own files, src/base, and the <dir>.h of lower layers; kernel/abi.h
 # may be included from src/, kernels.h and lang*.h from src/run. kernel/ includes kernel/ only;
-# tools/ ep.h and src/base/base.h, its gpu*.c also src/cu/cu.h; examples/ ep.h. The self-test plants
-# violations in a copy: each must be caught.
+# tools/ ep.h and src/base/base.h, its gpu*.c also src/cu/cu.h; examples/ ep.h. Each test says its
+# class (scripts/run_tests.sh). The self-test plants violations in a copy: each must be caught.
 #
 # Also the dialect in which src/ and kernel/ are written: sizeof(x), and in conditions p and !p
 # rather than p == NULL, no (void) before a call.
 self_test=
+clean= # what code_of says of the tree, when it is known
 [ "$1" = --self-test ] && self_test=1 && shift
 root=${1:-$(dirname "$0")/..}
 cd "$root" || exit 1
@@ -39,11 +40,33 @@ code_of() {
     }' "$@" </dev/null
 }
 
+# Each test says with whom it runs.
+classes() {
+    missing=0
+    for t in tests/t_*.c tests/t_*.sh python/tests/t_*.py; do
+        [ -e "$t" ] || continue
+        sed -n 1,5p "$t" | grep -Eq 'class: (exclusive|timed|rest)( |$)' && continue
+        echo "$t:1: no line \"class: exclusive\", timed or rest (scripts/run_tests.sh)"
+        missing=1
+    done
+    return $missing
+}
+
 law() {
+    classes || { includes; return 1; }
+    includes
+}
+
+includes() {
     files=$(find include src kernel tools examples -name '*.[ch]' 2>/dev/null | LC_ALL=C sort)
     [ -n "$files" ] || { echo "law: no sources"; return 1; }
     # shellcheck disable=SC2086
-    code_of $files | awk '
+    { if [ -z "$clean" ]; then
+        code_of $files
+    else # the self-test: of all files but one it is known already
+        grep -v "^$planted_in:" "$clean"
+        code_of "$planted_in"
+    fi; } | awk '
     BEGIN {
         layer["base"] = 0; layer["cu"] = 1; layer["boot"] = 1; layer["mem"] = 1
         layer["net"] = 1; layer["run"] = 2; layer["proxy"] = 2; layer["ep"] = 3
@@ -138,18 +161,23 @@ fi
 
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
-mkdir -p "$tmp/src" "$tmp/kernel" "$tmp/tools" "$tmp/examples"
+mkdir -p "$tmp/src" "$tmp/kernel" "$tmp/tools" "$tmp/examples" "$tmp/tests"
 for d in include src kernel tools examples; do
     [ -d $d ] && cp -r $d "$tmp/"
 done
+cp tests/t_* "$tmp/tests/"
 cd "$tmp" || exit 1
 if ! law >clean.txt; then
     cat clean.txt
     echo "law self-test: the tree itself breaks the law"
     exit 1
 fi
+# shellcheck disable=SC2046
+code_of $(find include src kernel tools examples -name '*.[ch]') >code.txt
+clean=code.txt
 planted=0
 plant() { # plant FILE LINE-OF-CODE: must be caught, and named by file
+    planted_in=$1
     mkdir -p "$(dirname "$1")"
     [ -e "$1" ] && cp "$1" saved || rm -f saved
     printf '%s\n' "$2" >>"$1"
@@ -162,6 +190,7 @@ plant() { # plant FILE LINE-OF-CODE: must be caught, and named by file
     planted=$((planted + 1))
 }
 spare() { # spare FILE LINE-OF-CODE: must not be caught
+    planted_in=$1
     mkdir -p "$(dirname "$1")"
     printf '%s\n' "$2" >>"$1"
     law >caught.txt || { cat caught.txt; echo "law self-test: wrongly caught: $2"; exit 1; }
@@ -185,6 +214,8 @@ plant tools/zz.c '#include "src/cu/cu.h"'
 plant tools/gpu.h '#include "src/cu/cu.h"'
 plant tools/gpu_zz.c '#include "src/cu/driver.h"'
 plant examples/zz.c '#include "src/base/base.h"'
+plant tests/t_zz.c 'int x; /* class: fast */'
+plant tests/t_zz.sh 'echo 1..0'
 plant src/ep/zz.c '#include "handle.h"'
 plant src/ep/zz.c 'const char *x = getenv("HOME");'
 plant tools/zz.c 'const char *x = getenv("HOME");'

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: timed */
 /*
  * Operations that end because somebody wants it so: ep_group_abort from another thread, Ctrl-C of
  * a whole job, a rank that exits or destroys its group while the others go on, a dispatch that is

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Output as a view of the arena: compact and expanded, in turn through the slots, written by
  * the experts in place and combined from where it lies.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Every argument that breaks its rule: the right status, a message that names the argument and
  * its value, nothing sent and nothing written, and a group that goes on. This file: groups and

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Every argument of route, layout, dispatch and combine that breaks its rule: the right status,
  * a message that names the argument and its value, before anything is sent: the peer of a rank

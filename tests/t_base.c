@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * src/base: status names and error text, knobs and their malformed values, deadlines, the
  * allocation injector, threads that leave signals alone, and what the log writes.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Dispatch in two steps: begin sends, the counts are known, finish writes output of exactly the
  * right size; beside ranks that do it in one, cached, and in the wrong order.

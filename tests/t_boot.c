@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: timed */
 /*
  * How ranks meet: as threads of a world, by the caller's allgather, at an address, and as the
  * environment of each launcher says; who is turned away and what is said; that nothing is left.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: timed */
 /*
  * After the ranks have met: who dies is noticed by all within a second, who is only stopped is
  * not called dead, who leaves is not either, and no collective outlives its deadline.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Compiled kernels on disk (src/cu/cache.c): what an entry must look like to be believed, which
  * folders are used, and who makes an entry when several processes want it. Needs no compiler.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * A routed and dispatched handle is used again and again: cached dispatches and combines of
  * other types and forms, several handles in turn, backward passes, and a new routing in an old

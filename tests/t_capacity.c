@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * More rows than there is room for: over max_recv_rows every rank gets EP_ERR_CAPACITY before
  * anything is sent; over an output's rows only the rank whose output it is. The message says

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Combine: float32 sums in the order of the header, rounded once (compact) or twice (weighted,
  * expanded), with biases and top-k weights back, in every type.

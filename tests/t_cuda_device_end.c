@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * A process that has made, used and destroyed many CUDA groups holds what it held before: the
  * device's memory is back, and no descriptor, thread or shared memory is left.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Route, dispatch and combine captured in a CUDA graph and replayed with other routings and other
  * data in place: each replay gives what the reference says, compact, expanded and with a view of

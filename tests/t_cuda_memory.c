@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * EP_ARENA=host: the arenas of a CUDA group lie in pinned host memory, for devices that cannot
  * reach each other's. The results are those of the reference, as with arenas on the devices.

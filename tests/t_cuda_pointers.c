@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Whose memory a tensor may be. A CUDA group refuses ordinary memory and that of another device,
  * in each argument, by name; a host group refuses device memory; pinned and managed memory will

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * EP_TEST_PAIRS (100) dispatches and combines with changing routing, every output against the
  * reference. All of it twice, and once on a host group: the bits of all outputs are the same.

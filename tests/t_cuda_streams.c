@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * CUDA groups and several streams: the operations of a group run in the order of their calls,
  * whatever streams they are on; several handles and groups are in flight at once; and several

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Two runs give the same bytes, whatever the number of workers, on each rank its own: every run
  * is compared with the same images, the view of the arena included.

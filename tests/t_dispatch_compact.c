@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Compact dispatch: one row per (token, rank) by source rank and token, with ids, weights,
  * sources and counts, for every kind of routing, expert map and token count.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Expanded dispatch: one row per selection, grouped by local expert with aligned starts, gaps
  * zeroed on request and otherwise left alone, one weight per row, offsets and counts.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * The smallest program in which every hand-off of the protocol happens: two ranks, several warps
  * each, a dispatch into memory and a combine of what arrived. It is what scripts/must_fail.sh runs

@@ -1,5 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
+# class: rest
 # What `make install` leaves is enough to build and run a program with pkg-config, from another
 # place than the tree; `make uninstall` leaves no file. Run from the root of the tree.
 n=0

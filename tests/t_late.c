@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: timed */
 /*
  * A rank that is late but alive: stopped with SIGSTOP it is waited for until the timeout, once,
  * and never called dead. Who waited says for whom, where and how long; the others are told at

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * ep_handle_layout: counts per rank, node and expert, the token-in-rank matrix, and channels as
  * prefix sums over contiguous ranges of tokens that depend on the number of tokens alone; from

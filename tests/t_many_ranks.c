@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: exclusive */
 /*
  * Many ranks as threads: 64 at full function, 1024 with 8 tokens each (under ThreadSanitizer,
  * which is ten times slower and larger, 256). On one GPU ranks share its SMs: 8 of them. Prints the

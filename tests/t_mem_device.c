@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Arenas on a device, by a fake one: everybody reaches everybody's arena and board; what a device
  * cannot do sends all ranks' arenas to host memory; whoever runs out of memory, is late or is

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Ranks that disagree are told so, all of them: about the configuration when the group is made,
  * and about an operation by its first message, before any row is sent.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Finding NVRTC (src/cu/find.c): which of several is taken, what is passed over, and what is said
  * when there is none. The places are links to the one NVRTC of this machine. Each part runs in a

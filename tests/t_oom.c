@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: timed */
 /*
  * Out of memory, at each allocation in turn (EP_TEST_ALLOC_FAIL walks them; threads, mappings,
  * sockets and shared memory count as allocations), while a group, its handle, streams and events

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * A group destroyed before its handle: said in the log, and nothing worse happens. The log line is
  * checked here, by catching standard error.

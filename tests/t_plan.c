@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * ep_plan: pure arithmetic. Sums and page sizes, limits and what their messages name, growth
  * with every field, SMs by the documented formula, and a group's arena that is what the plan said,

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * The reference's own numbers: every f16 and bf16 survives the way to float and back, and every
  * float32 between two neighbours is rounded to the nearer one, ties to the even one.

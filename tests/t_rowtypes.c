@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Rows are bytes to dispatch: every type, with every type and number of scales, from strided
  * inputs into strided, row-major or column-major outputs; ids of both types with any strides.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * ep_group_stats: operations, rows and bytes are those of the reference, summed over all that
  * the group has done; times only grow.

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* class: rest */
 /*
  * Streams and events of a host group: a whole layer queued without waiting, two handles on two
  * streams, order between streams by events, and errors of queued work at the synchronisation.

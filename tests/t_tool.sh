@@ -1,5 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
+# class: exclusive
 # The program `ep` as its users meet it: what it prints, how it exits, and that it leaves no
 # process behind. TAP; EP_BUILD is the directory of the build (default build).
 cd "$(dirname "$0")/.." || exit 1
