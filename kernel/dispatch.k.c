@@ -257,7 +257,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) 
     }
     ok = k_barrier(k, ok);
     if (ok && last && k->lane == 0) {
-        k_poke(&g->ctl->taken[1], 0);
+        k_poke(&g->ctl->taken[K_TAKEN_CHANNELS], 0);
         k_publish_local(&g->ctl->go, K_WORD(k->epoch, go));
     }
     if (ok && counts && k->warp == 0 && k->lane == 0) {

@@ -111,7 +111,7 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
 static K_INLINE void next_channel(struct k_thread *k, const struct k_dispatch_args *a,
                                   struct send_list *l) {
     begin_channel(a, l,
-                  l->in_turn ? l->stride + (k_i32)k_take(k, &a->g.ctl->taken[1])
+                  l->in_turn ? l->stride + (k_i32)k_take(k, &a->g.ctl->taken[K_TAKEN_CHANNELS])
                              : l->channel + l->stride);
 }
 
