@@ -52,8 +52,8 @@ static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
     k_bool ok = check_rows(k, a) && await_all_ready(k, &sig, a->h.remote_where);
     ok = k_barrier(k, ok);
     if (ok && k->warp == 0 && k->lane == 0) {
-        k_poke(&g->ctl->taken[K_TAKEN_ANSWERS], 0);
-        k_poke(&g->ctl->taken[K_TAKEN_TOKENS], 0);
+        k_store(&g->ctl->taken[K_TAKEN_ANSWERS], 0);
+        k_store(&g->ctl->taken[K_TAKEN_TOKENS], 0);
         k_publish_local(&g->ctl->go, K_WORD(k->epoch, a->h.counts->need ? K_GO_NEED : K_GO));
     }
     return ok;
@@ -211,7 +211,7 @@ static K_INLINE void list_taken(struct k_thread *k, const struct k_combine_args 
 static K_INLINE void take_next(struct k_thread *k, const struct k_combine_args *a,
                                struct answer_list *l) {
     const k_i32 before = l->num;
-    l->next = l->stride + (k_i32)k_take(k, &a->g.ctl->taken[K_TAKEN_ANSWERS]);
+    l->next = l->stride + (k_i32)k_take_next(k, &a->g.ctl->taken[K_TAKEN_ANSWERS]);
     if (l->next < l->items) {
         list_taken(k, a, l);
         place_answers(k, a, l, before);
@@ -335,8 +335,8 @@ static K_FN void send_own(struct k_thread *k, const struct k_combine_args *a, k_
 static K_FN void count_sent(struct k_thread *k, const struct k_combine_args *a) {
     const struct k_group *g = &a->g;
     for (k_i32 d = k->lane; d < g->num_ranks; d += K_LANES) {
-        k_tally(d == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
-                (k_u64)(a->h.recv_base[d + 1] - a->h.recv_base[d]) * (k_u64)a->row_bytes);
+        k_add(d == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
+              (k_u64)(a->h.recv_base[d + 1] - a->h.recv_base[d]) * (k_u64)a->row_bytes);
     }
 }
 
@@ -538,7 +538,7 @@ static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_a
                                     struct feed *f) {
     const struct k_group *g = &a->g;
     while (f->answers && f->row == f->end) {
-        const k_i32 i = (k_i32)k_take(k, &g->ctl->taken[K_TAKEN_ANSWERS]);
+        const k_i32 i = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_ANSWERS]);
         if (i >= g->num_ranks * g->num_channels) {
             f->answers = 0;
             break;
@@ -557,7 +557,7 @@ static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_a
 static K_INLINE k_bool take_token(struct k_thread *k, const struct k_combine_args *a,
                                   const struct slices *cut, struct feed *f) {
     if (f->tokens && f->token == NOBODY) {
-        const k_i32 i = (k_i32)k_take(k, &a->g.ctl->taken[K_TAKEN_TOKENS]),
+        const k_i32 i = (k_i32)k_take_next(k, &a->g.ctl->taken[K_TAKEN_TOKENS]),
                     cuts = i - cut->whole;
         const k_i32 t = cuts < 0 ? i : cut->whole + cuts / cut->num;
         f->tokens = t < a->tokens;

@@ -132,11 +132,11 @@ static K_FN k_bool await_rows(struct k_thread *k, k_i32 src, k_u32 *rows) {
         const k_u64 *word = (const k_u64 *)k_own(g, counts_offset(g, k->epoch, src));
         const k_u64 *arrival = arrival_of(k, src);
         struct k_spinner s = K_SPINNER;
-        k_u64 w = k_poll(word);
+        k_u64 w = k_load(word);
         while (ok && (k_u32)(w >> 32) != k->epoch) {
-            const k_bool arrived = (k_u32)(k_poll(arrival) >> 32) == k->epoch;
+            const k_bool arrived = (k_u32)(k_load(arrival) >> 32) == k->epoch;
             ok = k_spin(k, &s, src, arrived ? K_PHASE_COUNTS : K_PHASE_READY);
-            w = k_poll(word);
+            w = k_load(word);
         }
         ok = ok || (k_u32)(w >> 32) == k->epoch;
         *rows = (k_u32)w;
@@ -257,7 +257,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) 
     }
     ok = k_barrier(k, ok);
     if (ok && last && k->lane == 0) {
-        k_poke(&g->ctl->taken[K_TAKEN_CHANNELS], 0);
+        k_store(&g->ctl->taken[K_TAKEN_CHANNELS], 0);
         k_publish_local(&g->ctl->go, K_WORD(k->epoch, go));
     }
     if (ok && counts && k->warp == 0 && k->lane == 0) {
@@ -323,7 +323,7 @@ K_KERNEL(dispatch, k_dispatch_args) {
         return;
     }
     /* The kernel before this one on the stream sent, and its rows did not fit. */
-    if ((a->flags & K_DO_DROP) && (k_u32)(k_peek(&a->g.ctl->sent) >> 32) != k->epoch) {
+    if ((a->flags & K_DO_DROP) && (k_u32)(k_load(&a->g.ctl->sent) >> 32) != k->epoch) {
         return;
     }
     if (!run(k, a)) {

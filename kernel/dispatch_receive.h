@@ -86,9 +86,9 @@ static K_FN k_bool prepare(struct k_thread *k, const struct k_dispatch_args *a) 
     k_syncwarp(k);
     k_bool ok = k_barrier(k, 1);
     if (me == 0) {
-        k_poke(&a->g.ctl->taken[K_TAKEN_PARTS], 0);
+        k_store(&a->g.ctl->taken[K_TAKEN_PARTS], 0);
         k_publish_local(&a->g.ctl->go_recv, K_WORD(k->epoch, K_GO));
-        k_tally(&a->g.ctl->rows_received, h->recv_base[ranks]);
+        k_add(&a->g.ctl->rows_received, h->recv_base[ranks]);
     }
     return ok;
 }
@@ -289,7 +289,7 @@ static K_INLINE k_bool take_rows(struct k_thread *k, const struct k_dispatch_arg
                                  const struct intake *w, struct feed *f) {
     const struct k_group *g = &a->g;
     while (f->row == f->end) {
-        const k_i32 i = (k_i32)k_take(k, &g->ctl->taken[K_TAKEN_PARTS]);
+        const k_i32 i = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_PARTS]);
         if (i >= g->num_ranks * w->items) {
             return 0;
         }

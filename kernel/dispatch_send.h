@@ -111,8 +111,9 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
 static K_INLINE void next_channel(struct k_thread *k, const struct k_dispatch_args *a,
                                   struct send_list *l) {
     begin_channel(a, l,
-                  l->in_turn ? l->stride + (k_i32)k_take(k, &a->g.ctl->taken[K_TAKEN_CHANNELS])
-                             : l->channel + l->stride);
+                  l->in_turn
+                      ? l->stride + (k_i32)k_take_next(k, &a->g.ctl->taken[K_TAKEN_CHANNELS])
+                      : l->channel + l->stride);
 }
 
 /* Where this rank's rows and their sidecars begin at rank d. */
@@ -520,9 +521,9 @@ static K_FN void count_sent(struct k_thread *k, const struct k_dispatch_args *a)
     const struct k_group *g = &a->g;
     for (k_i32 d = k->lane; d < g->num_ranks; d += K_LANES) {
         const k_u32 rows = a->h.send_chan[(k_i64)d * (g->num_channels + 1) + g->num_channels];
-        k_tally(d == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
-                (k_u64)rows * (k_u64)a->row_bytes);
-        k_tally(&g->ctl->rows_sent, rows);
+        k_add(d == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
+              (k_u64)rows * (k_u64)a->row_bytes);
+        k_add(&g->ctl->rows_sent, rows);
     }
 }
 

@@ -18,7 +18,6 @@
  *               k_await_word             the same for posted words, which order nothing
  *               k_await_rows(k, p, e, n, ...)  k_await, until the value is n at least
  *               k_arrived(k, p, e, n)    the same as a question: true if it need not wait
- *               k_take(k, p)             the next number of a counter of this rank's
  *               k_all(k, ok)             the AND over a warp's lanes
  *               k_await_words            several posted words at once
  *               k_scan(k, x, &total)     sum of x over the lanes before this one, and over all
@@ -39,8 +38,12 @@
  *                                        stages, so that a part may be a whole row
  *               k_reduce(k, ...)         sum of rows in float32 in the order given, rounded once
  *               k_zero(k, ...)           fills own memory
- * Sums          k_tally(p, v)            adds to a sum of this rank's that orders nothing
- * Numbers       k_min(a, b), k_max(a, b), k_raise_to(p, v): *p becomes v if that is more
+ * Own words     k_load(p), k_store(p, w)  a word of this rank's, whole; they order nothing
+ *               k_fetch_add(p, v)        adds, returns the old value, orders like release and acquire
+ *               k_add(p, v)              adds to a sum that nobody waits for; orders nothing
+ *               k_raise_to(p, v)         *p becomes v if that is more; orders nothing
+ *               k_take_next(k, p)        the warp takes the next number of a counter
+ * Numbers       k_min(a, b), k_max(a, b)
  * Code          K_UNROLL, K_ROLLED       before a loop: its values are to stay in registers; it is
  *                                        short, and code must stay in its cache
  * Time          k_now(k), k_spin(k, ...) deadline and abort are inside
@@ -105,8 +108,8 @@ static K_INLINE struct k_board *k_board_of(const struct k_group *g, k_i32 rank) 
 static K_COLD void k_tell_late(const struct k_group *g, k_i32 kind, k_u64 word,
                                k_i64 waited_ns) {
     struct k_board *board = k_board_of(g, g->rank);
-    k_poke((k_u64 *)&board->waited_ns, (k_u64)waited_ns);
-    k_poke((k_u64 *)&board->waiting_kind, (k_u64)kind);
+    k_store((k_u64 *)&board->waited_ns, (k_u64)waited_ns);
+    k_store((k_u64 *)&board->waiting_kind, (k_u64)kind);
     k_publish_local(&board->waiting, word);
 }
 #endif
@@ -137,10 +140,10 @@ static K_COLD void k_raise_at(const struct k_group *g, k_i32 kind, k_u32 epoch, 
     f->theirs = b.theirs;
     f->word = b.word;
     const k_u64 code = K_ABORT_PACK(b.status, g->rank, b.subject, kind, b.phase, epoch);
-    if (k_peek(&board->abort) == 0) { /* a death that the boot has told of says more */
+    if (k_load(&board->abort) == 0) { /* a death that the boot has told of says more */
         k_publish_local(&board->abort, code);
     }
-    k_poke(&g->ctl->abort, code);
+    k_store(&g->ctl->abort, code);
     for (k_i32 p = 0; p < g->num_ranks; p++) {
         if (p != g->rank) {
             struct k_peer told = {(k_u64)&k_board_of(g, p)->told};
@@ -161,7 +164,7 @@ static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame
 /* One more turn of a wait that began at s->since: false when it must end. Called by one lane. */
 static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k_i32 phase) {
     struct k_ctl *ctl = k->g->ctl;
-    if (k_peek(&ctl->abort) != 0) {
+    if (k_load(&ctl->abort) != 0) {
         return 0;
     }
     if (!k_pause(s)) {
@@ -177,7 +180,7 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     if (k->kind && waited >= s->look) {
         const struct k_board *board = k->board;
         s->look = waited + K_LOOK_NS;
-        if (k_peek(&board->abort) != 0 || K_ABORT_ENDS(k_peek(&board->told), k->epoch)) {
+        if (k_load(&board->abort) != 0 || K_ABORT_ENDS(k_load(&board->told), k->epoch)) {
             return 0;
         }
     }
@@ -198,16 +201,16 @@ static K_INLINE k_bool k_await_as(struct k_thread *k, const k_u64 *word, k_u32 e
                                   k_i32 peer, k_i32 phase, k_u32 *value, k_bool acquires) {
     k_bool ok = 1;
     if (word) {
-        k_u64 w = acquires ? k_acquire(word) : k_poll(word);
+        k_u64 w = acquires ? k_acquire(word) : k_load(word);
         if ((k_u32)(w >> 32) != epoch) {
             struct k_spinner s = K_SPINNER;
             k_i64 start = k_now();
             do {
                 ok = k_spin(k, &s, peer, phase);
-                w = acquires ? k_acquire(word) : k_poll(word);
+                w = acquires ? k_acquire(word) : k_load(word);
             } while (ok && (k_u32)(w >> 32) != epoch);
             if (k->lane == 0) {
-                k_tally(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+                k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
             }
             ok = ok || (k_u32)(w >> 32) == epoch;
         }
@@ -248,7 +251,7 @@ static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step
     k_u64 w[K_MANY];
     k_bool ok = 1, all = 1;
     K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
-        w[i] = i < num ? k_poll(at + i * step) : K_WORD(epoch, 0);
+        w[i] = i < num ? k_load(at + i * step) : K_WORD(epoch, 0);
     }
     K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
         all = all && (k_u32)(w[i] >> 32) == epoch;
@@ -260,7 +263,7 @@ static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step
             ok = k_spin(k, &s, peer, phase);
             K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
                 if ((k_u32)(w[i] >> 32) != epoch) {
-                    w[i] = k_poll(at + i * step);
+                    w[i] = k_load(at + i * step);
                 }
             }
             all = 1;
@@ -269,7 +272,7 @@ static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step
             }
         } while (ok && !all);
         if (k->lane == 0) {
-            k_tally(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+            k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
         }
         ok = ok || all;
     }
@@ -282,13 +285,13 @@ static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step
 /* The operation does not end well, for the reason K_END_...; said before k_is_last_out. */
 static K_INLINE void k_fail_op(struct k_thread *k, k_u32 how) {
     if (k->lane == 0) {
-        k_poke(&k->g->ctl->how_ended, K_WORD(k->epoch, how));
+        k_store(&k->g->ctl->how_ended, K_WORD(k->epoch, how));
     }
 }
 
 /* How it ended: 0 well, or K_END_...; known to the warp that was last out. */
 static K_INLINE k_u32 k_how_ended(const struct k_thread *k) {
-    const k_u64 w = k_peek(&k->g->ctl->how_ended);
+    const k_u64 w = k_load(&k->g->ctl->how_ended);
     return (k_u32)(w >> 32) == k->epoch ? (k_u32)w : 0u;
 }
 
@@ -306,11 +309,11 @@ static K_FN k_bool k_await_rows(struct k_thread *k, const k_u64 *word, k_u32 epo
         k_bool here = 0;
         do {
             ok = k_spin(k, &s, peer, phase);
-            here = k_is_here(k_poll(word), epoch, rows);
+            here = k_is_here(k_load(word), epoch, rows);
         } while (ok && !here);
         k_acquire(word);
         if (k->lane == 0) {
-            k_tally(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+            k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
         }
         ok = ok || here;
     }
@@ -338,9 +341,9 @@ static K_FN k_bool k_is_last_out(struct k_thread *k, k_i32 part) {
     if (k->lane == 0) {
         struct k_ctl *ctl = k->g->ctl;
         const k_u64 total = (k_u64)k->num_blocks * (k_u64)k->num_warps;
-        last = k_add(&ctl->out[part], 1) == total - 1;
+        last = k_fetch_add(&ctl->out[part], 1) == total - 1;
         if (last) {
-            k_poke(&ctl->out[part], 0);
+            k_store(&ctl->out[part], 0);
         }
     }
     last = k_all(k, last);
@@ -354,10 +357,10 @@ static K_FN void k_finish_kernel(struct k_thread *k, k_bool over) {
     if (k->lane == 0) {
         struct k_ctl *ctl = k->g->ctl;
         const k_i32 op = k->kind == (k_i32)K_OP_COMBINE ? 1 : 0;
-        k_add(&ctl->op_ns[op], (k_u64)(k_now() - (k_i64)k_peek((k_u64 *)&ctl->begun_ns)));
+        k_fetch_add(&ctl->op_ns[op], (k_u64)(k_now() - (k_i64)k_load((k_u64 *)&ctl->begun_ns)));
         if (over) {
-            k_add(&ctl->num_ops[op], 1);
-            k_poke(&ctl->epoch, k_peek(&ctl->epoch) + 1);
+            k_fetch_add(&ctl->num_ops[op], 1);
+            k_store(&ctl->epoch, k_load(&ctl->epoch) + 1);
         }
         if (k_how_ended(k) == K_END_FAULT) {
             k_publish_local(&k_board_of(k->g, k->g->rank)->failed, K_WORD(k->epoch, 1));
@@ -369,10 +372,10 @@ static K_FN void k_finish_kernel(struct k_thread *k, k_bool over) {
 static K_INLINE void k_enter(struct k_thread *k, const struct k_group *g, k_i32 kind) {
     k->g = g;
     k->kind = kind;
-    k->epoch = (k_u32)(k_peek(&g->ctl->epoch) + 1);
+    k->epoch = (k_u32)(k_load(&g->ctl->epoch) + 1);
     k->board = k_board_of(g, g->rank);
     if (kind && k->block == 0 && k->warp == 0 && k->lane == 0) {
-        k_poke((k_u64 *)&g->ctl->begun_ns, (k_u64)k_now());
+        k_store((k_u64 *)&g->ctl->begun_ns, (k_u64)k_now());
     }
 }
 

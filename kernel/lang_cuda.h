@@ -77,17 +77,17 @@ static K_INLINE k_i64 k_now(void) {
 
 /* ---- words ---------------------------------------------------------------------------------- */
 
-static K_INLINE k_u64 k_peek(const k_u64 *p) {
+static K_INLINE k_u64 k_load(const k_u64 *p) {
     k_u64 v;
     asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
     return v;
 }
 
-static K_INLINE void k_poke(k_u64 *p, k_u64 v) {
+static K_INLINE void k_store(k_u64 *p, k_u64 v) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
-static K_INLINE k_u64 k_add(k_u64 *p, k_u64 v) {
+static K_INLINE k_u64 k_fetch_add(k_u64 *p, k_u64 v) {
     k_u64 old;
     asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
                  : "=l"(old)
@@ -96,12 +96,12 @@ static K_INLINE k_u64 k_add(k_u64 *p, k_u64 v) {
     return old;
 }
 
-static K_INLINE void k_tally(k_u64 *p, k_u64 v) {
+static K_INLINE void k_add(k_u64 *p, k_u64 v) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
 /* Lane 0 takes for the warp. */
-static K_INLINE k_u64 k_take(struct k_thread *k, k_u64 *p) {
+static K_INLINE k_u64 k_take_next(struct k_thread *k, k_u64 *p) {
     k_u64 old = 0;
     if (k->lane == 0) {
         asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;"
@@ -148,10 +148,6 @@ static K_INLINE void k_publish_four(struct k_peer at, k_u64 w0, k_u64 w1, k_u64 
 /* System scope: the host may read the word as well. */
 static K_INLINE void k_publish_local(k_u64 *at, k_u64 word) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(word) : "memory");
-}
-
-static K_INLINE k_u64 k_poll(const k_u64 *p) {
-    return k_peek(p);
 }
 
 /* What the word's writer did before releasing it happens before what follows. No fence is needed

@@ -74,26 +74,26 @@ static K_INLINE k_i64 k_now(void) {
 
 /* ---- words ---------------------------------------------------------------------------------- */
 
-static K_INLINE k_u64 k_peek(const k_u64 *p) {
+static K_INLINE k_u64 k_load(const k_u64 *p) {
     return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
-static K_INLINE void k_poke(k_u64 *p, k_u64 v) {
+static K_INLINE void k_store(k_u64 *p, k_u64 v) {
     __atomic_store_n(p, v, __ATOMIC_RELAXED);
 }
 
 /* Atomically adds and returns the old value; orders like a release and an acquire. */
-static K_INLINE k_u64 k_add(k_u64 *p, k_u64 v) {
+static K_INLINE k_u64 k_fetch_add(k_u64 *p, k_u64 v) {
     return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
 }
 
 /* Adds to a sum that nobody waits for: orders nothing. */
-static K_INLINE void k_tally(k_u64 *p, k_u64 v) {
+static K_INLINE void k_add(k_u64 *p, k_u64 v) {
     __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
 
 /* The next number of a counter that all warps of a rank share; orders nothing. */
-static K_INLINE k_u64 k_take(struct k_thread *k, k_u64 *p) {
+static K_INLINE k_u64 k_take_next(struct k_thread *k, k_u64 *p) {
     (void)k;
     return __atomic_fetch_add(p, 1, __ATOMIC_RELAXED);
 }
@@ -136,10 +136,6 @@ static K_INLINE void k_publish_four(struct k_peer at, k_u64 w0, k_u64 w1, k_u64 
 
 static K_INLINE void k_publish_local(k_u64 *at, k_u64 word) {
     __atomic_store_n(at, word, __ATOMIC_RELEASE);
-}
-
-static K_INLINE k_u64 k_poll(const k_u64 *p) {
-    return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 
 static K_INLINE k_u64 k_acquire(const k_u64 *p) {

@@ -303,7 +303,7 @@ static K_FN void tell_sums(struct k_thread *k, const struct k_route_args *a,
             }
             at += FETCH * cols;
         }
-        k_poke(&a->h.totals[k->block * (k_i64)cols + col], K_WORD(team->mark, sum));
+        k_store(&a->h.totals[k->block * (k_i64)cols + col], K_WORD(team->mark, sum));
     }
 }
 
@@ -431,7 +431,7 @@ static K_INLINE void tell_host(const struct k_route_args *a) {
     struct k_counts *notice = a->h.notice;
     const k_u64 first = a->h.bad[0];
     if (first == ~0ull) { /* one word, which nothing has to come before */
-        k_poke(&notice->routed, K_WORD(a->h.tag, a->ticket));
+        k_store(&notice->routed, K_WORD(a->h.tag, a->ticket));
         return;
     }
     const k_u64 at = a->ids.data + (k_u64)((k_i64)(first / (k_u64)a->topk) * a->ids.s0 +
@@ -472,7 +472,7 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
         h->send_base[ranks] = base;
         h->bad[0] = bad ? (k_u64)~bad : ~0ull;
         /* All blocks have told their sums, so they have read it. */
-        k_poke(&h->sync[0], team->mark);
+        k_store(&h->sync[0], team->mark);
     }
     if (k->lane == 0) {
         tell_host(a);
@@ -485,7 +485,7 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
 static K_INLINE struct team make_team(struct k_thread *k, const struct k_route_args *a) {
     struct team team;
     const k_u32 chans = (k_u32)a->g.num_channels, warps = (k_u32)k->num_warps;
-    team.mark = (k_u32)k_peek(&a->h.sync[0]) + 1u;
+    team.mark = (k_u32)k_load(&a->h.sync[0]) + 1u;
     team.blocks =
         k_min(k_min(k->num_blocks, K_MAX_BLOCKS), (k_i32)((chans + warps - 1) / warps));
     team.warps = k_min(k->num_warps, (k_i32)(chans / (k_u32)team.blocks));
