@@ -74,13 +74,9 @@ static K_INLINE k_u64 x_row(const struct k_combine_args *a, k_u32 row) {
     return a->x.data + (k_u64)((k_i64)row * a->x.s0);
 }
 
-/* Which owners a pass over plain answers serves. */
-#define TO_PEERS 1
-#define TO_SELF 2
-
 static K_INLINE k_i32 num_answers(const struct k_combine_args *a, k_i32 whom) {
     const k_i32 ranks = a->g.num_ranks;
-    return (whom == TO_PEERS ? ranks - 1 : 1) * a->g.num_channels;
+    return (whom == K_TO_PEERS ? ranks - 1 : 1) * a->g.num_channels;
 }
 
 /* Whose answer `item` is, of which channel (those of a channel are neighbours), and the rows received
@@ -88,8 +84,8 @@ static K_INLINE k_i32 num_answers(const struct k_combine_args *a, k_i32 whom) {
 static K_INLINE void find_answer(const struct k_combine_args *a, k_i32 whom, k_i32 item,
                                  k_i32 *owner, k_i32 *c, k_u32 *r0, k_u32 *r1) {
     const k_i32 ranks = a->g.num_ranks;
-    const k_i32 owners = whom == TO_PEERS ? ranks - 1 : 1;
-    const k_i32 d = a->g.rank + (whom == TO_PEERS) + item % owners;
+    const k_i32 owners = whom == K_TO_PEERS ? ranks - 1 : 1;
+    const k_i32 d = a->g.rank + (whom == K_TO_PEERS) + item % owners;
     *owner = d < ranks ? d : d - ranks;
     *c = item / owners;
     const k_u32 *chan = a->h.recv_chan + (k_i64)*owner * (a->g.num_channels + 1) + *c;
@@ -140,9 +136,9 @@ struct answer {
     k_i32 pad;
 };
 
-#define LISTED_ANSWERS 16
-_Static_assert(LISTED_ANSWERS * sizeof(struct answer) <= K_SCRATCH_BYTES(1), "answers");
-_Static_assert(LISTED_ANSWERS > K_MOVER_STAGES + 4, "what is listed is still in use");
+#define K_LISTED_ANSWERS 16
+_Static_assert(K_LISTED_ANSWERS * sizeof(struct answer) <= K_SCRATCH_BYTES(1), "answers");
+_Static_assert(K_LISTED_ANSWERS > K_MOVER_STAGES + 4, "what is listed is still in use");
 
 /*
  * The answers that a warp sends, noted in its scratch: number `first`, then the next that no warp
@@ -157,14 +153,14 @@ struct answer_list {
 };
 
 static K_INLINE const struct answer *listed(const struct answer_list *l, k_i32 i) {
-    return &l->answers[(k_u32)i % LISTED_ANSWERS];
+    return &l->answers[(k_u32)i % K_LISTED_ANSWERS];
 }
 
 static K_INLINE void list_answer(struct k_thread *k, const struct k_combine_args *a,
                                  struct answer_list *l, k_i32 owner, k_i32 c, k_u32 row,
                                  k_u32 rows) {
     if (k->lane == 0) {
-        struct answer *to = &l->answers[(k_u32)l->num % LISTED_ANSWERS];
+        struct answer *to = &l->answers[(k_u32)l->num % K_LISTED_ANSWERS];
         const k_u64 all = (k_u64)rows * (k_u64)a->row_bytes;
         const k_bool dense = a->x.s0 == a->row_bytes && all < (1u << 30);
         to->owner = owner;
@@ -180,7 +176,7 @@ static K_INLINE void list_answer(struct k_thread *k, const struct k_combine_args
 static K_INLINE void place_answers(struct k_thread *k, const struct k_combine_args *a,
                                    struct answer_list *l, k_i32 first) {
     for (k_i32 i = first; k->lane == 0 && i < l->num; i++) {
-        struct answer *u = &l->answers[(k_u32)i % LISTED_ANSWERS];
+        struct answer *u = &l->answers[(k_u32)i % K_LISTED_ANSWERS];
         u->to =
             k_peer_at(&a->g, u->owner, landing(a, landing_row(a, u->owner, u->row))).address;
     }
@@ -193,10 +189,10 @@ static K_INLINE void list_taken(struct k_thread *k, const struct k_combine_args 
                                 struct answer_list *l) {
     k_i32 owner, c;
     k_u32 r0, r1;
-    find_answer(a, TO_PEERS, l->next, &owner, &c, &r0, &r1);
+    find_answer(a, K_TO_PEERS, l->next, &owner, &c, &r0, &r1);
     const k_bool halves =
-        l->items / FEW_ANSWERS < l->stride &&
-        (k_u64)(r1 - r0) * (k_u64)a->row_bytes >= TWO_PARTS * (k_u64)a->stage_bytes;
+        l->items / K_FEW_ANSWERS < l->stride &&
+        (k_u64)(r1 - r0) * (k_u64)a->row_bytes >= K_TWO_PARTS * (k_u64)a->stage_bytes;
     const k_u32 middle = halves ? r0 + (r1 - r0 + 1) / 2 : r1;
     if (r0 >= r1 || r1 > a->x_rows) {
         return; /* too few in x is what block 0 finds, too */
@@ -244,7 +240,7 @@ static K_INLINE void walk_answer(struct answer_walk *w, const struct k_combine_a
 static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
                             struct k_mover *m, k_i32 first, k_i32 stride, k_u32 *go) {
     struct answer_list l = {(struct answer *)warp_scratch(k), first, stride,
-                            num_answers(a, TO_PEERS), 0};
+                            num_answers(a, K_TO_PEERS), 0};
     struct answer_walk in = {0, 0, 0, 0}, out = in;
     struct pending p = {-1, 0};
     k_i32 ahead = 0;
@@ -304,7 +300,7 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
             p.unit = ended;
             p.newer = 0;
         }
-        if (in.item == l.num && ahead <= FEW_AHEAD) {
+        if (in.item == l.num && ahead <= K_FEW_AHEAD) {
             if (l.next < l.items) {
                 take_next(k, a, &l);
             } else if (out.item == l.num && p.unit < 0) {
@@ -317,10 +313,10 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
 /* Plain answers of this rank to itself, which lie where they are read: their weights and words. */
 static K_FN void send_own(struct k_thread *k, const struct k_combine_args *a, k_i32 first,
                           k_i32 stride) {
-    for (k_i32 i = first; i < num_answers(a, TO_SELF); i += stride) {
+    for (k_i32 i = first; i < num_answers(a, K_TO_SELF); i += stride) {
         k_i32 owner, c;
         k_u32 r0, r1;
-        find_answer(a, TO_SELF, i, &owner, &c, &r0, &r1);
+        find_answer(a, K_TO_SELF, i, &owner, &c, &r0, &r1);
         if (a->flags & K_DO_WEIGHTS) {
             send_weights(k, a, owner, r0, r1);
         }
@@ -346,14 +342,14 @@ static K_FN void count_sent(struct k_thread *k, const struct k_combine_args *a) 
 struct sum {
     k_u64 to;
     k_i32 item;           /* the received row that is answered, or the token */
-    k_i32 owner, channel; /* of an answer; the owner of a token's sum is NOBODY */
+    k_i32 owner, channel; /* of an answer; the owner of a token's sum is K_NOBODY */
     k_i32 num;            /* terms */
     k_i32 bytes, part;    /* of the row; of each term, that a stage takes */
     k_u8 first, tell;     /* answer of its channel; it is to be announced */
     k_u8 last;            /* slice of its token */
 };
 
-#define NOBODY (-1)
+#define K_NOBODY (-1)
 
 /* Where a warp's rows come from. */
 struct feed {
@@ -362,7 +358,7 @@ struct feed {
     k_u8 first;           /* no answer of the channel taken last is begun */
     k_u32 row, end;       /* its answers that are not begun */
     k_i32 owner, channel;
-    k_i32 token; /* taken, not begun; or NOBODY */
+    k_i32 token; /* taken, not begun; or K_NOBODY */
     k_i32 from;  /* the byte of its row at which the slice begins */
 };
 
@@ -393,13 +389,13 @@ struct slices {
     k_i32 num, bytes;
 };
 
-#define MOST_SLICES 8
-#define LAST_SLICES 4
-#define LEAST_SLICE 4096
+#define K_MOST_SLICES 8
+#define K_LAST_SLICES 4
+#define K_LEAST_SLICE_BYTES 4096
 
 static K_INLINE struct slices slices_of(const struct k_combine_args *a, k_i32 warps) {
-    const k_i32 last = k_min(a->row_bytes / LEAST_SLICE, LAST_SLICES);
-    const k_i32 few = k_min(a->tokens > 0 ? warps / a->tokens : 1, MOST_SLICES);
+    const k_i32 last = k_min(a->row_bytes / K_LEAST_SLICE_BYTES, K_LAST_SLICES);
+    const k_i32 few = k_min(a->tokens > 0 ? warps / a->tokens : 1, K_MOST_SLICES);
     const k_i32 num = k_max(few, last);
     struct slices s = {k_max(a->tokens - warps, 0), 1, a->row_bytes};
     if (num > 1) {
@@ -524,13 +520,13 @@ static K_FN k_bool has_answers(struct k_thread *k, const struct k_combine_args *
 static K_INLINE void begin_token(const struct k_combine_args *a, const struct slices *cut,
                                  struct feed *f, struct sum *s) {
     const k_i32 t = f->token, from = f->from;
-    s->owner = NOBODY;
+    s->owner = K_NOBODY;
     s->channel = 0;
     s->item = t;
     s->to = a->out.data + (k_u64)((k_i64)t * a->out.s0) + (k_u64)from;
     s->bytes = k_min(t < cut->whole ? a->row_bytes : cut->bytes, a->row_bytes - from);
     s->last = from + s->bytes == a->row_bytes;
-    f->token = NOBODY;
+    f->token = K_NOBODY;
 }
 
 /* Answers of the next channel that has any; false: all were taken. */
@@ -556,21 +552,16 @@ static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_a
 
 static K_INLINE k_bool take_token(struct k_thread *k, const struct k_combine_args *a,
                                   const struct slices *cut, struct feed *f) {
-    if (f->tokens && f->token == NOBODY) {
+    if (f->tokens && f->token == K_NOBODY) {
         const k_i32 i = (k_i32)k_take_next(k, &a->g.ctl->taken[K_TAKEN_TOKENS]),
                     cuts = i - cut->whole;
         const k_i32 t = cuts < 0 ? i : cut->whole + cuts / cut->num;
         f->tokens = t < a->tokens;
-        f->token = f->tokens ? t : NOBODY;
+        f->token = f->tokens ? t : K_NOBODY;
         f->from = cuts < 0 ? 0 : cuts % cut->num * cut->bytes;
     }
-    return f->token != NOBODY;
+    return f->token != K_NOBODY;
 }
-
-#define NEXT_READY 0
-#define NEXT_LATER 1 /* there is one, but its answers have not arrived */
-#define NEXT_NONE 2
-#define NEXT_FAILED 3
 
 /* May wait only when the warp owes nothing: answers are made before that, and all that it began
  * are sent. */
@@ -581,16 +572,16 @@ static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
                          has_answers(k, a, f, 0, s, terms);
     if (!first && take_answers(k, a, f)) {
         begin_answer(k, a, f, s, terms);
-        return NEXT_READY;
+        return K_NEXT_READY;
     }
     if (!first && !take_token(k, a, cut, f)) {
-        return NEXT_NONE;
+        return K_NEXT_NONE;
     }
     if (!first && !has_answers(k, a, f, wait, s, terms)) {
-        return wait ? NEXT_FAILED : NEXT_LATER;
+        return wait ? K_NEXT_FAILED : K_NEXT_LATER;
     }
     begin_token(a, cut, f, s);
-    return NEXT_READY;
+    return K_NEXT_READY;
 }
 
 /* The next row to sum, noted as number `set`, and its terms. */
@@ -605,7 +596,7 @@ static K_FN k_i32 next_sum(struct k_thread *k, const struct k_combine_args *a,
     k_syncwarp(k);
     if (k->lane == 0) {
         n->feed = f;
-        if (next == NEXT_READY) {
+        if (next == K_NEXT_READY) {
             n->sum[set] = s;
         }
     }
@@ -632,7 +623,7 @@ static K_FN void sum_weights(struct k_thread *k, const struct k_combine_args *a,
 /* A row is summed; an answer is announced, with the weights of its channel if it is the first. */
 static K_INLINE void end_sum(struct k_thread *k, const struct k_combine_args *a,
                              const struct sum *s) {
-    if (s->owner == NOBODY) {
+    if (s->owner == K_NOBODY) {
         if (s->last && a->out_weights.data) {
             sum_weights(k, a, s->item);
         }
@@ -655,7 +646,7 @@ static K_INLINE k_i32 sum_part(struct k_thread *k, const struct k_combine_args *
                                struct k_mover *m, k_i32 set, k_i32 from, k_i32 stage) {
     const struct sum *s = &warp_notes(k)->sum[set];
     const struct k_term *terms = warp_terms(k, set);
-    const k_bool weighted = s->owner != NOBODY && a->weights.data != 0;
+    const k_bool weighted = s->owner != K_NOBODY && a->weights.data != 0;
     const k_i32 bytes = k_min(s->part, s->bytes - from), num = s->num;
     const struct k_peer to = own_memory(s->to + (k_u64)from);
     if (is_staged(a)) {
@@ -691,17 +682,17 @@ static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
     const k_bool staged = is_staged(a);
     k_i32 in = 0, gathered = 0, in_bytes = 0; /* of row `in` */
     k_i32 out = 0, summed = 0, out_bytes = 0; /* of row `out`: `in`, or the one before */
-    k_i32 next = NEXT_READY, ahead = 0, load = 0, read = 0;
+    k_i32 next = K_NEXT_READY, ahead = 0, load = 0, read = 0;
     k_mover_retire(k, m, 0);
-    while (next != NEXT_NONE || ahead > 0) {
-        if (gathered == in_bytes && next != NEXT_NONE &&
+    while (next != K_NEXT_NONE || ahead > 0) {
+        if (gathered == in_bytes && next != K_NEXT_NONE &&
             (ahead == 0 || (in == out && staged))) {
             const k_i32 set = staged ? 1 - in : 0;
             next = next_sum(k, a, &cut, ahead == 0, set);
-            if (next == NEXT_FAILED) {
+            if (next == K_NEXT_FAILED) {
                 return 0;
             }
-            if (next == NEXT_READY) {
+            if (next == K_NEXT_READY) {
                 in = set;
                 in_bytes = warp_notes(k)->sum[in].bytes;
                 gathered = 0;
@@ -764,7 +755,7 @@ static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
     if (k_first(k, 0) == 0) {
         count_sent(k, a);
     }
-    const struct feed f = {sums, 1, both && !away, 0, 0, 0, 0, 0, NOBODY, 0};
+    const struct feed f = {sums, 1, both && !away, 0, 0, 0, 0, 0, K_NOBODY, 0};
     k_syncwarp(k); /* the scratch was used for sending */
     if (k->lane == 0) {
         warp_notes(k)->feed = f;

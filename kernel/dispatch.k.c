@@ -27,7 +27,7 @@
  * rows per expert of the destination; rows per channel. The latter two in parts of what a warp has
  * in flight at once.
  */
-#define PART (K_MANY * K_LANES)
+#define K_COUNTS_PART (K_MANY * K_LANES)
 
 struct part {
     k_i32 word;       /* of the message, the lane's first */
@@ -36,7 +36,7 @@ struct part {
 };
 
 static K_INLINE k_i32 parts_of(k_i32 words) {
-    return (words + PART - 1) / PART;
+    return (words + K_COUNTS_PART - 1) / K_COUNTS_PART;
 }
 
 static K_INLINE k_i32 num_parts(const struct k_group *g) {
@@ -50,7 +50,7 @@ static K_INLINE struct part part_of(const struct k_thread *k, k_i32 i, k_i32 p) 
     const k_i32 of_experts = parts_of(chan_word - 1);
     struct part c;
     c.experts = i < of_experts;
-    c.first = (c.experts ? i : i - of_experts) * PART + k->lane;
+    c.first = (c.experts ? i : i - of_experts) * K_COUNTS_PART + k->lane;
     c.num = c.experts ? g->rank_first[p + 1] - g->rank_first[p] : g->num_channels;
     c.word = c.first + (c.experts ? 1 : chan_word);
     return c;
@@ -292,9 +292,9 @@ static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
         const k_bool away = k->block < senders;
         const k_i32 from = away ? 0 : first_recv;
         send_channels(k, a, &m,
-                      direct || (both && away) ? TO_PEERS
-                      : both                   ? TO_SELF
-                                               : TO_ALL,
+                      direct || (both && away) ? K_TO_PEERS
+                      : both                   ? K_TO_SELF
+                                               : K_TO_ALL,
                       k_first(k, from),
                       k_stride(k, away ? senders : k->num_blocks - first_recv), &go);
     }

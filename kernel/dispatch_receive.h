@@ -211,15 +211,15 @@ static K_INLINE k_i32 *warp_tokens(struct k_thread *k, const struct k_dispatch_a
  * Into how many parts the rows of a channel of the group are cut. A part is large enough that
  * finding it costs little beside copying it, unless there would not be one for each warp then.
  */
-#define MOST_PARTS 4
-#define INTAKE_BYTES 28672
+#define K_MOST_PARTS 4
+#define K_PART_BYTES 28672
 
 static K_INLINE k_i32 parts_in(const struct k_dispatch_args *a, const struct intake *w,
                                k_i32 group) {
     const k_i32 tokens = a->channels.size[group];
     const k_i32 bytes = a->recv_x.data ? k_min(a->row_bytes, 1 << 14) : 0;
-    const k_i32 large = k_min(tokens, 1 << 16) * bytes / INTAKE_BYTES;
-    return k_min(k_max(k_max(large, w->few), 1), k_min(MOST_PARTS, tokens));
+    const k_i32 large = k_min(tokens, 1 << 16) * bytes / K_PART_BYTES;
+    return k_min(k_max(k_max(large, w->few), 1), k_min(K_MOST_PARTS, tokens));
 }
 
 static K_INLINE k_i32 channels_in(const struct k_channels *n, k_i32 group) {
@@ -339,18 +339,13 @@ static K_FN void find_tokens(struct k_thread *k, const struct k_dispatch_args *a
     }
 }
 
-#define NEXT_READY 0
-#define NEXT_LATER 1 /* there are rows, but they have not arrived */
-#define NEXT_NONE 2
-#define NEXT_FAILED 3
-
 /* The next rows of the feed, once they have arrived. */
 static K_FN k_i32 choose_batch(struct k_thread *k, const struct k_dispatch_args *a,
                                const struct intake *w, k_bool wait, struct feed *f,
                                struct batch *b) {
     const struct k_group *g = &a->g;
     if (!take_rows(k, a, w, f)) {
-        return NEXT_NONE;
+        return K_NEXT_NONE;
     }
     b->source = f->source;
     b->first = f->row;
@@ -362,14 +357,14 @@ static K_FN k_i32 choose_batch(struct k_thread *k, const struct k_dispatch_args 
             (const k_u64 *)k_own(g, channel_word(g, g->map.progress, f->source, f->channel));
         const k_u32 least = f->row + (k_u32)b->rows - a->h.recv_base[f->source];
         if (wait && !k_await_rows(k, word, k->epoch, least, f->source, K_PHASE_ROWS)) {
-            return NEXT_FAILED;
+            return K_NEXT_FAILED;
         }
         if (!wait && !k_arrived(k, word, k->epoch, least)) {
-            return NEXT_LATER;
+            return K_NEXT_LATER;
         }
     }
     f->row += (k_u32)b->rows;
-    return NEXT_READY;
+    return K_NEXT_READY;
 }
 
 /* The next rows that have arrived, noted as number `set`; `wait`: until they have. */
@@ -383,7 +378,7 @@ static K_FN k_i32 next_batch(struct k_thread *k, const struct k_dispatch_args *a
     k_syncwarp(k);
     if (k->lane == 0) {
         n->feed = f;
-        if (next == NEXT_READY) {
+        if (next == K_NEXT_READY) {
             n->batch[set] = b;
         }
     }
@@ -557,19 +552,19 @@ static K_INLINE void give_out(struct k_thread *k, const struct k_dispatch_args *
 static K_FN k_bool receive_rows(struct k_thread *k, const struct k_dispatch_args *a,
                                 struct k_mover *m, const struct intake *w) {
     struct intake_walk in = {0, 0, 0, 0, 0}, out = in;
-    k_i32 next = NEXT_READY, ahead = 0;
+    k_i32 next = K_NEXT_READY, ahead = 0;
     k_syncwarp(k); /* the scratch was used for sending */
     if (k->lane == 0) {
         warp_notes(k)->feed.row = warp_notes(k)->feed.end = 0;
     }
     k_mover_retire(k, m, 0);
-    while (next != NEXT_NONE || ahead > 0) {
-        if (in.row == in.rows && next != NEXT_NONE && (ahead == 0 || in.set == out.set)) {
+    while (next != K_NEXT_NONE || ahead > 0) {
+        if (in.row == in.rows && next != K_NEXT_NONE && (ahead == 0 || in.set == out.set)) {
             next = next_batch(k, a, w, ahead == 0, 1 - in.set);
-            if (next == NEXT_FAILED) {
+            if (next == K_NEXT_FAILED) {
                 return 0;
             }
-            if (next == NEXT_READY) {
+            if (next == K_NEXT_READY) {
                 in.set = 1 - in.set;
                 in.row = -1;
                 in.rows = warp_notes(k)->batch[in.set].rows;

@@ -13,14 +13,8 @@ static K_INLINE k_i32 side_scales_word(const struct k_dispatch_args *a) {
     return 1 + a->topk * ((a->flags & K_DO_WEIGHTS) ? 3 : 2);
 }
 
-/* Which destinations a pass over the tokens serves. Blocks that send keep the link busy; where
- * others receive, those also copy what stays here. */
-#define TO_ALL 0
-#define TO_PEERS 1
-#define TO_SELF 2
-
 static K_INLINE k_bool serves(const struct k_dispatch_args *a, k_i32 whom, k_i32 d) {
-    return whom == TO_ALL || (d == a->g.rank) == (whom == TO_SELF);
+    return whom == K_TO_ALL || (d == a->g.rank) == (whom == K_TO_SELF);
 }
 
 /* Where one destination of a token takes its row and its sidecar; 0: there is none. */
@@ -29,9 +23,9 @@ struct place {
 };
 
 /* What a sending warp keeps in its scratch. */
-#define NEAR_RANKS 24
-#define TRACKED_RANKS 16
-#define LISTED_TOKENS 64
+#define K_NEAR_RANKS 24
+#define K_TRACKED_RANKS 16
+#define K_LISTED_TOKENS 64
 
 /* A part of a channel is announced by itself: twice the channel's number, and 1 more for its end
  * (or for all of it). */
@@ -40,15 +34,18 @@ struct send_token {
 };
 
 struct send_scratch {
-    struct place first[NEAR_RANKS]; /* where this rank's rows begin at the first ranks */
-    k_u32 stored[TRACKED_RANKS]; /* of the rows for a rank, those before this are stored, ... */
-    k_u32 to_tell[TRACKED_RANKS]; /* ... and were when the part ended that is to be announced */
-    struct send_token listed[LISTED_TOKENS];
+    struct place first[K_NEAR_RANKS]; /* where this rank's rows begin at the first ranks */
+    k_u32
+        stored[K_TRACKED_RANKS]; /* of the rows for a rank, those before this are stored, ... */
+    k_u32
+        to_tell[K_TRACKED_RANKS]; /* ... and were when the part ended that is to be announced */
+    struct send_token listed[K_LISTED_TOKENS];
 };
 
 _Static_assert(sizeof(struct send_scratch) <= K_SCRATCH_BYTES(1), "send_scratch");
-_Static_assert(K_LANES == 1 || TRACKED_RANKS <= K_LANES, "a token's ranks are noted at once");
-_Static_assert(LISTED_TOKENS > K_LANES + K_MOVER_STAGES + 1, "what is listed is still in use");
+_Static_assert(K_LANES == 1 || K_TRACKED_RANKS <= K_LANES, "a token's ranks are noted at once");
+_Static_assert(K_LISTED_TOKENS > K_LANES + K_MOVER_STAGES + 1,
+               "what is listed is still in use");
 
 /*
  * The tokens that a warp sends, in order: those of its channels that have a destination to serve.
@@ -67,13 +64,13 @@ struct send_list {
 };
 
 static K_INLINE const struct send_token *listed(const struct send_list *l, k_i32 i) {
-    return &l->s->listed[(k_u32)i % LISTED_TOKENS];
+    return &l->s->listed[(k_u32)i % K_LISTED_TOKENS];
 }
 
 /* How many destinations token t has; 0 if there is none to serve. */
 static K_INLINE k_i32 dests_to_serve(const struct k_dispatch_args *a, k_i32 whom, k_i32 t) {
     const k_i32 num = a->h.num_dests[t];
-    k_bool any = whom == TO_ALL || (whom == TO_PEERS && num > 1);
+    k_bool any = whom == K_TO_ALL || (whom == K_TO_PEERS && num > 1);
     for (k_i32 i = 0; i < num && !any; i++) {
         any = serves(a, whom, a->h.dest_rank[(k_i64)t * a->g.max_dests + i]);
     }
@@ -97,7 +94,7 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
         k_u32 total = 0;
         const k_u32 before = k_scan(k, dests > 0, &total);
         if (dests > 0) {
-            struct send_token *to = &l->s->listed[((k_u32)l->num + before) % LISTED_TOKENS];
+            struct send_token *to = &l->s->listed[((k_u32)l->num + before) % K_LISTED_TOKENS];
             to->token = t;
             to->part = 2 * l->channel + (t >= l->middle);
             to->dests = dests;
@@ -136,16 +133,16 @@ static K_INLINE struct send_list begin_list(struct k_thread *k, const struct k_d
     struct send_list l = {(struct send_scratch *)warp_scratch(k),
                           whom,
                           stride,
-                          whom != TO_SELF,
+                          whom != K_TO_SELF,
                           0,
                           0,
                           0,
                           0,
-                          a->g.num_ranks <= TRACKED_RANKS ? TWO_PARTS / row_pieces
-                                                          : a->tokens + 1,
+                          a->g.num_ranks <= K_TRACKED_RANKS ? K_TWO_PARTS / row_pieces
+                                                            : a->tokens + 1,
                           0};
     begin_channel(a, &l, first);
-    for (k_i32 d = k->lane; d < TRACKED_RANKS; d += K_LANES) {
+    for (k_i32 d = k->lane; d < K_TRACKED_RANKS; d += K_LANES) {
         l.s->stored[d] = 0;
     }
     k_syncwarp(k);
@@ -155,7 +152,7 @@ static K_INLINE struct send_list begin_list(struct k_thread *k, const struct k_d
 /* Ready messages and bases are here. */
 static K_INLINE void note_places(struct k_thread *k, const struct k_dispatch_args *a,
                                  const struct send_list *l) {
-    for (k_i32 d = k->lane; d < k_min(a->g.num_ranks, NEAR_RANKS); d += K_LANES) {
+    for (k_i32 d = k->lane; d < k_min(a->g.num_ranks, K_NEAR_RANKS); d += K_LANES) {
         l->s->first[d] = first_place(a, d);
     }
     k_syncwarp(k);
@@ -166,8 +163,8 @@ static K_INLINE struct place place_at(const struct k_dispatch_args *a,
                                       const struct send_list *l, k_i32 d, k_u32 slot) {
     struct place p = {0, 0};
     if (d >= 0 && serves(a, l->whom, d)) {
-        p = d < NEAR_RANKS ? l->s->first[d] : first_place(a, d);
-        if (d < TRACKED_RANKS) {
+        p = d < K_NEAR_RANKS ? l->s->first[d] : first_place(a, d);
+        if (d < K_TRACKED_RANKS) {
             l->s->stored[d] = slot + 1;
         }
         p.row += (k_u64)slot * (k_u64)a->row_bytes;
@@ -266,20 +263,20 @@ static K_INLINE k_u32 side_word(const struct k_dispatch_args *a, const struct se
 
 /* What a lane reads of a token before its turn: its destination, and words of the sidecar as far
  * as they fit. */
-#define WORDS_AHEAD 4
+#define K_WORDS_AHEAD 4
 
 struct token_ahead {
     k_i32 dests_read, words_read; /* of so many tokens; these are the last one's: */
     k_i32 rank;                   /* -1: none */
     k_u32 slot;
-    k_u32 word[WORDS_AHEAD];
-    k_u64 source[WORDS_AHEAD];
+    k_u32 word[K_WORDS_AHEAD];
+    k_u64 source[K_WORDS_AHEAD];
 };
 
 static K_INLINE struct token_ahead
 begin_ahead(struct k_thread *k, const struct k_dispatch_args *a, const struct send_shape *s) {
     struct token_ahead n = {0, 0, -1, 0, {0}, {0}};
-    for (k_i32 i = 0; i < WORDS_AHEAD; i++) {
+    for (k_i32 i = 0; i < K_WORDS_AHEAD; i++) {
         n.source[i] = find_word(a, s, k->lane + i * K_LANES);
     }
     return n;
@@ -313,7 +310,7 @@ static K_INLINE void read_ahead(struct k_thread *k, const struct k_dispatch_args
     }
     if (n->words_read < l->num && n->words_read == out->item && (begun || s->pieces == 1)) {
         const k_i32 t = listed(l, n->words_read)->token;
-        for (k_i32 i = 0; i < WORDS_AHEAD; i++) {
+        for (k_i32 i = 0; i < K_WORDS_AHEAD; i++) {
             n->word[i] = read_word(a, s, n->source[i], t, k->lane + i * K_LANES);
         }
         n->words_read++;
@@ -329,8 +326,8 @@ static K_INLINE void fill_side(struct k_thread *k, const struct k_dispatch_args 
     k_u32 *out = k_mover_fill(k, m, stage) + s->side_at / 4;
     k_i32 ready = 0;
     if (part == 0) {
-        ready = WORDS_AHEAD * K_LANES;
-        for (k_i32 i = 0; i < WORDS_AHEAD; i++) {
+        ready = K_WORDS_AHEAD * K_LANES;
+        for (k_i32 i = 0; i < K_WORDS_AHEAD; i++) {
             const k_i32 w = k->lane + i * K_LANES;
             if (w < end) {
                 out[w] = n->word[i];
@@ -506,7 +503,7 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
             p.unit = ended;
             p.newer = 0;
         }
-        if (in.item == l.num && ahead <= FEW_AHEAD) {
+        if (in.item == l.num && ahead <= K_FEW_AHEAD) {
             if (l.channel < a->g.num_channels) {
                 next_channel(k, a, &l);
             } else if (out.item == l.num && p.unit < 0) {

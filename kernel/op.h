@@ -147,11 +147,23 @@ static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature
     return ok;
 }
 
+/* Which ranks a pass over tokens or plain answers serves. Blocks that send keep the link busy; where
+ * others receive, those also copy what stays here. */
+#define K_TO_ALL 0
+#define K_TO_PEERS 1
+#define K_TO_SELF 2
+
+/* What a warp that looks for its next rows finds. */
+#define K_NEXT_READY 0
+#define K_NEXT_LATER 1 /* there are some, but what they wait for has not arrived */
+#define K_NEXT_NONE 2
+#define K_NEXT_FAILED 3
+
 /*
  * Work is taken in turn when so few pieces are left to send of what was taken before: late, so that
  * warps end together, and early enough to load it meanwhile.
  */
-#define FEW_AHEAD 2
+#define K_FEW_AHEAD 2
 
 /* A walk over items cut into pieces, each of which takes the next stage of a mover. */
 struct walk {
@@ -193,8 +205,8 @@ static K_INLINE k_i32 newest_stores(k_i32 stages) {
  * have come about by itself, or when the next unit ends, or the walk. Nothing that a peer does
  * can delay it.
  */
-#define SETTLE_AFTER 3
-_Static_assert(SETTLE_AFTER < K_MOVER_STAGES, "late movers remember so many commits");
+#define K_SETTLE_AFTER 3
+_Static_assert(K_SETTLE_AFTER < K_MOVER_STAGES, "late movers remember so many commits");
 
 struct pending {
     k_i32 unit;  /* all of it is stored, it is not published; -1: there is none */
@@ -202,7 +214,7 @@ struct pending {
 };
 
 static K_INLINE k_bool pending_is_due(const struct pending *p, k_bool at_once) {
-    return p->unit >= 0 && (at_once || p->newer >= SETTLE_AFTER);
+    return p->unit >= 0 && (at_once || p->newer >= K_SETTLE_AFTER);
 }
 
 /*
@@ -211,11 +223,11 @@ static K_INLINE k_bool pending_is_due(const struct pending *p, k_bool at_once) {
  * builds do it wherever they can.
  */
 #if defined(K_LATE_MOVERS)
-#define TWO_PARTS 2
-#define FEW_ANSWERS 1000000
+#define K_TWO_PARTS 2
+#define K_FEW_ANSWERS 1000000
 #else
-#define TWO_PARTS 24
-#define FEW_ANSWERS 8
+#define K_TWO_PARTS 24
+#define K_FEW_ANSWERS 8
 #endif
 
 /* An address for one lane only; the other lanes store nowhere. */

@@ -12,17 +12,19 @@
 #include "kernel/op.h"
 
 /* Selections that a warp holds in its scratch. */
-#define BATCH 128
+#define K_HELD_SELECTIONS 128
 /* What a lane asks for at once. */
-#define FETCH (K_LANES == 1 ? 1 : 4)
+#define K_FETCH (K_LANES == 1 ? 1 : 4)
 
 struct route_scratch {
-    k_i32 id[BATCH];   /* of each selection, -1: none; once numbered: the number of its row */
-    k_i32 rank[BATCH]; /* -1: none; once numbered: nor if its token goes there anyway */
+    k_i32 id
+        [K_HELD_SELECTIONS]; /* of each selection, -1: none; once numbered: the number of its row */
+    k_i32 rank
+        [K_HELD_SELECTIONS]; /* -1: none; once numbered: nor if its token goes there anyway */
 };
 
 _Static_assert(sizeof(struct route_scratch) <= K_SCRATCH_BYTES(1), "route_scratch");
-_Static_assert(BATCH >= K_MAX_TOPK, "a batch holds a token");
+_Static_assert(K_HELD_SELECTIONS >= K_MAX_TOPK, "a batch holds a token");
 
 /* Of the blocks, and the warps of each, those that have a share, and how this run marks words. */
 struct team {
@@ -63,7 +65,7 @@ struct id_reader {
 /* Ids of selections i and on, of n, all on their way at once. */
 static K_INLINE void fetch_ids(struct id_reader *from, const struct share *w, k_i32 topk,
                                k_i32 i, k_i32 n, k_bool wide, k_i64 *id) {
-    K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+    K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
         id[q] = -1;
         if (i + q * K_LANES < n) {
             id[q] = wide ? *(const k_i64 *)from->at : (k_i64) * (const k_i32 *)from->at;
@@ -80,7 +82,8 @@ static K_INLINE void fetch_ids(struct id_reader *from, const struct share *w, k_
 /* Takes token t and those behind it into the scratch, as many as fit. */
 static K_FN void hold(struct k_thread *k, const struct k_route_args *a, struct share *w,
                       k_i32 t) {
-    const k_i32 topk = a->topk, end = t + k_min(w->t1 - t, (k_i32)(BATCH / (k_u32)topk));
+    const k_i32 topk = a->topk,
+                end = t + k_min(w->t1 - t, (k_i32)(K_HELD_SELECTIONS / (k_u32)topk));
     const k_i32 n = (end - t) * topk;
     const k_i64 s0 = a->ids.s0, s1 = a->ids.s1;
     struct id_reader from;
@@ -90,15 +93,15 @@ static K_FN void hold(struct k_thread *k, const struct k_route_args *a, struct s
     from.j = w->j;
     w->held = t;
     w->held_end = end;
-    K_ROLLED for (k_i32 i = k->lane; i < n + k->lane; i += FETCH * K_LANES) {
-        k_i64 id[FETCH];
-        k_i32 rank[FETCH];
+    K_ROLLED for (k_i32 i = k->lane; i < n + k->lane; i += K_FETCH * K_LANES) {
+        k_i64 id[K_FETCH];
+        k_i32 rank[K_FETCH];
         if (a->id_bytes == 8) {
             fetch_ids(&from, w, topk, i, n, 1, id);
         } else {
             fetch_ids(&from, w, topk, i, n, 0, id);
         }
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             const k_bool good = (k_u64)id[q] < (k_u64)a->g.num_experts;
             rank[q] = good ? a->g.expert_rank[id[q]] : -1;
             if (!good && id[q] != -1 && !a->lenient) {
@@ -106,7 +109,7 @@ static K_FN void hold(struct k_thread *k, const struct k_route_args *a, struct s
                 w->bad = bad > w->bad ? bad : w->bad;
             }
         }
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             if (i + q * K_LANES < n) {
                 w->scratch->id[i + q * K_LANES] = rank[q] < 0 ? -1 : (k_i32)id[q];
                 w->scratch->rank[i + q * K_LANES] = rank[q];
@@ -184,8 +187,8 @@ static K_INLINE void write_dests(struct k_thread *k, const struct k_route_args *
     K_ROLLED for (k_i32 i = (t - w->held) * topk + k->lane; i < to; i += K_LANES) {
         const k_i32 r = s->rank[i];
         k_i32 before = 0, num = 0, o = i - j;
-        K_ROLLED for (; o + FETCH <= i - j + topk; o += FETCH) {
-            K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+        K_ROLLED for (; o + K_FETCH <= i - j + topk; o += K_FETCH) {
+            K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
                 before += (k_u32)s->rank[o + q] < (k_u32)r;
                 num += s->rank[o + q] >= 0;
             }
@@ -297,11 +300,11 @@ static K_FN void tell_sums(struct k_thread *k, const struct k_route_args *a,
     K_ROLLED for (k_i32 col = first; col < cols; col += k->num_warps * K_LANES) {
         const k_u32 *at = team->rows + col;
         k_u32 sum = 0;
-        K_ROLLED for (k_i32 w = 0; w < team->warps; w += FETCH) {
-            K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+        K_ROLLED for (k_i32 w = 0; w < team->warps; w += K_FETCH) {
+            K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
                 sum = add_column(a, col, sum, w + q < team->warps ? at[q * cols] : 0);
             }
-            at += FETCH * cols;
+            at += K_FETCH * cols;
         }
         k_store(&a->h.totals[k->block * (k_i64)cols + col], K_WORD(team->mark, sum));
     }
@@ -330,18 +333,18 @@ static K_INLINE void sum_column(const struct k_route_args *a, const struct team 
                                 k_i32 col, k_u32 before) {
     const k_i32 cols = num_columns(a);
     k_u32 *at = team->rows + col;
-    K_ROLLED for (k_i32 w = 0; w < team->warps; w += FETCH) {
-        k_u32 n[FETCH];
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+    K_ROLLED for (k_i32 w = 0; w < team->warps; w += K_FETCH) {
+        k_u32 n[K_FETCH];
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             n[q] = w + q < team->warps ? at[q * cols] : 0;
         }
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             if (w + q < team->warps) {
                 at[q * cols] = before;
             }
             before = add_column(a, col, before, n[q]);
         }
-        at += FETCH * cols;
+        at += K_FETCH * cols;
     }
     team->rows[team->warps * cols + col] = before;
 }
@@ -369,17 +372,17 @@ static K_INLINE void shift_slots(const struct k_route_args *a, const k_u32 *rank
     const k_i32 dests = a->g.max_dests, num = a->h.num_dests[t];
     const k_i32 *dest_rank = a->h.dest_rank + (k_i64)t * dests;
     k_u32 *dest_slot = a->h.dest_slot + (k_i64)t * dests;
-    K_ROLLED for (k_i32 d = 0; d == 0 || d < num; d += FETCH) {
-        k_i32 rank[FETCH];
-        k_u32 slot[FETCH];
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+    K_ROLLED for (k_i32 d = 0; d == 0 || d < num; d += K_FETCH) {
+        k_i32 rank[K_FETCH];
+        k_u32 slot[K_FETCH];
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             rank[q] = d + q < dests ? dest_rank[d + q] : 0;
             slot[q] = d + q < dests ? dest_slot[d + q] : 0;
         }
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             slot[q] += d + q < num ? ranks[rank[q]] : 0;
         }
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             if (d + q < num) {
                 dest_slot[d + q] = slot[q];
             }
@@ -397,10 +400,10 @@ static K_FN void shift_share(struct k_thread *k, const struct k_route_args *a,
     const k_i32 *ids = h->ids + (k_i64)w->t0 * topk;
     k_u32 *sel_index = h->sel_index + (k_i64)w->t0 * topk;
     k_i32 t = w->t0 + k->lane;
-    K_ROLLED for (k_i32 i = k->lane; i < sels || t < w->t1; i += FETCH * K_LANES) {
-        k_i32 id[FETCH];
-        k_u32 index[FETCH];
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+    K_ROLLED for (k_i32 i = k->lane; i < sels || t < w->t1; i += K_FETCH * K_LANES) {
+        k_i32 id[K_FETCH];
+        k_u32 index[K_FETCH];
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             id[q] = i + q * K_LANES < sels ? ids[i + q * K_LANES] : -1;
             index[q] = i + q * K_LANES < sels ? sel_index[i + q * K_LANES] : 0;
         }
@@ -408,10 +411,10 @@ static K_FN void shift_share(struct k_thread *k, const struct k_route_args *a,
             shift_slots(a, ranks, t);
         }
         t += K_LANES;
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             index[q] += id[q] >= 0 ? experts[id[q]] : 0;
         }
-        K_UNROLL for (k_i32 q = 0; q < FETCH; q++) {
+        K_UNROLL for (k_i32 q = 0; q < K_FETCH; q++) {
             if (id[q] >= 0) {
                 sel_index[i + q * K_LANES] = index[q];
             }
@@ -494,14 +497,14 @@ static K_INLINE struct team make_team(struct k_thread *k, const struct k_route_a
 }
 
 /* Where share `number` of `all` begins: as much work for each, of which a channel is as much as
- * CHANNEL_WORK tokens. */
-#define CHANNEL_WORK 3
+ * K_CHANNEL_WORK tokens. */
+#define K_CHANNEL_WORK 3
 
 static K_INLINE k_i32 first_channel(const struct k_channels *n, k_i32 number, k_i32 all) {
-    const k_i32 work = n->tokens + CHANNEL_WORK * n->num;
+    const k_i32 work = n->tokens + K_CHANNEL_WORK * n->num;
     const k_i32 each = (k_i32)((k_u32)work / (k_u32)all), rest = work - each * all;
     const k_i32 at = each * number + (k_i32)((k_u32)(rest * number) / (k_u32)all);
-    return number == all ? n->num : channel_at(n, at, CHANNEL_WORK);
+    return number == all ? n->num : channel_at(n, at, K_CHANNEL_WORK);
 }
 
 static K_INLINE struct share make_share(struct k_thread *k, const struct k_route_args *a,
