@@ -12,7 +12,7 @@
  *            rank owes: those all blocks make. In float32, rounded once per sum.
  *
  * A rank's answers to itself do not travel: where they are plain rows they are read in place.
- * One warp can run all of it in this order: nobody waits for a peer's answer while there is an
+ * One warp can combine_run all of it in this order: nobody waits for a peer's answer while there is an
  * answer of this rank that nobody has begun.
  */
 #include "kernel/op.h"
@@ -39,7 +39,7 @@ static K_FN k_bool check_rows(struct k_thread *k, const struct k_combine_args *a
 }
 
 /* Block 0. Ends with `go`, unless the operation has faulted. */
-static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
+static K_FN k_bool combine_control(struct k_thread *k, const struct k_combine_args *a) {
     const struct k_group *g = &a->g;
     struct op_signature sig;
     sig.word0 = signature(k, a->flags, a->topk, a->handle_id);
@@ -47,7 +47,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_combine_args *a) {
     sig.word2 = (k_u32)a->dtype;
     for (k_i32 i = k->warp; i < g->num_ranks; i += k->num_warps) {
         k_i32 p = (g->rank + i) % g->num_ranks;
-        tell_ready(k, p, &sig, a->h.send_base[p]);
+        post_ready(k, p, &sig, a->h.send_base[p]);
     }
     k_bool ok = check_rows(k, a) && await_all_ready(k, &sig, a->h.remote_where);
     ok = k_barrier(k, ok);
@@ -138,7 +138,7 @@ struct answer {
 
 #define K_LISTED_ANSWERS 16
 _Static_assert(K_LISTED_ANSWERS * sizeof(struct answer) <= K_SCRATCH_BYTES(1), "answers");
-_Static_assert(K_LISTED_ANSWERS > K_MOVER_STAGES + 4, "what is listed is still in use");
+_Static_assert(K_LISTED_ANSWERS > K_MOVER_STAGES + 4, "what is listed_answer is still in use");
 
 /*
  * The answers that a warp sends, noted in its scratch: number `first`, then the next that no warp
@@ -149,10 +149,10 @@ struct answer_list {
     struct answer *answers;
     k_i32 next, stride,
         items; /* taken last; of so many; the first `stride` go to a warp each */
-    k_i32 num; /* listed so far */
+    k_i32 num; /* listed_answer so far */
 };
 
-static K_INLINE const struct answer *listed(const struct answer_list *l, k_i32 i) {
+static K_INLINE const struct answer *listed_answer(const struct answer_list *l, k_i32 i) {
     return &l->answers[(k_u32)i % K_LISTED_ANSWERS];
 }
 
@@ -172,7 +172,7 @@ static K_INLINE void list_answer(struct k_thread *k, const struct k_combine_args
     l->num++;
 }
 
-/* The answers listed from number `first` on get their places: the ready messages are here. */
+/* The answers listed_answer from number `first` on get their places: the ready messages are here. */
 static K_INLINE void place_answers(struct k_thread *k, const struct k_combine_args *a,
                                    struct answer_list *l, k_i32 first) {
     for (k_i32 i = first; k->lane == 0 && i < l->num; i++) {
@@ -214,7 +214,7 @@ static K_INLINE void take_next(struct k_thread *k, const struct k_combine_args *
     }
 }
 
-/* A walk over listed answers: byte `from` of a line. */
+/* A walk over listed_answer answers: byte `from` of a line. */
 struct answer_walk {
     k_i32 item, line, from, stage;
 };
@@ -252,7 +252,7 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
     for (;;) {
         k_i32 ended = -1;
         if (in.item < l.num) {
-            const struct answer *u = listed(&l, in.item);
+            const struct answer *u = listed_answer(&l, in.item);
             const k_u64 from = x_row(a, u->row + (k_u32)in.line) + (k_u64)in.from;
             k_mover_retire(k, m, newest_stores(a->stages));
             k_mover_load(k, m, in.stage, (const void *)from,
@@ -276,7 +276,7 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
         }
         if (out.item < l.num) {
             const k_i32 item = out.item;
-            const struct answer *u = listed(&l, item);
+            const struct answer *u = listed_answer(&l, item);
             const k_u64 to = u->to + (k_u64)out.line * (k_u64)a->row_bytes + (k_u64)out.from;
             k_mover_wait(k, m, out.stage);
             k_mover_store(k, m, out.stage, one_lane(k, to),
@@ -288,7 +288,7 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
             ahead--;
         }
         if (pending_is_due(&p, ended >= 0 || out.item == l.num)) {
-            const struct answer *u = listed(&l, p.unit);
+            const struct answer *u = listed_answer(&l, p.unit);
             if (a->flags & K_DO_WEIGHTS) {
                 send_weights(k, a, u->owner, u->row, u->row + u->rows);
             }
@@ -328,7 +328,7 @@ static K_FN void send_own(struct k_thread *k, const struct k_combine_args *a, k_
 }
 
 /* One warp: what this operation sends, for ep_group_stats. */
-static K_FN void count_sent(struct k_thread *k, const struct k_combine_args *a) {
+static K_FN void count_sent_answers(struct k_thread *k, const struct k_combine_args *a) {
     const struct k_group *g = &a->g;
     for (k_i32 d = k->lane; d < g->num_ranks; d += K_LANES) {
         k_add(d == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
@@ -345,14 +345,14 @@ struct sum {
     k_i32 owner, channel; /* of an answer; the owner of a token's sum is K_NOBODY */
     k_i32 num;            /* terms */
     k_i32 bytes, part;    /* of the row; of each term, that a stage takes */
-    k_u8 first, tell;     /* answer of its channel; it is to be announced */
+    k_u8 first, announce; /* answer of its channel; it is to be announced */
     k_u8 last;            /* slice of its token */
 };
 
 #define K_NOBODY (-1)
 
 /* Where a warp's rows come from. */
-struct feed {
+struct sum_feed {
     k_u8 answers, tokens; /* there may be more to take from the rank's counters */
     k_u8 eager;           /* tokens that can be summed come before answers */
     k_u8 first;           /* no answer of the channel taken last is begun */
@@ -363,15 +363,15 @@ struct feed {
 };
 
 /* What a warp notes in its scratch, as registers are for the sums. Written by lane 0. */
-struct notes {
+struct sum_notes {
     struct sum sum[2]; /* the one begun last, and the one before */
-    struct feed feed;
+    struct sum_feed feed;
 };
 
-_Static_assert(sizeof(struct notes) <= K_NOTE_BYTES, "notes");
+_Static_assert(sizeof(struct sum_notes) <= K_NOTE_BYTES, "a warp's notes fit their place");
 
-static K_INLINE struct notes *warp_notes(struct k_thread *k) {
-    return (struct notes *)warp_scratch(k);
+static K_INLINE struct sum_notes *warp_sum_notes(struct k_thread *k) {
+    return (struct sum_notes *)warp_scratch(k);
 }
 
 /* One of two sets; where terms do not fit a stage there is one, which takes all of the scratch. */
@@ -452,7 +452,7 @@ static K_INLINE k_i32 answer_terms(struct k_thread *k, const struct k_combine_ar
 }
 
 static K_INLINE void begin_answer(struct k_thread *k, const struct k_combine_args *a,
-                                  struct feed *f, struct sum *s, struct k_term *terms) {
+                                  struct sum_feed *f, struct sum *s, struct k_term *terms) {
     s->owner = f->owner;
     s->channel = f->channel;
     s->item = (k_i32)f->row;
@@ -461,7 +461,7 @@ static K_INLINE void begin_answer(struct k_thread *k, const struct k_combine_arg
     s->num = answer_terms(k, a, f->row, terms);
     f->row++;
     s->first = f->first;
-    s->tell = f->row == f->end;
+    s->announce = f->row == f->end;
     s->last = 0;
     f->first = 0;
 }
@@ -485,7 +485,7 @@ static K_INLINE k_i32 add_bias(struct k_thread *k, const struct k_array *bias, k
  * sum of a piece.
  */
 static K_FN k_bool has_answers(struct k_thread *k, const struct k_combine_args *a,
-                               const struct feed *f, k_bool wait, struct sum *s,
+                               const struct sum_feed *f, k_bool wait, struct sum *s,
                                struct k_term *terms) {
     const struct k_group *g = &a->g;
     const k_i32 t = f->token, dests = a->h.num_dests[t], c = channel_of(&a->channels, t);
@@ -518,7 +518,7 @@ static K_FN k_bool has_answers(struct k_thread *k, const struct k_combine_args *
 }
 
 static K_INLINE void begin_token(const struct k_combine_args *a, const struct slices *cut,
-                                 struct feed *f, struct sum *s) {
+                                 struct sum_feed *f, struct sum *s) {
     const k_i32 t = f->token, from = f->from;
     s->owner = K_NOBODY;
     s->channel = 0;
@@ -531,7 +531,7 @@ static K_INLINE void begin_token(const struct k_combine_args *a, const struct sl
 
 /* Answers of the next channel that has any; false: all were taken. */
 static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_args *a,
-                                    struct feed *f) {
+                                    struct sum_feed *f) {
     const struct k_group *g = &a->g;
     while (f->answers && f->row == f->end) {
         const k_i32 i = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_ANSWERS]);
@@ -551,7 +551,7 @@ static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_a
 }
 
 static K_INLINE k_bool take_token(struct k_thread *k, const struct k_combine_args *a,
-                                  const struct slices *cut, struct feed *f) {
+                                  const struct slices *cut, struct sum_feed *f) {
     if (f->tokens && f->token == K_NOBODY) {
         const k_i32 i = (k_i32)k_take_next(k, &a->g.ctl->taken[K_TAKEN_TOKENS]),
                     cuts = i - cut->whole;
@@ -566,7 +566,7 @@ static K_INLINE k_bool take_token(struct k_thread *k, const struct k_combine_arg
 /* May wait only when the warp owes nothing: answers are made before that, and all that it began
  * are sent. */
 static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
-                             const struct slices *cut, k_bool wait, struct feed *f,
+                             const struct slices *cut, k_bool wait, struct sum_feed *f,
                              struct sum *s, struct k_term *terms) {
     const k_bool first = f->eager && f->row == f->end && take_token(k, a, cut, f) &&
                          has_answers(k, a, f, 0, s, terms);
@@ -587,9 +587,9 @@ static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
 /* The next row to sum, noted as number `set`, and its terms. */
 static K_FN k_i32 next_sum(struct k_thread *k, const struct k_combine_args *a,
                            const struct slices *cut, k_bool wait, k_i32 set) {
-    struct notes *n = warp_notes(k);
+    struct sum_notes *n = warp_sum_notes(k);
     k_syncwarp(k); /* no lane needs what was noted of the row before the last */
-    struct feed f = n->feed;
+    struct sum_feed f = n->feed;
     struct sum s = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     const k_i32 next = choose_sum(k, a, cut, wait, &f, &s, warp_terms(k, set));
     s.part = part_bytes(a, s.num, s.bytes);
@@ -635,7 +635,7 @@ static K_INLINE void end_sum(struct k_thread *k, const struct k_combine_args *a,
         const k_u32 row = (k_u32)s->item;
         send_weights(k, a, s->owner, row, row + chan[1] - chan[0]);
     }
-    if (s->tell) {
+    if (s->announce) {
         k_syncwarp(k);
         publish_answers(k, a, s->owner, s->channel, (k_u32)s->item + 1);
     }
@@ -644,7 +644,7 @@ static K_INLINE void end_sum(struct k_thread *k, const struct k_combine_args *a,
 /* The part of row `set` that begins at byte `from`, from its stage. Returns its bytes. */
 static K_INLINE k_i32 sum_part(struct k_thread *k, const struct k_combine_args *a,
                                struct k_mover *m, k_i32 set, k_i32 from, k_i32 stage) {
-    const struct sum *s = &warp_notes(k)->sum[set];
+    const struct sum *s = &warp_sum_notes(k)->sum[set];
     const struct k_term *terms = warp_terms(k, set);
     const k_bool weighted = s->owner != K_NOBODY && a->weights.data != 0;
     const k_i32 bytes = k_min(s->part, s->bytes - from), num = s->num;
@@ -663,7 +663,7 @@ static K_INLINE k_i32 sum_part(struct k_thread *k, const struct k_combine_args *
 /* The part of row `set` that begins at byte `from`, into a stage. Returns its bytes. */
 static K_INLINE k_i32 gather_part(struct k_thread *k, const struct k_combine_args *a,
                                   struct k_mover *m, k_i32 set, k_i32 from, k_i32 stage) {
-    const struct sum *s = &warp_notes(k)->sum[set];
+    const struct sum *s = &warp_sum_notes(k)->sum[set];
     const k_i32 bytes = k_min(s->part, s->bytes - from);
     if (is_staged(a)) {
         k_mover_gather(k, m, stage, warp_terms(k, set), s->num, from, bytes);
@@ -694,7 +694,7 @@ static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
             }
             if (next == K_NEXT_READY) {
                 in = set;
-                in_bytes = warp_notes(k)->sum[in].bytes;
+                in_bytes = warp_sum_notes(k)->sum[in].bytes;
                 gathered = 0;
                 if (ahead == 0) {
                     out = in;
@@ -712,7 +712,7 @@ static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
             read = next_stage(read, a->stages);
             ahead--;
             if (summed == out_bytes) {
-                end_sum(k, a, &warp_notes(k)->sum[out]);
+                end_sum(k, a, &warp_sum_notes(k)->sum[out]);
                 if (in != out) {
                     out = in;
                     out_bytes = in_bytes;
@@ -726,12 +726,12 @@ static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
 
 /* ---- entry ---------------------------------------------------------------------------------- */
 
-static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
+static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *a) {
     const k_bool both = k->num_blocks > 1;
     const k_i32 senders = both ? (k_i32)a->send_blocks : k->num_blocks;
     const k_bool sums = (a->flags & K_DO_REDUCE) != 0; /* made by all blocks */
     k_u32 go = K_GO_UNASKED;
-    if (k->block == 0 && !control(k, a)) {
+    if (k->block == 0 && !combine_control(k, a)) {
         return 0;
     }
     struct k_mover m;
@@ -753,12 +753,12 @@ static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
         send_own(k, a, k_first(k, from), k_stride(k, k->num_blocks - from));
     }
     if (k_first(k, 0) == 0) {
-        count_sent(k, a);
+        count_sent_answers(k, a);
     }
-    const struct feed f = {sums, 1, both && !away, 0, 0, 0, 0, 0, K_NOBODY, 0};
+    const struct sum_feed f = {sums, 1, both && !away, 0, 0, 0, 0, 0, K_NOBODY, 0};
     k_syncwarp(k); /* the scratch was used for sending */
     if (k->lane == 0) {
-        warp_notes(k)->feed = f;
+        warp_sum_notes(k)->feed = f;
     }
     const k_bool ok = sum_rows(k, a, &m, k_stride(k, k->num_blocks));
     k_mover_end(k, &m);
@@ -767,7 +767,7 @@ static K_FN k_bool run(struct k_thread *k, const struct k_combine_args *a) {
 
 K_KERNEL(combine, k_combine_args) {
     k_enter(k, &a->g, K_OP_COMBINE);
-    if (!run(k, a)) {
+    if (!combine_run(k, a)) {
         k_fail_op(k, K_END_FAULT);
     }
     if (k_is_last_out(k, 1)) {

@@ -57,7 +57,7 @@ static K_INLINE struct part part_of(const struct k_thread *k, k_i32 i, k_i32 p) 
 }
 
 /* One warp: its rows to every rank. */
-static K_FN void tell_rows(struct k_thread *k, const struct k_dispatch_args *a) {
+static K_FN void post_rows(struct k_thread *k, const struct k_dispatch_args *a) {
     const struct k_group *g = &a->g;
     K_ROLLED for (k_i32 p = k->lane; p < g->num_ranks; p += K_LANES) {
         k_post(k_peer_at(g, p, counts_offset(g, k->epoch, g->rank)),
@@ -66,7 +66,7 @@ static K_FN void tell_rows(struct k_thread *k, const struct k_dispatch_args *a) 
 }
 
 /* Part i of the message to rank p; all is read before anything is posted. */
-static K_FN void tell_counts(struct k_thread *k, const struct k_dispatch_args *a, k_i32 p,
+static K_FN void post_counts(struct k_thread *k, const struct k_dispatch_args *a, k_i32 p,
                              k_i32 i) {
     const struct k_group *g = &a->g;
     const struct part c = part_of(k, i, p);
@@ -212,7 +212,7 @@ static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args 
 }
 
 /* What has arrived, to a host that may be waiting for it. */
-static K_INLINE void tell_host(const struct k_dispatch_args *a) {
+static K_INLINE void report_counts(const struct k_dispatch_args *a) {
     struct k_counts *notice = a->h.notice;
     if (notice != a->h.counts) {
         notice->rows = a->h.counts->rows;
@@ -225,7 +225,7 @@ static K_INLINE void tell_host(const struct k_dispatch_args *a) {
  * Block 0. Ends with `go`, unless the operation has faulted. The last warp does what others wait
  * for: rows, bases, answers. The rest, or it too if it is alone, share the other words.
  */
-static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) {
+static K_FN k_bool dispatch_control(struct k_thread *k, const struct k_dispatch_args *a) {
     const struct k_group *g = &a->g;
     const k_bool counts = (a->flags & K_DO_COUNTS) != 0, last = k->warp == k->num_warps - 1;
     const k_i32 items = g->num_ranks * (counts ? 1 + num_parts(g) : 1);
@@ -236,14 +236,14 @@ static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) 
     sig.word2 = (k_u32)(a->num_scales * a->scale_bytes);
     k_u32 go = last && !counts && a->h.counts->need ? K_GO_NEED : K_GO;
     if (counts && last) {
-        tell_rows(k, a);
+        post_rows(k, a);
     }
     K_ROLLED for (k_i32 i = k->warp; i < items; i += k->num_warps) {
         const k_i32 p = (g->rank + i) % g->num_ranks;
         if (i < g->num_ranks) {
-            tell_ready(k, p, &sig, (k_u32)a->slot);
+            post_ready(k, p, &sig, (k_u32)a->slot);
         } else {
-            tell_counts(k, a, p, i / g->num_ranks - 1);
+            post_counts(k, a, p, i / g->num_ranks - 1);
         }
     }
     k_bool ok = 1;
@@ -261,7 +261,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) 
         k_publish_local(&g->ctl->go, K_WORD(k->epoch, go));
     }
     if (ok && counts && k->warp == 0 && k->lane == 0) {
-        tell_host(a);
+        report_counts(a);
     }
     return ok;
 }
@@ -269,7 +269,7 @@ static K_FN k_bool control(struct k_thread *k, const struct k_dispatch_args *a) 
 /* ---- entry ---------------------------------------------------------------------------------- */
 
 /* False after a fault. */
-static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
+static K_FN k_bool dispatch_run(struct k_thread *k, const struct k_dispatch_args *a) {
     const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
     /* Which blocks do what: with both parts the first send_blocks send, unless there is one. */
     const k_bool both = sends && receives && k->num_blocks > 1;
@@ -279,9 +279,9 @@ static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
     const k_bool direct = sends && receives && a->recv_x.data != 0;
     k_u32 go = K_GO_UNASKED;
     k_bool ok = 1;
-    if (k->block == 0) { /* its warps go on to `prepare` together, or not at all */
-        ok = (!sends || control(k, a)) && (may_send(k, &go) || go == K_GO_NEED);
-        ok = k_barrier(k, ok) && (go == K_GO_NEED || !receives || prepare(k, a));
+    if (k->block == 0) { /* its warps go on to `prepare_outputs` together, or not at all */
+        ok = (!sends || dispatch_control(k, a)) && (may_send(k, &go) || go == K_GO_NEED);
+        ok = k_barrier(k, ok) && (go == K_GO_NEED || !receives || prepare_outputs(k, a));
     }
     if (!ok) {
         return 0;
@@ -300,7 +300,7 @@ static K_FN k_bool run(struct k_thread *k, const struct k_dispatch_args *a) {
     }
     ok = may_send(k, &go);
     if (ok && sends && k_first(k, 0) == 0) {
-        count_sent(k, a);
+        count_sent_rows(k, a);
     }
     if (ok && receives) {
         ok = receive(k, a, &m, first_recv, direct);
@@ -326,7 +326,7 @@ K_KERNEL(dispatch, k_dispatch_args) {
     if ((a->flags & K_DO_DROP) && (k_u32)(k_load(&a->g.ctl->sent) >> 32) != k->epoch) {
         return;
     }
-    if (!run(k, a)) {
+    if (!dispatch_run(k, a)) {
         k_fail_op(k, K_END_FAULT);
     }
     if (k_is_last_out(k, receives)) {

@@ -46,7 +46,7 @@ static K_INLINE k_u32 aligned(const struct k_dispatch_args *a, k_u32 rows) {
 
 /* Block 0: rows per expert, where experts start in expanded output, and the small outputs. Each
  * lane takes a run of experts, of one if there are lanes enough. */
-static K_FN k_bool prepare(struct k_thread *k, const struct k_dispatch_args *a) {
+static K_FN k_bool prepare_outputs(struct k_thread *k, const struct k_dispatch_args *a) {
     const struct k_handle *h = &a->h;
     const k_i32 num_local = a->g.num_local, ranks = a->g.num_ranks;
     const k_i32 me = k->warp * K_LANES + k->lane, all = k->num_warps * K_LANES;
@@ -93,12 +93,12 @@ static K_FN k_bool prepare(struct k_thread *k, const struct k_dispatch_args *a) 
     return ok;
 }
 
-static K_INLINE k_u32 *side_of(const struct k_dispatch_args *a, k_u32 row) {
+static K_INLINE k_u32 *received_side(const struct k_dispatch_args *a, k_u32 row) {
     return (k_u32 *)k_own(&a->g, a->g.map.side + (k_u64)a->slot * a->g.map.side_slot_bytes +
                                      (k_u64)row * (k_u64)a->g.side_stride);
 }
 
-static K_INLINE const k_u8 *row_of(const struct k_dispatch_args *a, k_u32 row) {
+static K_INLINE const k_u8 *received_row(const struct k_dispatch_args *a, k_u32 row) {
     return k_own(&a->g, a->g.map.recv + (k_u64)a->slot * a->g.map.recv_slot_bytes +
                             (k_u64)row * (k_u64)a->row_bytes);
 }
@@ -176,7 +176,7 @@ struct batch {
 };
 
 /* What a warp has taken and not begun. */
-struct feed {
+struct intake_feed {
     k_u32 row, end; /* rows ... */
     k_u32 base;     /* ... of a channel that begins here */
     k_i32 source, channel;
@@ -187,15 +187,15 @@ struct feed {
 /* What a receiving warp notes in its scratch; written by lane 0. Behind it lie the places of the
  * batch that is stored ([rows][topk] expanded rows), and the tokens of the batch that is loaded
  * ([rows], this rank's own). */
-struct notes {
+struct intake_notes {
     struct batch batch[2];
-    struct feed feed;
+    struct intake_feed feed;
 };
 
-_Static_assert(sizeof(struct notes) <= K_NOTE_BYTES, "notes");
+_Static_assert(sizeof(struct intake_notes) <= K_NOTE_BYTES, "a warp's notes fit their place");
 
-static K_INLINE struct notes *warp_notes(struct k_thread *k) {
-    return (struct notes *)warp_scratch(k);
+static K_INLINE struct intake_notes *warp_intake_notes(struct k_thread *k) {
+    return (struct intake_notes *)warp_scratch(k);
 }
 
 static K_INLINE k_i32 *warp_places(struct k_thread *k) {
@@ -286,7 +286,7 @@ static K_INLINE struct item item_at(const struct k_dispatch_args *a, const struc
 
 /* Rows for this warp, of the next item that has any; false: all were taken. */
 static K_INLINE k_bool take_rows(struct k_thread *k, const struct k_dispatch_args *a,
-                                 const struct intake *w, struct feed *f) {
+                                 const struct intake *w, struct intake_feed *f) {
     const struct k_group *g = &a->g;
     while (f->row == f->end) {
         const k_i32 i = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_PARTS]);
@@ -321,7 +321,7 @@ static K_INLINE k_bool stays(const struct k_dispatch_args *a, k_i32 t) {
 
 /* The tokens of the next `rows` own rows. */
 static K_FN void find_tokens(struct k_thread *k, const struct k_dispatch_args *a,
-                             struct feed *f, k_u32 rows, k_i32 *tokens) {
+                             struct intake_feed *f, k_u32 rows, k_i32 *tokens) {
     const k_u32 first = f->row - f->base;
     for (;;) {
         const k_i32 t = f->token + k->lane;
@@ -341,7 +341,7 @@ static K_FN void find_tokens(struct k_thread *k, const struct k_dispatch_args *a
 
 /* The next rows of the feed, once they have arrived. */
 static K_FN k_i32 choose_batch(struct k_thread *k, const struct k_dispatch_args *a,
-                               const struct intake *w, k_bool wait, struct feed *f,
+                               const struct intake *w, k_bool wait, struct intake_feed *f,
                                struct batch *b) {
     const struct k_group *g = &a->g;
     if (!take_rows(k, a, w, f)) {
@@ -370,9 +370,9 @@ static K_FN k_i32 choose_batch(struct k_thread *k, const struct k_dispatch_args 
 /* The next rows that have arrived, noted as number `set`; `wait`: until they have. */
 static K_FN k_i32 next_batch(struct k_thread *k, const struct k_dispatch_args *a,
                              const struct intake *w, k_bool wait, k_i32 set) {
-    struct notes *n = warp_notes(k);
+    struct intake_notes *n = warp_intake_notes(k);
     k_syncwarp(k); /* no lane needs what was noted of the batch before the last */
-    struct feed f = n->feed;
+    struct intake_feed f = n->feed;
     struct batch b = {0, 0, 0};
     const k_i32 next = choose_batch(k, a, w, wait, &f, &b);
     k_syncwarp(k);
@@ -463,7 +463,7 @@ static K_INLINE void make_sides(struct k_thread *k, const struct k_dispatch_args
                                 const struct batch *b, k_i32 stage) {
     const struct send_shape shape = shape_of(a);
     const k_i32 *tokens = warp_tokens(k, a, w), stride = a->g.side_stride / 4;
-    k_u32 *out = w->staged ? k_mover_fill(k, m, stage) : side_of(a, b->first);
+    k_u32 *out = w->staged ? k_mover_fill(k, m, stage) : received_side(a, b->first);
     for (k_i32 i = k->lane; i < b->rows * shape.side_words; i += K_LANES) {
         const k_i32 r = i / shape.side_words, word = i % shape.side_words;
         out[r * stride + word] = side_word(a, &shape, tokens[r], word);
@@ -472,15 +472,15 @@ static K_INLINE void make_sides(struct k_thread *k, const struct k_dispatch_args
 }
 
 /* The next sidecars or piece of a row into a stage. */
-static K_INLINE void take_in(struct k_thread *k, const struct k_dispatch_args *a,
-                             struct k_mover *m, const struct intake *w,
-                             const struct intake_walk *in) {
-    const struct batch *b = &warp_notes(k)->batch[in->set];
+static K_INLINE void load_step(struct k_thread *k, const struct k_dispatch_args *a,
+                               struct k_mover *m, const struct intake *w,
+                               const struct intake_walk *in) {
+    const struct batch *b = &warp_intake_notes(k)->batch[in->set];
     const k_bool direct = is_direct(a, w, b->source);
     const k_i32 from = in->piece * a->stage_bytes;
     k_mover_retire(k, m, newest_stores(a->stages));
     if (in->row >= 0) {
-        const k_u8 *row = row_of(a, b->first + (k_u32)in->row);
+        const k_u8 *row = received_row(a, b->first + (k_u32)in->row);
         if (direct) {
             const k_i64 t = warp_tokens(k, a, w)[in->row];
             row = (const k_u8 *)(a->x.data + (k_u64)(t * a->x.s0));
@@ -489,13 +489,13 @@ static K_INLINE void take_in(struct k_thread *k, const struct k_dispatch_args *a
     } else if (direct) {
         make_sides(k, a, m, w, b, in->stage);
     } else if (w->staged) {
-        k_mover_load(k, m, in->stage, side_of(a, b->first), b->rows * a->g.side_stride);
+        k_mover_load(k, m, in->stage, received_side(a, b->first), b->rows * a->g.side_stride);
     }
 }
 
 /* Stores a piece of a received row to its one or several places in the output. */
-static K_INLINE void store_out(struct k_thread *k, const struct k_dispatch_args *a,
-                               struct k_mover *m, const struct intake_walk *out) {
+static K_INLINE void store_piece(struct k_thread *k, const struct k_dispatch_args *a,
+                                 struct k_mover *m, const struct intake_walk *out) {
     const k_i32 from = out->piece * a->stage_bytes;
     const k_i32 bytes = k_min(a->row_bytes - from, a->stage_bytes);
     if (a->flags & K_DO_EXPAND) {
@@ -510,7 +510,7 @@ static K_INLINE void store_out(struct k_thread *k, const struct k_dispatch_args 
             k_mover_store(k, m, out->stage, own_memory(at), bytes);
         }
     } else {
-        const k_i64 to = (k_i64)warp_notes(k)->batch[out->set].first + out->row;
+        const k_i64 to = (k_i64)warp_intake_notes(k)->batch[out->set].first + out->row;
         if (to < a->x_rows) {
             k_mover_store(
                 k, m, out->stage,
@@ -520,15 +520,15 @@ static K_INLINE void store_out(struct k_thread *k, const struct k_dispatch_args 
 }
 
 /* What has been taken in goes to the output. */
-static K_INLINE void give_out(struct k_thread *k, const struct k_dispatch_args *a,
-                              struct k_mover *m, const struct intake *w,
-                              const struct intake_walk *out) {
+static K_INLINE void store_step(struct k_thread *k, const struct k_dispatch_args *a,
+                                struct k_mover *m, const struct intake *w,
+                                const struct intake_walk *out) {
     if (out->row >= 0) {
         k_mover_wait(k, m, out->stage);
-        store_out(k, a, m, out);
+        store_piece(k, a, m, out);
     } else {
-        const struct batch *b = &warp_notes(k)->batch[out->set];
-        const k_u32 *sides = side_of(a, b->first);
+        const struct batch *b = &warp_intake_notes(k)->batch[out->set];
+        const k_u32 *sides = received_side(a, b->first);
         if (w->staged && is_direct(a, w, b->source)) {
             sides = k_mover_fill(k, m, out->stage);
         } else if (w->staged) {
@@ -555,7 +555,7 @@ static K_FN k_bool receive_rows(struct k_thread *k, const struct k_dispatch_args
     k_i32 next = K_NEXT_READY, ahead = 0;
     k_syncwarp(k); /* the scratch was used for sending */
     if (k->lane == 0) {
-        warp_notes(k)->feed.row = warp_notes(k)->feed.end = 0;
+        warp_intake_notes(k)->feed.row = warp_intake_notes(k)->feed.end = 0;
     }
     k_mover_retire(k, m, 0);
     while (next != K_NEXT_NONE || ahead > 0) {
@@ -567,16 +567,16 @@ static K_FN k_bool receive_rows(struct k_thread *k, const struct k_dispatch_args
             if (next == K_NEXT_READY) {
                 in.set = 1 - in.set;
                 in.row = -1;
-                in.rows = warp_notes(k)->batch[in.set].rows;
+                in.rows = warp_intake_notes(k)->batch[in.set].rows;
                 out = ahead == 0 ? in : out;
             }
         }
         if (in.row < in.rows && ahead < most_ahead(a->stages)) {
-            take_in(k, a, m, w, &in);
+            load_step(k, a, m, w, &in);
             walk_intake(&in, w, a->stages);
             ahead++;
         } else if (ahead > 0) {
-            give_out(k, a, m, w, &out);
+            store_step(k, a, m, w, &out);
             walk_intake(&out, w, a->stages);
             ahead--;
             if (out.row == out.rows && out.set != in.set) {

@@ -37,20 +37,20 @@ struct send_scratch {
     struct place first[K_NEAR_RANKS]; /* where this rank's rows begin at the first ranks */
     k_u32
         stored[K_TRACKED_RANKS]; /* of the rows for a rank, those before this are stored, ... */
-    k_u32
-        to_tell[K_TRACKED_RANKS]; /* ... and were when the part ended that is to be announced */
-    struct send_token listed[K_LISTED_TOKENS];
+    k_u32 announced
+        [K_TRACKED_RANKS]; /* ... and were when the part ended that is to be announced */
+    struct send_token listed_token[K_LISTED_TOKENS];
 };
 
 _Static_assert(sizeof(struct send_scratch) <= K_SCRATCH_BYTES(1), "send_scratch");
 _Static_assert(K_LANES == 1 || K_TRACKED_RANKS <= K_LANES, "a token's ranks are noted at once");
 _Static_assert(K_LISTED_TOKENS > K_LANES + K_MOVER_STAGES + 1,
-               "what is listed is still in use");
+               "what is listed_token is still in use");
 
 /*
  * The tokens that a warp sends, in order: those of its channels that have a destination to serve.
  * Its channels are number `first` and then, where warps take them in turn, the next that no other
- * has taken, else every `stride`th. Tokens are listed ahead of need, K_LANES at a time, because
+ * has taken, else every `stride`th. Tokens are listed_token ahead of need, K_LANES at a time, because
  * nothing may wait for memory between two pieces.
  */
 struct send_list {
@@ -60,11 +60,11 @@ struct send_list {
     k_i32 channel, at, end; /* looked at now; its tokens that were not */
     k_i32 middle;           /* where its second part begins */
     k_i32 least;            /* tokens of a channel that has two parts */
-    k_i32 num;              /* tokens listed so far */
+    k_i32 num;              /* tokens listed_token so far */
 };
 
-static K_INLINE const struct send_token *listed(const struct send_list *l, k_i32 i) {
-    return &l->s->listed[(k_u32)i % K_LISTED_TOKENS];
+static K_INLINE const struct send_token *listed_token(const struct send_list *l, k_i32 i) {
+    return &l->s->listed_token[(k_u32)i % K_LISTED_TOKENS];
 }
 
 /* How many destinations token t has; 0 if there is none to serve. */
@@ -94,7 +94,8 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
         k_u32 total = 0;
         const k_u32 before = k_scan(k, dests > 0, &total);
         if (dests > 0) {
-            struct send_token *to = &l->s->listed[((k_u32)l->num + before) % K_LISTED_TOKENS];
+            struct send_token *to =
+                &l->s->listed_token[((k_u32)l->num + before) % K_LISTED_TOKENS];
             to->token = t;
             to->part = 2 * l->channel + (t >= l->middle);
             to->dests = dests;
@@ -273,8 +274,9 @@ struct token_ahead {
     k_u64 source[K_WORDS_AHEAD];
 };
 
-static K_INLINE struct token_ahead
-begin_ahead(struct k_thread *k, const struct k_dispatch_args *a, const struct send_shape *s) {
+static K_INLINE struct token_ahead begin_read_ahead(struct k_thread *k,
+                                                    const struct k_dispatch_args *a,
+                                                    const struct send_shape *s) {
     struct token_ahead n = {0, 0, -1, 0, {0}, {0}};
     for (k_i32 i = 0; i < K_WORDS_AHEAD; i++) {
         n.source[i] = find_word(a, s, k->lane + i * K_LANES);
@@ -282,7 +284,7 @@ begin_ahead(struct k_thread *k, const struct k_dispatch_args *a, const struct se
     return n;
 }
 
-/* Destination number i of a listed token. Warps and ranks begin with different ones, so that all
+/* Destination number i of a listed_token token. Warps and ranks begin with different ones, so that all
  * links are in use at any time. */
 static K_INLINE void read_dest(struct k_thread *k, const struct k_dispatch_args *a,
                                const struct send_token *t, k_i32 i, struct token_ahead *n) {
@@ -305,11 +307,11 @@ static K_INLINE void read_ahead(struct k_thread *k, const struct k_dispatch_args
                                 const struct walk *out, struct token_ahead *n) {
     const k_bool begun = out->piece > 0;
     if (n->dests_read < l->num && n->dests_read == out->item + begun) {
-        read_dest(k, a, listed(l, n->dests_read), k->lane, n);
+        read_dest(k, a, listed_token(l, n->dests_read), k->lane, n);
         n->dests_read++;
     }
     if (n->words_read < l->num && n->words_read == out->item && (begun || s->pieces == 1)) {
-        const k_i32 t = listed(l, n->words_read)->token;
+        const k_i32 t = listed_token(l, n->words_read)->token;
         for (k_i32 i = 0; i < K_WORDS_AHEAD; i++) {
             n->word[i] = read_word(a, s, n->source[i], t, k->lane + i * K_LANES);
         }
@@ -354,7 +356,7 @@ static K_INLINE void begin_piece(struct k_thread *k, const struct k_dispatch_arg
                                  const struct send_list *l, const struct walk *in) {
     k_mover_retire(k, m, newest_stores(a->stages));
     if (in->piece < s->row_pieces) {
-        const k_i64 t = listed(l, in->item)->token;
+        const k_i64 t = listed_token(l, in->item)->token;
         const k_u64 from = (k_u64)(in->piece * a->stage_bytes);
         k_mover_load(k, m, in->stage, (const void *)(a->x.data + (k_u64)(t * a->x.s0) + from),
                      in->piece == s->row_pieces - 1 ? s->row_end : a->stage_bytes);
@@ -367,7 +369,7 @@ static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args 
                                struct k_mover *m, const struct send_shape *s,
                                const struct send_list *l, const struct walk *out,
                                struct place *place, const struct token_ahead *next) {
-    const struct send_token *t = listed(l, out->item);
+    const struct send_token *t = listed_token(l, out->item);
     const k_bool row = out->piece < s->row_pieces, side = out->piece >= s->side_piece;
     const k_i32 row_from = out->piece * a->stage_bytes;
     const k_i32 side_from = (out->piece - s->side_piece) * a->stage_bytes;
@@ -410,7 +412,7 @@ static K_INLINE void end_part(struct k_thread *k, const struct k_dispatch_args *
     if (part % 2 == 0) {
         k_syncwarp(k);
         for (k_i32 d = k->lane; d < a->g.num_ranks; d += K_LANES) {
-            l->s->to_tell[d] = l->s->stored[d];
+            l->s->announced[d] = l->s->stored[d];
         }
         k_syncwarp(k);
     }
@@ -427,7 +429,7 @@ static K_INLINE void publish_part(struct k_thread *k, const struct k_dispatch_ar
         const k_i32 next = g->rank + 1 + i,
                     d = next < g->num_ranks ? next : next - g->num_ranks;
         const k_u32 *chan = a->h.send_chan + (k_i64)d * (g->num_channels + 1) + c;
-        const k_u32 rows = part % 2 ? chan[1] : l->s->to_tell[d];
+        const k_u32 rows = part % 2 ? chan[1] : l->s->announced[d];
         if (rows > chan[0] && serves(a, l->whom, d)) {
             k_publish(k_peer_at(g, d, channel_word(g, g->map.progress, g->rank, c)),
                       K_WORD(k->epoch, rows));
@@ -457,10 +459,10 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
                                k_u32 *go) {
     const struct send_shape s = shape_of(a);
     struct send_list l = begin_list(k, a, whom, first, stride, s.row_pieces);
-    struct walk in = begin_walk(k, m, 0), out = in; /* over listed tokens */
+    struct walk in = begin_walk(k, m, 0), out = in; /* over listed_token tokens */
     struct pending p = {-1, 0};
     struct place place = {0, 0};
-    struct token_ahead next = begin_ahead(k, a, &s);
+    struct token_ahead next = begin_read_ahead(k, a, &s);
     k_i32 ahead = 0;
     k_bool placed = 0;
     for (;;) {
@@ -485,9 +487,10 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
         }
         if (out.item < l.num) {
             end_piece(k, a, m, &s, &l, &out, &place, &next);
-            const k_i32 part = listed(&l, out.item)->part;
+            const k_i32 part = listed_token(&l, out.item)->part;
             walk_on(&out, s.pieces, a->stages);
-            if (out.piece == 0 && (out.item == l.num || listed(&l, out.item)->part != part)) {
+            if (out.piece == 0 &&
+                (out.item == l.num || listed_token(&l, out.item)->part != part)) {
                 ended = part;
             }
             p.newer++;
@@ -514,7 +517,7 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
 }
 
 /* One warp: what this operation sends, for ep_group_stats. */
-static K_FN void count_sent(struct k_thread *k, const struct k_dispatch_args *a) {
+static K_FN void count_sent_rows(struct k_thread *k, const struct k_dispatch_args *a) {
     const struct k_group *g = &a->g;
     for (k_i32 d = k->lane; d < g->num_ranks; d += K_LANES) {
         const k_u32 rows = a->h.send_chan[(k_i64)d * (g->num_channels + 1) + g->num_channels];

@@ -87,7 +87,7 @@ static K_INLINE k_u32 signature_word(const struct op_signature *s, k_i32 i) {
 }
 
 /* Lane 0 tells rank p: write to `where` of my arena for this operation, described by sig. */
-static K_INLINE void tell_ready(struct k_thread *k, k_i32 p, const struct op_signature *sig,
+static K_INLINE void post_ready(struct k_thread *k, k_i32 p, const struct op_signature *sig,
                                 k_u32 where) {
     if (k->lane == 0) {
         const struct k_group *g = k->g;

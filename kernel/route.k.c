@@ -3,9 +3,9 @@
  * route: from expert ids (or a token-in-rank mask) to the send side of a handle. Local to a rank.
  *
  * Every place is a stable prefix sum over tokens, so it depends on the routing alone. A warp takes
- * a run of whole channels and has a row of counters: of each expert and of each rank. It walks its
+ * a route_run of whole channels and has a row of counters: of each expert and of each rank. It walks its
  * tokens in order, numbering the selections of each expert and the rows to each rank. Then its row
- * becomes what lies before it: what the earlier warps of the block hold, and the earlier blocks,
+ * becomes what lies before it: what the earlier warps of the block hold_tokens, and the earlier blocks,
  * which tell their sums by words that carry their own value, so that blocks have no barrier. That
  * is added to all its numbers. No atomics.
  */
@@ -26,7 +26,7 @@ struct route_scratch {
 _Static_assert(sizeof(struct route_scratch) <= K_SCRATCH_BYTES(1), "route_scratch");
 _Static_assert(K_HELD_SELECTIONS >= K_MAX_TOPK, "a batch holds a token");
 
-/* Of the blocks, and the warps of each, those that have a share, and how this run marks words. */
+/* Of the blocks, and the warps of each, those that have a share, and how this route_run marks words. */
 struct team {
     k_i32 blocks, warps;
     k_u32 mark;
@@ -80,8 +80,8 @@ static K_INLINE void fetch_ids(struct id_reader *from, const struct share *w, k_
 }
 
 /* Takes token t and those behind it into the scratch, as many as fit. */
-static K_FN void hold(struct k_thread *k, const struct k_route_args *a, struct share *w,
-                      k_i32 t) {
+static K_FN void hold_tokens(struct k_thread *k, const struct k_route_args *a, struct share *w,
+                             k_i32 t) {
     const k_i32 topk = a->topk,
                 end = t + k_min(w->t1 - t, (k_i32)(K_HELD_SELECTIONS / (k_u32)topk));
     const k_i32 n = (end - t) * topk;
@@ -276,7 +276,7 @@ static K_FN void number_share(struct k_thread *k, const struct k_route_args *a,
         }
         while (t < end) {
             if (t >= w->held_end) {
-                hold(k, a, w, t);
+                hold_tokens(k, a, w, t);
             }
             const k_i32 until = k_min(end, w->held_end);
             number_ids(k, a, w, t, until);
@@ -294,7 +294,7 @@ static K_FN void number_share(struct k_thread *k, const struct k_route_args *a,
 /* ---- sums over shares ----------------------------------------------------------------------- */
 
 /* The block's sums, for the blocks after it. */
-static K_FN void tell_sums(struct k_thread *k, const struct k_route_args *a,
+static K_FN void post_sums(struct k_thread *k, const struct k_route_args *a,
                            const struct team *team) {
     const k_i32 cols = num_columns(a), first = k->warp * K_LANES + k->lane;
     K_ROLLED for (k_i32 col = first; col < cols; col += k->num_warps * K_LANES) {
@@ -310,7 +310,7 @@ static K_FN void tell_sums(struct k_thread *k, const struct k_route_args *a,
     }
 }
 
-/* What the blocks before this one hold of a column. */
+/* What the blocks before this one hold_tokens of a column. */
 static K_FN k_bool await_sums(struct k_thread *k, const struct k_route_args *a,
                               const struct team *team, k_i32 col, k_u32 *before) {
     const k_i32 cols = num_columns(a);
@@ -354,7 +354,7 @@ static K_FN k_bool sum_up(struct k_thread *k, const struct k_route_args *a,
     const k_i32 cols = num_columns(a);
     k_bool ok = k_barrier(k, 1);
     if (k->block < team->blocks - 1) {
-        tell_sums(k, a, team);
+        post_sums(k, a, team);
     }
     for (k_i32 base = k->warp * K_LANES; ok && base < cols; base += k->num_warps * K_LANES) {
         k_u32 before = 0;
@@ -430,7 +430,7 @@ static K_FN void shift_share(struct k_thread *k, const struct k_route_args *a,
 }
 
 /* To the host: the routing is done, and the first bad selection if there is one. */
-static K_INLINE void tell_host(const struct k_route_args *a) {
+static K_INLINE void report_routing(const struct k_route_args *a) {
     struct k_counts *notice = a->h.notice;
     const k_u64 first = a->h.bad[0];
     if (first == ~0ull) { /* one word, which nothing has to come before */
@@ -478,7 +478,7 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
         k_store(&h->sync[0], team->mark);
     }
     if (k->lane == 0) {
-        tell_host(a);
+        report_routing(a);
     }
 }
 
@@ -528,8 +528,8 @@ static K_INLINE struct share make_share(struct k_thread *k, const struct k_route
     return w;
 }
 
-static K_INLINE void run(struct k_thread *k, const struct k_route_args *a,
-                         const struct team *team) {
+static K_INLINE void route_run(struct k_thread *k, const struct k_route_args *a,
+                               const struct team *team) {
     const k_bool works = k->warp < team->warps, alone = team->blocks * team->warps == 1;
     struct share w = make_share(k, a, team);
     if (works) {
@@ -557,10 +557,10 @@ K_KERNEL(route, k_route_args) {
     /* Two bodies, so that each knows where its counters are. */
     if (scratch + 4ull * (k_u64)counters <= k_shared_bytes(k)) {
         team.rows = (k_u32 *)((k_u8 *)k_shared(k) + scratch);
-        run(k, a, &team);
+        route_run(k, a, &team);
     } else {
         team.rows = a->h.counters + k->block * (k_i64)counters;
-        run(k, a, &team);
+        route_run(k, a, &team);
     }
 }
 
