@@ -77,13 +77,8 @@ static ep_status compile(const struct epi_jit_request *r, struct epi_cubin *out,
                          int *nvrtc_version) {
     const int64_t start_ns = epi_now_ns();
     struct epi_nvrtc *nvrtc;
-    ep_status st = get_compiler(r->max_major, &nvrtc);
-    if (st == EP_OK) {
-        st = epi_nvrtc_compile(nvrtc, r->file, r->arch, r->defines, out);
-    }
-    if (st != EP_OK) {
-        return st;
-    }
+    EPI_TRY(get_compiler(r->max_major, &nvrtc));
+    EPI_TRY(epi_nvrtc_compile(nvrtc, r->file, r->arch, r->defines, out));
     *nvrtc_version = nvrtc->version;
     epi_log(EPI_LOG_INFO, "%s for sm_%d: compiled in %d ms", r->file, r->arch,
             (int)((epi_now_ns() - start_ns) / EPI_NS_PER_MS));
@@ -103,15 +98,13 @@ static ep_status compile(const struct epi_jit_request *r, struct epi_cubin *out,
 static ep_status read_disk(const struct epi_cache *cache, const struct epi_jit_request *r,
                            bool quiet, struct epi_cubin *out) {
     int version = 0;
-    ep_status st = epi_cache_read(cache, &r->key, quiet, out, &version);
-    if (st == EP_OK) {
-        epi_log(EPI_LOG_INFO, "%s for sm_%d: from %s, where NVRTC %d.%d left it", r->file,
-                r->arch, cache->path, version / 1000, version % 1000 / 10);
-        pthread_mutex_lock(&mutex);
-        num_from_disk++;
-        pthread_mutex_unlock(&mutex);
-    }
-    return st;
+    EPI_TRY(epi_cache_read(cache, &r->key, quiet, out, &version));
+    epi_log(EPI_LOG_INFO, "%s for sm_%d: from %s, where NVRTC %d.%d left it", r->file, r->arch,
+            cache->path, version / 1000, version % 1000 / 10);
+    pthread_mutex_lock(&mutex);
+    num_from_disk++;
+    pthread_mutex_unlock(&mutex);
+    return EP_OK;
 }
 
 /* From disk, or compiled and put there. */

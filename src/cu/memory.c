@@ -14,43 +14,54 @@
 
 enum capture_status { CAPTURE_NONE, CAPTURE_ACTIVE, CAPTURE_INVALIDATED };
 
-/* `call` within the device's context. */
+/* Returns what `call` returns within the device's context. */
 #define WITHIN(d, call)                                                                        \
     do {                                                                                       \
-        ep_status st_ = epi_cu_enter(d);                                                       \
-        if (st_ == EP_OK) {                                                                    \
-            st_ = (call);                                                                      \
-            epi_cu_leave();                                                                    \
-        }                                                                                      \
-        return st_;                                                                            \
+        EPI_TRY(epi_cu_enter(d));                                                              \
+        const ep_status within_status = (call);                                                \
+        epi_cu_leave();                                                                        \
+        return within_status;                                                                  \
     } while (0)
 
-ep_status epi_cu_alloc(const struct epi_cu_device *d, uint64_t *at, size_t bytes) {
+/* Gives *held back by `call`, which cannot fail, if there is anything. */
+#define GIVE_BACK(d, held, call)                                                               \
+    do {                                                                                       \
+        if (*(held) && epi_cu_enter(d) == EP_OK) {                                             \
+            call;                                                                              \
+            epi_cu_leave();                                                                    \
+        }                                                                                      \
+        *(held) = 0;                                                                           \
+    } while (0)
+
+/* Of the device, or of its pool in the order of the stream. */
+static ep_status alloc(const struct epi_cu_device *d, bool of_pool, void *stream, uint64_t *at,
+                       size_t bytes) {
+    const char *where = of_pool ? "in the pool of" : "on";
+    const size_t most = bytes ? bytes : 1;
     uint64_t got = 0;
     if (epi_alloc_should_fail()) {
-        return epi_fail(EP_ERR_NOMEM, "no device memory (%zu bytes)", bytes);
+        return epi_fail(EP_ERR_NOMEM, "no memory %s device %d (%zu bytes, injected)", where,
+                        d->index, bytes);
     }
-    ep_status st = epi_cu_enter(d);
-    if (st == EP_OK) {
-        st = CU(MemAlloc, &got, bytes ? bytes : 1);
-        epi_cu_leave();
-    }
+    EPI_TRY(epi_cu_enter(d));
+    const ep_status st =
+        of_pool ? CU(MemAllocAsync, &got, most, stream) : CU(MemAlloc, &got, most);
+    epi_cu_leave();
     if (st == EP_ERR_NOMEM) {
-        return epi_fail(st, "no memory on device %d (%zu bytes): %s", d->index, bytes,
+        return epi_fail(st, "no memory %s device %d (%zu bytes): %s", where, d->index, bytes,
                         epi_error_text());
     }
-    if (st == EP_OK) {
-        *at = got;
-    }
-    return st;
+    EPI_TRY(st);
+    *at = got;
+    return EP_OK;
+}
+
+ep_status epi_cu_alloc(const struct epi_cu_device *d, uint64_t *at, size_t bytes) {
+    return alloc(d, false, NULL, at, bytes);
 }
 
 void epi_cu_free(const struct epi_cu_device *d, uint64_t *at) {
-    if (*at && epi_cu_enter(d) == EP_OK) {
-        epi_cu_driver.MemFree(*at);
-        epi_cu_leave();
-    }
-    *at = 0;
+    GIVE_BACK(d, at, epi_cu_driver.MemFree(*at));
 }
 
 ep_status epi_cu_alloc_host(const struct epi_cu_device *d, void **p, size_t bytes) {
@@ -59,44 +70,21 @@ ep_status epi_cu_alloc_host(const struct epi_cu_device *d, void **p, size_t byte
 }
 
 void epi_cu_free_host(const struct epi_cu_device *d, void **p) {
-    if (*p && epi_cu_enter(d) == EP_OK) {
-        epi_cu_driver.MemFreeHost(*p);
-        epi_cu_leave();
-    }
-    *p = NULL;
+    GIVE_BACK(d, p, epi_cu_driver.MemFreeHost(*p));
 }
 
 ep_status epi_cu_pool_alloc(const struct epi_cu_device *d, void *stream, uint64_t *at,
                             size_t bytes) {
-    uint64_t got = 0;
-    if (epi_alloc_should_fail()) {
-        return epi_fail(EP_ERR_NOMEM, "no device memory (%zu bytes, injected)", bytes);
-    }
-    ep_status st = epi_cu_enter(d);
-    if (st == EP_OK) {
-        st = CU(MemAllocAsync, &got, bytes ? bytes : 1, stream);
-        epi_cu_leave();
-    }
-    if (st == EP_ERR_NOMEM) {
-        return epi_fail(st, "no memory in the pool of device %d (%zu bytes): %s", d->index,
-                        bytes, epi_error_text());
-    }
-    if (st == EP_OK) {
-        *at = got;
-    }
-    return st;
+    return alloc(d, true, stream, at, bytes);
 }
 
 void epi_cu_pool_free(const struct epi_cu_device *d, void *stream, uint64_t *at) {
-    if (*at && epi_cu_enter(d) == EP_OK) {
-        epi_cu_driver.MemFreeAsync(*at, stream);
-        epi_cu_leave();
-    }
-    *at = 0;
+    GIVE_BACK(d, at, epi_cu_driver.MemFreeAsync(*at, stream));
 }
 
-static ep_status then_sync(ep_status st, void *stream) {
-    return st == EP_OK ? CU(StreamSynchronize, stream) : st;
+static ep_status then_sync(ep_status copied, void *stream) {
+    EPI_TRY(copied);
+    return CU(StreamSynchronize, stream);
 }
 
 ep_status epi_cu_copy_in(const struct epi_cu_device *d, void *stream, uint64_t to,
@@ -140,25 +128,18 @@ ep_status epi_cu_stream_create(const struct epi_cu_device *d, void **stream) {
     WITHIN(d, CU(StreamCreate, stream, STREAM_NON_BLOCKING));
 }
 
-ep_status epi_cu_stream_create_high(const struct epi_cu_device *d, void **stream) {
+static ep_status create_high(void **stream) {
     int least = 0, greatest = 0;
-    ep_status st = epi_cu_enter(d);
-    if (st == EP_OK) {
-        st = CU(CtxGetStreamPriorityRange, &least, &greatest);
-        if (st == EP_OK) {
-            st = CU(StreamCreateWithPriority, stream, STREAM_NON_BLOCKING, greatest);
-        }
-        epi_cu_leave();
-    }
-    return st;
+    EPI_TRY(CU(CtxGetStreamPriorityRange, &least, &greatest));
+    return CU(StreamCreateWithPriority, stream, STREAM_NON_BLOCKING, greatest);
+}
+
+ep_status epi_cu_stream_create_high(const struct epi_cu_device *d, void **stream) {
+    WITHIN(d, create_high(stream));
 }
 
 void epi_cu_stream_destroy(const struct epi_cu_device *d, void **stream) {
-    if (*stream && epi_cu_enter(d) == EP_OK) {
-        epi_cu_driver.StreamDestroy(*stream);
-        epi_cu_leave();
-    }
-    *stream = NULL;
+    GIVE_BACK(d, stream, epi_cu_driver.StreamDestroy(*stream));
 }
 
 ep_status epi_cu_stream_sync(const struct epi_cu_device *d, void *stream) {
@@ -176,10 +157,7 @@ ep_status epi_cu_stream_hold(const struct epi_cu_device *d, void *stream, uint32
 ep_status epi_cu_capture_id(const struct epi_cu_device *d, void *stream, uint64_t *id) {
     int status = CAPTURE_NONE;
     uint64_t got = 0;
-    ep_status st = epi_cu_enter(d);
-    if (st != EP_OK) {
-        return st;
-    }
+    EPI_TRY(epi_cu_enter(d));
     const int result =
         epi_cu_driver.StreamGetCaptureInfo(stream, &status, &got, NULL, NULL, NULL);
     epi_cu_leave();
@@ -188,16 +166,14 @@ ep_status epi_cu_capture_id(const struct epi_cu_device *d, void *stream, uint64_
                         "the legacy default stream cannot be used while a stream that it waits "
                         "for is being captured: pass a stream of your own");
     }
-    st = epi_cu_result(result, "cuStreamGetCaptureInfo");
-    if (st == EP_OK && status == CAPTURE_INVALIDATED) {
-        st = epi_fail(EP_ERR_STATE,
-                      "the stream's capture was invalidated by an earlier error: end it "
-                      "(cudaStreamEndCapture) before the stream is used");
+    EPI_TRY(epi_cu_result(result, "cuStreamGetCaptureInfo"));
+    if (status == CAPTURE_INVALIDATED) {
+        return epi_fail(EP_ERR_STATE,
+                        "the stream's capture was invalidated by an earlier error: end it "
+                        "(cudaStreamEndCapture) before the stream is used");
     }
-    if (st == EP_OK) {
-        *id = status == CAPTURE_ACTIVE ? got : 0;
-    }
-    return st;
+    *id = status == CAPTURE_ACTIVE ? got : 0;
+    return EP_OK;
 }
 
 ep_status epi_cu_event_create(const struct epi_cu_device *d, void **event) {
@@ -209,11 +185,7 @@ ep_status epi_cu_event_create_plain(const struct epi_cu_device *d, void **event)
 }
 
 void epi_cu_event_destroy(const struct epi_cu_device *d, void **event) {
-    if (*event && epi_cu_enter(d) == EP_OK) {
-        epi_cu_driver.EventDestroy(*event);
-        epi_cu_leave();
-    }
-    *event = NULL;
+    GIVE_BACK(d, event, epi_cu_driver.EventDestroy(*event));
 }
 
 ep_status epi_cu_event_record(const struct epi_cu_device *d, void *event, void *stream) {
@@ -226,23 +198,18 @@ ep_status epi_cu_event_wait(const struct epi_cu_device *d, void *stream, void *e
 
 ep_status epi_cu_event_query(const struct epi_cu_device *d, void *event) {
     int mode;
-    ep_status st = epi_cu_enter_apart(d, &mode);
-    if (st == EP_OK) {
-        st = CU(EventQuery, event);
-        epi_cu_leave_apart(mode);
-    }
+    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    const ep_status st = CU(EventQuery, event);
+    epi_cu_leave_apart(mode);
     return st;
 }
 
 ep_status epi_cu_event_elapsed(const struct epi_cu_device *d, void *a, void *b, double *us) {
     float ms = 0;
-    ep_status st = epi_cu_enter(d);
-    if (st == EP_OK) {
-        st = CU(EventElapsedTime, &ms, a, b);
-        epi_cu_leave();
-    }
-    if (st == EP_OK) {
-        *us = (double)ms * 1000;
-    }
-    return st;
+    EPI_TRY(epi_cu_enter(d));
+    const ep_status st = CU(EventElapsedTime, &ms, a, b);
+    epi_cu_leave();
+    EPI_TRY(st);
+    *us = (double)ms * 1000;
+    return EP_OK;
 }

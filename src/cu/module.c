@@ -12,11 +12,9 @@
 #define MAX_DYNAMIC_SHARED_SIZE_BYTES 8
 
 ep_status epi_cu_module_load(const struct epi_cu_device *d, const void *cubin, void **module) {
-    ep_status st = epi_cu_enter(d);
-    if (st == EP_OK) {
-        st = CU(ModuleLoadData, module, cubin);
-        epi_cu_leave();
-    }
+    EPI_TRY(epi_cu_enter(d));
+    const ep_status st = CU(ModuleLoadData, module, cubin);
+    epi_cu_leave();
     return st;
 }
 
@@ -30,22 +28,17 @@ void epi_cu_module_unload(const struct epi_cu_device *d, void **module) {
 
 static ep_status get_kernel(const struct epi_cu_device *d, void *module,
                             struct epi_cu_kernel *k) {
-    ep_status st = CU(ModuleGetFunction, &k->function, module, k->name);
+    int own_bytes = 0;
+    const ep_status st = CU(ModuleGetFunction, &k->function, module, k->name);
     if (st != EP_OK) {
         return epi_fail(st, "kernel %s: %s", k->name, epi_error_text());
     }
     if (epi_cu_driver.FuncLoad) { /* with lazy loading the first launch would do this */
-        st = CU(FuncLoad, k->function);
+        EPI_TRY(CU(FuncLoad, k->function));
     }
-    int own_bytes = 0;
-    if (st == EP_OK) {
-        st = CU(FuncGetAttribute, &own_bytes, SHARED_SIZE_BYTES, k->function);
-    }
-    if (st == EP_OK) {
-        st = CU(FuncSetAttribute, k->function, MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                d->max_shared_bytes - own_bytes);
-    }
-    return st;
+    EPI_TRY(CU(FuncGetAttribute, &own_bytes, SHARED_SIZE_BYTES, k->function));
+    return CU(FuncSetAttribute, k->function, MAX_DYNAMIC_SHARED_SIZE_BYTES,
+              d->max_shared_bytes - own_bytes);
 }
 
 ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const char *name,
@@ -53,15 +46,12 @@ ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const c
     struct epi_cu_kernel k;
     memset(&k, 0, sizeof(k));
     epi_format(k.name, sizeof(k.name), "%s", name);
-    ep_status st = epi_cu_enter(d);
-    if (st == EP_OK) {
-        st = get_kernel(d, module, &k);
-        epi_cu_leave();
-    }
-    if (st == EP_OK) {
-        *out = k;
-    }
-    return st;
+    EPI_TRY(epi_cu_enter(d));
+    const ep_status st = get_kernel(d, module, &k);
+    epi_cu_leave();
+    EPI_TRY(st);
+    *out = k;
+    return EP_OK;
 }
 
 ep_status epi_cu_launch(const struct epi_cu_device *d, const struct epi_cu_kernel *k,

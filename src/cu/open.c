@@ -44,6 +44,23 @@ static ep_status load_symbols(void *lib) {
     return EP_OK;
 }
 
+static ep_status start_driver(void *lib) {
+    EPI_TRY(load_symbols(lib));
+    EPI_TRY(CU(Init, 0));
+    EPI_TRY(CU(DriverGetVersion, &driver_version));
+    EPI_TRY(CU(DeviceGetCount, &num_devices));
+    if (driver_version < CU_CUDA_VERSION_MIN) {
+        return epi_fail(EP_ERR_UNSUPPORTED,
+                        "the driver is for CUDA %d.%d, at least 12.0 is needed",
+                        driver_version / 1000, driver_version % 1000 / 10);
+    }
+    if (num_devices == 0) {
+        return epi_fail(EP_ERR_UNSUPPORTED, "the driver shows no device to this process "
+                                            "(CUDA_VISIBLE_DEVICES?)");
+    }
+    return EP_OK;
+}
+
 static ep_status open_driver(void) {
     void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (!lib) {
@@ -52,25 +69,7 @@ static ep_status open_driver(void) {
                         "installed?",
                         dlerror());
     }
-    ep_status st = load_symbols(lib);
-    if (st == EP_OK) {
-        st = CU(Init, 0);
-    }
-    if (st == EP_OK) {
-        st = CU(DriverGetVersion, &driver_version);
-    }
-    if (st == EP_OK) {
-        st = CU(DeviceGetCount, &num_devices);
-    }
-    if (st == EP_OK && driver_version < CU_CUDA_VERSION_MIN) {
-        st = epi_fail(EP_ERR_UNSUPPORTED,
-                      "the driver is for CUDA %d.%d, at least 12.0 is needed",
-                      driver_version / 1000, driver_version % 1000 / 10);
-    }
-    if (st == EP_OK && num_devices == 0) {
-        st = epi_fail(EP_ERR_UNSUPPORTED, "the driver shows no device to this process "
-                                          "(CUDA_VISIBLE_DEVICES?)");
-    }
+    const ep_status st = start_driver(lib);
     if (st != EP_OK) {
         dlclose(lib);
     }
@@ -106,13 +105,11 @@ void epi_cu_leave(void) {
 }
 
 ep_status epi_cu_enter_apart(const struct epi_cu_device *d, int *mode) {
-    ep_status st = epi_cu_enter(d);
     *mode = CAPTURE_MODE_RELAXED;
-    if (st == EP_OK) {
-        st = CU(ThreadExchangeStreamCaptureMode, mode);
-        if (st != EP_OK) {
-            epi_cu_leave();
-        }
+    EPI_TRY(epi_cu_enter(d));
+    const ep_status st = CU(ThreadExchangeStreamCaptureMode, mode);
+    if (st != EP_OK) {
+        epi_cu_leave();
     }
     return st;
 }
@@ -133,50 +130,35 @@ static ep_status read_attributes(struct epi_cu_device *d) {
                   {MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &d->max_shared_bytes},
                   {VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, &vmm},
                   {HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, &fds}};
-    ep_status st = EP_OK;
-    for (size_t i = 0; st == EP_OK && i < sizeof(wanted) / sizeof(wanted[0]); i++) {
-        st = CU(DeviceGetAttribute, wanted[i].to, wanted[i].attribute, d->handle);
+    for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++) {
+        EPI_TRY(CU(DeviceGetAttribute, wanted[i].to, wanted[i].attribute, d->handle));
     }
     d->shareable = vmm && fds;
-    return st;
+    return EP_OK;
 }
 
 ep_status epi_cu_device_open(struct epi_cu_device *out, int index) {
     struct epi_cu_device d;
     memset(&d, 0, sizeof(d));
     d.index = index;
-    ep_status st = epi_cu_open();
-    if (st == EP_OK && (index < 0 || index >= num_devices)) {
-        st = epi_fail(EP_ERR_UNSUPPORTED, "there is no CUDA device %d: %d are visible", index,
-                      num_devices);
+    EPI_TRY(epi_cu_open());
+    if (index < 0 || index >= num_devices) {
+        return epi_fail(EP_ERR_UNSUPPORTED, "there is no CUDA device %d: %d are visible", index,
+                        num_devices);
     }
-    if (st == EP_OK) {
-        st = CU(DeviceGet, &d.handle, index);
+    EPI_TRY(CU(DeviceGet, &d.handle, index));
+    EPI_TRY(CU(DeviceGetName, d.name, (int)sizeof(d.name), d.handle));
+    EPI_TRY(CU(DeviceTotalMem, &d.memory_bytes, d.handle));
+    EPI_TRY(CU(DeviceGetUuid, d.uuid, d.handle));
+    EPI_TRY(read_attributes(&d));
+    if (d.major < 8) {
+        return epi_fail(EP_ERR_UNSUPPORTED,
+                        "device %d (%s) has compute capability %d.%d, at least 8.0 is needed",
+                        index, d.name, d.major, d.minor);
     }
-    if (st == EP_OK) {
-        st = CU(DeviceGetName, d.name, (int)sizeof(d.name), d.handle);
-    }
-    if (st == EP_OK) {
-        st = CU(DeviceTotalMem, &d.memory_bytes, d.handle);
-    }
-    if (st == EP_OK) {
-        st = CU(DeviceGetUuid, d.uuid, d.handle);
-    }
-    if (st == EP_OK) {
-        st = read_attributes(&d);
-    }
-    if (st == EP_OK && d.major < 8) {
-        st = epi_fail(EP_ERR_UNSUPPORTED,
-                      "device %d (%s) has compute capability %d.%d, at least 8.0 is needed",
-                      index, d.name, d.major, d.minor);
-    }
-    if (st == EP_OK) {
-        st = CU(DevicePrimaryCtxRetain, &d.context, d.handle);
-    }
-    if (st == EP_OK) {
-        *out = d;
-    }
-    return st;
+    EPI_TRY(CU(DevicePrimaryCtxRetain, &d.context, d.handle));
+    *out = d;
+    return EP_OK;
 }
 
 void epi_cu_device_close(struct epi_cu_device *d) {
@@ -188,19 +170,17 @@ void epi_cu_device_close(struct epi_cu_device *d) {
 
 ep_status epi_cu_peer(const struct epi_cu_device *d, const struct epi_cu_device *other) {
     int can = 0;
-    ep_status st = CU(DeviceCanAccessPeer, &can, d->handle, other->handle);
-    if (st == EP_OK && !can) {
-        st = epi_fail(EP_ERR_UNSUPPORTED,
-                      "device %d cannot reach the memory of device %d (see nvidia-smi topo -m)",
-                      d->index, other->index);
+    EPI_TRY(CU(DeviceCanAccessPeer, &can, d->handle, other->handle));
+    if (!can) {
+        return epi_fail(
+            EP_ERR_UNSUPPORTED,
+            "device %d cannot reach the memory of device %d (see nvidia-smi topo -m)", d->index,
+            other->index);
     }
-    if (st != EP_OK || (st = epi_cu_enter(d)) != EP_OK) {
-        return st;
-    }
-    int result = epi_cu_driver.CtxEnablePeerAccess(other->context, 0);
-    st = result == CU_PEER_ACCESS_ALREADY_ENABLED
-             ? EP_OK
-             : epi_cu_result(result, "cuCtxEnablePeerAccess");
+    EPI_TRY(epi_cu_enter(d));
+    const int result = epi_cu_driver.CtxEnablePeerAccess(other->context, 0);
     epi_cu_leave();
-    return st;
+    return result == CU_PEER_ACCESS_ALREADY_ENABLED
+               ? EP_OK
+               : epi_cu_result(result, "cuCtxEnablePeerAccess");
 }

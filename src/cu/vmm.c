@@ -84,22 +84,17 @@ static ep_status map(const struct epi_cu_device *d, struct epi_cu_memory *m) {
 static ep_status round_up(const struct epi_cu_device *d, struct epi_cu_memory *m) {
     const struct cu_allocation a = allocation_on(d);
     size_t piece = 0;
-    const ep_status st = CU(MemGetAllocationGranularity, &piece, &a, GRANULARITY_MINIMUM);
-    if (st == EP_OK) {
-        const size_t bytes = m->bytes ? m->bytes : 1;
-        m->mapped = (bytes + piece - 1) / piece * piece;
-    }
-    return st;
+    const size_t bytes = m->bytes ? m->bytes : 1;
+    EPI_TRY(CU(MemGetAllocationGranularity, &piece, &a, GRANULARITY_MINIMUM));
+    m->mapped = (bytes + piece - 1) / piece * piece;
+    return EP_OK;
 }
 
 /* On a stream of its own, so that it waits for nothing else, and nothing for it. */
 static ep_status zero(const struct epi_cu_memory *m) {
     void *stream = NULL;
-    ep_status st = CU(StreamCreate, &stream, STREAM_NON_BLOCKING);
-    if (st != EP_OK) {
-        return st;
-    }
-    st = CU(MemsetD8Async, m->address, 0, m->mapped, stream);
+    EPI_TRY(CU(StreamCreate, &stream, STREAM_NON_BLOCKING));
+    ep_status st = CU(MemsetD8Async, m->address, 0, m->mapped, stream);
     if (st == EP_OK) {
         st = CU(StreamSynchronize, stream);
     }
@@ -118,18 +113,12 @@ static ep_status no_memory(const struct epi_cu_device *d, size_t bytes) {
 
 static ep_status create(const struct epi_cu_device *d, struct epi_cu_memory *m) {
     const struct cu_allocation a = allocation_on(d);
-    ep_status st = round_up(d, m);
-    if (st == EP_OK) {
-        st = PATH(MemCreate, &m->handle, m->mapped, &a, 0);
-    }
-    if (st == EP_OK) {
-        st = map(d, m);
-    }
-    if (st == EP_OK) {
-        st = zero(m);
-        if (st != EP_OK) {
-            undo(m, true);
-        }
+    EPI_TRY(round_up(d, m));
+    EPI_TRY(PATH(MemCreate, &m->handle, m->mapped, &a, 0));
+    EPI_TRY(map(d, m));
+    const ep_status st = zero(m);
+    if (st != EP_OK) {
+        undo(m, true);
     }
     return st;
 }
@@ -143,39 +132,38 @@ ep_status epi_cu_memory_create(const struct epi_cu_device *d, size_t bytes,
                         "device %d (%s) cannot share its memory by file descriptors", d->index,
                         d->name);
     }
-    ep_status st = epi_cu_enter_apart(d, &mode);
-    if (st != EP_OK) {
-        return st;
-    }
-    st = epi_alloc_should_fail() ? EP_ERR_NOMEM : create(d, &m);
+    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    ep_status st = epi_alloc_should_fail() ? EP_ERR_NOMEM : create(d, &m);
     if (st == EP_ERR_NOMEM) {
         st = no_memory(d, bytes);
     }
     epi_cu_leave_apart(mode);
-    if (st == EP_OK) {
-        *out = m;
-    }
-    return st;
+    EPI_TRY(st);
+    *out = m;
+    return EP_OK;
 }
 
 ep_status epi_cu_memory_admit(const struct epi_cu_memory *m, const struct epi_cu_device *d) {
     int mode;
-    ep_status st = epi_cu_enter_apart(d, &mode);
-    if (st == EP_OK) {
-        st = grant(m, d);
-        epi_cu_leave_apart(mode);
-    }
+    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    const ep_status st = grant(m, d);
+    epi_cu_leave_apart(mode);
     return st;
 }
 
 ep_status epi_cu_memory_export(const struct epi_cu_memory *m, int *fd) {
     int got = -1;
-    const ep_status st =
-        PATH(MemExportToShareableHandle, &got, m->handle, HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
-    if (st == EP_OK) {
-        *fd = got;
-    }
-    return st;
+    EPI_TRY(PATH(MemExportToShareableHandle, &got, m->handle, HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                 0));
+    *fd = got;
+    return EP_OK;
+}
+
+static ep_status import(const struct epi_cu_device *d, int fd, struct epi_cu_memory *m) {
+    EPI_TRY(round_up(d, m));
+    EPI_TRY(PATH(MemImportFromShareableHandle, &m->handle, (void *)(uintptr_t)fd,
+                 HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
+    return map(d, m);
 }
 
 ep_status epi_cu_memory_import(const struct epi_cu_device *d, int fd, size_t bytes,
@@ -186,23 +174,12 @@ ep_status epi_cu_memory_import(const struct epi_cu_device *d, int fd, size_t byt
         return epi_fail(EP_ERR_NOMEM, "no memory to map an arena of %zu bytes (injected)",
                         bytes);
     }
-    ep_status st = epi_cu_enter_apart(d, &mode);
-    if (st != EP_OK) {
-        return st;
-    }
-    st = round_up(d, &m);
-    if (st == EP_OK) {
-        st = PATH(MemImportFromShareableHandle, &m.handle, (void *)(uintptr_t)fd,
-                  HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
-    }
-    if (st == EP_OK) {
-        st = map(d, &m);
-    }
+    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    const ep_status st = import(d, fd, &m);
     epi_cu_leave_apart(mode);
-    if (st == EP_OK) {
-        *out = m;
-    }
-    return st;
+    EPI_TRY(st);
+    *out = m;
+    return EP_OK;
 }
 
 void epi_cu_memory_release(const struct epi_cu_device *d, struct epi_cu_memory *m) {
@@ -216,6 +193,15 @@ void epi_cu_memory_release(const struct epi_cu_device *d, struct epi_cu_memory *
 
 /* ---- host memory ---------------------------------------------------------------------------- */
 
+static ep_status pin(void *p, size_t bytes, uint64_t *address) {
+    EPI_TRY(CU(MemHostRegister, p, bytes, HOST_REGISTER_PORTABLE | HOST_REGISTER_DEVICEMAP));
+    const ep_status st = CU(MemHostGetDevicePointer, address, p, 0);
+    if (st != EP_OK) {
+        epi_cu_driver.MemHostUnregister(p);
+    }
+    return st;
+}
+
 ep_status epi_cu_register(const struct epi_cu_device *d, void *p, size_t bytes,
                           uint64_t *address) {
     uint64_t got = 0;
@@ -223,17 +209,8 @@ ep_status epi_cu_register(const struct epi_cu_device *d, void *p, size_t bytes,
     if (epi_alloc_should_fail()) {
         return epi_fail(EP_ERR_NOMEM, "no memory to pin %zu bytes (injected)", bytes);
     }
-    ep_status st = epi_cu_enter_apart(d, &mode);
-    if (st != EP_OK) {
-        return st;
-    }
-    st = CU(MemHostRegister, p, bytes, HOST_REGISTER_PORTABLE | HOST_REGISTER_DEVICEMAP);
-    if (st == EP_OK) {
-        st = CU(MemHostGetDevicePointer, &got, p, 0);
-        if (st != EP_OK) {
-            epi_cu_driver.MemHostUnregister(p);
-        }
-    }
+    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    const ep_status st = pin(p, bytes, &got);
     epi_cu_leave_apart(mode);
     if (st != EP_OK) {
         return epi_fail(st, "cannot pin %zu bytes of host memory for device %d: %s", bytes,
