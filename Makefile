@@ -318,7 +318,8 @@ build/gate: tests/gate/gate.c src/cu/nvrtc.h
 	$(Q)$(CC) -std=c11 -D_GNU_SOURCE -O1 -g $(WARN) -I. $< -o $@ -ldl
 
 -include $(LIB_OBJ:.o=.d) $(TOOL_OBJ:.o=.d) $(SUPPORT_OBJ:.o=.d) \
-    $(TEST_SRC:%.c=$(B)/obj/%.d) $(FUZZ_SRC:%.c=$(B)/obj/%.d)
+    $(TEST_SRC:%.c=$(B)/obj/%.d) $(FUZZ_SRC:%.c=$(B)/obj/%.d) \
+    $(B)/obj/tests/driver/driver.d $(B)/obj/tests/driver/warm.d
 
 # ---- installation -----------------------------------------------------------------------
 
