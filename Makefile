@@ -68,14 +68,16 @@ LIBS += $(if $(COVERAGE),--coverage)
 LIB_SRC := $(sort $(wildcard src/*/*.c))
 KERNEL_SRC := $(sort $(wildcard kernel/*.k.c))
 KERNEL_TEXT := $(sort $(wildcard kernel/*.h)) $(KERNEL_SRC)
-TOOL_SRC := $(sort $(wildcard tools/*.c))
+# `ep demo` is an example that is built into the program.
+DEMO_SRC := $(sort $(wildcard examples/demo/*.c))
+TOOL_SRC := $(sort $(wildcard tools/*.c)) $(DEMO_SRC)
 TEST_SRC := $(sort $(wildcard tests/t_*.c))
 FUZZ_SRC := $(sort $(wildcard tests/fuzz_*.c))
 # Every other file of tests/ supports the tests: tap.c, the reference, ...
 SUPPORT_SRC := $(filter-out $(TEST_SRC) $(FUZZ_SRC) tests/replay.c,$(sort $(wildcard tests/*.c)))
 EXAMPLE_SRC := $(sort $(wildcard examples/*.c))
-FMT_SRC = $(sort $(wildcard $(foreach d,include src src/* kernel tools tests tests/* examples, \
-    $(d)/*.c $(d)/*.h)))
+FMT_SRC = $(sort $(wildcard $(foreach d,include src src/* kernel tools tests tests/* examples \
+    examples/*, $(d)/*.c $(d)/*.h)))
 
 LIB_OBJ := $(LIB_SRC:%.c=$(B)/obj/%.o) $(KERNEL_SRC:%.c=$(B)/obj/%.o) \
     $(B)/obj/gen/kernel_text.o

@@ -55,9 +55,9 @@ static int64_t forward(ep_group *group, float *x, int32_t *ids, float *y) {
 
     /* Dispatch. There must be room for the worst case: every token of every rank comes here. */
     int64_t room = (int64_t)num_ranks * TOKENS, rows = 0;
-    float *recv = calloc((size_t)room * HIDDEN, sizeof *recv);
-    int32_t *recv_ids = calloc((size_t)room * TOPK, sizeof *recv_ids);
-    must(recv != NULL && recv_ids != NULL ? EP_OK : EP_ERR_NOMEM, "calloc");
+    float *recv = calloc((size_t)room * HIDDEN, sizeof(*recv));
+    int32_t *recv_ids = calloc((size_t)room * TOPK, sizeof(*recv_ids));
+    must(recv && recv_ids ? EP_OK : EP_ERR_NOMEM, "calloc");
     struct ep_dispatch_args dispatch = EP_DISPATCH_ARGS_INIT;
     ep_tensor_2d(&t_x, EP_F32, x, TOKENS, HIDDEN);
     ep_tensor_2d(&t_recv, EP_F32, recv, room, HIDDEN);
@@ -91,7 +91,7 @@ static int run_rank(int rank_of_thread) {
     static _Thread_local int32_t ids[TOKENS * TOPK];
     /* A group is made once: it allocates all memory that dispatch and combine will use. */
     struct ep_group_config config = EP_GROUP_CONFIG_INIT;
-    if (world != NULL) { /* otherwise the environment says who is who, as `ep run` sets it */
+    if (world) { /* otherwise the environment says who is who, as `ep run` sets it */
         config.world = world;
         config.rank = rank_of_thread;
         config.num_ranks = NUM_THREADS;

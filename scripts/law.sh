@@ -6,11 +6,12 @@
 #   L0 src/base   L1 src/cu boot mem net   L2 src/run proxy   L3 src/ep
 # A directory includes its own files, src/base, and the <dir>.h of lower layers; kernel/abi.h
 # may be included from src/, kernels.h and lang*.h from src/run. kernel/ includes kernel/ only;
-# tools/ ep.h and src/base/base.h, its gpu*.c also src/cu/cu.h; examples/ ep.h. Each test says its
-# class (scripts/run_tests.sh). The self-test plants violations in a copy: each must be caught.
+# tools/ ep.h and src/base/base.h, its gpu*.c also src/cu/cu.h; examples/ ep.h, and
+# examples/demo/, which is built into ep, tools/tool.h and tools/gpu.h. Each test says its class
+# (scripts/run_tests.sh). The self-test plants violations in a copy: each must be caught.
 #
-# Also the dialect in which src/ and kernel/ are written: sizeof(x), and in conditions p and !p
-# rather than p == NULL, no (void) before a call.
+# Also the dialect in which all of these are written: sizeof(x), and in conditions p and !p rather
+# than p == NULL, no (void) before a call.
 self_test=
 clean= # what code_of says of the tree, when it is known
 [ "$1" = --self-test ] && self_test=1 && shift
@@ -112,7 +113,10 @@ includes() {
                 bad("tools/ includes ep.h and src/base/base.h only, its gpu*.c also " \
                     "src/cu/cu.h: " inc)
         } else if (file ~ /^examples\//) {
-            if (!angle && inc != "ep.h") bad("examples include ep.h only: " inc)
+            if (angle || inc == "ep.h") return
+            if (file ~ /^examples\/demo\// && inc ~ /^(examples\/demo\/|tools\/(tool|gpu)\.h$)/)
+                return
+            bad("examples include ep.h only, demo/ also tools/tool.h and tools/gpu.h: " inc)
         }
     }
     {
@@ -143,7 +147,7 @@ includes() {
             bad("assembly and builtin atomics belong to kernel/lang_*.h")
         if (file ~ /^kernel\/.*\.k\.c$/ && padded ~ word "(_Atomic|volatile)" word)
             bad("kernels hand off through the language, not _Atomic or volatile")
-        if (file !~ /^(src|kernel)\//) next
+        if (file !~ /^(src|kernel|tools|examples)\//) next
         if (padded ~ word "sizeof[ \t]+[^( \t]") bad("sizeof(x), with parentheses")
         if (code ~ /==[ \t]*NULL|NULL[ \t]*[=!]=/ ||
             code ~ /[A-Za-z0-9_\]][ \t]*!=[ \t]*NULL[ \t]*(\)[ \t]*\{|\?|&&|\|\||;.*\))/)
@@ -216,6 +220,8 @@ plant tools/gpu_zz.c '#include "src/cu/driver.h"'
 plant examples/zz.c '#include "src/base/base.h"'
 plant tests/t_zz.c 'int x; /* class: fast */'
 plant tests/t_zz.sh 'echo 1..0'
+plant examples/zz.c '#include "tools/tool.h"'
+plant examples/demo/zz.c '#include "tools/bench.h"'
 plant src/ep/zz.c '#include "handle.h"'
 plant src/ep/zz.c 'const char *x = getenv("HOME");'
 plant tools/zz.c 'const char *x = getenv("HOME");'

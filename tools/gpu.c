@@ -55,7 +55,8 @@ struct gpu {
     uint32_t *word; /* pinned; the stream is held until it is `held` */
     uint32_t held;
     uint64_t blocks[MAX_BLOCKS];
-    int num_blocks;
+    void *pinned[MAX_BLOCKS];
+    int num_blocks, num_pinned;
 };
 
 struct gpu_graph {
@@ -126,6 +127,9 @@ void gpu_close(struct gpu **gpu) {
         for (int i = 0; i < g->num_blocks; i++) {
             epi_cu_free(&g->device, &g->blocks[i]);
         }
+        for (int i = 0; i < g->num_pinned; i++) {
+            epi_cu_free_host(&g->device, &g->pinned[i]);
+        }
         for (int i = 0; i < 2; i++) {
             epi_cu_event_destroy(&g->device, &g->mark[i]);
         }
@@ -153,6 +157,16 @@ void *gpu_alloc(struct gpu *gpu, int64_t num, int64_t bytes) {
     }
     gpu->num_blocks++;
     return (void *)(uintptr_t)*at;
+}
+
+void *gpu_alloc_pinned(struct gpu *gpu, size_t bytes) {
+    void **at = &gpu->pinned[gpu->num_pinned];
+    if (gpu->num_pinned == MAX_BLOCKS) {
+        epi_fail(EP_ERR_INTERNAL, "more than %d blocks of pinned memory", MAX_BLOCKS);
+        return NULL;
+    }
+    gpu->num_pinned += epi_cu_alloc_host(&gpu->device, at, bytes) == EP_OK;
+    return *at;
 }
 
 ep_status gpu_in(struct gpu *gpu, void *to, const void *from, int64_t bytes) {

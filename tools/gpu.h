@@ -76,6 +76,8 @@ void *gpu_stream(const struct gpu *gpu);
 
 /* Memory of the device, freed by gpu_close. NULL: none, see ep_last_error(). */
 void *gpu_alloc(struct gpu *gpu, int64_t num, int64_t bytes);
+/* The same of pinned host memory, which the host and kernels reach. */
+void *gpu_alloc_pinned(struct gpu *gpu, size_t bytes);
 /* In the order of the stream; they return when the bytes have been copied. */
 ep_status gpu_in(struct gpu *gpu, void *to, const void *from, int64_t bytes);
 ep_status gpu_out(struct gpu *gpu, void *to, const void *from, int64_t bytes);

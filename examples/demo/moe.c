@@ -7,7 +7,7 @@
  * Owns the weights it generates from fixed seeds. Knows nothing of ranks but the order in which
  * their sums are added.
  */
-#include "tools/moe.h"
+#include "examples/demo/moe.h"
 
 #include <math.h>
 #include <stdlib.h>

@@ -1,17 +1,18 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the parts of `ep demo` share: the layer's input and output, and what the ranks report.
+ * What the parts of `ep demo` share: the layer's input and output, and what the ranks report. It is
+ * built into the program `ep` and uses its helpers; an example that stands alone is moe_layer.c.
  */
-#ifndef TOOLS_DEMO_H
-#define TOOLS_DEMO_H
+#ifndef EXAMPLES_DEMO_H
+#define EXAMPLES_DEMO_H
 
+#include "examples/demo/moe.h"
 #include "tools/gpu.h"
-#include "tools/moe.h"
 #include "tools/tool.h"
 
 #define ROW_BYTES (MOE_HIDDEN * 2)
 
-enum phase { ROUTER, ROUTE, DISPATCH, EXPERTS, COMBINE, COPIES, NUM_PHASES };
+enum phase { ROUTER, ROUTE, DISPATCH, EXPERTS, COMBINE, NUM_PHASES };
 
 struct rank_report {
     int64_t ns[NUM_PHASES];
@@ -39,7 +40,7 @@ struct demo {
     int64_t num_steps;
 };
 
-/* demo_rank.c: one rank's part of all steps; arg is the demo. */
+/* rank.c: one rank's part of all steps; arg is the demo. */
 int demo_rank(struct rank *rank, void *arg);
 
 #endif

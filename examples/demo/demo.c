@@ -2,7 +2,7 @@
 /*
  * `ep demo`: a Mixture-of-Experts layer over real text, spread over processes, and checked.
  *
- * Owns the text, its rows and the memory in which the ranks (demo_rank.c) leave their results.
+ * Owns the text, its rows and the memory in which the ranks (rank.c) leave their results.
  * The parent draws the bar, then computes the whole layer alone and compares.
  */
 #include <ctype.h>
@@ -10,13 +10,12 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "tools/demo.h"
+#include "examples/demo/demo.h"
 
 #define TOLERANCE 0.02 /* of the largest value, against float64 */
 
-static const char *const phase_names[NUM_PHASES] = {
-    "router (arithmetic)",  "route",   "dispatch",
-    "experts (arithmetic)", "combine", "copies from and to GPUs"};
+static const char *const phase_names[NUM_PHASES] = {"router (arithmetic)", "route", "dispatch",
+                                                    "experts (arithmetic)", "combine"};
 
 /* ---- the text ---------------------------------------------------------------------------- */
 
@@ -96,7 +95,7 @@ static void tick(void *arg) {
 static void print_times(const struct demo *demo) {
     int n = (int)demo->num_ranks;
     printf("  %-28s %12s %14s\n", "time per phase, all steps", "median rank", "slowest rank");
-    for (int p = 0; p < (demo->gpus ? NUM_PHASES : COPIES); p++) {
+    for (int p = 0; p < NUM_PHASES; p++) {
         int64_t ns[EP_MAX_RANKS];
         for (int r = 0; r < n; r++) {
             ns[r] = demo->shared->rank[r].ns[p];

@@ -3,8 +3,8 @@
  * The layer that `ep demo` computes: a Mixture-of-Experts layer of DeepSeek-V3's shape with
  * narrower matrices. Rows are bfloat16, sums float32; a result is rounded where a GPU would.
  */
-#ifndef TOOLS_MOE_H
-#define TOOLS_MOE_H
+#ifndef EXAMPLES_DEMO_MOE_H
+#define EXAMPLES_DEMO_MOE_H
 
 #include <stdbool.h>
 #include <stdint.h>
