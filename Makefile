@@ -38,8 +38,9 @@ VARIANT_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all \
 COVERAGE := 1
 endif
 ifeq ($(VARIANT),tsan)
-# Late movers: copies happen late, on another thread, so that a missing wait is a race.
-VARIANT_FLAGS := -fsanitize=thread -fno-omit-frame-pointer -DK_LATE_MOVERS=1
+# Late movers: copies happen late, as on another thread, so that a missing wait is a race.
+VARIANT_FLAGS := -fsanitize=thread -fno-omit-frame-pointer -DK_LATE_MOVERS=tests/late/mover.h
+LATE_SRC := tests/late/late.c
 endif
 ifeq ($(VARIANT),cov)
 COVERAGE := 1
@@ -65,7 +66,7 @@ LIBS := -pthread -ldl -lm
 LIB_FLAGS := $(if $(COVERAGE),--coverage -fprofile-update=atomic)
 LIBS += $(if $(COVERAGE),--coverage)
 
-LIB_SRC := $(sort $(wildcard src/*/*.c))
+LIB_SRC := $(sort $(wildcard src/*/*.c)) $(LATE_SRC)
 KERNEL_SRC := $(sort $(wildcard kernel/*.k.c))
 KERNEL_TEXT := $(sort $(wildcard kernel/*.h)) $(KERNEL_SRC)
 # `ep demo` is an example that is built into the program.

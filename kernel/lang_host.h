@@ -3,8 +3,8 @@
  * The kernel language on the host: a warp is one thread with one lane, a block a team of such
  * threads. Hand-offs are release stores and acquire loads on the word itself, because
  * ThreadSanitizer does not model free-standing fences; that is what makes it a checker of the
- * protocol. src/run creates the threads; with K_LATE_MOVERS (check builds) rows are copied late
- * by other threads, so that a missing wait, retire or drain is a data race it can see.
+ * protocol. src/run creates the threads; with K_LATE_MOVERS (check builds) rows are copied late,
+ * so that a missing wait, retire or drain is a data race it can see.
  *
  * K_WEAKEN_PUBLISH, K_SKIP_WAIT and K_SKIP_SETTLE break the language on purpose: tests that must
  * fail use them to prove that the checker works.
@@ -253,8 +253,11 @@ static K_INLINE void k_reduce(struct k_thread *k, struct k_peer dst, k_i32 dtype
                               k_bool weighted, k_i32 bytes, const struct k_term *terms,
                               k_i32 num);
 
+/* A check build brings its own mover: K_LATE_MOVERS is the path of the header. */
 #if defined(K_LATE_MOVERS)
-#include "kernel/lang_late.h"
+#define K_QUOTED_AS_IS(path) #path
+#define K_QUOTED(path) K_QUOTED_AS_IS(path)
+#include K_QUOTED(K_LATE_MOVERS)
 #else
 #define K_IN_PLACE 1
 

@@ -1,34 +1,35 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Row movers of check builds (K_LATE_MOVERS): loads are done by one helper thread; stores by two,
- * one that reads the stage and one that writes what the first has read; all of it some time after
- * it was asked for, and nothing but wait, retire, settle and drain orders it with the warp.
- * ThreadSanitizer then sees a missing one as a data race. The helpers belong to one mover, because
- * threads shared by movers would order warps that nothing else orders.
+ * The row mover of check builds, in place of the host's own (kernel/lang_host.h includes it where
+ * K_LATE_MOVERS names it). Loads are made by one helper; stores by two, one that reads the stage
+ * and one that writes what the first has read; all of it some time after it was asked for, and
+ * nothing but wait, retire, settle and the mover's end orders it with the warp. ThreadSanitizer
+ * then sees a missing one as a data race. tests/late/late.c says what a helper is.
  */
-#ifndef KERNEL_LANG_LATE_H
-#define KERNEL_LANG_LATE_H
+#ifndef TESTS_LATE_MOVER_H
+#define TESTS_LATE_MOVER_H
 
-/* Implemented in src/run/late.c. */
-struct epi_late;
-struct epi_late *epi_late_start(void);
-uint64_t epi_late_post(struct epi_late *late, void *dst, const void *src, size_t bytes);
-/* The same in two steps: `reader` copies the source, then `writer`, at the same number of its own
- * queue, writes the copy to dst. Both serve nothing else. */
-uint64_t epi_late_store(struct epi_late *reader, struct epi_late *writer, void *dst,
-                        const void *src, size_t bytes);
-void epi_late_await(struct epi_late *late, uint64_t ticket);
-void epi_late_stop(struct epi_late *late); /* after all that was posted */
+enum k_late_helper { K_LATE_LOADER, K_LATE_READER, K_LATE_WRITER, K_LATE_HELPERS };
+
+/* The helpers of the calling thread, which have nothing to do. */
+struct k_late;
+struct k_late *k_late_begin(void);
+/* Posts a load to the loader or a store to the reader. A store's number is the same for reader and
+ * writer; number 0 is none, and has always been made. */
+k_u64 k_late_post(struct k_late *late, enum k_late_helper who, void *dst, const void *src,
+                  size_t bytes);
+void k_late_await(struct k_late *late, enum k_late_helper who, k_u64 ticket);
+void k_late_end(struct k_late *late); /* awaits all that was posted */
 
 #define K_IN_PLACE 0
 
 struct k_mover {
     k_u8 *ring;
     k_i32 stage_bytes;
-    struct epi_late *loader, *reader, *writer;
+    struct k_late *late;
     k_u32 loading; /* a bit for each stage */
-    uint64_t loaded[K_MOVER_STAGES], stored;
-    uint64_t committed[K_MOVER_STAGES]; /* the last store of a commit, the newest first */
+    k_u64 loaded[K_MOVER_STAGES], stored;
+    k_u64 committed[K_MOVER_STAGES]; /* the last store of a commit, the newest first */
 };
 
 static inline void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
@@ -37,9 +38,7 @@ static inline void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ri
     memset(m, 0, sizeof(*m));
     m->ring = (k_u8 *)ring + K_RING_HEAD;
     m->stage_bytes = stage_bytes;
-    m->loader = epi_late_start();
-    m->reader = epi_late_start();
-    m->writer = epi_late_start();
+    m->late = k_late_begin();
 }
 
 static inline k_u8 *k_mover_stage(const struct k_mover *m, k_i32 stage) {
@@ -50,7 +49,8 @@ static inline void k_mover_load(struct k_thread *k, struct k_mover *m, k_i32 sta
                                 const void *src, k_i32 bytes) {
     (void)k;
     m->loading |= 1u << stage;
-    m->loaded[stage] = epi_late_post(m->loader, k_mover_stage(m, stage), src, (size_t)bytes);
+    m->loaded[stage] =
+        k_late_post(m->late, K_LATE_LOADER, k_mover_stage(m, stage), src, (size_t)bytes);
 }
 
 static inline k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32 stage) {
@@ -66,7 +66,7 @@ static inline void k_mover_wait(struct k_thread *k, struct k_mover *m, k_i32 sta
     (void)k;
     m->loading &= ~(1u << stage);
 #if !defined(K_SKIP_WAIT)
-    epi_late_await(m->loader, m->loaded[stage]);
+    k_late_await(m->late, K_LATE_LOADER, m->loaded[stage]);
 #endif
 }
 
@@ -78,8 +78,8 @@ static inline void k_mover_store_filled(struct k_thread *k, struct k_mover *m, k
     }
     volatile const k_u8 *first = k_mover_stage(m, stage) + from;
     (void)*first; /* the warp itself relies on the load, as the reader does */
-    m->stored = epi_late_store(m->reader, m->writer, (void *)dst.address,
-                               k_mover_stage(m, stage) + from, (size_t)bytes);
+    m->stored = k_late_post(m->late, K_LATE_READER, (void *)dst.address,
+                            k_mover_stage(m, stage) + from, (size_t)bytes);
 }
 
 static inline void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 stage,
@@ -94,8 +94,10 @@ static inline void k_mover_commit(struct k_thread *k, struct k_mover *m) {
 }
 
 static inline void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32 newest) {
-    (void)k;
-    epi_late_await(m->reader, m->committed[newest]);
+    (void)k, (void)m, (void)newest;
+#if !defined(K_SKIP_RETIRE)
+    k_late_await(m->late, K_LATE_READER, m->committed[newest]);
+#endif
 }
 
 static inline void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 newest) {
@@ -105,12 +107,12 @@ static inline void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 n
         return;
     }
 #endif
-    epi_late_await(m->writer, m->committed[newest]);
+    k_late_await(m->late, K_LATE_WRITER, m->committed[newest]);
 }
 
 static inline void k_mover_drain(struct k_thread *k, struct k_mover *m) {
     (void)k;
-    epi_late_await(m->writer, m->stored);
+    k_late_await(m->late, K_LATE_WRITER, m->stored);
 }
 
 static inline const void *k_mover_view(const struct k_mover *m, k_i32 stage) {
@@ -123,9 +125,9 @@ static inline void k_mover_gather(struct k_thread *k, struct k_mover *m, k_i32 s
     (void)k;
     m->loading |= 1u << stage;
     for (k_i32 j = 0; j < num; j++) {
-        m->loaded[stage] =
-            epi_late_post(m->loader, k_mover_stage(m, stage) + (size_t)j * (size_t)bytes,
-                          (const k_u8 *)terms[j].row + from, (size_t)bytes);
+        m->loaded[stage] = k_late_post(m->late, K_LATE_LOADER,
+                                       k_mover_stage(m, stage) + (size_t)j * (size_t)bytes,
+                                       (const k_u8 *)terms[j].row + from, (size_t)bytes);
     }
 }
 
@@ -145,9 +147,7 @@ static inline void k_mover_end(struct k_thread *k, struct k_mover *m) {
     if (m->loading) { /* on a GPU it would arrive in memory that is another block's by then */
         __builtin_trap();
     }
-    epi_late_stop(m->loader);
-    epi_late_stop(m->reader);
-    epi_late_stop(m->writer);
+    k_late_end(m->late);
 }
 
 #endif
