@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: MIT */
+/* Ranks that meet: the helpers of meet.h. Owns nothing; test points are those of the caller. */
+#include "tests/meet.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/tap.h"
+
+struct epi_deadline meet_in_time(void) {
+    return epi_deadline_after(MEET_LONG_NS);
+}
+
+bool meet_says(const char *what) {
+    bool found = strstr(ep_last_error(), what) != NULL;
+    if (!found) {
+        diag("\"%s\" does not say \"%s\"", ep_last_error(), what);
+    }
+    return found;
+}
+
+struct epi_boot_config meet_config(char address[32], int port, int rank, int num_ranks) {
+    snprintf(address, 32, "127.0.0.1:%d", port);
+    return (struct epi_boot_config){
+        .rank = rank, .num_ranks = num_ranks, .address = address, .timeout_ns = MEET_LONG_NS};
+}
+
+ep_status meet_join(struct epi_boot **boot, int port, int rank, int num_ranks, const char *job,
+                    int64_t timeout_ns) {
+    char address[32];
+    struct epi_boot_config config = meet_config(address, port, rank, num_ranks);
+    config.job = job;
+    config.timeout_ns = timeout_ns;
+    return epi_boot_create(boot, &config);
+}
+
+void meet_check_group(struct epi_boot *boot, int rank, int num_ranks) {
+    int mine[2] = {rank, rank * 7};
+    int all[64][2];
+    ok(epi_boot_rank(boot) == rank && epi_boot_num_ranks(boot) == num_ranks, "who I am");
+    for (int i = 0; i < 5; i++) {
+        ep_status st = epi_boot_allgather(boot, mine, sizeof(mine), all, meet_in_time());
+        ok(st == EP_OK, "allgather: %s", ep_last_error());
+        for (int r = 0; r < num_ranks; r++) {
+            ok(all[r][0] == r && all[r][1] == r * 7, "rank %d's bytes are in place", r);
+        }
+        ok(epi_boot_barrier(boot, meet_in_time()) == EP_OK, "barrier: %s", ep_last_error());
+    }
+}

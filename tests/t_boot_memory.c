@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: MIT */
+/* class: timed */
+/*
+ * Ranks meet while any one allocation of one of them fails: it and the others end in time, say why,
+ * and keep nothing.
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "tests/gpu.h"
+#include "tests/meet.h"
+#include "tests/rig.h"
+#include "tests/tap.h"
+
+struct sweep {
+    int port;
+    int victim;
+    pthread_barrier_t *barrier;
+    int *done;
+};
+
+static int sweep_rank(int rank, void *ctx) {
+    struct sweep *s = ctx;
+    int num_failed = 0;
+    for (int n = 1; !*s->done; n++) {
+        char bytes[600] = {0};
+        char all[1200];
+        char nth[32];
+        struct rig_footprint was = rig_footprint();
+        struct epi_boot *boot = NULL;
+        if (rank == s->victim) {
+            snprintf(nth, sizeof(nth), "%llu", (unsigned long long)epi_alloc_count() + n);
+            setenv("EP_TEST_ALLOC_FAIL", nth, 1);
+        }
+        uint64_t until = epi_alloc_count() + (uint64_t)n;
+        ep_status st = meet_join(&boot, s->port, rank, 2, "sweep", 600 * EPI_NS_PER_MS);
+        if (st == EP_OK) {
+            st = epi_boot_allgather(boot, bytes, sizeof(bytes), all,
+                                    epi_deadline_after(600 * EPI_NS_PER_MS));
+        }
+        epi_boot_destroy(&boot);
+        num_failed += st != EP_OK;
+        ok(st == EP_OK || ep_last_error()[0] != '\0', "a failure has a text");
+        ok(rig_same_footprint(was), "%d: nothing is left after %s", n, ep_status_string(st));
+        unsetenv("EP_TEST_ALLOC_FAIL");
+        pthread_barrier_wait(s->barrier);
+        if (rank == s->victim && epi_alloc_count() < until) {
+            *s->done = 1; /* it had fewer than n allocations to make */
+        }
+        pthread_barrier_wait(s->barrier);
+    }
+    ok(num_failed >= 8, "%d of the failures were felt", num_failed);
+    return 0;
+}
+
+/* Two jobs, which differ in the rank that lacks memory, at the same time. */
+static void test_sweep(void) {
+    struct sweep s[2];
+    struct tap_ranks ranks[2];
+    pthread_barrierattr_t attr;
+    pthread_barrierattr_init(&attr);
+    pthread_barrierattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
+    tap_expect_log("dropped a connection");
+    tap_expect_log(" died: ");
+    for (int victim = 0; victim < 2; victim++) {
+        s[victim] = (struct sweep){.port = tap_free_port(),
+                                   .victim = victim,
+                                   .barrier = tap_shared(sizeof(pthread_barrier_t)),
+                                   .done = tap_shared(sizeof(int))};
+        pthread_barrier_init(s[victim].barrier, &attr, 2);
+        if (!ok(tap_ranks_start(&ranks[victim], 2, sweep_rank, &s[victim]) == 0, "started")) {
+            return;
+        }
+    }
+    for (int victim = 0; victim < 2; victim++) {
+        ok(tap_ranks_wait(&ranks[victim], 90) == 0, "any allocation of rank %d may fail",
+           victim);
+        tap_ranks_free(&ranks[victim]);
+    }
+}
+
+int main(void) {
+    gpu_never("how ranks meet");
+    tap_deadline(100);
+    test_sweep();
+    return done_testing();
+}
