@@ -154,6 +154,12 @@ int tap_effort(void) {
     return effort > 0 ? effort : 1;
 }
 
+bool tap_quick(void) {
+    const char *text = getenv("TAP_EFFORT");
+
+    return text && strcmp(text, "quick") == 0;
+}
+
 double tap_now(void) {
     struct timespec now;
 

@@ -37,6 +37,8 @@ uint64_t tap_seed(void);
 uint64_t tap_rand(uint64_t *state);
 /* How many times the usual number of random cases to try: TAP_EFFORT, else 1 (soak sets 20). */
 int tap_effort(void);
+/* TAP_EFFORT=quick, the inner loop: of what can be varied at length, a few. */
+bool tap_quick(void);
 /* Seconds of a monotonic clock. */
 double tap_now(void);
 void tap_sleep_ms(int ms);
