@@ -102,7 +102,7 @@ SUBMAKE = +$(Q)$(MAKE) --no-print-directory $(JOBS)
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo check check-gpu soak asan ubsan tsan gate fuzz bench fmt install uninstall \
+.PHONY: all demo test check check-gpu soak asan ubsan tsan gate fuzz bench fmt install uninstall \
     clean help cov law exports headers lib tests build-all FORCE
 
 # ---- what people call -------------------------------------------------------------------
@@ -114,7 +114,8 @@ all:
 help:
 	@echo 'make            the library, the program build/ep, examples'
 	@echo 'make demo       build, then a Mixture-of-Experts layer over 4 processes'
-	@echo 'make check      everything a change must pass (about 18 minutes on 2 cores)'
+	@echo 'make test       the inner loop: a minute; T="t_combine t_args" for some of the tests'
+	@echo 'make check      everything a change must pass (under 10 minutes on 2 cores)'
 	@echo 'make check-gpu  the tests on the GPUs of this machine, ARGS=--quick for some, GPU_SECONDS=N'
 	@echo 'make soak       the tests with many seeds, SOAK_SECONDS=600'
 	@echo 'make asan|ubsan|tsan   the tests under one sanitizer'
@@ -136,6 +137,12 @@ bench:
 	$(Q)scripts/deps.sh build
 	$(SUBMAKE) $(B)/ep
 	$(Q)$(B)/ep bench $(ARGS)
+
+# T="t_combine t_args": these alone.
+test:
+	$(Q)scripts/deps.sh build
+	$(SUBMAKE) build-all tests
+	+$(Q)scripts/test.sh $(T)
 
 check:
 	$(Q)scripts/deps.sh check

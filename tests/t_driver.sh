@@ -23,6 +23,7 @@ case $build in
     t_cuda_streams t_cuda_memory t_cuda_soak" ;;
 */tsan) programs="t_handoff t_cuda_streams t_cuda_memory" ;;
 esac
+[ "$TAP_EFFORT" != quick ] || programs="t_handoff t_combine t_capacity t_cuda_streams"
 n=0
 bad=0
 for program in $programs; do

@@ -300,7 +300,12 @@ int main(void) {
     tap_deadline(gpu_wanted() ? 200 : 110);
     tap_expect_log("alive but late; the wait ends");
     for (int m = 0; m < NUM_MOMENTS; m++) {
-        stop_at((enum moment)m, m % 2 ? 0 : 3);
+        if (!tap_quick() || m == DISPATCH_READY || m == COMBINE_ANSWERS) {
+            stop_at((enum moment)m, m % 2 ? 0 : 3);
+        }
+    }
+    if (tap_quick()) {
+        return done_testing();
     }
     slow_at(DISPATCH_READY, 0);
     slow_at(COMBINE_READY, 3);

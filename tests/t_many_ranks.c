@@ -96,6 +96,9 @@ int main(void) {
         skip(2, "host groups only: %d ranks", MANY);
         return done_testing();
     }
+    if (tap_quick()) {
+        return done_testing();
+    }
     case_default(&c, MANY, seed + 4);
     c.num_experts = MANY;
     c.topk = 8;

@@ -482,7 +482,7 @@ static void test_killed(uint64_t seed) {
         snprintf(name, sizeof(name), "rank %d is killed in call %d", s->victim, where[i / 2]);
         hunt(s, play_rank, -1, name);
     }
-    for (int i = 0; i < 12 * tap_effort(); i++) {
+    for (int i = 0; i < (tap_quick() ? 3 : 12 * tap_effort()); i++) {
         char name[64];
         struct scene *s = new_scene(4, false);
         s->victim = (int)(tap_rand(&seed) % 4);

@@ -18,7 +18,8 @@
 #include "tests/tap.h"
 
 #define RANKS 3
-#define STEP (rig_scale() > 1 ? 3 : 1) /* where it is slow, every third allocation */
+/* Where it is slow, every third allocation. */
+#define STEP (tap_quick() ? 5 : rig_scale() > 1 ? 3 : 1)
 #define TIMEOUT_MS (400 * (rig_scale() > 1 ? 2 : 1)) /* ranks that fail alone are waited for */
 
 /* Shared by the ranks of a walk. */

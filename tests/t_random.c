@@ -12,14 +12,14 @@
 #include "tests/trial.h"
 
 #if defined(__SANITIZE_THREAD__)
-#define DEFAULT_CASES 150
+#define MANY_CASES 150
 #elif defined(__SANITIZE_ADDRESS__)
-#define DEFAULT_CASES 500
+#define MANY_CASES 500
 #else
-#define DEFAULT_CASES 1500
+#define MANY_CASES 1500
 #endif
 
-#define GPU_CASES 100
+#define FEW_CASES 100
 
 /* A pass, then cached dispatches and combines, and now and then a new routing. */
 static void body(struct world *w) {
@@ -87,7 +87,7 @@ static bool one_case(uint64_t seed) {
 int main(void) {
     gpu_program();
     const char *text = getenv("EP_CASES");
-    const int usual = gpu_wanted() ? GPU_CASES : DEFAULT_CASES;
+    const int usual = gpu_wanted() || tap_quick() ? FEW_CASES : MANY_CASES;
     const int cases = text && atoi(text) > 0 ? atoi(text) : usual * tap_effort();
     const uint64_t seed = tap_seed();
     int failed = 0;
