@@ -86,7 +86,7 @@ static void check_system(struct doctor *d) {
                "not needed: this version sees a peer's death by its closed connection%s",
                fd >= 0 ? "" : " (Linux 5.3 or newer has it)");
     close(fd);
-    int port = free_port();
+    int port = tool_free_port();
     doctor_add(d, "loopback TCP", port != 0 ? "ok" : "missing", "%s",
                port != 0 ? "processes meet at 127.0.0.1"
                          : "processes cannot meet by address; bring the interface lo up");

@@ -2,24 +2,21 @@
 /*
  * Ranks of this very program: forked processes, or threads of one forked process.
  *
- * Owns the processes it forks and the memory by which they report. The parent runs no rank: it
- * waits, ticks, and ends all when one fails, so that a crash or a hang of the library costs a
- * message and not the program. Must not leave a process behind: ranks die with their parent.
+ * Owns the memory by which ranks report. The parent runs no rank: crew.c watches them and ends all
+ * when one fails, so that a crash or a hang of the library costs a message and not the program.
  */
 #include "tools/tool.h"
 
 #include <arpa/inet.h>
-#include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #define GRACE_NS (3 * EPI_NS_PER_S) /* for the others to say what they saw of a failed rank */
-#define POLL_NS (10 * EPI_NS_PER_MS)
+#define TICK_MS 10
 
 struct ranks_shared {
     pthread_barrier_t barrier;
@@ -27,12 +24,6 @@ struct ranks_shared {
     char job[48];
     char error[EP_MAX_RANKS][480]; /* each written by its rank before it ends */
 };
-
-static volatile sig_atomic_t got_signal;
-
-static void on_signal(int sig) {
-    got_signal = sig;
-}
 
 void *ranks_memory(size_t bytes) {
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -53,7 +44,7 @@ static bool port_is_free(int port) {
 }
 
 /* Below the range from which the kernel takes ports for outgoing connections. */
-int free_port(void) {
+int tool_free_port(void) {
     uint64_t state = (uint64_t)epi_now_ns() ^ (uint64_t)getpid() << 40;
     for (int i = 0; i < 200; i++) {
         int port = 20000 + (int)(rand_next(&state) % 6000) * 2;
@@ -96,6 +87,12 @@ int rank_fail(struct rank *rank, ep_status st, const char *fmt, ...) {
     return 1;
 }
 
+struct parent {
+    struct crew crew;
+    struct ranks_job *job;
+    struct ranks_shared *shared;
+};
+
 /* ---- in the children --------------------------------------------------------------------- */
 
 struct thread_rank {
@@ -137,17 +134,13 @@ static int run_threads(struct ranks_job *job, struct ranks_shared *shared) {
     return !all;
 }
 
-static void child_main(struct ranks_job *job, struct ranks_shared *shared, int index,
-                       pid_t parent) {
+static void child_main(void *arg, int index) {
+    struct parent *p = arg;
+    struct rank rank = {.rank = index, .num_ranks = p->job->num_ranks, .shared = p->shared};
     signal(SIGINT, SIG_IGN); /* the parent ends us */
     signal(SIGTERM, SIG_DFL);
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent) {
-        _exit(1);
-    }
-    struct rank rank = {.rank = index, .num_ranks = job->num_ranks, .shared = shared};
-    rank.address = shared->address;
-    _exit(job->threads ? run_threads(job, shared) : job->fn(&rank, job->arg));
+    rank.address = p->shared->address;
+    _exit(p->job->threads ? run_threads(p->job, p->shared) : p->job->fn(&rank, p->job->arg));
 }
 
 /* ---- in the parent ----------------------------------------------------------------------- */
@@ -167,99 +160,38 @@ static void complain(struct ranks_job *job, const char *fmt, ...) {
     }
 }
 
-static void report(struct ranks_job *job, struct ranks_shared *shared, int index, int status) {
-    if (WIFSIGNALED(status)) {
-        complain(job, "rank %d was killed by signal %d (%s)", index, WTERMSIG(status),
-                 strsignal(WTERMSIG(status)));
-        return;
-    }
+/* In the words of the ranks of child `index`, if they have left any. */
+static void say(void *arg, int index, const char *text) {
+    struct parent *p = arg;
+    int first = p->job->threads ? 0 : index;
+    int end = p->job->threads ? p->job->num_ranks : index + 1;
     bool said = false;
-    for (int i = job->threads ? 0 : index; i < (job->threads ? job->num_ranks : index + 1);
-         i++) {
-        if (shared->error[i][0] != '\0') {
-            complain(job, "rank %d: %s", i, shared->error[i]);
+    for (int i = first; i < end && index >= 0; i++) {
+        if (p->shared->error[i][0] != '\0') {
+            complain(p->job, "rank %d: %s", i, p->shared->error[i]);
             said = true;
         }
     }
     if (!said) {
-        complain(job, "rank %d exited with status %d", index, WEXITSTATUS(status));
+        complain(p->job, "%s", text);
     }
 }
 
-/* Waits for all; the first failure gives the others GRACE_NS. Returns how many failed. */
-static int supervise(struct ranks_job *job, struct ranks_shared *shared, pid_t *pids, int num) {
-    struct epi_deadline end = epi_deadline_never();
-    if (job->timeout_s > 0) {
-        end = epi_deadline_after(job->timeout_s * EPI_NS_PER_S);
+static void wait_and_tick(void *arg, int signal_fd, int ms) {
+    struct parent *p = arg;
+    struct pollfd fd = {.fd = signal_fd, .events = POLLIN};
+    if (p->job->tick && !p->crew.killed) {
+        p->job->tick(p->job->arg);
     }
-    bool ended = false;
-    int num_failed = 0;
-    for (int live = num; live > 0;) {
-        for (int i = 0; i < num; i++) {
-            int status = 0;
-            if (pids[i] == 0 || waitpid(pids[i], &status, WNOHANG) != pids[i]) {
-                continue;
-            }
-            pids[i] = 0;
-            live--;
-            if (status != 0 && !ended) {
-                report(job, shared, i, status);
-                end = epi_deadline_min(end, epi_deadline_after(GRACE_NS));
-                num_failed++;
-            }
-        }
-        if (live > 0 && !ended && (got_signal != 0 || epi_deadline_expired(end))) {
-            if (got_signal != 0) {
-                complain(job, "ended by signal %d (%s)", got_signal, strsignal(got_signal));
-            } else if (num_failed == 0) {
-                complain(job, "not done after %d s", job->timeout_s);
-            }
-            num_failed += num_failed == 0;
-            ended = true;
-            for (int i = 0; i < num; i++) {
-                if (pids[i] != 0) {
-                    kill(pids[i], SIGKILL);
-                }
-            }
-        }
-        if (live > 0) {
-            if (job->tick && !ended) {
-                job->tick(job->arg);
-            }
-            epi_sleep_ns(POLL_NS);
-        }
-    }
-    return num_failed;
-}
-
-static int start_all(struct ranks_job *job, struct ranks_shared *shared, pid_t *pids, int num) {
-    pid_t parent = getpid();
-    fflush(NULL);
-    for (int i = 0; i < num; i++) {
-        pids[i] = fork();
-        if (pids[i] == 0) {
-            child_main(job, shared, i, parent);
-        }
-        if (pids[i] < 0) {
-            complain(job, "cannot start rank %d: %s", i, strerror(errno));
-            for (int k = 0; k < i; k++) {
-                kill(pids[k], SIGKILL);
-                waitpid(pids[k], NULL, 0);
-            }
-            return 1;
-        }
-    }
-    return 0;
+    poll(&fd, 1, ms < TICK_MS ? ms : TICK_MS);
 }
 
 int ranks_run(struct ranks_job *job) {
     struct ranks_shared *shared = ranks_memory(sizeof(*shared));
-    pid_t *pids = calloc((size_t)job->num_ranks, sizeof(*pids));
-    int port = free_port();
+    int port = tool_free_port();
     job->why[0] = '\0';
-    if (!shared || !pids || port == 0) {
+    if (!shared || port == 0) {
         complain(job, "%s", port == 0 ? "no free TCP port on this machine" : "no memory");
-        free(pids);
         return 1;
     }
     pthread_barrierattr_t attr;
@@ -269,20 +201,16 @@ int ranks_run(struct ranks_job *job) {
     snprintf(shared->address, sizeof(shared->address), "127.0.0.1:%d", port);
     snprintf(shared->job, sizeof(shared->job), "ep-%d-%llx", (int)getpid(),
              (unsigned long long)epi_now_ns());
-    struct sigaction act = {.sa_handler = on_signal};
-    struct sigaction old_int;
-    struct sigaction old_term;
-    got_signal = 0;
-    sigaction(SIGINT, &act, &old_int);
-    sigaction(SIGTERM, &act, &old_term);
-    int num = job->threads ? 1 : job->num_ranks;
-    int failed = start_all(job, shared, pids, num);
-    if (failed == 0) {
-        failed = supervise(job, shared, pids, num);
-    }
-    sigaction(SIGINT, &old_int, NULL);
-    sigaction(SIGTERM, &old_term, NULL);
-    free(pids);
+    struct parent p = {.crew = {.num = job->threads ? 1 : job->num_ranks,
+                                .grace_ns = GRACE_NS,
+                                .timeout_s = job->timeout_s,
+                                .child = child_main,
+                                .wait = wait_and_tick,
+                                .say = say,
+                                .arg = &p},
+                       .job = job,
+                       .shared = shared};
+    crew_run(&p.crew);
     munmap(shared, sizeof(*shared));
-    return got_signal != 0 ? 128 + got_signal : failed != 0;
+    return p.crew.signal != 0 ? 128 + p.crew.signal : p.crew.status != 0;
 }

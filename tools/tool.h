@@ -93,6 +93,34 @@ static inline uint16_t bf16_from_float(float f) {
     return (uint16_t)((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
+/* ---- crew.c: child processes, watched until the last has ended --------------------------- */
+
+struct crew {
+    int num;
+    int soft_signal; /* asks all to end when one has failed; 0: nothing but SIGKILL is sent, which
+                          does not wait where a signal has come or the time is over */
+    int64_t grace_ns;                  /* from there to SIGKILL */
+    int64_t timeout_s;                 /* 0: none */
+    bool (*prepare)(void *arg, int i); /* before child i is started; may be NULL */
+    void (*child)(void *arg, int i);   /* in it; does not return */
+    void (*started)(void *arg, int i); /* after it, or after its fork has failed; may be NULL */
+    /* Waits for a signal, for so long, or for what else there is to do. */
+    void (*wait)(void *arg, int signal_fd, int ms);
+    /* What went wrong, with child i or (-1) with all. */
+    void (*say)(void *arg, int i, const char *text);
+    void *arg;
+    /* crew.c's */
+    pid_t guard; /* also the process group */
+    pid_t *pids; /* 0: has ended */
+    int num_live;
+    int status; /* of the first that went wrong: as a shell has it, 124 for the time-out */
+    int signal; /* the last that came to this process */
+    bool ending, killed;
+    struct epi_deadline kill_at, timeout;
+};
+
+void crew_run(struct crew *crew);
+
 /* ---- ranks.c: ranks of this program, as processes or as threads ------------------------- */
 
 struct rank {
@@ -127,6 +155,6 @@ void rank_barrier(struct rank *rank);
 /* Records what failed and returns 1. `st` EP_OK: the text alone. */
 int rank_fail(struct rank *rank, ep_status st, const char *fmt, ...) EPI_PRINTF(3, 4);
 /* A TCP port p such that p and p + 1 were free a moment ago; 0 if none was found. */
-int free_port(void);
+int tool_free_port(void);
 
 #endif
