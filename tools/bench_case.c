@@ -84,7 +84,7 @@ static int choose_devices(struct bench_case *c, const struct gpu_look *look, boo
 static int refuse_memory(struct bench_case *c, const struct gpu_look *look, bool quiet) {
     struct ep_group_config config = EP_GROUP_CONFIG_INIT;
     struct ep_plan_info plan = EP_PLAN_INFO_INIT;
-    int64_t on_device[GPU_MAX] = {0}, here = 0, have = free_memory_bytes();
+    int64_t on_device[GPU_MAX] = {0}, here = 0, have = tool_free_memory_bytes();
     bench_config(c, &config);
     ep_status st = ep_plan(&config, &plan);
     if (st != EP_OK) {
@@ -180,14 +180,14 @@ static bool reduce(struct bench_case *c) {
         for (int k = 0; k < iters; k++) {
             ns[k] = iteration_ns(c, bench_samples(c, item, mode, k), &skews[num_skews++]);
         }
-        c->result[item][mode] = (struct bench_result){.p50_ns = quantile(ns, iters, 0.50),
-                                                      .p99_ns = quantile(ns, iters, 0.99),
-                                                      .max_ns = quantile(ns, iters, 1)};
+        c->result[item][mode] = (struct bench_result){.p50_ns = tool_quantile(ns, iters, 0.50),
+                                                      .p99_ns = tool_quantile(ns, iters, 0.99),
+                                                      .max_ns = tool_quantile(ns, iters, 1)};
     }
     if (done) {
-        c->gpus.skew_p50_ns = quantile(skews, num_skews, 0.50);
-        c->gpus.skew_p99_ns = quantile(skews, num_skews, 0.99);
-        c->gpus.skew_max_ns = quantile(skews, num_skews, 1);
+        c->gpus.skew_p50_ns = tool_quantile(skews, num_skews, 0.50);
+        c->gpus.skew_p99_ns = tool_quantile(skews, num_skews, 0.99);
+        c->gpus.skew_max_ns = tool_quantile(skews, num_skews, 1);
     }
     free(ns);
     free(skews);

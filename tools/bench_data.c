@@ -12,7 +12,7 @@
 
 static void fill_table(char *table, size_t element, int64_t num) {
     for (int64_t i = 0; i < num; i++) {
-        int v = (int)(rand_hash(7, (uint64_t)i) % 31) - 15;
+        int v = (int)(tool_rand_hash(7, (uint64_t)i) % 31) - 15;
         if (element == 1) {
             table[i] = (char)(v + 15);
         } else if (element == 2) {
@@ -36,7 +36,7 @@ static double rounded(double sum, size_t element) {
 /* Where in the table the row of a token begins, in elements. */
 static int64_t start_of(const struct bench_data *d, int64_t source, int64_t token) {
     uint64_t row = (uint64_t)(source * d->p->tokens + token);
-    return (int64_t)(rand_hash(row, d->salt) % TABLE_STARTS);
+    return (int64_t)(tool_rand_hash(row, d->salt) % TABLE_STARTS);
 }
 
 static const char *row_of(const struct bench_data *d, int64_t source, int64_t token,
@@ -53,7 +53,7 @@ static float weight_of(int64_t k) {
 }
 
 static int owner_of(const struct bench_data *d, int32_t id) {
-    return id < 0 ? -1 : expert_owner(id, (int)d->p->experts, (int)d->p->ranks);
+    return id < 0 ? -1 : tool_expert_rank(id, (int)d->p->experts, (int)d->p->ranks);
 }
 
 /* ---- checks ------------------------------------------------------------------------------ */

@@ -193,7 +193,7 @@ static void json_case(FILE *out, const struct bench_case *c) {
 void bench_report_json(FILE *out, struct bench_case *const *cases, int num_cases) {
     bool cuda = num_cases > 0 && cases[0]->p.device == BENCH_CUDA;
     fprintf(out, "{\"version\": \"%s\", \"backend\": \"%s\", \"cores\": %d, \"knobs\": {",
-            text_version().s, cuda ? "cuda" : "host", num_cores());
+            text_version().s, cuda ? "cuda" : "host", tool_num_cores());
     for (size_t i = 0; i < epi_opt_count(); i++) {
         fprintf(out, "%s\"%s\": ", i > 0 ? ", " : "", epi_opt_info(i)->name);
         text_json(out, epi_opt_info(i)->value);

@@ -104,9 +104,9 @@ static void host_heading(const struct bench_case *c) {
     printf("libep %s, host backend: %d ranks as %s on %d cores\n"
            "%d tokens per rank, hidden %d, %s, top-%d of %d experts, %s routing%s, %s output\n"
            "%d iterations after %d, seed %d, workers %d, data %s; arena %s per rank\n",
-           text_version().s, (int)p->ranks, p->threads ? "threads" : "processes", num_cores(),
-           (int)p->tokens, (int)p->hidden, bench_dtype_names[p->dtype], (int)p->topk,
-           (int)p->experts, bench_routing_names[p->routing], groups_text(p).s,
+           text_version().s, (int)p->ranks, p->threads ? "threads" : "processes",
+           tool_num_cores(), (int)p->tokens, (int)p->hidden, bench_dtype_names[p->dtype],
+           (int)p->topk, (int)p->experts, bench_routing_names[p->routing], groups_text(p).s,
            p->expanded ? "expanded" : "compact", (int)p->iters, (int)p->warmup, (int)p->seed,
            (int)p->workers, p->no_check ? "not checked" : "checked",
            text_bytes((double)c->arena_bytes).s);

@@ -64,13 +64,14 @@ struct gpu_graph {
     void *graph, *exec;
 };
 
-static ep_status load(struct driver *driver) {
+void *gpu_driver_function(const char *name) {
     void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
-    if (!lib) {
-        return epi_fail(EP_ERR_UNSUPPORTED, "the driver is not loaded");
-    }
+    return lib ? dlsym(lib, name) : NULL;
+}
+
+static ep_status load(struct driver *driver) {
 #define LOAD(name, symbol, args)                                                               \
-    *(void **)&driver->name = dlsym(lib, symbol);                                              \
+    *(void **)&driver->name = gpu_driver_function(symbol);                                     \
     if (!driver->name) {                                                                       \
         return epi_fail(EP_ERR_UNSUPPORTED, "the driver has no " symbol);                      \
     }
@@ -89,26 +90,30 @@ static ep_status result(const struct driver *driver, int code, const char *call)
 }
 #define CALL(driver, name, ...) result(driver, (driver)->name(__VA_ARGS__), "cu" #name)
 
+static ep_status open_all(struct gpu *gpu, int device) {
+    void *word = NULL;
+    EPI_TRY(epi_cu_device_open(&gpu->device, device));
+    EPI_TRY(load(&gpu->driver));
+    EPI_TRY(CALL(&gpu->driver, CtxSetCurrent, gpu->device.context));
+    EPI_TRY(epi_cu_stream_create(&gpu->device, &gpu->stream));
+    EPI_TRY(epi_cu_event_create(&gpu->device, &gpu->mark[GPU_BEGIN]));
+    EPI_TRY(epi_cu_event_create(&gpu->device, &gpu->mark[GPU_END]));
+    EPI_TRY(epi_cu_alloc_host(&gpu->device, &word, sizeof(*gpu->word)));
+    gpu->word = word;
+    *gpu->word = 0;
+    return EP_OK;
+}
+
 ep_status gpu_open(struct gpu **out, int device) {
     struct gpu *gpu = epi_alloc(sizeof(*gpu));
-    void *word = NULL;
     if (!gpu) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a GPU");
     }
-    ep_status st = epi_cu_device_open(&gpu->device, device);
-    st = st == EP_OK ? load(&gpu->driver) : st;
-    st = st == EP_OK ? CALL(&gpu->driver, CtxSetCurrent, gpu->device.context) : st;
-    st = st == EP_OK ? epi_cu_stream_create(&gpu->device, &gpu->stream) : st;
-    for (int i = 0; i < 2 && st == EP_OK; i++) {
-        st = epi_cu_event_create(&gpu->device, &gpu->mark[i]);
-    }
-    st = st == EP_OK ? epi_cu_alloc_host(&gpu->device, &word, sizeof(*gpu->word)) : st;
+    ep_status st = open_all(gpu, device);
     if (st != EP_OK) {
         gpu_close(&gpu);
         return st;
     }
-    gpu->word = word;
-    *gpu->word = 0;
     *out = gpu;
     return EP_OK;
 }

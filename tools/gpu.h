@@ -72,6 +72,8 @@ struct gpu_graph;
 /* Functions return a status, with a text in ep_last_error(). One thread uses a GPU object. */
 ep_status gpu_open(struct gpu **out, int device);
 void gpu_close(struct gpu **gpu); /* with all memory it gave */
+/* A function of the driver that src/cu does not use, once it is loaded. NULL: it has none such. */
+void *gpu_driver_function(const char *name);
 void *gpu_stream(const struct gpu *gpu);
 
 /* Memory of the device, freed by gpu_close. NULL: none, see ep_last_error(). */

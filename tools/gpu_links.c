@@ -35,39 +35,34 @@ static int other(const struct rig *rig, int i, int k) {
 
 static ep_status open_device(struct rig *rig, int i) {
     struct epi_cu_device *d = &rig->device[i];
-    ep_status st = epi_cu_device_open(d, i);
-    st = st == EP_OK ? epi_cu_alloc(d, &rig->from[i], (size_t)BUFFER_BYTES) : st;
-    st = st == EP_OK ? epi_cu_alloc(d, &rig->to[i], (size_t)BUFFER_BYTES) : st;
-    st = st == EP_OK ? epi_cu_event_create(d, &rig->begin[i]) : st;
-    st = st == EP_OK ? epi_cu_event_create(d, &rig->end[i]) : st;
-    for (int k = 0; k < rig->num && st == EP_OK; k++) {
-        st = epi_cu_stream_create(d, &rig->stream[i][k]);
-        st = st == EP_OK ? epi_cu_event_create(d, &rig->done[i][k]) : st;
+    EPI_TRY(epi_cu_device_open(d, i));
+    EPI_TRY(epi_cu_alloc(d, &rig->from[i], (size_t)BUFFER_BYTES));
+    EPI_TRY(epi_cu_alloc(d, &rig->to[i], (size_t)BUFFER_BYTES));
+    EPI_TRY(epi_cu_event_create(d, &rig->begin[i]));
+    EPI_TRY(epi_cu_event_create(d, &rig->end[i]));
+    for (int k = 0; k < rig->num; k++) {
+        EPI_TRY(epi_cu_stream_create(d, &rig->stream[i][k]));
+        EPI_TRY(epi_cu_event_create(d, &rig->done[i][k]));
     }
-    st = st == EP_OK
-             ? epi_cu_fill(d, rig->stream[i][0], rig->from[i], i + 1, (size_t)BUFFER_BYTES)
-             : st;
-    return st == EP_OK ? epi_cu_stream_sync(d, rig->stream[i][0]) : st;
+    EPI_TRY(epi_cu_fill(d, rig->stream[i][0], rig->from[i], i + 1, (size_t)BUFFER_BYTES));
+    return epi_cu_stream_sync(d, rig->stream[i][0]);
 }
 
 static ep_status open_all(struct rig *rig) {
     void *word = NULL;
-    ep_status st = EP_OK;
-    for (int i = 0; i < rig->num && st == EP_OK; i++) {
-        st = open_device(rig, i);
+    for (int i = 0; i < rig->num; i++) {
+        EPI_TRY(open_device(rig, i));
     }
-    for (int i = 0; i < rig->num * rig->num && st == EP_OK; i++) {
+    for (int i = 0; i < rig->num * rig->num; i++) {
         int from = i / rig->num, to = i % rig->num;
         if (from != to) { /* without a path the driver copies through the host */
             epi_cu_peer(&rig->device[from], &rig->device[to]);
         }
     }
-    st = st == EP_OK ? epi_cu_alloc_host(&rig->device[0], &word, sizeof(*rig->word)) : st;
+    EPI_TRY(epi_cu_alloc_host(&rig->device[0], &word, sizeof(*rig->word)));
     rig->word = word;
-    if (st == EP_OK) {
-        *rig->word = 0;
-    }
-    return st;
+    *rig->word = 0;
+    return EP_OK;
 }
 
 /* ---- what is timed ------------------------------------------------------------------------ */
@@ -82,68 +77,65 @@ struct task {
 static ep_status queue_all(struct rig *rig, int i, bool at_once) {
     const struct epi_cu_device *d = &rig->device[i];
     int64_t part = BUFFER_BYTES / (rig->num - 1) / 16 * 16;
-    ep_status st = EP_OK;
-    for (int k = 1; k < rig->num && at_once && st == EP_OK; k++) {
-        st = epi_cu_event_wait(d, rig->stream[i][k], rig->begin[i]);
+    for (int k = 1; k < rig->num && at_once; k++) {
+        EPI_TRY(epi_cu_event_wait(d, rig->stream[i][k], rig->begin[i]));
     }
     for (int round = 0; round < ROUNDS; round++) {
-        for (int k = 1; k < rig->num && st == EP_OK; k++) {
-            st = epi_cu_copy(d, rig->stream[i][at_once ? k : 0],
-                             rig->to[other(rig, i, k)] + (uint64_t)(part * (k - 1)),
-                             rig->from[i] + (uint64_t)(part * (k - 1)), (size_t)part);
+        for (int k = 1; k < rig->num; k++) {
+            uint64_t at = (uint64_t)(part * (k - 1));
+            EPI_TRY(epi_cu_copy(d, rig->stream[i][at_once ? k : 0],
+                                rig->to[other(rig, i, k)] + at, rig->from[i] + at,
+                                (size_t)part));
         }
     }
-    for (int k = 1; k < rig->num && at_once && st == EP_OK; k++) {
-        st = epi_cu_event_record(d, rig->done[i][k], rig->stream[i][k]);
-        st = st == EP_OK ? epi_cu_event_wait(d, rig->stream[i][0], rig->done[i][k]) : st;
+    for (int k = 1; k < rig->num && at_once; k++) {
+        EPI_TRY(epi_cu_event_record(d, rig->done[i][k], rig->stream[i][k]));
+        EPI_TRY(epi_cu_event_wait(d, rig->stream[i][0], rig->done[i][k]));
     }
-    return st;
+    return EP_OK;
 }
 
 static ep_status queue_pair(struct rig *rig, const struct task *task) {
     const struct epi_cu_device *d = &rig->device[task->from];
     bool small = task->pattern == SMALL;
-    ep_status st = EP_OK;
-    for (int round = 0; round < (small ? 1 : ROUNDS) && st == EP_OK; round++) {
-        st = epi_cu_copy(d, rig->stream[task->from][0], rig->to[task->to],
-                         rig->from[task->from], (size_t)(small ? SMALL_BYTES : BUFFER_BYTES));
+    for (int round = 0; round < (small ? 1 : ROUNDS); round++) {
+        EPI_TRY(epi_cu_copy(d, rig->stream[task->from][0], rig->to[task->to],
+                            rig->from[task->from],
+                            (size_t)(small ? SMALL_BYTES : BUFFER_BYTES)));
     }
-    return st;
+    return EP_OK;
 }
 
 static bool takes_part(const struct task *task, int i) {
     return task->pattern == IN_TURN || task->pattern == AT_ONCE || i == task->from;
 }
 
+static ep_status queue(struct rig *rig, const struct task *task, int i) {
+    const struct epi_cu_device *d = &rig->device[i];
+    epi_cu_stream_hold(d, rig->stream[i][0], rig->word, rig->held + 1);
+    EPI_TRY(epi_cu_event_record(d, rig->begin[i], rig->stream[i][0]));
+    if (task->pattern == PAIR || task->pattern == SMALL) {
+        EPI_TRY(queue_pair(rig, task));
+    } else {
+        EPI_TRY(queue_all(rig, i, task->pattern == AT_ONCE));
+    }
+    return epi_cu_event_record(d, rig->end[i], rig->stream[i][0]);
+}
+
 /* Once: *us is the time of the slowest GPU. */
 static ep_status run(struct rig *rig, const struct task *task, double *us) {
     ep_status st = EP_OK;
-    bool held = true;
-    uint32_t value = rig->held + 1;
     *us = 0;
     for (int i = 0; i < rig->num && st == EP_OK; i++) {
-        const struct epi_cu_device *d = &rig->device[i];
-        if (!takes_part(task, i)) {
-            continue;
-        }
-        held = epi_cu_stream_hold(d, rig->stream[i][0], rig->word, value) == EP_OK && held;
-        st = epi_cu_event_record(d, rig->begin[i], rig->stream[i][0]);
-        if (st == EP_OK && (task->pattern == PAIR || task->pattern == SMALL)) {
-            st = queue_pair(rig, task);
-        } else if (st == EP_OK) {
-            st = queue_all(rig, i, task->pattern == AT_ONCE);
-        }
-        st = st == EP_OK ? epi_cu_event_record(d, rig->end[i], rig->stream[i][0]) : st;
+        st = takes_part(task, i) ? queue(rig, task, i) : EP_OK;
     }
-    rig->held = value;
-    atomic_store((_Atomic uint32_t *)rig->word, value);
+    rig->held++;
+    atomic_store((_Atomic uint32_t *)rig->word, rig->held);
     for (int i = 0; i < rig->num && st == EP_OK; i++) {
         double mine = 0;
         if (takes_part(task, i)) {
-            st = epi_cu_stream_sync(&rig->device[i], rig->stream[i][0]);
-            st = st == EP_OK
-                     ? epi_cu_event_elapsed(&rig->device[i], rig->begin[i], rig->end[i], &mine)
-                     : st;
+            EPI_TRY(epi_cu_stream_sync(&rig->device[i], rig->stream[i][0]));
+            EPI_TRY(epi_cu_event_elapsed(&rig->device[i], rig->begin[i], rig->end[i], &mine));
             *us = mine > *us ? mine : *us;
         }
     }
@@ -152,48 +144,42 @@ static ep_status run(struct rig *rig, const struct task *task, double *us) {
 
 /* The fastest of several, after one that does not count. */
 static ep_status fastest_rate(struct rig *rig, struct task task, int64_t bytes, double *rate) {
-    ep_status st = EP_OK;
-    for (int i = 0; i < REPEATS && st == EP_OK; i++) {
+    for (int i = 0; i < REPEATS; i++) {
         double us = 0;
-        st = run(rig, &task, &us);
+        EPI_TRY(run(rig, &task, &us));
         double now = us > 0 ? (double)(ROUNDS * bytes) / (us * 1000) : 0;
         *rate = i > 0 && now > *rate ? now : *rate;
     }
-    return st;
+    return EP_OK;
 }
 
 static ep_status median_small(struct rig *rig, struct task task, double *median) {
     int64_t ns[SMALL_REPEATS];
-    ep_status st = EP_OK;
-    for (int i = 0; i < SMALL_REPEATS && st == EP_OK; i++) {
+    for (int i = 0; i < SMALL_REPEATS; i++) {
         double us = 0;
-        st = run(rig, &task, &us);
+        EPI_TRY(run(rig, &task, &us));
         ns[i] = (int64_t)(us * 1000);
     }
-    if (st == EP_OK) {
-        *median = (double)quantile(ns, SMALL_REPEATS, 0.5) / 1000;
-    }
-    return st;
+    *median = (double)tool_quantile(ns, SMALL_REPEATS, 0.5) / 1000;
+    return EP_OK;
 }
 
 static ep_status measure(struct rig *rig, bool pairs) {
     struct gpu_links *out = rig->out;
     int64_t sent = BUFFER_BYTES / (rig->num - 1) / 16 * 16 * (rig->num - 1);
-    ep_status st = fastest_rate(rig, (struct task){.pattern = IN_TURN}, sent, &out->in_turn);
-    if (st == EP_OK && rig->num > 2) { /* two have no order to choose */
-        st = fastest_rate(rig, (struct task){.pattern = AT_ONCE}, sent, &out->at_once);
+    EPI_TRY(fastest_rate(rig, (struct task){.pattern = IN_TURN}, sent, &out->in_turn));
+    if (rig->num > 2) { /* two have no order to choose */
+        EPI_TRY(fastest_rate(rig, (struct task){.pattern = AT_ONCE}, sent, &out->at_once));
     }
-    for (int i = 0; i < rig->num * rig->num && pairs && st == EP_OK; i++) {
+    for (int i = 0; i < rig->num * rig->num && pairs; i++) {
         int from = i / rig->num, to = i % rig->num;
         if (from != to) {
-            st = fastest_rate(rig, (struct task){PAIR, from, to}, BUFFER_BYTES,
-                              &out->rate[from][to]);
-            st = st == EP_OK ? median_small(rig, (struct task){SMALL, from, to},
-                                            &out->small_us[from][to])
-                             : st;
+            struct task pair = {PAIR, from, to}, small = {SMALL, from, to};
+            EPI_TRY(fastest_rate(rig, pair, BUFFER_BYTES, &out->rate[from][to]));
+            EPI_TRY(median_small(rig, small, &out->small_us[from][to]));
         }
     }
-    return st;
+    return EP_OK;
 }
 
 /* ---- the child ----------------------------------------------------------------------------- */

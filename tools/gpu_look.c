@@ -7,7 +7,6 @@
  */
 #include "tools/gpu.h"
 
-#include <dlfcn.h>
 #include <glob.h>
 #include <unistd.h>
 
@@ -15,7 +14,7 @@
 
 #define LOOK_SECONDS 120 /* a driver that initialises many GPUs takes its time */
 
-enum attribute { COMPUTE_MODE = 20, VMM = 102, VMM_FILE_DESCRIPTORS = 103, MPS_ENABLED = 133 };
+enum attribute { COMPUTE_MODE = 20, MPS_ENABLED = 133 };
 enum { COMPUTE_MODE_EXCLUSIVE_PROCESS = 3 };
 
 static int count(const char *pattern) {
@@ -28,21 +27,13 @@ static int count(const char *pattern) {
     return num;
 }
 
-static void look_at_attributes(struct gpu_look *look, int index, int handle) {
+static void look_at_modes(struct gpu_look *look, int index, int handle) {
     int (*get)(int *, int, int) = NULL;
-    void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
-    struct gpu_device *d = &look->device[index];
-    int mode = 0, vmm = 0, files = 0, mps = 0;
-    *(void **)&get = lib ? dlsym(lib, "cuDeviceGetAttribute") : NULL;
-    if (!get) {
-        return;
-    }
+    int mode = 0, mps = 0;
+    *(void **)&get = gpu_driver_function("cuDeviceGetAttribute");
     get(&mode, COMPUTE_MODE, handle);
-    get(&vmm, VMM, handle);
-    get(&files, VMM_FILE_DESCRIPTORS, handle);
     get(&mps, MPS_ENABLED, handle); /* older drivers do not know it */
-    d->exclusive = mode == COMPUTE_MODE_EXCLUSIVE_PROCESS;
-    d->shares_memory = vmm != 0 && files != 0;
+    look->device[index].exclusive = mode == COMPUTE_MODE_EXCLUSIVE_PROCESS;
     look->mps = look->mps || mps != 0;
 }
 
@@ -61,7 +52,8 @@ static void look_at_devices(struct gpu_look *look) {
         to->minor = d->minor;
         to->num_sms = d->num_sms;
         to->memory_bytes = (int64_t)d->memory_bytes;
-        look_at_attributes(look, i, d->handle);
+        to->shares_memory = d->shareable;
+        look_at_modes(look, i, d->handle);
     }
     for (int i = 0; i < look->num; i++) {
         for (int j = 0; j < look->num; j++) {

@@ -47,7 +47,7 @@ static bool port_is_free(int port) {
 int tool_free_port(void) {
     uint64_t state = (uint64_t)epi_now_ns() ^ (uint64_t)getpid() << 40;
     for (int i = 0; i < 200; i++) {
-        int port = 20000 + (int)(rand_next(&state) % 6000) * 2;
+        int port = 20000 + (int)(tool_rand(&state) % 6000) * 2;
         if (port_is_free(port) && port_is_free(port + 1)) {
             return port;
         }

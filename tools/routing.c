@@ -49,13 +49,13 @@ static int make_random(struct bench_case *c) {
     double *rarity = score + num;
     uint64_t state = (uint64_t)p->seed;
     for (int64_t i = 0; score && i < p->experts; i++) {
-        int64_t at = (int64_t)(rand_next(&state) % (uint64_t)(i + 1));
+        int64_t at = (int64_t)(tool_rand(&state) % (uint64_t)(i + 1));
         rarity[i] = rarity[at];
         rarity[at] = p->routing == BENCH_SKEWED ? (double)(i + 1) : 1;
     }
     for (int64_t t = 0; score && t < p->ranks * p->tokens; t++) {
         for (int64_t i = 0; i < p->experts; i++) {
-            double u = ((double)(rand_next(&state) >> 11) + 1) / (double)(UINT64_C(1) << 53);
+            double u = ((double)(tool_rand(&state) >> 11) + 1) / (double)(UINT64_C(1) << 53);
             score[i] = p->routing == BENCH_SKEWED ? -1 / (rarity[i] * log(u)) : u;
         }
         if (p->routing == BENCH_GROUPED) {
@@ -79,15 +79,15 @@ static int make_half(struct bench_case *c) {
     uint64_t state = (uint64_t)p->seed;
     for (int64_t t = 0; score && t < p->ranks * p->tokens; t++) {
         int64_t half = p->ranks > 1 ? (p->topk + (t & 1)) / 2 : p->topk;
-        int second = p->ranks > 1 ? 1 + (int)(rand_next(&state) % (uint64_t)(p->ranks - 1)) : 0;
+        int second = p->ranks > 1 ? 1 + (int)(tool_rand(&state) % (uint64_t)(p->ranks - 1)) : 0;
         for (int64_t i = 0; i < p->experts; i++) {
-            score[i] = (double)(rand_next(&state) >> 11);
+            score[i] = (double)(tool_rand(&state) >> 11);
         }
         for (int64_t k = 0; k < p->topk; k++) {
             int owner = k < half ? 0 : second;
             int64_t best = -1;
             for (int64_t i = 0; i < p->experts; i++) {
-                if (expert_owner((int)i, (int)p->experts, (int)p->ranks) == owner &&
+                if (tool_expert_rank((int)i, (int)p->experts, (int)p->ranks) == owner &&
                     (best < 0 || score[i] > score[best])) {
                     best = i;
                 }
@@ -135,7 +135,7 @@ static void count_traffic(struct bench_case *c) {
         for (int64_t k = 0; k < p->topk; k++) {
             int32_t id = c->ids[t * p->topk + k];
             if (id >= 0) {
-                int owner = expert_owner(id, (int)p->experts, (int)p->ranks);
+                int owner = tool_expert_rank(id, (int)p->experts, (int)p->ranks);
                 seen |= UINT64_C(1) << owner;
                 c->selections++;
                 c->selected_rows[owner]++;

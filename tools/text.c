@@ -94,7 +94,7 @@ static int compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-int64_t quantile(int64_t *values, int n, double q) {
+int64_t tool_quantile(int64_t *values, int n, double q) {
     if (n == 0) {
         return 0;
     }
@@ -103,19 +103,19 @@ int64_t quantile(int64_t *values, int n, double q) {
     return values[at < 0 ? 0 : at < n ? at : n - 1];
 }
 
-uint64_t rand_next(uint64_t *state) {
+uint64_t tool_rand(uint64_t *state) {
     uint64_t z = (*state += UINT64_C(0x9e3779b97f4a7c15));
     z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
     z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
     return z ^ (z >> 31);
 }
 
-uint64_t rand_hash(uint64_t a, uint64_t b) {
+uint64_t tool_rand_hash(uint64_t a, uint64_t b) {
     uint64_t state = a * UINT64_C(0xd1342543de82ef95) ^ b;
-    return rand_next(&state);
+    return tool_rand(&state);
 }
 
-void progress(const char *what, int64_t done, int64_t total) {
+void tool_progress(const char *what, int64_t done, int64_t total) {
     enum { WIDTH = 32 };
     static const char full[] = "################################";
     static int64_t shown = -1;
@@ -132,13 +132,13 @@ void progress(const char *what, int64_t done, int64_t total) {
     fflush(stdout);
 }
 
-int num_cores(void) {
+int tool_num_cores(void) {
     cpu_set_t set;
     return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set)
                                                         : (int)sysconf(_SC_NPROCESSORS_ONLN);
 }
 
-int64_t free_memory_bytes(void) {
+int64_t tool_free_memory_bytes(void) {
     FILE *file = fopen("/proc/meminfo", "r");
     char line[128];
     long long kb = 0;
@@ -153,7 +153,7 @@ int64_t free_memory_bytes(void) {
     return kb * 1024;
 }
 
-int expert_owner(int expert, int num_experts, int num_ranks) {
+int tool_expert_rank(int expert, int num_experts, int num_ranks) {
     int each = num_experts / num_ranks;
     int more = num_experts % num_ranks; /* the first ranks hold each + 1 */
     int border = more * (each + 1);

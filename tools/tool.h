@@ -67,17 +67,17 @@ struct text text_version(void);       /* of the library */
 /* Prints a sentence in lines of 92 columns; all but the first are indented. */
 void text_wrap(const char *s, int indent);
 void text_json(FILE *out, const char *s); /* a JSON string, quotes included */
-/* The q-quantile (0..1) of n numbers, by nearest rank; sorts them. 0 when n is 0. */
-int64_t quantile(int64_t *values, int n, double q);
+/* The q-tool_quantile (0..1) of n numbers, by nearest rank; sorts them. 0 when n is 0. */
+int64_t tool_quantile(int64_t *values, int n, double q);
 /* splitmix64: every random number of the tool comes from a seed. */
-uint64_t rand_next(uint64_t *state);
-uint64_t rand_hash(uint64_t a, uint64_t b);
+uint64_t tool_rand(uint64_t *state);
+uint64_t tool_rand_hash(uint64_t a, uint64_t b);
 /* A bar on a terminal, nothing elsewhere; done >= total ends the line. */
-void progress(const char *what, int64_t done, int64_t total);
-int num_cores(void);
-int64_t free_memory_bytes(void); /* 0: unknown */
+void tool_progress(const char *what, int64_t done, int64_t total);
+int tool_num_cores(void);
+int64_t tool_free_memory_bytes(void); /* 0: unknown */
 /* The rank of an expert in the default map of ep.h. */
-int expert_owner(int expert, int num_experts, int num_ranks);
+int tool_expert_rank(int expert, int num_experts, int num_ranks);
 
 static inline float bf16_to_float(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;

@@ -39,7 +39,7 @@ static uint64_t next_word(const char *text, size_t num_bytes, size_t *at) {
     size_t start = *at;
     while (*at < num_bytes && (*at == start || (isalnum((unsigned char)text[*at]) &&
                                                 isalnum((unsigned char)text[start])))) {
-        hash = rand_hash(hash + 1, (unsigned char)text[(*at)++]);
+        hash = tool_rand_hash(hash + 1, (unsigned char)text[(*at)++]);
     }
     return hash;
 }
@@ -89,7 +89,7 @@ static bool load_text(struct demo *demo) {
 
 static void tick(void *arg) {
     struct demo *demo = arg;
-    progress("layer", atomic_load(&demo->shared->tokens_done), demo->num_tokens);
+    tool_progress("layer", atomic_load(&demo->shared->tokens_done), demo->num_tokens);
 }
 
 static void print_times(const struct demo *demo) {
@@ -100,15 +100,15 @@ static void print_times(const struct demo *demo) {
         for (int r = 0; r < n; r++) {
             ns[r] = demo->shared->rank[r].ns[p];
         }
-        int64_t median = quantile(ns, n, 0.5);
+        int64_t median = tool_quantile(ns, n, 0.5);
         printf("    %-26s %12s %14s\n", phase_names[p], text_ns((double)median).s,
                text_ns((double)ns[n - 1]).s);
     }
     bool gpus = demo->gpus && demo->gpus->num < n;
-    if (num_cores() < n || gpus) {
+    if (tool_num_cores() < n || gpus) {
         printf("    (%d ranks share %d %s: waiting for a peer's turn counts as dispatch or "
                "combine)\n",
-               n, gpus ? demo->gpus->num : num_cores(),
+               n, gpus ? demo->gpus->num : tool_num_cores(),
                !gpus                  ? "cores"
                : demo->gpus->num == 1 ? "GPU"
                                       : "GPUs");
@@ -165,7 +165,7 @@ static int check(const struct demo *demo) {
             differ += out[h] != y[h];
         }
         if (t % 64 == 63 || t + 1 == demo->num_tokens) {
-            progress("checking", t + 1, demo->num_tokens);
+            tool_progress("checking", t + 1, demo->num_tokens);
         }
     }
     moe_destroy(&moe);

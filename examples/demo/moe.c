@@ -23,7 +23,7 @@ static void fill(float *out, int num, uint64_t seed, double variance) {
     uint64_t state = seed;
     float scale = (float)(sqrt(3 * variance) / (double)(UINT64_C(1) << 31));
     for (int i = 0; i < num; i++) {
-        out[i] = (float)(int32_t)(rand_next(&state) >> 32) * scale;
+        out[i] = (float)(int32_t)(tool_rand(&state) >> 32) * scale;
     }
 }
 
@@ -39,7 +39,7 @@ bool moe_create(struct moe *moe, int first, int num) {
     fill(moe->router, MOE_HIDDEN * MOE_EXPERTS, SEED, 1.0 / MOE_HIDDEN);
     for (int i = 0; i <= num; i++) {
         float *w = moe->experts + (size_t)i * EXPERT_FLOATS;
-        uint64_t seed = rand_hash(SEED, (uint64_t)(i < num ? first + i : MOE_SHARED));
+        uint64_t seed = tool_rand_hash(SEED, (uint64_t)(i < num ? first + i : MOE_SHARED));
         fill(w, 2 * MOE_HIDDEN * MOE_INTER, seed, 1.0 / MOE_HIDDEN);
         fill(w + 2 * MOE_HIDDEN * MOE_INTER, MOE_HIDDEN * MOE_INTER, ~seed, 1.0 / MOE_INTER);
     }
@@ -190,7 +190,7 @@ static void dense_row(const struct moe *moe, const uint16_t *x, const int32_t *i
         float part[MOE_HIDDEN] = {0};
         bool any = false;
         for (int k = 0; k < MOE_TOPK; k++) {
-            bool here = expert_owner(ids[k], MOE_EXPERTS, num_ranks) == r;
+            bool here = tool_expert_rank(ids[k], MOE_EXPERTS, num_ranks) == r;
             any = any || here;
             for (int h = 0; here && h < MOE_HIDDEN; h++) {
                 part[h] += weights[k] * bf16_to_float(rows[k][h]);

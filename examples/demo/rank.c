@@ -42,7 +42,8 @@ static void count_remote(struct worker *w, int num) {
     for (int t = 0; t < num; t++) {
         uint64_t seen[EP_MAX_RANKS / 64] = {0};
         for (int k = 0; k < MOE_TOPK; k++) {
-            int owner = expert_owner(w->ids[t * MOE_TOPK + k], MOE_EXPERTS, w->rank->num_ranks);
+            int owner =
+                tool_expert_rank(w->ids[t * MOE_TOPK + k], MOE_EXPERTS, w->rank->num_ranks);
             if (owner != w->rank->rank) {
                 w->report->selections_remote++;
                 w->report->rows_remote += (seen[owner / 64] >> owner % 64 & 1) == 0;
@@ -189,7 +190,7 @@ static int worker_open(struct worker *w) {
         return rank_fail(w->rank, st, "creating the group");
     }
     int first = 0;
-    while (expert_owner(first, MOE_EXPERTS, w->rank->num_ranks) < w->rank->rank) {
+    while (tool_expert_rank(first, MOE_EXPERTS, w->rank->num_ranks) < w->rank->rank) {
         first++;
     }
     w->report->arena_bytes = plan.arena_bytes;
