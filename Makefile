@@ -329,7 +329,7 @@ build/gate: tests/gate/gate.c src/cu/nvrtc.h
 
 -include $(LIB_OBJ:.o=.d) $(TOOL_OBJ:.o=.d) $(SUPPORT_OBJ:.o=.d) \
     $(TEST_SRC:%.c=$(B)/obj/%.d) $(FUZZ_SRC:%.c=$(B)/obj/%.d) \
-    $(B)/obj/tests/driver/driver.d $(B)/obj/tests/driver/warm.d
+    $(B)/obj/tests/driver/driver.d
 
 # ---- installation -----------------------------------------------------------------------
 
