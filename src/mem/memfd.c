@@ -66,12 +66,9 @@ void epi_host_hint(struct epi_host_hint *out) {
     memset(out, 0, sizeof(*out));
     FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re");
     if (f) {
-        char text[40] = "";
+        char text[40];
         if (fgets(text, sizeof(text), f)) {
-            for (size_t i = 0; i < 16; i++) {
-                out->boot[0] = out->boot[0] * 131 + (uint8_t)text[i];
-                out->boot[1] = out->boot[1] * 131 + (uint8_t)text[i + 16];
-            }
+            out->boot = epi_hash(EPI_HASH_BEGIN, text, strlen(text));
         }
         fclose(f);
     }

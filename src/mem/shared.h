@@ -28,7 +28,7 @@ ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const ch
 /* What says that two processes may share a host: kernel boot and network namespace. A hint that
  * saves waiting; the proof is the descriptor that arrives. */
 struct epi_host_hint {
-    uint64_t boot[2];
+    uint64_t boot;
     uint64_t net_inode;
 };
 void epi_host_hint(struct epi_host_hint *out);
