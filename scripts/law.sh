@@ -11,7 +11,7 @@
 # (scripts/run_tests.sh). The self-test plants violations in a copy: each must be caught.
 #
 # Also the dialect in which all of these are written: sizeof(x), and in conditions p and !p rather
-# than p == NULL, no (void) before a call.
+# than p == NULL, no (void) before a call; in src/ EPI_TRY, too.
 self_test=
 clean= # what code_of says of the tree, when it is known
 [ "$1" = --self-test ] && self_test=1 && shift
@@ -155,6 +155,15 @@ includes() {
             bad("p and !p, not a comparison with NULL")
         if (code ~ /\(void\)[ \t]*[A-Za-z_][A-Za-z0-9_.>-]*[ \t]*\(/)
             bad("a result that is ignored needs no (void)")
+        if (file !~ /^src\/(base|boot|mem|cu)\//) next
+        if (file != tail_file) tail = ""
+        tail_file = file
+        dense = code; gsub(/[ \t]/, "", dense)
+        tail = substr(tail dense, length(tail dense) > 400 ? length(tail dense) - 399 : 1)
+        if (tail ~ /st=[^;{}]*;if\(st!=EP_OK\)\{returnst;\}$/ ||
+            tail ~ /if\(st==EP_OK\)\{st=[^;{}]*;\}returnst;$/ ||
+            tail ~ /return[^;]*st==EP_OK\?[^;]*:st;$/)
+            bad("EPI_TRY where a failed status is returned and nothing else")
     }
     END { exit wrong }'
 }
@@ -236,6 +245,9 @@ plant src/ep/zz.c 'size_t x = sizeof x;'
 plant src/ep/zz.c 'if (p == NULL) {'
 plant src/ep/zz.c 'while (p != NULL && p->next) {'
 plant src/ep/zz.c '(void)pthread_join(thread, NULL);'
+plant src/cu/zz.c 'ep_status st = f(a, b); if (st != EP_OK) { return st; }'
+plant src/cu/zz.c 'if (st == EP_OK) { st = f(a, b); } return st;'
+plant src/cu/zz.c 'return st == EP_OK ? f(a, b) : st;'
 spare src/ep/zz.c '/* getenv("X"), __atomic_load_n and stderr in a comment */ // asm'
 spare src/ep/zz.c 'const char *x = "getenv( stderr asm clock_gettime(";'
 spare src/ep/zz.c 'bool x = p != NULL;'

@@ -110,10 +110,7 @@ static bool card_get_addr(const uint8_t *p, int port, struct epi_addr *out) {
 static ep_status card_open(struct epi_meet *meet, uint8_t *card, int *listen_fd) {
     uint64_t nonce = 0;
     epi_format(meet->where, sizeof(meet->where), "a port of the system's choice");
-    ep_status st = epi_meet_listen(meet, listen_fd);
-    if (st != EP_OK) {
-        return st;
-    }
+    EPI_TRY(epi_meet_listen(meet, listen_fd));
     int port = epi_sock_port(*listen_fd);
     int num = epi_addr_local(port, meet->addrs, EPI_MEET_MAX_ADDRS);
     bool has_nonce = getrandom(&nonce, sizeof(nonce), 0) == (ssize_t)sizeof(nonce);
@@ -235,10 +232,7 @@ static ep_status read_config(const struct epi_boot_config *config, struct epi_me
         }
     } else {
         struct epi_launch launch = {0};
-        ep_status st = epi_launch_read(&job, &launch);
-        if (st != EP_OK) {
-            return st;
-        }
+        EPI_TRY(epi_launch_read(&job, &launch));
         meet->rank = launch.rank;
         meet->num_ranks = launch.num_ranks;
         meet->port = launch.port;

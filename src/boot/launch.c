@@ -72,12 +72,9 @@ static ep_status read_identity(struct epi_launch *out, const char **from) {
             half = half ? half : s->rank;
             continue;
         }
-        ep_status st = read_number(size_name, size, 1, EP_MAX_RANKS, &out->num_ranks);
-        if (st == EP_OK) {
-            st = read_number(s->rank, rank, 0, out->num_ranks - 1, &out->rank);
-        }
         *from = s->name;
-        return st;
+        EPI_TRY(read_number(size_name, size, 1, EP_MAX_RANKS, &out->num_ranks));
+        return read_number(s->rank, rank, 0, out->num_ranks - 1, &out->rank);
     }
     if (half) {
         return epi_fail(EP_ERR_ARG,
@@ -170,10 +167,7 @@ static ep_status read_port(const struct epi_job *job, struct epi_launch *out,
     if (port == 0 && master) {
         /* MASTER_PORT itself belongs to the launcher's own store. */
         int value = 0;
-        ep_status st = read_number("MASTER_PORT", master, 1, 65534, &value);
-        if (st != EP_OK) {
-            return st;
-        }
+        EPI_TRY(read_number("MASTER_PORT", master, 1, 65534, &value));
         port = value + 1;
         *from = "MASTER_PORT + 1";
     }
@@ -189,18 +183,12 @@ ep_status epi_launch_read(const struct epi_job *job, struct epi_launch *out) {
     const char *who = "";
     const char *host = "";
     const char *port = "";
-    ep_status st = read_identity(out, &who);
-    if (st == EP_OK) {
-        st = read_host(out, &host);
-    }
-    if (st == EP_OK) {
-        st = read_port(job, out, &port);
-    }
-    if (st == EP_OK) {
-        epi_log(EPI_LOG_INFO, "rank %d of %d from %s; rank 0 at %s (%s) port %d (%s); job: %s",
-                out->rank, out->num_ranks, who, out->host, host, out->port, port, job->from);
-    }
-    return st;
+    EPI_TRY(read_identity(out, &who));
+    EPI_TRY(read_host(out, &host));
+    EPI_TRY(read_port(job, out, &port));
+    epi_log(EPI_LOG_INFO, "rank %d of %d from %s; rank 0 at %s (%s) port %d (%s); job: %s",
+            out->rank, out->num_ranks, who, out->host, host, out->port, port, job->from);
+    return EP_OK;
 }
 
 static uint64_t mix(uint64_t hash, const char *text) {

@@ -53,11 +53,9 @@ static ep_status greet(struct epi_share *s, const struct epi_mem_config *c, ep_s
     if ((!s->hello || !s->socket) && st == EP_OK) {
         st = epi_fail(EP_ERR_NOMEM, "no memory to hear %d ranks", x->num_ranks);
     }
-    st = epi_mem_agree(c, st, "allocating the arenas");
-    if (st == EP_OK) {
-        st = x->allgather(x->ctx, &mine, sizeof(mine), s->hello);
-    }
-    return st == EP_OK ? check_hosts(s->hello, x->num_ranks) : st;
+    EPI_TRY(epi_mem_agree(c, st, "allocating the arenas"));
+    EPI_TRY(x->allgather(x->ctx, &mine, sizeof(mine), s->hello));
+    return check_hosts(s->hello, x->num_ranks);
 }
 
 ep_status epi_share_open(struct epi_share *s, const struct epi_mem_config *c, int num_sources,
@@ -65,10 +63,8 @@ ep_status epi_share_open(struct epi_share *s, const struct epi_mem_config *c, in
     memset(s, 0, sizeof(*s));
     s->num_sources = num_sources;
     s->listener = -1;
-    ep_status st = greet(s, c, made);
-    if (st != EP_OK) {
-        return st;
-    }
+    ep_status st = EP_OK;
+    EPI_TRY(greet(s, c, made));
     s->deadline = epi_deadline_min(c->deadline, epi_deadline_after(PASS_NS));
     for (int i = 0; st == EP_OK && i < num_sources; i++) {
         if (i != c->exchange.rank) {
