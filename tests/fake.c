@@ -232,5 +232,6 @@ void fake_device(struct fake_device *f, int rank, const struct fake_trouble *tro
     f->rank = rank;
     f->trouble = trouble;
     f->hung = hung;
-    f->ops = (struct epi_mem_device){f, create, admit, import, release, attach, detach};
+    f->ops = (struct epi_mem_device){sizeof(f->ops), f,       create, admit,
+                                     import,         release, attach, detach};
 }

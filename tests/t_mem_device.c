@@ -22,6 +22,8 @@
 struct scene {
     int num_ranks, kind;
     bool threads, no_device, no_boards;
+    bool shares_none;   /* the table has no functions for other ranks' memory */
+    size_t table_bytes; /* its size as it is told; 0: the true one */
     struct fake_trouble trouble;
     bool on_device;       /* expected */
     ep_status fails_with; /* expected of the ranks that are in trouble */
@@ -51,7 +53,7 @@ static ep_status make(struct scene *s, struct fake_seat *seat, struct fake_devic
                                .arena_bytes = ARENA,
                                .board_bytes = s->no_boards ? 0 : BOARD,
                                .threads = s->threads,
-                               .device = s->no_device ? NULL : &f->ops,
+                               .device = s->no_device && !s->table_bytes ? NULL : &f->ops,
                                .arena_kind = s->kind};
     c.deadline = epi_deadline_after(s->timeout_ms * EPI_NS_PER_MS);
     return epi_mem_create(mem, &c);
@@ -173,6 +175,11 @@ static int play_rank(int rank, void *ctx) {
     const struct rig_footprint was = s->threads ? (struct rig_footprint){0} : rig_footprint();
 
     fake_device(&f, rank, &s->trouble, &s->hung);
+    f.ops.size = s->table_bytes ? s->table_bytes : f.ops.size;
+    if (s->shares_none) {
+        f.ops.admit = NULL;
+        f.ops.import = NULL;
+    }
     const ep_status st = make(s, &seat, &f, &mem);
     atomic_store(&s->meeting.gone[rank], st != EP_OK);
     expect(s, rank, st);
@@ -231,6 +238,31 @@ static void test_good(void) {
         s = new_scene(3, i);
         s->kind = EPI_MEM_DEVICE;
         play(s, "arenas on the device by choice");
+    }
+}
+
+/* What a table lacks, the device cannot do; what it has beyond ours is not looked at. */
+static void test_table(void) {
+    for (int i = 0; i < 2; i++) {
+        struct scene *s = new_scene(3, i);
+        s->table_bytes = sizeof(struct epi_mem_device) + 64;
+        play(s, "a table that is longer than ours");
+        s = new_scene(3, i);
+        s->no_device = true; /* that anything could be asked of */
+        s->table_bytes = offsetof(struct epi_mem_device, create);
+        s->on_device = false;
+        play(s, "a table that ends before its functions");
+        s = new_scene(3, i);
+        s->shares_none = true;
+        s->on_device = false;
+        play(s, "a table without admit and import");
+        s = new_scene(3, i);
+        s->shares_none = true;
+        s->kind = EPI_MEM_DEVICE;
+        s->fails_with = EP_ERR_UNSUPPORTED;
+        s->alike = true;
+        s->says = "cannot map the memory of rank";
+        play(s, "nor is there another way");
     }
 }
 
@@ -498,6 +530,7 @@ int main(void) {
     tap_deadline(110);
     tap_expect_log("arenas lie in pinned host memory");
     test_good();
+    test_table();
     test_trouble();
     test_worse();
     test_warning();

@@ -240,10 +240,14 @@ static void detach_host(void *ctx, void *host) {
 }
 
 void epi_cuda_memory(ep_group *g, struct epi_mem_config *m, struct epi_mem_device *ops) {
-    const struct epi_mem_device mine = {g->cuda,       create_memory,  admit_peer,
-                                        import_memory, release_memory, attach_host,
-                                        detach_host};
-    *ops = mine;
+    *ops = (struct epi_mem_device){.size = sizeof(*ops),
+                                   .ctx = g->cuda,
+                                   .create = create_memory,
+                                   .admit = admit_peer,
+                                   .import = import_memory,
+                                   .release = release_memory,
+                                   .attach = attach_host,
+                                   .detach = detach_host};
     m->device = ops;
     m->board_bytes = BOARD_BYTES;
     m->arena_kind = (int)epi_opt_int(EPI_OPT_ARENA);

@@ -207,6 +207,7 @@ ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *conf
     const int num_ranks = config->exchange.num_ranks;
     const size_t most = PTRDIFF_MAX / (size_t)num_ranks;
     struct epi_mem *mem = epi_alloc(sizeof(*mem));
+    struct epi_mem_config own = *config;
     ep_status st = EP_OK;
     if (!mem) {
         st = epi_fail(EP_ERR_NOMEM, "no memory to map arenas");
@@ -221,9 +222,12 @@ ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *conf
         mem->arena_bytes = config->arena_bytes;
         mem->board_bytes = config->board_bytes;
         if (config->device) {
-            mem->device = *config->device;
+            const size_t bytes = config->device->size;
+            memcpy(&mem->device, config->device,
+                   bytes < sizeof(mem->device) ? bytes : sizeof(mem->device));
+            own.device = &mem->device;
         }
-        st = build_best(mem, config);
+        st = build_best(mem, &own);
     }
     if (st != EP_OK) {
         epi_mem_destroy(&mem);

@@ -12,7 +12,9 @@
 static ep_status create_own(struct epi_mapping *map, const struct epi_mem_config *c, int *fd) {
     const struct epi_mem_device *d = c->device;
     const int rank = c->exchange.rank;
-    const ep_status st = d->create(d->ctx, c->arena_bytes, &map->piece[rank], fd);
+    const ep_status st = d->create
+                             ? d->create(d->ctx, c->arena_bytes, &map->piece[rank], fd)
+                             : epi_fail(EP_ERR_UNSUPPORTED, "its device has no such memory");
     return st == EP_OK
                ? EP_OK
                : epi_fail(st, "rank %d cannot make its arena: %s", rank, epi_error_text());
@@ -38,7 +40,8 @@ static ep_status between_threads(struct epi_mapping *map, const struct epi_mem_c
     if (st == EP_OK) {
         for (int r = 0; st == EP_OK && r < x->num_ranks; r++) {
             if (r != x->rank) {
-                st = d->admit(d->ctx, &map->piece[x->rank], peers[r]);
+                st = d->admit ? d->admit(d->ctx, &map->piece[x->rank], peers[r])
+                              : epi_fail(EP_ERR_UNSUPPORTED, "its device admits no other");
                 st = st == EP_OK ? EP_OK : cannot_map(st, r, x->rank);
             }
         }
@@ -55,7 +58,8 @@ static ep_status import_all(struct epi_mapping *map, const struct epi_mem_config
     ep_status st = EP_OK;
     for (int r = 0; st == EP_OK && r < c->exchange.num_ranks; r++) {
         if (r != rank) {
-            st = d->import(d->ctx, fds[r], c->arena_bytes, &map->piece[r]);
+            st = d->import ? d->import(d->ctx, fds[r], c->arena_bytes, &map->piece[r])
+                           : epi_fail(EP_ERR_UNSUPPORTED, "its device cannot import memory");
             st = st == EP_OK ? EP_OK : cannot_map(st, rank, r);
         }
     }

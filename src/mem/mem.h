@@ -28,7 +28,11 @@ struct epi_mem_piece {
 /*
  * A rank's device in the words of this directory. Outputs are set on success only, and
  * EP_ERR_UNSUPPORTED says that it cannot be done here: all ranks then do without. `release` and
- * `detach` cannot fail.
+ * `detach` cannot fail; whoever has `create` or `attach` has them.
+ *
+ * A caller that was built when the struct was shorter says so by `size`, as every table of
+ * functions does in this library: what it lacks at the end is NULL here. A function that is NULL
+ * is EP_ERR_UNSUPPORTED when it is needed, but for `attach`: then the device needs no telling.
  *
  * Ranks that are threads share their pieces and the mapping, and the last of them to leave, which
  * may be any, undoes what all have done, with its own ctx: `release` takes pieces that others
@@ -36,6 +40,7 @@ struct epi_mem_piece {
  * device's context) must last until all ranks of the process have left.
  */
 struct epi_mem_device {
+    size_t size; /* of the caller's struct */
     void *ctx;
     /* Own arena: zeroed. `fd` is NULL, or gets a descriptor for the others, the caller's to close. */
     ep_status (*create)(void *ctx, size_t bytes, struct epi_mem_piece *out, int *fd);
