@@ -146,6 +146,15 @@ static void test_knob_table(void) {
     ok(epi_opt_info(epi_opt_count()) == NULL, "the table ends");
     setenv("WORLD_SIZE", "4", 1);
     ok(strcmp(epi_env("WORLD_SIZE"), "4") == 0, "launcher variables are readable");
+    const struct epi_opt_info *info;
+    bool shown = false;
+    good = true;
+    for (size_t i = 0; (info = epi_foreign_info(i)) != NULL; i++) {
+        good = good && info->doc[0] != 0 && info->set == (epi_env(info->name) != NULL);
+        shown =
+            shown || (strcmp(info->name, "WORLD_SIZE") == 0 && strcmp(info->value, "4") == 0);
+    }
+    ok(good && shown, "and are shown, with what each is for");
     unsetenv("WORLD_SIZE");
     char log[512];
     capture_begin();

@@ -77,6 +77,8 @@ ok "a surplus argument is named"
 # ---- ep env
 want 0 "$ep" env && has '^EP_TIMEOUT_MS' && has '^EP_LOG'
 ok "env lists the knobs"
+want 0 env MASTER_ADDR=here "$ep" env && has '^MASTER_ADDR  *here' && has '^HOME'
+ok "env lists the names of others"
 want 0 env EP_TIMEOUT_MS=1234 "$ep" env && has '1234 \*'
 ok "env marks what is set"
 want 0 env EP_TIMEOUT_MS=soon "$ep" env && has '100000 !'

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * `ep env`: the one table of environment knobs, as the library reads it.
+ * `ep env`: the one table of environment knobs, as the library reads it, and what it reads of
+ * others.
  *
  * Owns nothing. Must not know any knob by name: what it prints is what src/base/opt.c has.
  */
 #include "tools/tool.h"
 
 static void print_json(void) {
+    const struct epi_opt_info *info;
     printf("[");
-    for (size_t i = 0; i < epi_opt_count(); i++) {
-        const struct epi_opt_info *info = epi_opt_info(i);
+    for (size_t i = 0; (info = epi_opt_info(i)) != NULL; i++) {
         const char *const fields[][2] = {{"name", info->name},
                                          {"value", info->value},
                                          {"default", info->default_text},
@@ -23,6 +24,13 @@ static void print_json(void) {
         }
         printf("\"set\": %s, \"valid\": %s}", info->set ? "true" : "false",
                info->valid ? "true" : "false");
+    }
+    for (size_t i = 0; (info = epi_foreign_info(i)) != NULL; i++) {
+        printf(",\n  {\"name\": \"%s\", \"value\": ", info->name);
+        text_json(stdout, info->value);
+        printf(", \"meaning\": ");
+        text_json(stdout, info->doc);
+        printf(", \"set\": %s, \"foreign\": true}", info->set ? "true" : "false");
     }
     printf("\n]\n");
 }
@@ -46,9 +54,9 @@ int cmd_env(int argc, char **argv) {
         print_json();
         return 0;
     }
+    const struct epi_opt_info *info;
     printf("%-20s %-14s %-10s %s\n", "name", "value", "default", "meaning");
-    for (size_t i = 0; i < epi_opt_count(); i++) {
-        const struct epi_opt_info *info = epi_opt_info(i);
+    for (size_t i = 0; (info = epi_opt_info(i)) != NULL; i++) {
         char value[264];
         snprintf(value, sizeof(value), "%s%s", info->value[0] != '\0' ? info->value : "-",
                  info->set ? info->valid ? " *" : " !" : "");
@@ -58,5 +66,9 @@ int cmd_env(int argc, char **argv) {
     }
     printf(
         "\n* set in the environment   ! set to what it must not be, so the default is used\n");
+    printf("\n%-27s %-18s %s\n", "name that is not libep's", "value", "used for");
+    for (size_t i = 0; (info = epi_foreign_info(i)) != NULL; i++) {
+        printf("%-27s %-18s %s\n", info->name, info->set ? info->value : "-", info->doc);
+    }
     return 0;
 }

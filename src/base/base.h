@@ -108,9 +108,11 @@ const char *epi_opt_str(enum epi_opt opt); /* NULL when unset and without a defa
  * NULL when `index` is out of range. */
 size_t epi_opt_count(void);
 const struct epi_opt_info *epi_opt_info(size_t index);
+/* The same of the variables that are not ours; they have no default and no rule. */
+const struct epi_opt_info *epi_foreign_info(size_t index);
 
-/* A variable that is not ours: only those listed in opt.c (launchers, HOME, CUDA); NULL when unset,
- * empty or not listed. */
+/* A variable that is not ours: one of those listed in opt.c (of launchers, of CUDA, HOME). NULL when
+ * it is unset or empty; the log says so when it is not listed. */
 const char *epi_env(const char *name);
 
 /* ---- time.c ------------------------------------------------------------------------------ */

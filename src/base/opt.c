@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The environment: the knobs of EPI_OPTS, and the few foreign variables that say who and
- * where we are.
+ * The environment: the knobs of EPI_OPTS, and the few variables of others that say who and where
+ * we are.
  *
  * Owns the parsing rules and the memory of which malformed values were already reported. Runs
  * on any thread; values are read anew on every call, so a program (or a test) may change them
@@ -36,47 +36,60 @@ static const struct opt_row rows[EPI_OPT_COUNT] = {EPI_OPTS(OPT_ROW)};
 /* The hash of the last malformed value reported per knob: one line per value, not per call. */
 static _Atomic uint64_t reported[EPI_OPT_COUNT];
 
-static const char *const foreign_names[] = {
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_RESTART_COUNT",
-    "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "OMPI_MCA_ess_base_jobid",
-    "OMPI_MCA_orte_hnp_uri",
-    "PMIX_RANK",
-    "PMIX_SIZE",
-    "PMIX_NAMESPACE",
-    "PMI_RANK",
-    "PMI_SIZE",
-    "PMI_JOBID",
-    "MPI_LOCALNRANKS",
-    "SLURM_PROCID",
-    "SLURM_NTASKS",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_STEP_NODELIST",
-    "SLURM_NODELIST",
-    "SLURM_JOB_NODELIST",
-    "SLURM_JOB_ID",
-    "SLURM_JOBID",
-    "SLURM_STEP_ID",
-    "SLURM_STEPID",
-    "SLURM_STEP_NUM_NODES",
-    "SLURM_NNODES",
-    "DISABLE_SM90_FEATURES",
-    "HOME",
-    "XDG_CACHE_HOME",
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "VIRTUAL_ENV",
-    "CONDA_PREFIX",
+/* Who says what, where several launchers say it; src/boot/launch.c has the order. */
+#define RANK_DOC "this process's rank, by its launcher"
+#define SIZE_DOC "the number of ranks, by the launcher"
+#define HERE_DOC "when it is the number of ranks, rank 0 is on this host"
+#define JOB_DOC "the job's name where EP_JOB is not set"
+#define HOST_DOC "its first host is rank 0's where MASTER_ADDR is not set"
+#define NODES_DOC "when it is 1, rank 0 is on this host"
+#define NVRTC_DOC "where NVRTC is looked for"
+
+/* Names that are not ours, and what they are used for. */
+static const struct foreign_row {
+    const char *name;
+    const char *doc;
+} foreign_rows[] = {
+    {"RANK", RANK_DOC},
+    {"WORLD_SIZE", SIZE_DOC},
+    {"LOCAL_RANK", "the CUDA device, unless the program chooses one"},
+    {"LOCAL_WORLD_SIZE", HERE_DOC},
+    {"MASTER_ADDR", "the host of rank 0"},
+    {"MASTER_PORT", "rank 0 listens on the port after it where EP_PORT is not set"},
+    {"TORCHELASTIC_RUN_ID", JOB_DOC},
+    {"TORCHELASTIC_RESTART_COUNT", "part of that name"},
+    {"OMPI_COMM_WORLD_RANK", RANK_DOC},
+    {"OMPI_COMM_WORLD_SIZE", SIZE_DOC},
+    {"OMPI_COMM_WORLD_LOCAL_SIZE", HERE_DOC},
+    {"OMPI_MCA_ess_base_jobid", JOB_DOC},
+    {"PMIX_RANK", RANK_DOC},
+    {"PMIX_SIZE", SIZE_DOC},
+    {"PMIX_NAMESPACE", JOB_DOC},
+    {"PMI_RANK", RANK_DOC},
+    {"PMI_SIZE", SIZE_DOC},
+    {"PMI_JOBID", JOB_DOC},
+    {"MPI_LOCALNRANKS", HERE_DOC},
+    {"SLURM_PROCID", RANK_DOC},
+    {"SLURM_NTASKS", SIZE_DOC},
+    {"SLURM_STEP_NUM_TASKS", SIZE_DOC},
+    {"SLURM_STEP_NODELIST", HOST_DOC},
+    {"SLURM_NODELIST", HOST_DOC},
+    {"SLURM_JOB_NODELIST", HOST_DOC},
+    {"SLURM_JOB_ID", JOB_DOC},
+    {"SLURM_JOBID", JOB_DOC},
+    {"SLURM_STEP_ID", "part of that name; SLURM_PROCID is a rank's where it is set"},
+    {"SLURM_STEPID", "part of that name"},
+    {"SLURM_STEP_NUM_NODES", NODES_DOC},
+    {"SLURM_NNODES", NODES_DOC},
+    {"DISABLE_SM90_FEATURES", "set, and not 0: rows move as on sm_80"},
+    {"HOME", "compiled kernels are kept below it where EP_JIT_CACHE is not set"},
+    {"XDG_CACHE_HOME", "the same, before HOME"},
+    {"CUDA_HOME", NVRTC_DOC},
+    {"CUDA_PATH", NVRTC_DOC},
+    {"VIRTUAL_ENV", NVRTC_DOC},
+    {"CONDA_PREFIX", NVRTC_DOC},
 };
+#define NUM_FOREIGN (sizeof(foreign_rows) / sizeof(foreign_rows[0]))
 
 static bool parse_int(const struct opt_row *row, const char *text, int64_t *out) {
     char *end = NULL;
@@ -205,9 +218,24 @@ const struct epi_opt_info *epi_opt_info(size_t index) {
     return &info;
 }
 
+const struct epi_opt_info *epi_foreign_info(size_t index) {
+    static _Thread_local struct epi_opt_info info;
+    if (index >= NUM_FOREIGN) {
+        return NULL;
+    }
+    const char *text = env_text(foreign_rows[index].name);
+    info.name = foreign_rows[index].name;
+    info.doc = foreign_rows[index].doc;
+    info.default_text = "";
+    info.set = text != NULL;
+    info.valid = true;
+    epi_format(info.value, sizeof(info.value), "%s", text ? text : "");
+    return &info;
+}
+
 const char *epi_env(const char *name) {
-    for (size_t i = 0; i < sizeof(foreign_names) / sizeof(foreign_names[0]); i++) {
-        if (strcmp(name, foreign_names[i]) == 0) {
+    for (size_t i = 0; i < NUM_FOREIGN; i++) {
+        if (strcmp(name, foreign_rows[i].name) == 0) {
             return env_text(name);
         }
     }
