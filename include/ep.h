@@ -34,6 +34,11 @@
  *   - Outputs are set on success only, unless an argument's comment says otherwise.
  *   - Structs start with their size. Initialise them with the EP_..._INIT macro of their name,
  *     so that fields added later are zero, which always means "as before" or "default".
+ *   - What is stable, from the first release on: the functions, the values of enums and macros,
+ *     and the fields of structs, which only grow at their end, by multiples of 8 bytes. A struct
+ *     that is smaller than this library's is taken as if the rest were zero; a larger one if the
+ *     rest is zero, else EP_ERR_VERSION; of an output as much is written as the caller's struct
+ *     holds. struct ep_tensor does not grow: libep writes whole ones.
  *   - Destroy functions take the address of the pointer, clear it, accept NULL and cannot fail.
  *   - "Collective": every rank of the group calls it, in the same order relative to the other
  *     collective calls of that group. Arguments that must agree are named; libep checks them
@@ -71,21 +76,20 @@ extern "C" {
 
 typedef enum ep_status {
     EP_OK = 0,
-    EP_AGAIN = 1,            /* not yet; nothing is wrong, ask again                          */
-    EP_ERR_ARG = -1,         /* an argument breaks its rule                                   */
-    EP_ERR_STATE = -2,       /* right call, wrong time (a handle used before its dispatch)    */
-    EP_ERR_CAPACITY = -3,    /* more rows than max_recv_rows or than the output holds         */
-    EP_ERR_NOMEM = -4,       /* memory could not be had, or the plan exceeds its limit        */
-    EP_ERR_TIMEOUT = -5,     /* a living peer was waited for until the deadline               */
-    EP_ERR_PEER = -6,        /* a peer's process died or left                                 */
-    EP_ERR_MISMATCH = -7,    /* the ranks disagree about something they must agree on         */
-    EP_ERR_FAULTED = -8,     /* the group has faulted before; see ep_group_fault              */
-    EP_ERR_UNSUPPORTED = -9, /* not on this machine or not in this build                      */
-    EP_ERR_SYSTEM = -10,     /* the operating system refused something                        */
-    EP_ERR_VERSION = -11,    /* a struct's size is of another version of this header          */
-    EP_ERR_INTERRUPTED =
-        -12,              /* cancelled by ep_group_abort                                   */
-    EP_ERR_INTERNAL = -13 /* a bug of libep                                                */
+    EP_AGAIN = 1,             /* not yet; nothing is wrong, ask again */
+    EP_ERR_ARG = -1,          /* an argument breaks its rule */
+    EP_ERR_STATE = -2,        /* right call, wrong time (a handle used before its dispatch) */
+    EP_ERR_CAPACITY = -3,     /* more rows than max_recv_rows or than the output holds */
+    EP_ERR_NOMEM = -4,        /* memory could not be had, or the plan exceeds its limit */
+    EP_ERR_TIMEOUT = -5,      /* a living peer was waited for until the deadline */
+    EP_ERR_PEER = -6,         /* a peer's process died or left */
+    EP_ERR_MISMATCH = -7,     /* the ranks disagree about something they must agree on */
+    EP_ERR_FAULTED = -8,      /* the group has faulted before; see ep_group_fault */
+    EP_ERR_UNSUPPORTED = -9,  /* not on this machine or not in this build */
+    EP_ERR_SYSTEM = -10,      /* the operating system refused something */
+    EP_ERR_VERSION = -11,     /* a struct of a newer header asks for what this library lacks */
+    EP_ERR_INTERRUPTED = -12, /* cancelled by ep_group_abort */
+    EP_ERR_INTERNAL = -13     /* a bug of libep */
 } ep_status;
 
 /* The version of the library that is loaded: major * 10000 + minor * 100 + patch. */
@@ -598,8 +602,9 @@ struct ep_dispatch_args {
  * Sends this rank's rows to the ranks of their experts and receives those of the others.
  * Collective; enqueues on `stream`. The first dispatch after ep_handle_route exchanges counts;
  * later ones on the same handle are "cached" and skip that (all ranks alike).
- * EP_ERR_ARG: type, shape, stride, alignment, overlap of input and output; before anything is
- * sent. EP_ERR_STATE: handle not routed. EP_ERR_CAPACITY: more rows arrive somewhere than
+ * EP_ERR_ARG: type, shape, stride, alignment, or an output that shares memory with an input or
+ * another output (columns of one matrix, side by side, do not); before anything is sent.
+ * EP_ERR_STATE: handle not routed. EP_ERR_CAPACITY: more rows arrive somewhere than
  * max_recv_rows (returned on all ranks, nothing was sent), or here than the outputs hold
  * (nothing past them is written; the other ranks succeed, and the handle counts as dispatched
  * on all); the message says how many rows are needed; the group goes on. EP_ERR_MISMATCH,
@@ -643,8 +648,9 @@ ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int
  *   weights       [n] EP_F32 or NULL: row i of x counts weights[i] times
  *   topk_weights  [n][K] (compact) or [n] (expanded) EP_F32, or NULL: sent back alongside
  *   bias          [T][H] dtype of x, rows contiguous, each or both NULL: added once per token
- *   out           [T][H] dtype of x, rows contiguous; must not overlap x or bias
+ *   out           [T][H] dtype of x, rows contiguous
  *   out_topk_weights  [T][K] EP_F32: sum over the ranks of what they sent back per selection
+ * The outputs share no memory with each other or with an input: nothing is done in place.
  *
  * out[t] = round(0 + bias0 + bias1 + sum over ranks r that t was sent to, ascending, of y_r),
  * added in that order in float32 and rounded once to nearest even. y_r is the row of x; where

@@ -278,7 +278,7 @@ static void sms(void) {
     };
 
     for (size_t i = 0; i < sizeof(t) / sizeof(*t); i++) {
-        const struct epi_sms n = epi_cuda_sms(t[i].major, t[i].nvlink, t[i].ranks, &t[i].load);
+        const struct epi_sms n = epi_sms_for(t[i].major, t[i].nvlink, t[i].ranks, &t[i].load);
 
         ok(n.send == t[i].send && n.all == t[i].all, "%s: %d of %d SMs send, not %d of %d",
            t[i].what, t[i].send, t[i].all, n.send, n.all);

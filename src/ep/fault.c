@@ -11,18 +11,13 @@ static k_u64 read_word(const k_u64 *p) {
     return atomic_load_explicit((const _Atomic k_u64 *)p, memory_order_acquire);
 }
 
-static struct k_board *board_of(const ep_group *g, int rank) {
-    return g->cuda ? epi_mem_board(g->mem, rank)
-                   : (void *)((char *)epi_mem_arena(g->mem, rank) + g->plan.map.board);
-}
-
 /* This rank's board; before there is memory a rank can only have been told of a death. */
 static const struct k_board *own_board(const ep_group *g) {
     return atomic_load(&g->board);
 }
 
-void epi_group_hang_board(ep_group *g) {
-    atomic_store(&g->board, board_of(g, g->rank));
+void epi_group_open_board(ep_group *g) {
+    atomic_store(&g->board, g->backend->board(g, g->rank));
     const int dead = atomic_load(&g->dead_rank);
     if (dead >= 0) {
         epi_group_died(g, dead);
@@ -48,25 +43,37 @@ bool epi_group_faulted(ep_group *g) {
     const struct k_board *b = own_board(g);
     const k_u64 told = read_word(&b->told);
     return read_word(&b->abort) != 0 || (told != 0 && !is_goodbye(told)) ||
-           (g->cuda && read_word(&b->failed) != 0);
+           (g->backend->on_device && read_word(&b->failed) != 0);
 }
 
-bool epi_group_ends(ep_group *g, uint64_t n) {
+bool epi_group_is_over(ep_group *g, uint64_t n) {
     const struct k_board *b = own_board(g);
-    if (g->cuda) { /* operations in graphs have no numbers here: kernels judge by their own */
+    if (g->backend
+            ->on_device) { /* operations in graphs have no numbers here: kernels judge by their own */
         return epi_group_faulted(g);
     }
     return read_word(&b->abort) != 0 || K_ABORT_ENDS(read_word(&b->told), (k_u32)n);
 }
 
-void epi_group_leave(ep_group *g, uint64_t last) {
-    const k_u64 code = K_ABORT_PACK(EP_OK, g->rank, g->rank, 0, 0, last + 1);
+/* The one way in which a host writes to the boards of others: this rank has `word` to say to all. A
+ * fault says more than a goodbye, which it may replace. Ranks whose boards are not mapped here would
+ * be told over the control connection. */
+static void tell_peers(ep_group *g, k_u64 word) {
     for (int r = 0; r < g->num_ranks; r++) {
-        k_u64 zero = 0; /* a fault says more than a goodbye */
         if (r != g->rank) {
-            atomic_compare_exchange_strong((_Atomic k_u64 *)&board_of(g, r)->told, &zero, code);
+            _Atomic k_u64 *told = (_Atomic k_u64 *)&g->backend->board(g, r)->told;
+            k_u64 zero = 0;
+            if (is_goodbye(word)) {
+                atomic_compare_exchange_strong(told, &zero, word);
+            } else {
+                atomic_store(told, word);
+            }
         }
     }
+}
+
+void epi_group_leave(ep_group *g, uint64_t last) {
+    tell_peers(g, K_ABORT_PACK(EP_OK, g->rank, g->rank, 0, 0, last + 1));
 }
 
 static const char *phase_name(int phase) {
@@ -188,7 +195,7 @@ void epi_group_describe(ep_group *g, struct ep_fault *f) {
 }
 
 /* Operation n returns the fault, perhaps as the first. */
-static bool tell(ep_group *g, uint64_t n) {
+static bool note_told(ep_group *g, uint64_t n) {
     pthread_mutex_lock(&g->mutex);
     const bool first = atomic_load(&g->fault_told) == 0;
     if (first) {
@@ -200,11 +207,11 @@ static bool tell(ep_group *g, uint64_t n) {
 }
 
 ep_status epi_group_check(ep_group *g, uint64_t n) {
-    if (!epi_group_ends(g, n)) {
+    if (!epi_group_is_over(g, n)) {
         return EP_OK;
     }
     struct ep_fault f;
-    const bool first = tell(g, n);
+    const bool first = note_told(g, n);
     epi_group_describe(g, &f);
     if (first) {
         epi_log(EPI_LOG_INFO, "group faulted: %s", f.message);
@@ -215,8 +222,18 @@ ep_status epi_group_check(ep_group *g, uint64_t n) {
     return epi_fail(EP_ERR_FAULTED, "the group has faulted: %s", f.message);
 }
 
-ep_status epi_group_refuse(ep_group *g) {
+ep_status epi_group_check_next(ep_group *g) {
+    pthread_mutex_lock(&g->mutex);
+    const uint64_t next = g->issued + 1;
+    pthread_mutex_unlock(&g->mutex);
+    return epi_group_check(g, next);
+}
+
+ep_status epi_group_admit(ep_group *g) {
     struct ep_fault f;
+    if (g->backend->on_device) {
+        return epi_group_check_next(g);
+    }
     if (atomic_load(&g->fault_told) == 0) {
         return EP_OK;
     }
@@ -224,24 +241,13 @@ ep_status epi_group_refuse(ep_group *g) {
     return epi_fail(EP_ERR_FAULTED, "the group has faulted: %s", f.message);
 }
 
-ep_status epi_group_refuse_next(ep_group *g) {
-    pthread_mutex_lock(&g->mutex);
-    const uint64_t next = g->issued + 1;
-    pthread_mutex_unlock(&g->mutex);
-    return epi_group_check(g, next);
-}
-
 void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n) {
     k_u64 zero = 0, code = K_ABORT_PACK((int)status, g->rank, subject, 0, 0, n);
     atomic_compare_exchange_strong((_Atomic k_u64 *)&own_board(g)->abort, &zero, code);
     if (n) {
-        tell(g, n);
+        note_told(g, n);
     }
-    for (int r = 0; r < g->num_ranks; r++) {
-        if (r != g->rank) {
-            atomic_store((_Atomic k_u64 *)&board_of(g, r)->told, code);
-        }
-    }
+    tell_peers(g, code);
 }
 
 static void log_late(const struct k_group *k, k_i64 timeout_ns, k_i32 kind, k_u64 word,

@@ -1,18 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The life of a group: meeting, agreeing, mapping memory, and the end. Owns what all operations
- * share, and the order in which they run. Run by the threads that call the API; the boot's
- * control thread enters through on_dead only. fault.c says what ended a group.
+ * share. Run by the threads that call the API; the boot's control thread enters through on_dead
+ * only. op.c has the order of operations, fault.c says what ended a group.
  */
 #include "src/ep/group.h"
 
-#include <sched.h>
 #include <string.h>
 
 /* A wait that lasts longer gets a line in the log, and so does one of half the timeout. */
 #define LATE_NS (10 * EPI_NS_PER_S)
-/* How soon an operation that waits for its turn learns that it need not. */
-#define TURN_NS (20 * EPI_NS_PER_MS)
 
 /* What must agree on all ranks, and how it is called in messages. */
 #define AGREED_FIELDS(X)                                                                       \
@@ -161,24 +158,10 @@ static void fill_kernel_group(ep_group *g) {
     k_u64 *peer = g->tables, *board = peer + g->num_ranks;
     for (int r = 0; r < g->num_ranks; r++) {
         peer[r] = epi_mem_arena_address(g->mem, r);
-        board[r] = g->cuda ? epi_mem_board_address(g->mem, r) : peer[r] + g->plan.map.board;
+        board[r] = g->backend->board_address(g, r);
     }
     g->ctl->timeout_ns = g->timeout_ns;
     g->ctl->late_ns = g->timeout_ns / 2 < LATE_NS ? g->timeout_ns / 2 : LATE_NS;
-}
-
-static int choose_workers(const ep_group *g) {
-    if (g->config.num_workers) {
-        return g->config.num_workers;
-    }
-    int64_t knob = epi_opt_int(EPI_OPT_WORKERS);
-    if (knob) {
-        return (int)knob;
-    }
-    cpu_set_t cpus;
-    int cores = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
-    int share = cores / g->num_ranks;
-    return share < 1 ? 1 : share > 8 ? 8 : share;
 }
 
 /* On the boot's thread, perhaps before create knows this rank's number. */
@@ -214,30 +197,14 @@ static ep_status meet(ep_group *g) {
 }
 
 struct epi_shape epi_group_shape(const ep_group *g, int wanted, const struct epi_load *load) {
-    const int asked = wanted ? wanted : g->workers;
-    if (g->cuda) {
-        return epi_cuda_shape(g, asked, load);
-    }
-    const int workers = asked < g->most_workers ? asked : g->most_workers;
-    const struct epi_grid grid = epi_run_grid(workers);
-    const struct epi_shape s = {workers, grid.send_blocks, EPI_HOST_STAGES,
-                                epi_plan_stage_bytes(load->row_bytes)};
-    return s;
+    return g->backend->shape(g, wanted ? wanted : g->workers, load);
 }
 
 /* Everything that needs this rank alone. */
 static ep_status make_local(ep_group *g) {
-    ep_status st = epi_plan(&g->config, g->num_ranks, &g->plan);
-    if (st == EP_OK) {
-        st = make_tables(g);
-    }
-    if (st == EP_OK && g->config.device == EP_DEVICE_CUDA) {
-        st = epi_cuda_open(g);
-    } else if (st == EP_OK) {
-        g->workers = g->most_workers = choose_workers(g);
-        st = epi_run_create(&g->run, g->workers, epi_plan_warp_bytes(&g->config, &g->plan));
-    }
-    return st;
+    EPI_TRY(epi_plan(&g->config, g->num_ranks, &g->plan));
+    EPI_TRY(make_tables(g));
+    return g->backend->open(g);
 }
 
 static ep_status make_memory(ep_group *g, const struct epi_exchange *x) {
@@ -248,59 +215,32 @@ static ep_status make_memory(ep_group *g, const struct epi_exchange *x) {
     m.arena_bytes = (size_t)g->plan.info.arena_bytes;
     m.threads = epi_boot_is_threads(g->boot);
     m.deadline = epi_deadline_after(g->timeout_ns);
-    if (g->cuda) {
-        epi_cuda_memory(g, &m, &device);
-    }
+    g->backend->choose_memory(g, &m, &device);
     return epi_mem_create(&g->mem, &m);
 }
 
 /* With memory: what kernels read, and the boards. */
 static ep_status make_readable(ep_group *g, const struct epi_exchange *x) {
-    ep_status st = EP_OK;
     fill_kernel_group(g);
-    epi_group_hang_board(g);
-    if (g->cuda) {
-        st = epi_cuda_limit_workers(g, x);
-        if (st == EP_OK) {
-            st = epi_cuda_fill(g);
-        }
-        if (st == EP_OK) {
-            st = epi_cuda_watch(g);
-        }
-        st = epi_agree(x, st, "preparing the device");
-    }
-    return st;
+    epi_group_open_board(g);
+    return g->backend->prepare(g, x);
 }
 
 static ep_status form(ep_group *g) {
-    ep_status st = meet(g);
-    if (st != EP_OK) {
-        return st;
-    }
-    struct epi_exchange x = exchange_of(g);
-    st = epi_agree(&x, make_local(g), "creating the group");
-    if (st == EP_OK) {
-        st = check_agreement(g);
-    }
-    if (st == EP_OK) {
-        st = make_memory(g, &x);
-    }
-    if (st == EP_OK) {
-        st = make_readable(g, &x);
-    }
-    return st == EP_OK ? epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns)) : st;
+    EPI_TRY(meet(g));
+    const struct epi_exchange x = exchange_of(g);
+    EPI_TRY(epi_agree(&x, make_local(g), "creating the group"));
+    EPI_TRY(check_agreement(g));
+    EPI_TRY(make_memory(g, &x));
+    EPI_TRY(make_readable(g, &x));
+    return epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns));
 }
 
 static void free_group(ep_group *g) {
     epi_boot_destroy(&g->boot); /* first: its thread calls on_dead */
-    epi_run_destroy(&g->run);
-    if (g->cuda) {
-        epi_cuda_stop(g);
-    }
+    g->backend->stop(g);
     epi_mem_destroy(&g->mem);
-    if (g->cuda) {
-        epi_cuda_close(g);
-    }
+    g->backend->close(g);
     epi_free(g->tables);
     epi_free(g->ctl);
     pthread_cond_destroy(&g->turn);
@@ -308,7 +248,7 @@ static void free_group(ep_group *g) {
     epi_free(g);
 }
 
-ep_status epi_fail_to_come(const struct ep_group_config *config, ep_status st) {
+ep_status epi_fail_before_meeting(const struct ep_group_config *config, ep_status st) {
     if (config->world) {
         char text[EPI_ERROR_TEXT_BYTES];
         epi_format(text, sizeof(text), "%s", epi_error_text());
@@ -324,9 +264,10 @@ ep_status epi_group_create(ep_group **out, const struct ep_group_config *config)
     if (!g || !ctl) {
         epi_free(g);
         epi_free(ctl);
-        return epi_fail_to_come(config, epi_fail(EP_ERR_NOMEM, "no memory for a group"));
+        return epi_fail_before_meeting(config, epi_fail(EP_ERR_NOMEM, "no memory for a group"));
     }
     g->config = *config;
+    g->backend = config->device == EP_DEVICE_CUDA ? &epi_backend_cuda : &epi_backend_host;
     g->ctl = ctl;
     g->timeout_ns =
         (config->timeout_ms ? config->timeout_ms : epi_opt_int(EPI_OPT_TIMEOUT_MS)) *
@@ -351,7 +292,7 @@ static uint64_t last_operation(ep_group *g) {
     pthread_mutex_lock(&g->mutex);
     uint64_t last = g->issued;
     pthread_mutex_unlock(&g->mutex);
-    if (g->cuda && epi_cuda_read_ctl(g, &ctl) == EP_OK) {
+    if (g->backend->on_device && g->backend->read_ctl(g, &ctl) == EP_OK) {
         last = ctl.epoch; /* graphs have run some that nobody has issued */
     }
     return last;
@@ -366,7 +307,7 @@ void epi_group_destroy(ep_group **group) {
                 "not be used or destroyed any more",
                 g->num_handles);
     }
-    const bool settled = !g->cuda || epi_cuda_settle(g);
+    const bool settled = g->backend->settle(g);
     if (settled && !epi_group_faulted(g)) {
         /* Peers may still write here or read what this rank wrote: leave together. One that
          * is in, or begins, an operation that this rank will not join is not left waiting. */
@@ -378,27 +319,4 @@ void epi_group_destroy(ep_group **group) {
     } else {
         epi_boot_destroy(&g->boot);
     }
-}
-
-/* ---- order of operations -------------------------------------------------------------------- */
-
-void epi_group_await_turn(ep_group *g, uint64_t n) {
-    pthread_mutex_lock(&g->mutex);
-    /* Every operation that runs has a deadline; one whose stream never comes to it has none. */
-    while (g->ended < n - 1 && !epi_group_ends(g, n)) {
-        epi_cond_wait(&g->turn, &g->mutex, epi_deadline_after(TURN_NS));
-    }
-    pthread_mutex_unlock(&g->mutex);
-}
-
-void epi_group_end(ep_group *g, uint64_t n, bool ran) {
-    pthread_mutex_lock(&g->mutex);
-    if (g->ended < n) {
-        if (!ran && g->ended == n - 1) { /* else one before it may be in its kernel */
-            g->ctl->epoch++;
-        }
-        g->ended = n;
-        pthread_cond_broadcast(&g->turn);
-    }
-    pthread_mutex_unlock(&g->mutex);
 }

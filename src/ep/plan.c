@@ -187,10 +187,6 @@ static ep_status check_limit(const struct ep_group_config *c, const struct epi_p
 
 ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_plan *p) {
     memset(p, 0, sizeof(*p));
-    if (c->size != sizeof(*c)) {
-        return epi_fail(EP_ERR_VERSION, "ep_group_config.size is %u, this library's is %zu",
-                        c->size, sizeof(*c));
-    }
     ep_status st = check_config(c, num_ranks);
     if (st != EP_OK) {
         return st;

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Checks of tensors: one place that knows how to say what is wrong with one. Pure.
+ * Checks of tensors: one place that knows how to say what is wrong with one. Pure. Shapes and
+ * strides are a caller's: a product of them is formed only when it is known to fit.
  */
-#include "src/ep/group.h"
+#include "src/ep/tensor.h"
 
 static const struct {
     const char *name;
@@ -53,7 +54,7 @@ struct k_array epi_array(const struct ep_tensor *t) {
     return a;
 }
 
-static bool is_empty(const struct ep_tensor *t) {
+bool epi_is_empty(const struct ep_tensor *t) {
     for (int i = 0; i < t->ndim; i++) {
         if (t->shape[i] == 0) {
             return true;
@@ -62,69 +63,34 @@ static bool is_empty(const struct ep_tensor *t) {
     return false;
 }
 
-static ep_status check_layout(const char *name, const struct ep_tensor *t, uint32_t layout) {
-    const int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)t->dtype);
-    const int last = t->ndim - 1;
-    if (layout & EPI_DENSE) {
-        int64_t dense = 1;
-        for (int i = last; i >= 0; i--) {
-            if (t->stride[i] != dense && t->shape[i] > 1) {
-                return epi_fail(EP_ERR_ARG, "%s.stride[%d] is %lld, must be %lld (contiguous)",
-                                name, i, (long long)t->stride[i], (long long)dense);
-            }
-            dense *= t->shape[i];
-        }
-    }
-    if (layout & EPI_ROWS) {
-        if (t->stride[last] != 1) {
-            return epi_fail(EP_ERR_ARG, "%s.stride[%d] is %lld, must be 1 (rows contiguous)",
-                            name, last, (long long)t->stride[last]);
-        }
-        if (t->shape[0] > 1 &&
-            (t->stride[0] < t->shape[last] || t->stride[0] * bytes % EP_ROW_ALIGN != 0)) {
-            return epi_fail(
-                EP_ERR_ARG,
-                "%s.stride[0] is %lld elements of %lld bytes, must be at least %lld "
-                "and a multiple of %d bytes",
-                name, (long long)t->stride[0], (long long)bytes, (long long)t->shape[last],
-                EP_ROW_ALIGN);
-        }
-        if ((uintptr_t)t->data % EP_ROW_ALIGN != 0) {
-            return epi_fail(EP_ERR_ARG, "%s.data is %p, must be aligned to %d bytes", name,
-                            t->data, EP_ROW_ALIGN);
-        }
-    } else if (bytes > 0 && (uintptr_t)t->data % (uintptr_t)bytes != 0) {
-        return epi_fail(EP_ERR_ARG, "%s.data is %p, must be aligned to its %lld-byte elements",
-                        name, t->data, (long long)bytes);
-    }
-    return EP_OK;
+int epi_row_bytes(const struct ep_tensor *t) {
+    return (int)(t->shape[1] * (int64_t)ep_dtype_bytes((ep_dtype)t->dtype));
 }
 
-ep_status epi_check_tensor(const char *name, const struct ep_tensor *t, int ndim, int64_t d0,
-                           int64_t d1, uint32_t types, uint32_t layout) {
-    if (t->size != sizeof(*t)) {
-        return epi_fail(EP_ERR_VERSION, "%s.size is %u, this library's is %zu", name, t->size,
-                        sizeof(*t));
+static ep_status check_type(const char *name, const struct ep_tensor *t, uint32_t types) {
+    const bool known = t->dtype > 0 && t->dtype < NUM_DTYPES;
+    char want[128] = "";
+    size_t at = 0;
+    if (known && (types & EPI_TYPE(t->dtype))) {
+        return EP_OK;
     }
-    if (t->dtype <= 0 || t->dtype >= NUM_DTYPES || (types & EPI_TYPE(t->dtype)) == 0) {
-        char want[128] = "";
-        size_t at = 0;
-        for (int d = 1; d < NUM_DTYPES; d++) {
-            if (types & EPI_TYPE(d)) {
-                epi_format(want + at, sizeof(want) - at, "%s%s", at ? " or " : "",
-                           dtypes[d].name);
-                for (at = 0; want[at]; at++) {
-                }
+    for (int d = 1; d < NUM_DTYPES; d++) {
+        if (types & EPI_TYPE(d)) {
+            epi_format(want + at, sizeof(want) - at, "%s%s", at ? " or " : "", dtypes[d].name);
+            for (at = 0; want[at]; at++) {
             }
         }
-        return epi_fail(
-            EP_ERR_ARG, "%s.dtype is %d (%s), must be %s", name, t->dtype,
-            t->dtype > 0 && t->dtype < NUM_DTYPES ? dtypes[t->dtype].name : "unknown", want);
     }
+    return epi_fail(EP_ERR_ARG, "%s.dtype is %d (%s), must be %s", name, t->dtype,
+                    known ? dtypes[t->dtype].name : "unknown", want);
+}
+
+ep_status epi_check_shape(const char *name, const struct ep_tensor *t, int ndim,
+                          const int64_t want[2], uint32_t types) {
+    EPI_TRY(check_type(name, t, types));
     if (t->ndim != ndim) {
         return epi_fail(EP_ERR_ARG, "%s.ndim is %d, must be %d", name, t->ndim, ndim);
     }
-    const int64_t want[2] = {d0, d1};
     for (int i = 0; i < ndim; i++) {
         if (t->shape[i] < 0 || (want[i] >= 0 && t->shape[i] != want[i])) {
             return epi_fail(EP_ERR_ARG, "%s.shape[%d] is %lld, must be %s%lld", name, i,
@@ -132,30 +98,153 @@ ep_status epi_check_tensor(const char *name, const struct ep_tensor *t, int ndim
                             want[i] < 0 ? 0LL : (long long)want[i]);
         }
     }
-    if (!t->data && !is_empty(t)) {
-        return epi_fail(EP_ERR_ARG, "%s.data is NULL and its shape is not empty", name);
-    }
-    return is_empty(t) ? EP_OK : check_layout(name, t, layout);
+    return !t->data && !epi_is_empty(t)
+               ? epi_fail(EP_ERR_ARG, "%s.data is NULL and its shape is not empty", name)
+               : EP_OK;
 }
 
-static void extent(const struct ep_tensor *t, uintptr_t *from, uintptr_t *to) {
+ep_status epi_check_row_bytes(const char *name, int64_t cols, int dtype, int64_t most) {
+    const int64_t each = (int64_t)ep_dtype_bytes((ep_dtype)dtype);
+    if (cols < 0 || cols > INT64_MAX / 8) {
+        return epi_fail(EP_ERR_ARG,
+                        "%s: a row of %lld elements, must be a multiple of %d bytes up to %lld "
+                        "(max_row_bytes)",
+                        name, (long long)cols, EP_ROW_ALIGN, (long long)most);
+    }
+    if (cols * each < EP_ROW_ALIGN || cols * each % EP_ROW_ALIGN || cols * each > most) {
+        return epi_fail(
+            EP_ERR_ARG,
+            "%s: a row of %lld elements has %lld bytes, must be a multiple of %d up to "
+            "%lld (max_row_bytes)",
+            name, (long long)cols, (long long)(cols * each), EP_ROW_ALIGN, (long long)most);
+    }
+    return EP_OK;
+}
+
+/* Bytes from the first element to the lowest and to the end of the highest; false: they do not
+ * fit. Not for an empty tensor. */
+static bool reach(const struct ep_tensor *t, int64_t *low, int64_t *high) {
     const int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)t->dtype);
-    int64_t low = 0, high = 0;
+    *low = 0;
+    *high = bytes;
     for (int i = 0; i < t->ndim; i++) {
-        int64_t reach = (t->shape[i] - 1) * t->stride[i];
-        low += reach < 0 ? reach : 0;
-        high += reach > 0 ? reach : 0;
+        int64_t far;
+        if (__builtin_mul_overflow(t->shape[i] - 1, t->stride[i], &far) ||
+            __builtin_mul_overflow(far, bytes, &far) ||
+            __builtin_add_overflow(far < 0 ? *low : *high, far, far < 0 ? low : high)) {
+            return false;
+        }
     }
-    *from = (uintptr_t)t->data + (uintptr_t)(low * bytes);
-    *to = (uintptr_t)t->data + (uintptr_t)((high + 1) * bytes);
+    return true;
 }
 
-bool epi_overlap(const struct ep_tensor *a, const struct ep_tensor *b) {
-    if (!a || !b || !a->data || !b->data || is_empty(a) || is_empty(b)) {
+static ep_status check_reach(const char *name, const struct ep_tensor *t) {
+    const uintptr_t at = (uintptr_t)t->data;
+    int64_t low, high;
+    if (reach(t, &low, &high) && (uint64_t)0 - (uint64_t)low <= at &&
+        (uint64_t)high <= UINT64_MAX - at) {
+        return EP_OK;
+    }
+    return epi_fail(EP_ERR_ARG,
+                    "%s reaches beyond the address space: shape {%lld, %lld}, strides {%lld, "
+                    "%lld}",
+                    name, (long long)t->shape[0], (long long)(t->ndim > 1 ? t->shape[1] : 1),
+                    (long long)t->stride[0], (long long)(t->ndim > 1 ? t->stride[1] : 1));
+}
+
+static ep_status check_dense(const char *name, const struct ep_tensor *t) {
+    int64_t dense = 1;
+    for (int i = t->ndim - 1; i >= 0; i--) {
+        if (t->stride[i] != dense && t->shape[i] > 1) {
+            return epi_fail(EP_ERR_ARG, "%s.stride[%d] is %lld, must be %lld (contiguous)",
+                            name, i, (long long)t->stride[i], (long long)dense);
+        }
+        if (__builtin_mul_overflow(dense, t->shape[i], &dense)) {
+            return check_reach(name, t);
+        }
+    }
+    return EP_OK;
+}
+
+static ep_status check_rows(const char *name, const struct ep_tensor *t) {
+    const int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)t->dtype);
+    const int last = t->ndim - 1;
+    if (t->stride[last] != 1) {
+        return epi_fail(EP_ERR_ARG, "%s.stride[%d] is %lld, must be 1 (rows contiguous)", name,
+                        last, (long long)t->stride[last]);
+    }
+    /* A product that wraps around keeps its remainder by a power of two. */
+    if (t->shape[0] > 1 && (t->stride[0] < t->shape[last] ||
+                            (uint64_t)t->stride[0] * (uint64_t)bytes % EP_ROW_ALIGN != 0)) {
+        return epi_fail(EP_ERR_ARG,
+                        "%s.stride[0] is %lld elements of %lld bytes, must be at least %lld "
+                        "and a multiple of %d bytes",
+                        name, (long long)t->stride[0], (long long)bytes,
+                        (long long)t->shape[last], EP_ROW_ALIGN);
+    }
+    return (uintptr_t)t->data % EP_ROW_ALIGN
+               ? epi_fail(EP_ERR_ARG, "%s.data is %p, must be aligned to %d bytes", name,
+                          t->data, EP_ROW_ALIGN)
+               : EP_OK;
+}
+
+static ep_status check_columns(const char *name, const struct ep_tensor *t) {
+    const uint64_t bytes = ep_dtype_bytes((ep_dtype)t->dtype);
+    if (t->stride[0] != 1 || t->stride[1] < t->shape[0] ||
+        (uint64_t)t->stride[1] * bytes % 16 != 0) {
+        return epi_fail(EP_ERR_ARG,
+                        "%s strides are {%lld, %lld}, must be {1, at least %lld and a "
+                        "multiple of 16 bytes} (column-major)",
+                        name, (long long)t->stride[0], (long long)t->stride[1],
+                        (long long)t->shape[0]);
+    }
+    return EP_OK;
+}
+
+ep_status epi_check_layout(const char *name, const struct ep_tensor *t,
+                           enum epi_layout layout) {
+    const uintptr_t bytes = ep_dtype_bytes((ep_dtype)t->dtype);
+    if (epi_is_empty(t)) {
+        return EP_OK;
+    }
+    if (layout == EPI_LAYOUT_DENSE) {
+        EPI_TRY(check_dense(name, t));
+    } else if (layout == EPI_LAYOUT_ROWS) {
+        EPI_TRY(check_rows(name, t));
+    } else if (layout == EPI_LAYOUT_COLUMNS) {
+        EPI_TRY(check_columns(name, t));
+    }
+    if ((uintptr_t)t->data % bytes) {
+        return epi_fail(EP_ERR_ARG, "%s.data is %p, must be aligned to its %zu-byte elements",
+                        name, t->data, (size_t)bytes);
+    }
+    return check_reach(name, t);
+}
+
+struct epi_extent epi_extent_of(const char *name, const struct ep_tensor *t, bool output) {
+    const int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)t->dtype);
+    struct epi_extent e = {name, output, 0, 0, 0, 0};
+    int64_t low, high;
+    if (t->data && !epi_is_empty(t) && reach(t, &low, &high)) {
+        e.low = (uintptr_t)t->data + (uintptr_t)low;
+        e.high = (uintptr_t)t->data + (uintptr_t)high;
+        if (t->ndim == 2 && t->stride[0] > 0 && t->stride[1] > 0) {
+            e.pitch = (uint64_t)(t->stride[0] * bytes);
+            e.width = (uint64_t)(((t->shape[1] - 1) * t->stride[1] + 1) * bytes);
+        }
+    }
+    return e;
+}
+
+bool epi_extents_overlap(const struct epi_extent *a, const struct epi_extent *b) {
+    if (a->low >= b->high || b->low >= a->high) {
         return false;
     }
-    uintptr_t a0, a1, b0, b1;
-    extent(a, &a0, &a1);
-    extent(b, &b0, &b1);
-    return a0 < b1 && b0 < a1;
+    if (a->pitch == 0 || a->pitch != b->pitch || a->width > a->pitch || b->width > b->pitch) {
+        return true;
+    }
+    /* Where b's rows begin within a's. */
+    const uint64_t at = b->low >= a->low ? (b->low - a->low) % a->pitch
+                                         : (a->pitch - (a->low - b->low) % a->pitch) % a->pitch;
+    return at < a->width || at + b->width > a->pitch;
 }

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * CUDA groups: the device of a rank, its memory in the words of src/mem, what kernels need on the
- * device, and the thread that reports what kernels leave on the board. Operations themselves are
- * prepared where those of host groups are, and launched through epi_cuda_run.
+ * Groups of CUDA ranks: the device of a rank, its memory in the words of src/mem, what kernels need
+ * on the device, launches, and the thread that reports what kernels leave on the board.
  */
-#include "src/ep/group.h"
+#include "src/ep/backend.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "src/cu/cu.h"
+#include "src/ep/group.h"
 
 /* A rank's board and, behind it, what its handles tell the host. */
 #define BOARD_BYTES 65536
@@ -58,7 +58,7 @@ static bool wants_generic_mover(void) {
     return disable && strcmp(disable, "0") != 0;
 }
 
-ep_status epi_cuda_open(ep_group *g) {
+static ep_status open_device(ep_group *g) {
     int index = -1;
     struct epi_cuda *c = epi_alloc(sizeof(*c));
     if (!c) {
@@ -84,49 +84,6 @@ ep_status epi_cuda_open(ep_group *g) {
 
 /* ---- SMs ----------------------------------------------------------------------------------- */
 
-/* What one GPU sends to others, in GB/s, and what one SM of it does, of rows that go to several
- * peers, of rows that go to one, and of answers. From measurements of H200s; other generations by
- * the ratio of their links. */
-#define NVLINK3_GBPS 230
-#define NVLINK4_GBPS 344
-#define NVLINK5_GBPS 700
-#define PCIE_GBPS 50
-#define SM_GBPS 43
-#define SM_ONE_GBPS 35
-#define SM_ANSWERS_GBPS 39
-#define LONG_ROW 6144 /* below it a row costs more than its bytes, at most as twice as many */
-/* SMs that receive, for one that sends; as many as rows that one becomes, within bounds. */
-#define LEAST_RECEIVERS 2
-#define MOST_RECEIVERS 4
-
-/* Saturates the link with long rows. */
-static int saturating(int link, int sm, int row_bytes) {
-    const int sms = (link + sm - 1) / sm;
-    return row_bytes >= LONG_ROW       ? sms
-           : row_bytes <= LONG_ROW / 2 ? 2 * sms
-                                       : (LONG_ROW * sms + row_bytes - 1) / row_bytes;
-}
-
-struct epi_sms epi_cuda_sms(int major, bool nvlink, int num_ranks,
-                            const struct epi_load *load) {
-    const int link = !nvlink       ? PCIE_GBPS
-                     : major >= 10 ? NVLINK5_GBPS
-                     : major == 9  ? NVLINK4_GBPS
-                                   : NVLINK3_GBPS;
-    const int peers = num_ranks < 2                                  ? 1
-                      : load->topk > 0 && load->topk < num_ranks - 1 ? load->topk
-                                                                     : num_ranks - 1;
-    const int send = saturating(link, peers > 1 ? SM_GBPS : SM_ONE_GBPS, load->row_bytes);
-    const int rows = load->expanded ? load->topk : peers; /* that a token's row becomes */
-    const int most = MOST_RECEIVERS * peers, least = LEAST_RECEIVERS * peers;
-    const int receive = send * (rows < least ? least : rows > most ? most : rows);
-    struct epi_sms s = {send, send + (receive + peers - 1) / peers};
-    if (load->answers) {
-        s.send = saturating(link, SM_ANSWERS_GBPS, load->row_bytes);
-    }
-    return s;
-}
-
 struct seat {
     uint8_t uuid[16];
     int64_t process;
@@ -142,7 +99,7 @@ static int64_t process_id(void) {
 
 /* How many SMs this rank's operations can take. Ranks of one process on one device must all fit at
  * once, also while each routes. */
-ep_status epi_cuda_limit_workers(ep_group *g, const struct epi_exchange *x) {
+static ep_status limit_workers(ep_group *g, const struct epi_exchange *x) {
     const struct epi_cu_device *d = epi_gpu_device(g->cuda->gpu);
     struct seat mine, *all = epi_alloc_array((size_t)g->num_ranks, sizeof(*all));
     int sharing = 0, others = 0;
@@ -239,7 +196,7 @@ static void detach_host(void *ctx, void *host) {
     epi_cu_unregister(device_of(ctx), host);
 }
 
-void epi_cuda_memory(ep_group *g, struct epi_mem_config *m, struct epi_mem_device *ops) {
+static void choose_memory(ep_group *g, struct epi_mem_config *m, struct epi_mem_device *ops) {
     *ops = (struct epi_mem_device){.size = sizeof(*ops),
                                    .ctx = g->cuda,
                                    .create = create_memory,
@@ -256,7 +213,7 @@ void epi_cuda_memory(ep_group *g, struct epi_mem_config *m, struct epi_mem_devic
 /* ---- what kernels read ---------------------------------------------------------------------- */
 
 /* The group's tables, made in host memory, and its control block go to the device. */
-ep_status epi_cuda_fill(ep_group *g) {
+static ep_status fill_tables(ep_group *g) {
     struct epi_cuda *c = g->cuda;
     const size_t bytes = epi_plan_table_bytes(&g->config, g->num_ranks);
     ep_status st = epi_gpu_alloc(c->gpu, &c->tables, bytes);
@@ -285,15 +242,15 @@ ep_status epi_cuda_fill(ep_group *g) {
     return EP_OK;
 }
 
-ep_status epi_cuda_read_ctl(ep_group *g, struct k_ctl *out) {
+static ep_status read_ctl(ep_group *g, struct k_ctl *out) {
     return epi_gpu_out(g->cuda->gpu, out, g->cuda->ctl, sizeof(*out));
 }
 
-ep_status epi_cuda_read(ep_group *g, void *out, const void *at, size_t bytes) {
+static ep_status read_memory(ep_group *g, void *out, const void *at, size_t bytes) {
     return epi_gpu_out(g->cuda->gpu, out, (uint64_t)(uintptr_t)at, bytes);
 }
 
-ep_status epi_cuda_handle(ep_handle *h) {
+static ep_status make_handle(ep_handle *h) {
     ep_group *g = h->group;
     struct epi_cuda *c = g->cuda;
     uint64_t at = 0;
@@ -326,7 +283,7 @@ ep_status epi_cuda_handle(ep_handle *h) {
     return EP_OK;
 }
 
-void epi_cuda_drop_handle(ep_handle *h) {
+static void drop_handle(ep_handle *h) {
     ep_group *g = h->group;
     uint64_t at = (uint64_t)(uintptr_t)h->block;
     pthread_mutex_lock(&g->mutex);
@@ -338,12 +295,12 @@ void epi_cuda_drop_handle(ep_handle *h) {
 /* ---- operations ----------------------------------------------------------------------------- */
 
 /* With few SMs, half of them send. */
-struct epi_shape epi_cuda_shape(const ep_group *g, int asked, const struct epi_load *load) {
+static struct epi_shape shape(const ep_group *g, int asked, const struct epi_load *load) {
     const struct epi_gpu_shape s = epi_gpu_shape(g->cuda->gpu);
     const int channels = (g->plan.info.num_channels + s.warps - 1) / s.warps;
     const int row = (load->row_bytes + 127) / 128 * 128;
     const struct epi_sms sms =
-        epi_cuda_sms(epi_gpu_device(g->cuda->gpu)->major, g->cuda->nvlink, g->num_ranks, load);
+        epi_sms_for(epi_gpu_device(g->cuda->gpu)->major, g->cuda->nvlink, g->num_ranks, load);
     const int all = asked ? asked : load->row_bytes ? sms.all : channels;
     struct epi_shape out = {all < g->most_workers ? all : g->most_workers, 0, s.stages,
                             s.stage_bytes};
@@ -357,32 +314,67 @@ struct epi_shape epi_cuda_shape(const ep_group *g, int asked, const struct epi_l
     return out;
 }
 
-ep_status epi_cuda_run(ep_group *g, enum epi_kernel kernel, const void *args, int blocks,
-                       void *stream, bool *capturing) {
-    struct epi_gpu *gpu = g->cuda->gpu;
-    ep_status st = epi_gpu_begin(gpu, stream, capturing);
-    if (st == EP_OK) {
-        st = epi_gpu_launch(gpu, kernel, args, blocks, stream);
+static ep_status is_capturing(ep_group *g, void *stream, bool *capturing) {
+    return epi_gpu_is_capturing(g->cuda->gpu, stream, capturing);
+}
+
+/* A begun dispatch sends on the group's own stream, so that finish can receive on the caller's at
+ * the same time. */
+static ep_status launch(struct epi_op *op, void *stream) {
+    struct epi_gpu *gpu = op->h->group->cuda->gpu;
+    const struct epi_shape *s = &op->shape;
+    const bool begin = (op->flags & EPI_OP_BEGIN) != 0,
+               finish = (op->flags & EPI_OP_FINISH) != 0;
+    int blocks = s->workers;
+    bool capturing = false;
+    if (begin) {
+        EPI_TRY(epi_gpu_fork(gpu, stream));
+        stream = epi_gpu_stream(gpu);
+        blocks = s->send_blocks;
     }
-    return st == EP_OK ? epi_gpu_end(gpu, stream) : st;
+    if (finish) {
+        blocks = s->workers > s->send_blocks ? s->workers - s->send_blocks : 1;
+    } else {
+        EPI_TRY(epi_gpu_begin(gpu, stream, &capturing));
+        op->flags |= capturing ? EPI_OP_CAPTURED : 0;
+    }
+    EPI_TRY(epi_gpu_launch(gpu, op->kind->kernel, &op->args, blocks, stream));
+    if (finish) {
+        EPI_TRY(epi_gpu_join(gpu, stream));
+    }
+    return epi_gpu_end(gpu, stream);
 }
 
-struct epi_gpu *epi_cuda_gpu(const ep_group *g) {
-    return g->cuda->gpu;
+static void *own_stream(const ep_group *g) {
+    return epi_gpu_stream(g->cuda->gpu);
 }
 
-ep_status epi_cuda_check_place(const ep_group *g, const char *name, const struct ep_tensor *t) {
+/* What kernels have found, told once. */
+static ep_status take_findings(ep_handle *h) {
+    struct k_counts *n = h->notice;
+    /* Kernels of a handle that is gone may still write to the notice it had. */
+    const uint64_t bad = n->bad_of == h->k.tag ? n->bad : ~UINT64_C(0);
+    const uint64_t over = n->over >> 32 == h->k.tag ? n->over & UINT32_MAX : 0;
+    if (!h->captured && n->routed != K_WORD(h->k.tag, h->routed_by)) {
+        return EP_AGAIN;
+    }
+    n->bad = ~UINT64_C(0);
+    n->over = 0;
+    if (bad != ~UINT64_C(0)) {
+        return epi_bad_selection(h, h->topk, bad, n->bad_id, ": it was treated as -1");
+    }
+    if (over) {
+        return epi_fail(EP_ERR_CAPACITY,
+                        "%lld rows are needed and the outputs hold fewer: rows past them were "
+                        "not written",
+                        (long long)over);
+    }
+    return EP_OK;
+}
+
+static ep_status check_place(const ep_group *g, const char *name, const struct ep_tensor *t) {
     int device = -1;
     const enum epi_cu_pointer kind = epi_cu_pointer(t->data, &device);
-    if (!g->cuda) {
-        return kind != EPI_CU_POINTER_DEVICE
-                   ? EP_OK
-                   : epi_fail(
-                         EP_ERR_ARG,
-                         "%s.data is memory of CUDA device %d: a host group takes ordinary "
-                         "memory",
-                         name, device);
-    }
     const int own = epi_gpu_device(g->cuda->gpu)->index;
     if (kind == EPI_CU_POINTER_HOST || kind == EPI_CU_POINTER_UNKNOWN) {
         return epi_fail(EP_ERR_ARG,
@@ -428,16 +420,28 @@ static void *watch(void *arg) {
     return NULL;
 }
 
-ep_status epi_cuda_watch(ep_group *g) {
+static ep_status start_watching(ep_group *g) {
     const int err = epi_thread_start(&g->cuda->watcher, watch, g, "ep-watch");
     g->cuda->watching = err == 0;
     return err ? epi_fail(EP_ERR_NOMEM, "cannot start a thread: %s", strerror(err)) : EP_OK;
 }
 
+/* Once there is memory. */
+static ep_status prepare(ep_group *g, const struct epi_exchange *x) {
+    ep_status st = limit_workers(g, x);
+    if (st == EP_OK) {
+        st = fill_tables(g);
+    }
+    if (st == EP_OK) {
+        st = start_watching(g);
+    }
+    return epi_agree(x, st, "preparing the device");
+}
+
 /* ---- the end -------------------------------------------------------------------------------- */
 
 /* Kernels have deadlines, but what the caller queued before them may have none. */
-bool epi_cuda_settle(ep_group *g) {
+static bool settle(ep_group *g) {
     const struct epi_deadline d = epi_deadline_after(g->timeout_ns);
     ep_status st;
     while ((st = epi_gpu_idle(g->cuda->gpu)) == EP_AGAIN && !epi_deadline_expired(d)) {
@@ -452,9 +456,12 @@ bool epi_cuda_settle(ep_group *g) {
     return st != EP_AGAIN;
 }
 
-/* Before the memory of src/mem goes. */
-void epi_cuda_stop(ep_group *g) {
+/* Of a group that may never have opened its device. */
+static void stop(ep_group *g) {
     struct epi_cuda *c = g->cuda;
+    if (!c) {
+        return;
+    }
     if (c->watching) {
         pthread_mutex_lock(&g->mutex);
         c->stop = true;
@@ -468,10 +475,44 @@ void epi_cuda_stop(ep_group *g) {
     }
 }
 
-void epi_cuda_close(ep_group *g) {
+static void close_device(ep_group *g) {
     struct epi_cuda *c = g->cuda;
+    if (!c) {
+        return;
+    }
     epi_gpu_destroy(&c->gpu);
     pthread_cond_destroy(&c->stopping);
     epi_free(c);
     g->cuda = NULL;
 }
+
+static struct k_board *board(const ep_group *g, int rank) {
+    return epi_mem_board(g->mem, rank);
+}
+
+static uint64_t board_address(const ep_group *g, int rank) {
+    return epi_mem_board_address(g->mem, rank);
+}
+
+const struct epi_backend epi_backend_cuda = {
+    .size = sizeof(struct epi_backend),
+    .on_device = true,
+    .open = open_device,
+    .choose_memory = choose_memory,
+    .prepare = prepare,
+    .settle = settle,
+    .stop = stop,
+    .close = close_device,
+    .board = board,
+    .board_address = board_address,
+    .read_ctl = read_ctl,
+    .read = read_memory,
+    .make_handle = make_handle,
+    .drop_handle = drop_handle,
+    .take_findings = take_findings,
+    .check_place = check_place,
+    .stream = own_stream,
+    .shape = shape,
+    .is_capturing = is_capturing,
+    .launch = launch,
+};

@@ -1,0 +1,290 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The tables of tensors, and structs of other versions. See args.h; tensor.c checks one tensor.
+ */
+#include "src/ep/args.h"
+
+#include <string.h>
+
+#include "src/ep/backend.h"
+#include "src/ep/group.h"
+#include "src/ep/tensor.h"
+
+/* What claims another size is not a struct of any version: its size was never set. */
+#define MOST_STRUCT_BYTES 1024
+#define LEAST_STRUCT_BYTES 8
+
+/* ---- structs that may be of another version ------------------------------------------------- */
+
+static ep_status check_size(const char *tag, uint32_t size, size_t bytes) {
+    if (size >= LEAST_STRUCT_BYTES && size <= MOST_STRUCT_BYTES && size % 8 == 0) {
+        return EP_OK;
+    }
+    return epi_fail(EP_ERR_VERSION,
+                    "%s.size is %u, this library's is %zu: initialise it with the EP_..._INIT "
+                    "macro of its name",
+                    tag, size, bytes);
+}
+
+ep_status epi_take(const char *tag, void *copy, const void *from, size_t bytes) {
+    uint32_t size;
+    memcpy(&size, from, sizeof(size));
+    EPI_TRY(check_size(tag, size, bytes));
+    for (size_t i = bytes; i < size; i++) {
+        if (((const unsigned char *)from)[i]) {
+            return epi_fail(EP_ERR_VERSION,
+                            "%s.size is %u, this library's is %zu, and byte %zu is set: the "
+                            "header is newer than the library and asks for what it lacks",
+                            tag, size, bytes, i);
+        }
+    }
+    memset(copy, 0, bytes);
+    memcpy(copy, from, size < bytes ? size : bytes);
+    return EP_OK;
+}
+
+ep_status epi_give(const char *tag, void *to, const void *from, size_t bytes) {
+    uint32_t size;
+    memcpy(&size, to, sizeof(size));
+    EPI_TRY(check_size(tag, size, bytes));
+    memcpy((char *)to + sizeof(size), (const char *)from + sizeof(size),
+           (size < bytes ? size : bytes) - sizeof(size));
+    return EP_OK;
+}
+
+/* ---- tables --------------------------------------------------------------------------------- */
+
+#define T(d) EPI_TYPE(EP_##d)
+#define IDS (T(I32) | T(I64))
+#define SCALES (T(BF16) | T(F16) | T(F32) | T(F8E4M3) | T(F8E5M2) | T(U8) | T(I16) | T(I32))
+#define ROWS (SCALES | T(I64))
+#define SUMMABLE (T(BF16) | T(F16) | T(F32))
+
+#define IN EPI_IN
+#define OUT EPI_OUT
+#define DIMS(a, b)                                                                             \
+    { EPI_DIM_##a, EPI_DIM_##b }
+#define LIKE(a) EPI_LIKE_##a
+#define AS(a) EPI_LAYOUT_##a
+
+/* The first columns of a row: name, where the caller's pointer is, where the kernel's array is. */
+#define FIELD(f, to) #f, offsetof(struct ep_routing, f), offsetof(struct k_route_args, to)
+static const struct epi_rule route_rules[] = {
+    {FIELD(topk_ids, ids), IN, DIMS(T, K), IDS, LIKE(NONE), AS(ANY), 0},
+    {FIELD(token_in_rank, mask), IN, DIMS(T, R), T(U8), LIKE(NONE), AS(ANY), 0},
+};
+#undef FIELD
+
+#define FIELD(f) #f, offsetof(struct ep_layout, f), offsetof(struct k_layout_args, f)
+#define LOCAL OUT | EPI_ADDRESS
+static const struct epi_rule layout_rules[] = {
+    {FIELD(tokens_per_rank), LOCAL, DIMS(R, NONE), T(I32), LIKE(NONE), AS(DENSE), 0},
+    {FIELD(tokens_per_node), LOCAL, DIMS(NODES, NONE), T(I32), LIKE(NONE), AS(DENSE), 0},
+    {FIELD(tokens_per_expert), LOCAL, DIMS(E, NONE), T(I32), LIKE(NONE), AS(DENSE),
+     EPI_BY_MASK},
+    {FIELD(token_in_rank), LOCAL, DIMS(T, R), T(U8), LIKE(NONE), AS(DENSE), 0},
+    {FIELD(channel_prefix), LOCAL, DIMS(R, CHANNELS), T(I32), LIKE(NONE), AS(DENSE), 0},
+};
+#undef LOCAL
+#undef FIELD
+
+#define FIELD(f, to)                                                                           \
+#f, offsetof(struct ep_dispatch_args, f), offsetof(struct k_dispatch_args, to)
+static const struct epi_rule dispatch_rules[] = {
+    {FIELD(x, x), IN | EPI_REQUIRED | EPI_ROW_BYTES, DIMS(T, HIDDEN), ROWS, LIKE(X), AS(ROWS),
+     0},
+    {FIELD(scales, scales), IN | EPI_SCALE_BYTES, DIMS(T, SCALES), SCALES, LIKE(SCALES),
+     AS(ANY), 0},
+    {FIELD(topk_weights, weights), IN, DIMS(T, K), T(F32), LIKE(NONE), AS(ANY), EPI_BY_MASK},
+    {FIELD(recv_x, recv_x), OUT | EPI_NOT_ARENA, DIMS(ROWS, HIDDEN), ROWS, LIKE(X), AS(ROWS),
+     0},
+    {FIELD(recv_scales, recv_scales), OUT | EPI_COLUMNS, DIMS(ROWS, SCALES), SCALES,
+     LIKE(SCALES), AS(DENSE), EPI_NO_SCALES},
+    {FIELD(recv_topk_ids, recv_ids), OUT, DIMS(ROWS, K), IDS, LIKE(NONE), AS(ANY),
+     EPI_EXPANDED | EPI_BY_MASK},
+    {FIELD(recv_topk_weights, recv_weights), OUT | EPI_FLAT, DIMS(ROWS, K), T(F32), LIKE(NONE),
+     AS(ANY), EPI_NO_WEIGHTS},
+    {FIELD(recv_source, recv_source), OUT, DIMS(ROWS, 2), T(I32), LIKE(NONE), AS(DENSE), 0},
+    {FIELD(expert_counts, expert_counts), OUT, DIMS(L, NONE), T(I32), LIKE(NONE), AS(DENSE), 0},
+    {FIELD(expert_offsets, expert_offsets), OUT, DIMS(L_END, NONE), T(I32), LIKE(NONE),
+     AS(DENSE), EPI_COMPACT},
+    {FIELD(num_rows, num_rows), OUT, DIMS(1, NONE), T(I32), LIKE(NONE), AS(DENSE), 0},
+};
+#undef FIELD
+
+#define FIELD(f, to)                                                                           \
+#f, offsetof(struct ep_combine_args, f), offsetof(struct k_combine_args, to)
+static const struct epi_rule combine_rules[] = {
+    {FIELD(x, x), IN | EPI_REQUIRED | EPI_ROW_BYTES, DIMS(ROWS, HIDDEN), SUMMABLE, LIKE(X),
+     AS(ROWS), 0},
+    {FIELD(weights, weights), IN, DIMS(ROWS, NONE), T(F32), LIKE(NONE), AS(ANY), 0},
+    {FIELD(topk_weights, topk_weights), IN | EPI_FLAT, DIMS(ROWS, K), T(F32), LIKE(NONE),
+     AS(ANY), EPI_BY_MASK},
+    {FIELD(bias[0], bias0), IN, DIMS(T, HIDDEN), SUMMABLE, LIKE(X), AS(ROWS), 0},
+    {FIELD(bias[1], bias1), IN, DIMS(T, HIDDEN), SUMMABLE, LIKE(X), AS(ROWS), 0},
+    {FIELD(out, out), OUT | EPI_REQUIRED, DIMS(T, HIDDEN), SUMMABLE, LIKE(X), AS(ROWS), 0},
+    {FIELD(out_topk_weights, out_weights), OUT, DIMS(T, K), T(F32), LIKE(NONE), AS(ANY),
+     EPI_NO_WEIGHTS},
+};
+#undef FIELD
+
+#define RULES(name)                                                                            \
+    const struct epi_rules epi_##name = {name, sizeof(name) / sizeof(name[0])};                \
+    _Static_assert(sizeof(name) / sizeof(name[0]) <= EPI_MAX_TENSORS, #name)
+RULES(route_rules);
+RULES(layout_rules);
+RULES(dispatch_rules);
+RULES(combine_rules);
+
+struct ep_tensor *epi_rule_tensor(const struct epi_rule *rule, const void *args) {
+    struct ep_tensor *t;
+    memcpy(&t, (const char *)args + rule->field, sizeof(t));
+    return t;
+}
+
+void epi_rule_set(const struct epi_rule *rule, void *args, struct ep_tensor *t) {
+    memcpy((char *)args + rule->field, &t, sizeof(t));
+}
+
+bool epi_rule_holds(const struct epi_rule *rule, uint32_t roles, uint32_t is) {
+    return (rule->role & roles) && !((rule->role & EPI_NOT_ARENA) && (is & EPI_ARENA));
+}
+
+/* ---- a call --------------------------------------------------------------------------------- */
+
+void epi_call_begin(struct epi_call *c, const ep_group *g) {
+    memset(c, 0, sizeof(*c));
+    for (int i = 0; i < EPI_NUM_DIMS; i++) {
+        c->dim[i] = -1;
+    }
+    c->group = g;
+    c->dim[EPI_DIM_1] = 1;
+    c->dim[EPI_DIM_2] = 2;
+    c->dim[EPI_DIM_E] = g->config.num_experts;
+    c->dim[EPI_DIM_L] = g->num_local;
+    c->dim[EPI_DIM_L_END] = g->num_local + 1;
+    c->dim[EPI_DIM_R] = g->num_ranks;
+    c->dim[EPI_DIM_NODES] = 1;
+    c->dim[EPI_DIM_CHANNELS] = g->plan.info.num_channels;
+}
+
+/* Why the call has no such tensor. */
+static ep_status check_wanted(const struct epi_call *c, const struct epi_rule *r) {
+    const uint32_t why = r->never & c->is;
+    if (why & EPI_EXPANDED) {
+        return epi_fail(EP_ERR_ARG, "%s: expanded output has none", r->name);
+    }
+    if (why & EPI_COMPACT) {
+        return epi_fail(EP_ERR_ARG, "%s: compact output has none, ask for expanded", r->name);
+    }
+    if (why & EPI_BY_MASK) {
+        return epi_fail(EP_ERR_ARG, "%s: a handle routed by a mask knows no selections",
+                        r->name);
+    }
+    if (why) {
+        return epi_fail(EP_ERR_ARG, "%s is given and %s is not", r->name,
+                        why & EPI_NO_SCALES ? "scales" : "topk_weights");
+    }
+    return EP_OK;
+}
+
+static ep_status check_scale_bytes(const struct epi_call *c, const struct ep_tensor *t) {
+    const int64_t most = c->group->config.max_scale_bytes, num = t->shape[1];
+    const int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)t->dtype);
+    if (num <= most && num * bytes <= most) {
+        return EP_OK;
+    }
+    return epi_fail(EP_ERR_ARG,
+                    "scales: %lld per row are %lld bytes%s, must be at most %lld "
+                    "(max_scale_bytes)",
+                    (long long)num, (long long)(num <= most ? num * bytes : most),
+                    num <= most ? "" : " and more", (long long)most);
+}
+
+static ep_status check_tensor(struct epi_call *c, const struct epi_rule *r,
+                              const struct ep_tensor *t) {
+    const bool flat = (r->role & EPI_FLAT) && (c->is & EPI_EXPANDED);
+    const int ndim = r->dim[1] == EPI_DIM_NONE || flat ? 1 : 2;
+    const int64_t want[2] = {c->dim[r->dim[0]], c->dim[r->dim[1]]};
+    const bool columns = (r->role & EPI_COLUMNS) && (c->is & EPI_COLUMN_MAJOR);
+    EPI_TRY(epi_check_shape(r->name, t, ndim, want,
+                            c->like[r->like] ? c->like[r->like] : r->types));
+    if (r->role & EPI_ROW_BYTES) {
+        EPI_TRY(epi_check_row_bytes(r->name, t->shape[1], t->dtype,
+                                    c->group->config.max_row_bytes));
+    }
+    if (r->role & EPI_SCALE_BYTES) {
+        EPI_TRY(check_scale_bytes(c, t));
+    }
+    EPI_TRY(epi_check_layout(r->name, t, columns ? EPI_LAYOUT_COLUMNS : r->layout));
+    for (int i = 0; i < ndim; i++) {
+        c->dim[r->dim[i]] = t->shape[i];
+    }
+    if (r->like != EPI_LIKE_NONE) {
+        c->like[r->like] = EPI_TYPE(t->dtype);
+    }
+    return EP_OK;
+}
+
+static ep_status check_overlaps(const struct epi_call *c) {
+    for (int b = 1; b < c->num_seen; b++) {
+        for (int a = 0; a < b; a++) {
+            const struct epi_extent *x = &c->seen[a], *y = &c->seen[b];
+            if ((x->output || y->output) && epi_extents_overlap(x, y)) {
+                const bool second = y->output; /* named first: what would be written */
+                return epi_fail(EP_ERR_ARG, "%s overlaps %s", second ? y->name : x->name,
+                                second ? x->name : y->name);
+            }
+        }
+    }
+    return EP_OK;
+}
+
+static ep_status check_places(const struct epi_call *c, const struct epi_rules *rules,
+                              const void *args, uint32_t roles) {
+    for (int i = 0; i < rules->num; i++) {
+        const struct epi_rule *r = &rules->rule[i];
+        const struct ep_tensor *t = epi_rule_tensor(r, args);
+        if (epi_rule_holds(r, roles, c->is) && t && t->data) {
+            EPI_TRY(c->group->backend->check_place(c->group, r->name, t));
+        }
+    }
+    return EP_OK;
+}
+
+ep_status epi_args_check(struct epi_call *c, const struct epi_rules *rules, void *args,
+                         uint32_t roles) {
+    for (int i = 0; i < rules->num; i++) {
+        const struct epi_rule *r = &rules->rule[i];
+        const struct ep_tensor *t = epi_rule_tensor(r, args);
+        if (!epi_rule_holds(r, roles, c->is)) {
+            continue;
+        }
+        if (!t && (r->role & EPI_REQUIRED)) {
+            return epi_fail(EP_ERR_ARG, "%s is NULL", r->name);
+        }
+        if (t) {
+            EPI_TRY(check_wanted(c, r));
+            EPI_TRY(epi_take(r->name, &c->copy[i], t, sizeof(*t)));
+            epi_rule_set(r, args, &c->copy[i]);
+            EPI_TRY(check_tensor(c, r, &c->copy[i]));
+            c->seen[c->num_seen] = epi_extent_of(r->name, &c->copy[i], r->role & OUT);
+            c->num_seen += c->seen[c->num_seen].high > 0;
+        }
+    }
+    EPI_TRY(check_overlaps(c));
+    return check_places(c, rules, args, roles);
+}
+
+void epi_args_fill(const struct epi_call *c, const struct epi_rules *rules, const void *args,
+                   uint32_t roles, void *kernel_args) {
+    for (int i = 0; i < rules->num; i++) {
+        const struct epi_rule *r = &rules->rule[i];
+        const struct ep_tensor *t = epi_rule_tensor(r, args);
+        const struct k_array array = epi_array(t);
+        if (epi_rule_holds(r, roles, c->is) && t) {
+            memcpy((char *)kernel_args + r->to, &array,
+                   r->role & EPI_ADDRESS ? sizeof(array.data) : sizeof(array));
+        }
+    }
+}

@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Groups of host ranks: kernels are threads of the rank's pool, arenas and boards lie in the shared
+ * memory of the host, and a handle's memory is the process's own.
+ */
+#include "src/ep/backend.h"
+
+#include <sched.h>
+#include <string.h>
+
+#include "src/cu/cu.h"
+#include "src/ep/group.h"
+
+#define MOST_WORKERS 8 /* unless the caller or EP_WORKERS says more */
+
+static int choose_workers(const ep_group *g) {
+    if (g->config.num_workers) {
+        return g->config.num_workers;
+    }
+    int64_t knob = epi_opt_int(EPI_OPT_WORKERS);
+    if (knob) {
+        return (int)knob;
+    }
+    cpu_set_t cpus;
+    int cores = sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
+    int share = cores / g->num_ranks;
+    return share < 1 ? 1 : share > MOST_WORKERS ? MOST_WORKERS : share;
+}
+
+static ep_status open_pool(ep_group *g) {
+    g->workers = g->most_workers = choose_workers(g);
+    return epi_run_create(&g->run, g->workers, epi_plan_warp_bytes(&g->config, &g->plan));
+}
+
+static void choose_memory(ep_group *g, struct epi_mem_config *m,
+                          struct epi_mem_device *device) {
+    (void)g;
+    (void)m;
+    (void)device;
+}
+
+static ep_status prepare(ep_group *g, const struct epi_exchange *x) {
+    (void)g;
+    (void)x;
+    return EP_OK;
+}
+
+/* A queued operation has deadlines and ends before its handle goes. */
+static bool settle(ep_group *g) {
+    (void)g;
+    return true;
+}
+
+static void stop(ep_group *g) {
+    epi_run_destroy(&g->run);
+}
+
+static void close_nothing(ep_group *g) {
+    (void)g;
+}
+
+static struct k_board *board(const ep_group *g, int rank) {
+    return (void *)((char *)epi_mem_arena(g->mem, rank) + g->plan.map.board);
+}
+
+static uint64_t board_address(const ep_group *g, int rank) {
+    return (uint64_t)(uintptr_t)board(g, rank);
+}
+
+/* Kernels may be running: each word by itself. */
+static ep_status read_ctl(ep_group *g, struct k_ctl *out) {
+    const _Atomic k_u64 *from = (const _Atomic k_u64 *)(const void *)g->ctl;
+    k_u64 *to = (k_u64 *)(void *)out;
+    for (size_t i = 0; i < sizeof(*out) / sizeof(*to); i++) {
+        to[i] = atomic_load_explicit(&from[i], memory_order_relaxed);
+    }
+    return EP_OK;
+}
+_Static_assert(sizeof(struct k_ctl) % sizeof(k_u64) == 0, "k_ctl is words");
+
+static ep_status read_memory(ep_group *g, void *out, const void *at, size_t bytes) {
+    (void)g;
+    memcpy(out, at, bytes);
+    return EP_OK;
+}
+
+static ep_status make_handle(ep_handle *h) {
+    const ep_group *g = h->group;
+    const size_t bytes = (size_t)g->plan.info.handle_bytes;
+    h->block = epi_alloc(bytes);
+    if (!h->block) {
+        return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)", bytes);
+    }
+    epi_plan_handle(&g->config, &g->plan, (uintptr_t)h->block, &h->k);
+    h->notice = h->k.notice;
+    return EP_OK;
+}
+
+static void drop_handle(ep_handle *h) {
+    epi_free(h->block);
+}
+
+/* Operations have told their callers. */
+static ep_status take_findings(ep_handle *h) {
+    (void)h;
+    return EP_OK;
+}
+
+static ep_status check_place(const ep_group *g, const char *name, const struct ep_tensor *t) {
+    int device = -1;
+    (void)g;
+    return epi_cu_pointer(t->data, &device) != EPI_CU_POINTER_DEVICE
+               ? EP_OK
+               : epi_fail(EP_ERR_ARG,
+                          "%s.data is memory of CUDA device %d: a host group takes ordinary "
+                          "memory",
+                          name, device);
+}
+
+static void *no_stream(const ep_group *g) {
+    (void)g;
+    return NULL;
+}
+
+static struct epi_shape shape(const ep_group *g, int asked, const struct epi_load *load) {
+    const int workers = asked < g->most_workers ? asked : g->most_workers;
+    const struct epi_grid grid = epi_run_grid(workers);
+    const struct epi_shape s = {workers, grid.send_blocks, EPI_HOST_STAGES,
+                                epi_plan_stage_bytes(load->row_bytes)};
+    return s;
+}
+
+static ep_status is_capturing(ep_group *g, void *stream, bool *capturing) {
+    (void)g;
+    (void)stream;
+    *capturing = false;
+    return EP_OK;
+}
+
+static ep_status submit(struct epi_op *op, void *stream) {
+    atomic_fetch_add(&op->h->pending, 1);
+    return epi_stream_submit(stream, epi_op_run, op, sizeof(*op));
+}
+
+const struct epi_backend epi_backend_host = {
+    .size = sizeof(struct epi_backend),
+    .on_device = false,
+    .open = open_pool,
+    .choose_memory = choose_memory,
+    .prepare = prepare,
+    .settle = settle,
+    .stop = stop,
+    .close = close_nothing,
+    .board = board,
+    .board_address = board_address,
+    .read_ctl = read_ctl,
+    .read = read_memory,
+    .make_handle = make_handle,
+    .drop_handle = drop_handle,
+    .take_findings = take_findings,
+    .check_place = check_place,
+    .stream = no_stream,
+    .shape = shape,
+    .is_capturing = is_capturing,
+    .submit = submit,
+};

@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The life of an operation: issue, turn, kernel, end. Run by the threads that call the API and by
+ * those of streams. Must not know what an operation means: that is its kind's.
+ */
+#include "src/ep/op.h"
+
+#include <string.h>
+
+#include "src/ep/group.h"
+
+void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *h, int asked,
+                  const struct epi_load *load) {
+    ep_group *g = h->group;
+    struct k_op *k = &op->args.op;
+    memset(op, 0, sizeof(*op));
+    op->kind = kind;
+    op->h = h;
+    op->shape = epi_group_shape(g, asked, load);
+    k->g = g->k;
+    k->h = h->k;
+    k->handle_id = h->id;
+    k->tokens = h->tokens;
+    k->topk = h->topk;
+    k->row_bytes = load->row_bytes;
+    k->send_blocks = (k_u32)op->shape.send_blocks;
+    epi_plan_channels(&g->plan, h->tokens, &k->channels);
+}
+
+ep_status epi_op_issue(struct epi_op *op, void *stream) {
+    ep_group *g = op->h->group;
+    const struct epi_op_kind *kind = op->kind;
+    const bool launches = g->backend->launch != NULL;
+    ep_status st = EP_OK;
+    pthread_mutex_lock(&g->mutex);
+    if (!kind->local && !(op->flags & EPI_OP_FINISH)) {
+        op->number = ++g->issued;
+    }
+    if (kind->issued) {
+        kind->issued(op);
+    }
+    if (launches) {
+        st = g->backend->launch(op, stream);
+    }
+    pthread_mutex_unlock(&g->mutex);
+    if (launches && st != EP_OK && !kind->local && !(op->flags & EPI_OP_DROPPED)) {
+        epi_group_raise(g, st, g->rank, op->number); /* peers count on this operation */
+    }
+    if (!launches) {
+        st = g->backend->submit(op, stream);
+        if (st != EP_OK && !stream && kind->failed) {
+            kind->failed(op);
+        }
+    }
+    return st;
+}
+
+/* Blocks until the operation before number n has ended, or until n has nothing to wait for. */
+static void await_turn(ep_group *g, uint64_t n) {
+    pthread_mutex_lock(&g->mutex);
+    /* Every operation that runs has a deadline; one whose stream never comes to it has none. */
+    while (g->ended < n - 1 && !epi_group_is_over(g, n)) {
+        epi_cond_wait(&g->turn, &g->mutex, epi_deadline_after(EPI_TURN_NS));
+    }
+    pthread_mutex_unlock(&g->mutex);
+}
+
+/* Operation n has ended. `ran`: its kernel did, so its epoch is counted already. */
+static void finish(ep_group *g, uint64_t n, bool ran) {
+    pthread_mutex_lock(&g->mutex);
+    if (g->ended < n) {
+        if (!ran && g->ended == n - 1) { /* else one before it may be in its kernel */
+            g->ctl->epoch++;
+        }
+        g->ended = n;
+        pthread_cond_broadcast(&g->turn);
+    }
+    pthread_mutex_unlock(&g->mutex);
+}
+
+static ep_status check(const struct epi_op *op) {
+    return op->kind->local ? EP_OK : op->kind->check(op->h->group, op->number);
+}
+
+static ep_status run_kernel(struct epi_op *op) {
+    const struct epi_op_kind *kind = op->kind;
+    if (kind->before) {
+        EPI_TRY(kind->before(op));
+    }
+    epi_run_kernel(op->h->group->run, kind->kernel, &op->args, op->shape.workers);
+    op->flags |= EPI_OP_RAN;
+    EPI_TRY(check(op));
+    return kind->after ? kind->after(op) : EP_OK;
+}
+
+ep_status epi_op_run(void *arg) {
+    struct epi_op *op = arg;
+    ep_handle *h = op->h;
+    const struct epi_op_kind *kind = op->kind;
+    if (!kind->local) {
+        await_turn(h->group, op->number);
+    }
+    ep_status st = check(op);
+    if (st == EP_OK) {
+        st = run_kernel(op);
+    }
+    const bool ran = (op->flags & EPI_OP_RAN) != 0;
+    if (st != EP_OK && !ran && kind->clear) {
+        kind->clear(op);
+    }
+    if (!kind->local && !(op->flags & EPI_OP_OPEN)) {
+        finish(h->group, op->number, ran);
+    }
+    atomic_fetch_sub(&h->pending, 1);
+    return st;
+}

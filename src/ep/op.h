@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * An operation: what a call asks of kernels, from its arguments to its status. dispatch.c,
+ * combine.c and route.c fill one in and give it to epi_op_issue; what is particular to a kind is
+ * in a table of hooks, and everything else (number, turn, fault, launch, end) is in op.c, once.
+ *
+ * Order: operations that involve peers get numbers when they are issued, 1, 2, ...; each runs when
+ * the one before it has ended, whatever streams they are on. On the host the number is the
+ * operation's epoch in the kernels; on a device the control block counts, because graphs replay
+ * operations that nobody has issued.
+ */
+#ifndef EPI_OP_H
+#define EPI_OP_H
+
+#include "src/ep/backend.h"
+
+struct epi_op;
+
+/*
+ * Hooks may be NULL, but for `check`. They run where the operation runs: for a call without a
+ * stream on the caller's thread, else on the stream's; `issued` and `failed` on the caller's.
+ * On a device nothing runs on the host after the launch, and only those two are called.
+ */
+struct epi_op_kind {
+    const char *name; /* of the public function */
+    enum epi_kernel kernel;
+    bool local; /* no peer takes part: no number, no turn */
+    /* EP_OK, or the status with which operation n ends before or after its kernel: the rule by
+     * which a fault of the group, or in other modes a mask, reaches the caller. */
+    ep_status (*check)(ep_group *g, uint64_t n);
+    void (*issued)(struct epi_op *op);      /* under the mutex, with its number */
+    ep_status (*before)(struct epi_op *op); /* in its turn: what is known only now */
+    ep_status (*after)(struct epi_op *op);  /* from what the kernel left to a status */
+    void (*clear)(struct epi_op *op);  /* refused before its kernel: outputs as if it failed */
+    void (*failed)(struct epi_op *op); /* a call without a stream has */
+};
+
+#define EPI_OP_BEGIN 1u      /* the first of two calls that are one operation ... */
+#define EPI_OP_FINISH 2u     /* ... and the second */
+#define EPI_OP_CACHED 4u     /* counts are known from before */
+#define EPI_OP_ARENA 8u      /* its output is a view: it has no capacity of its own */
+#define EPI_OP_RAN 16u       /* its kernel has */
+#define EPI_OP_OPEN 32u      /* this call is not to end the operation */
+#define EPI_OP_DROPPED 64u   /* nobody reads what it receives */
+#define EPI_OP_CAPTURED 128u /* it is in a graph */
+
+struct epi_op {
+    const struct epi_op_kind *kind;
+    ep_handle *h;
+    uint64_t number;
+    struct epi_shape shape;
+    uint32_t flags; /* EPI_OP_... */
+    union {
+        struct k_op op; /* the first fields of all */
+        struct k_route_args route;
+        struct k_layout_args layout;
+        struct k_dispatch_args dispatch;
+        struct k_combine_args combine;
+    } args;
+};
+_Static_assert(sizeof(struct epi_op) <= EPI_TASK_BYTES, "a stream holds operations");
+
+/* Everything but its number and what is its kind's own, from a routed handle. `asked`: workers of
+ * this call, 0: the group's. */
+void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *h, int asked,
+                  const struct epi_load *load);
+/* Numbers it and launches or queues it. With stream NULL on the host the status is the operation's,
+ * else that of enqueueing it. A device's peers are told if it cannot be launched. */
+ep_status epi_op_issue(struct epi_op *op, void *stream);
+/* On the host: the whole of an operation, in its turn; a task of a stream. */
+ep_status epi_op_run(void *op);
+
+#endif
