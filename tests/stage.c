@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "src/ep/args.h"
+
 #define ALIGN 256
 #define GUARD 256 /* bytes between images, at least */
 #define GUARD_BYTE 0x5A
@@ -53,43 +55,32 @@ struct ep_tensor *stage_tensor(struct stage *s, const struct ep_tensor *t, bool 
     return &item->image;
 }
 
+/* All tensors that a call which `is` so has, by the operation's table. */
+static void stage_all(struct stage *s, const struct epi_rules *rules, void *args, uint32_t is) {
+    for (int i = 0; i < rules->num; i++) {
+        const struct epi_rule *r = &rules->rule[i];
+        if (epi_rule_holds(r, EPI_IN | EPI_OUT, is)) {
+            epi_rule_set(r, args,
+                         stage_tensor(s, epi_rule_tensor(r, args), r->role & EPI_OUT, r->name));
+        }
+    }
+}
+
 void stage_routing(struct stage *s, struct ep_routing *r) {
-    r->topk_ids = stage_tensor(s, r->topk_ids, false, "topk_ids");
-    r->token_in_rank = stage_tensor(s, r->token_in_rank, false, "token_in_rank");
+    stage_all(s, &epi_route_rules, r, 0);
 }
 
 void stage_layout(struct stage *s, struct ep_layout *l) {
-    l->tokens_per_rank = stage_tensor(s, l->tokens_per_rank, true, "tokens_per_rank");
-    l->tokens_per_node = stage_tensor(s, l->tokens_per_node, true, "tokens_per_node");
-    l->tokens_per_expert = stage_tensor(s, l->tokens_per_expert, true, "tokens_per_expert");
-    l->token_in_rank = stage_tensor(s, l->token_in_rank, true, "token_in_rank");
-    l->channel_prefix = stage_tensor(s, l->channel_prefix, true, "channel_prefix");
+    stage_all(s, &epi_layout_rules, l, 0);
 }
 
 void stage_dispatch(struct stage *s, struct ep_dispatch_args *a) {
-    a->x = stage_tensor(s, a->x, false, "x");
-    a->scales = stage_tensor(s, a->scales, false, "scales");
-    a->topk_weights = stage_tensor(s, a->topk_weights, false, "topk_weights");
-    if (!(a->flags & EP_DISPATCH_ARENA)) { /* else libep fills in the caller's tensor */
-        a->recv_x = stage_tensor(s, a->recv_x, true, "recv_x");
-    }
-    a->recv_scales = stage_tensor(s, a->recv_scales, true, "recv_scales");
-    a->recv_topk_ids = stage_tensor(s, a->recv_topk_ids, true, "recv_topk_ids");
-    a->recv_topk_weights = stage_tensor(s, a->recv_topk_weights, true, "recv_topk_weights");
-    a->recv_source = stage_tensor(s, a->recv_source, true, "recv_source");
-    a->expert_counts = stage_tensor(s, a->expert_counts, true, "expert_counts");
-    a->expert_offsets = stage_tensor(s, a->expert_offsets, true, "expert_offsets");
-    a->num_rows = stage_tensor(s, a->num_rows, true, "num_rows");
+    /* The tensor of a view is the caller's, which libep fills in. */
+    stage_all(s, &epi_dispatch_rules, a, a->flags & EP_DISPATCH_ARENA ? EPI_ARENA : 0);
 }
 
 void stage_combine(struct stage *s, struct ep_combine_args *a) {
-    a->x = stage_tensor(s, a->x, false, "x");
-    a->weights = stage_tensor(s, a->weights, false, "weights");
-    a->topk_weights = stage_tensor(s, a->topk_weights, false, "topk_weights");
-    a->bias[0] = stage_tensor(s, a->bias[0], false, "bias[0]");
-    a->bias[1] = stage_tensor(s, a->bias[1], false, "bias[1]");
-    a->out = stage_tensor(s, a->out, true, "out");
-    a->out_topk_weights = stage_tensor(s, a->out_topk_weights, true, "out_topk_weights");
+    stage_all(s, &epi_combine_rules, a, 0);
 }
 
 /* ---- where images lie ---------------------------------------------------------------------- */
