@@ -129,7 +129,7 @@ static K_FN void send_weights(struct k_thread *k, const struct k_combine_args *a
 /* An answer of plain rows. They land one behind the other; where they also lie so, they are cut
  * into pieces as if they were one row. */
 struct answer {
-    k_u64 to; /* address of its first landing row */
+    struct k_peer to; /* its first landing row */
     k_u32 row, rows;
     k_i32 owner, channel;
     k_i32 line_bytes; /* of a row, or of all */
@@ -177,8 +177,7 @@ static K_INLINE void place_answers(struct k_thread *k, const struct k_combine_ar
                                    struct answer_list *l, k_i32 first) {
     for (k_i32 i = first; k->lane == 0 && i < l->num; i++) {
         struct answer *u = &l->answers[(k_u32)i % K_LISTED_ANSWERS];
-        u->to =
-            k_peer_at(&a->g, u->owner, landing(a, landing_row(a, u->owner, u->row))).address;
+        u->to = k_peer_at(&a->g, u->owner, landing(a, landing_row(a, u->owner, u->row)));
     }
     k_syncwarp(k);
 }
@@ -277,9 +276,10 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
         if (out.item < l.num) {
             const k_i32 item = out.item;
             const struct answer *u = listed_answer(&l, item);
-            const k_u64 to = u->to + (k_u64)out.line * (k_u64)a->row_bytes + (k_u64)out.from;
+            const struct k_peer to =
+                k_peer_plus(u->to, (k_u64)out.line * (k_u64)a->row_bytes + (k_u64)out.from);
             k_mover_wait(k, m, out.stage);
-            k_mover_store(k, m, out.stage, one_lane(k, to),
+            k_mover_store(k, m, out.stage, k_peer_for_lane0(k, to),
                           k_min(u->line_bytes - out.from, a->stage_bytes));
             k_mover_commit(k, m);
             walk_answer(&out, a, u);
@@ -340,7 +340,7 @@ static K_FN void count_sent_answers(struct k_thread *k, const struct k_combine_a
 
 /* A row to be summed: an answer that this rank owes, or a slice of a token's row. */
 struct sum {
-    k_u64 to;
+    struct k_peer to;
     k_i32 item;           /* the received row that is answered, or the token */
     k_i32 owner, channel; /* of an answer; the owner of a token's sum is K_NOBODY */
     k_i32 num;            /* terms */
@@ -456,7 +456,7 @@ static K_INLINE void begin_answer(struct k_thread *k, const struct k_combine_arg
     s->owner = f->owner;
     s->channel = f->channel;
     s->item = (k_i32)f->row;
-    s->to = k_peer_at(&a->g, f->owner, landing(a, landing_row(a, f->owner, f->row))).address;
+    s->to = k_peer_at(&a->g, f->owner, landing(a, landing_row(a, f->owner, f->row)));
     s->bytes = a->row_bytes;
     s->num = answer_terms(k, a, f->row, terms);
     f->row++;
@@ -523,7 +523,7 @@ static K_INLINE void begin_token(const struct k_combine_args *a, const struct sl
     s->owner = K_NOBODY;
     s->channel = 0;
     s->item = t;
-    s->to = a->out.data + (k_u64)((k_i64)t * a->out.s0) + (k_u64)from;
+    s->to = k_peer_own(a->out.data + (k_u64)((k_i64)t * a->out.s0) + (k_u64)from);
     s->bytes = k_min(t < cut->whole ? a->row_bytes : cut->bytes, a->row_bytes - from);
     s->last = from + s->bytes == a->row_bytes;
     f->token = K_NOBODY;
@@ -590,7 +590,7 @@ static K_FN k_i32 next_sum(struct k_thread *k, const struct k_combine_args *a,
     struct sum_notes *n = warp_sum_notes(k);
     k_syncwarp(k); /* no lane needs what was noted of the row before the last */
     struct sum_feed f = n->feed;
-    struct sum s = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    struct sum s = {{0}, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     const k_i32 next = choose_sum(k, a, cut, wait, &f, &s, warp_terms(k, set));
     s.part = part_bytes(a, s.num, s.bytes);
     k_syncwarp(k);
@@ -648,7 +648,7 @@ static K_INLINE k_i32 sum_part(struct k_thread *k, const struct k_combine_args *
     const struct k_term *terms = warp_terms(k, set);
     const k_bool weighted = s->owner != K_NOBODY && a->weights.data != 0;
     const k_i32 bytes = k_min(s->part, s->bytes - from), num = s->num;
-    const struct k_peer to = own_memory(s->to + (k_u64)from);
+    const struct k_peer to = k_peer_plus(s->to, (k_u64)from);
     if (is_staged(a)) {
         k_mover_wait(k, m, stage);
         k_mover_sum(k, m, stage, to, a->dtype, weighted, bytes, terms, num);

@@ -89,8 +89,7 @@ static K_FN void post_counts(struct k_thread *k, const struct k_dispatch_args *a
     }
     K_UNROLL for (k_i32 j = 0; j < K_MANY; j++) {
         if (c.first + j * K_LANES < c.num) {
-            k_post(own_memory(to.address + 8ull * (k_u64)(j * K_LANES)),
-                   K_WORD(k->epoch, v[j]));
+            k_post(k_peer_plus(to, 8ull * (k_u64)(j * K_LANES)), K_WORD(k->epoch, v[j]));
         }
     }
 }

@@ -507,14 +507,13 @@ static K_INLINE void store_piece(struct k_thread *k, const struct k_dispatch_arg
             if (to >= 0 && to < a->x_rows) {
                 at = a->recv_x.data + (k_u64)(to * a->recv_x.s0) + (k_u64)from;
             }
-            k_mover_store(k, m, out->stage, own_memory(at), bytes);
+            k_mover_store(k, m, out->stage, k_peer_own(at), bytes);
         }
     } else {
         const k_i64 to = (k_i64)warp_intake_notes(k)->batch[out->set].first + out->row;
         if (to < a->x_rows) {
-            k_mover_store(
-                k, m, out->stage,
-                one_lane(k, a->recv_x.data + (k_u64)(to * a->recv_x.s0) + (k_u64)from), bytes);
+            const k_u64 at = a->recv_x.data + (k_u64)(to * a->recv_x.s0) + (k_u64)from;
+            k_mover_store(k, m, out->stage, k_peer_for_lane0(k, k_peer_own(at)), bytes);
         }
     }
 }

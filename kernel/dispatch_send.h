@@ -17,11 +17,6 @@ static K_INLINE k_bool serves(const struct k_dispatch_args *a, k_i32 whom, k_i32
     return whom == K_TO_ALL || (d == a->g.rank) == (whom == K_TO_SELF);
 }
 
-/* Where one destination of a token takes its row and its sidecar; 0: there is none. */
-struct place {
-    k_u64 row, side;
-};
-
 /* What a sending warp keeps in its scratch. */
 #define K_NEAR_RANKS 24
 #define K_TRACKED_RANKS 16
@@ -34,7 +29,7 @@ struct send_token {
 };
 
 struct send_scratch {
-    struct place first[K_NEAR_RANKS]; /* where this rank's rows begin at the first ranks */
+    struct k_pair first[K_NEAR_RANKS]; /* where this rank's rows begin at the first ranks */
     k_u32
         stored[K_TRACKED_RANKS]; /* of the rows for a rank, those before this are stored, ... */
     k_u32 announced
@@ -114,17 +109,17 @@ static K_INLINE void next_channel(struct k_thread *k, const struct k_dispatch_ar
                       : l->channel + l->stride);
 }
 
-/* Where this rank's rows and their sidecars begin at rank d. */
-static K_INLINE struct place first_place(const struct k_dispatch_args *a, k_i32 d) {
+/* Where this rank's rows begin at rank d, and their sidecars. */
+static K_INLINE struct k_pair first_place(const struct k_dispatch_args *a, k_i32 d) {
     const struct k_map *map = &a->g.map;
     const k_u64 slot = a->h.remote_where[d], row = a->h.remote_base[d];
-    struct place p;
-    p.row =
-        k_peer_at(&a->g, d, map->recv + slot * map->recv_slot_bytes + row * (k_u64)a->row_bytes)
-            .address;
-    p.side = k_peer_at(&a->g, d,
-                       map->side + slot * map->side_slot_bytes + row * (k_u64)a->g.side_stride)
-                 .address;
+    struct k_pair p;
+    k_pair_set_first(
+        &p, k_peer_at(&a->g, d,
+                      map->recv + slot * map->recv_slot_bytes + row * (k_u64)a->row_bytes));
+    k_pair_set_second(
+        &p, k_peer_at(&a->g, d,
+                      map->side + slot * map->side_slot_bytes + row * (k_u64)a->g.side_stride));
     return p;
 }
 
@@ -159,17 +154,18 @@ static K_INLINE void note_places(struct k_thread *k, const struct k_dispatch_arg
     k_syncwarp(k);
 }
 
-/* The place of a row at rank d: number `slot` of this rank's rows for it. */
-static K_INLINE struct place place_at(const struct k_dispatch_args *a,
-                                      const struct send_list *l, k_i32 d, k_u32 slot) {
-    struct place p = {0, 0};
+/* The places of a row at rank d and of its sidecar; it is number `slot` of this rank's rows for it.
+ * Nowhere where d is not served. */
+static K_INLINE struct k_pair place_at(const struct k_dispatch_args *a,
+                                       const struct send_list *l, k_i32 d, k_u32 slot) {
+    struct k_pair p = {0, 0};
     if (d >= 0 && serves(a, l->whom, d)) {
         p = d < K_NEAR_RANKS ? l->s->first[d] : first_place(a, d);
         if (d < K_TRACKED_RANKS) {
             l->s->stored[d] = slot + 1;
         }
-        p.row += (k_u64)slot * (k_u64)a->row_bytes;
-        p.side += (k_u64)slot * (k_u64)a->g.side_stride;
+        k_pair_move_first(&p, (k_u64)slot * (k_u64)a->row_bytes);
+        k_pair_move_second(&p, (k_u64)slot * (k_u64)a->g.side_stride);
     }
     return p;
 }
@@ -368,7 +364,7 @@ static K_INLINE void begin_piece(struct k_thread *k, const struct k_dispatch_arg
 static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args *a,
                                struct k_mover *m, const struct send_shape *s,
                                const struct send_list *l, const struct walk *out,
-                               struct place *place, const struct token_ahead *next) {
+                               struct k_pair *place, const struct token_ahead *next) {
     const struct send_token *t = listed_token(l, out->item);
     const k_bool row = out->piece < s->row_pieces, side = out->piece >= s->side_piece;
     const k_i32 row_from = out->piece * a->stage_bytes;
@@ -383,17 +379,17 @@ static K_INLINE void end_piece(struct k_thread *k, const struct k_dispatch_args 
     if (row) {
         k_mover_wait(k, m, out->stage);
     }
-    struct place p = *place;
+    struct k_pair p = *place;
     k_i32 base = 0;
     K_ROLLED
     do {
         if (row) {
-            k_mover_store(k, m, out->stage, own_memory(p.row ? p.row + (k_u64)row_from : 0),
+            k_mover_store(k, m, out->stage, k_pair_first(&p, (k_u64)row_from),
                           out->piece == s->row_pieces - 1 ? s->row_end : a->stage_bytes);
         }
         if (side) {
             k_mover_store_filled(k, m, out->stage, s->side_at,
-                                 own_memory(p.side ? p.side + (k_u64)side_from : 0),
+                                 k_pair_second(&p, (k_u64)side_from),
                                  k_min(s->side_bytes - side_from, a->stage_bytes));
         }
         base += K_LANES;
@@ -461,7 +457,7 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
     struct send_list l = begin_list(k, a, whom, first, stride, s.row_pieces);
     struct walk in = begin_walk(k, m, 0), out = in; /* over listed_token tokens */
     struct pending p = {-1, 0};
-    struct place place = {0, 0};
+    struct k_pair place = {0, 0};
     struct token_ahead next = begin_read_ahead(k, a, &s);
     k_i32 ahead = 0;
     k_bool placed = 0;

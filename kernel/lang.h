@@ -47,9 +47,16 @@
  * Code          K_UNROLL, K_ROLLED       before a loop: its values are to stay in registers; it is
  *                                        short, and code must stay in its cache
  * Time          k_now(k), k_spin(k, ...) deadline and abort are inside
+ * Places        k_peer_at(g, rank, offset)  a byte of a rank's arena
+ *               k_peer_plus(p, bytes)    further on
+ *               k_pair_*                 two places at one rank: set, move on, and a part of one
+ *               k_peer_own(address)      this rank's memory, to store to
+ *               k_peer_for_lane0(k, p)   p for lane 0, nowhere for the others
+ *               k_own(g, offset)         a byte of this rank's arena, to read
  *
  * Addresses: a pointer is this rank's own memory; a struct k_peer is memory of some rank's arena
- * (perhaps this one's), reached through its mapping. Scope of a hand-off follows from that type.
+ * (perhaps this one's), reached through its mapping, and stays a k_peer on its way to the store.
+ * Scope of a hand-off follows from that type.
  * Waits happen only in k_await, k_spin and k_barrier.
  */
 #ifndef KERNEL_LANG_H
@@ -79,16 +86,70 @@ static K_INLINE k_i32 k_max(k_i32 a, k_i32 b) {
     return a > b ? a : b;
 }
 
-/* Address `offset` of rank `rank`'s arena. */
+/* Byte `offset` of rank `rank`'s arena. */
 static K_INLINE struct k_peer k_peer_at(const struct k_group *g, k_i32 rank, k_u64 offset) {
     struct k_peer p;
     p.address = g->peer[rank] + offset;
     return p;
 }
 
-/* The same in this rank's own arena, as memory to read. */
+static K_INLINE struct k_peer k_peer_plus(struct k_peer p, k_u64 bytes) {
+    p.address += bytes;
+    return p;
+}
+
+/* This rank's own memory as a place to store to, also outside of its arena; 0 is nowhere. */
+static K_INLINE struct k_peer k_peer_own(k_u64 address) {
+    struct k_peer p;
+    p.address = address;
+    return p;
+}
+
+/* A place for lane 0 only; the other lanes store nowhere. */
+static K_INLINE struct k_peer k_peer_for_lane0(const struct k_thread *k, struct k_peer p) {
+    p.address = k->lane == 0 ? p.address : 0;
+    return p;
+}
+
+/* Byte `offset` of this rank's own arena, as memory to read. */
 static K_INLINE k_u8 *k_own(const struct k_group *g, k_u64 offset) {
     return (k_u8 *)(g->peer[g->rank] + offset);
+}
+
+/*
+ * Two places at one rank, each of which may be nowhere: of a row, and of what goes with it. One type
+ * of two addresses, whose words take it by its own address: two k_peer in a struct, and words that
+ * return it, are other machine code.
+ */
+struct k_pair {
+    k_u64 first, second;
+};
+
+static K_INLINE void k_pair_set_first(struct k_pair *p, struct k_peer at) {
+    p->first = at.address;
+}
+
+static K_INLINE void k_pair_set_second(struct k_pair *p, struct k_peer at) {
+    p->second = at.address;
+}
+
+static K_INLINE void k_pair_move_first(struct k_pair *p, k_u64 bytes) {
+    p->first += bytes;
+}
+
+static K_INLINE void k_pair_move_second(struct k_pair *p, k_u64 bytes) {
+    p->second += bytes;
+}
+
+/* The first place from byte `from` on, of nowhere: nowhere. */
+static K_INLINE struct k_peer k_pair_first(const struct k_pair *p, k_u64 from) {
+    struct k_peer at = {p->first ? p->first + from : 0};
+    return at;
+}
+
+static K_INLINE struct k_peer k_pair_second(const struct k_pair *p, k_u64 from) {
+    struct k_peer at = {p->second ? p->second + from : 0};
+    return at;
 }
 
 static K_INLINE k_i32 k_first(const struct k_thread *k, k_i32 first_block) {
@@ -121,6 +182,17 @@ struct k_blame {
     k_u32 mine, theirs;
 };
 
+/* Writes an abort word to the other ranks' boards. All that kernels write there passes through this:
+ * every rank has mapped every board, as all are of one host. */
+static K_INLINE void k_tell_boards(const struct k_group *g, k_u64 code) {
+    for (k_i32 p = 0; p < g->num_ranks; p++) {
+        if (p != g->rank) {
+            struct k_peer told = {(k_u64)&k_board_of(g, p)->told};
+            k_publish(told, code);
+        }
+    }
+}
+
 /* Ends every wait of this rank and tells the peers. The first caller's account is kept. */
 static K_COLD void k_raise_at(const struct k_group *g, k_i32 kind, k_u32 epoch, k_i64 waited_ns,
                               struct k_blame b) {
@@ -144,12 +216,7 @@ static K_COLD void k_raise_at(const struct k_group *g, k_i32 kind, k_u32 epoch, 
         k_publish_local(&board->abort, code);
     }
     k_store(&g->ctl->abort, code);
-    for (k_i32 p = 0; p < g->num_ranks; p++) {
-        if (p != g->rank) {
-            struct k_peer told = {(k_u64)&k_board_of(g, p)->told};
-            k_publish(told, code);
-        }
-    }
+    k_tell_boards(g, code);
 }
 
 static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame b) {

@@ -230,13 +230,6 @@ static K_INLINE k_bool pending_is_due(const struct pending *p, k_bool at_once) {
 #define K_FEW_ANSWERS 8
 #endif
 
-/* An address for one lane only; the other lanes store nowhere. */
-static K_INLINE struct k_peer one_lane(const struct k_thread *k, k_u64 address) {
-    struct k_peer p;
-    p.address = k->lane == 0 ? address : 0;
-    return p;
-}
-
 /* The warp's scratch and the ring of its mover, in the block's shared memory. */
 static K_INLINE void *warp_scratch(struct k_thread *k) {
     return (k_u8 *)k_shared(k) + (k_u64)k->warp * (k_u64)k->g->scratch_bytes;
@@ -245,12 +238,6 @@ static K_INLINE void *warp_scratch(struct k_thread *k) {
 static K_INLINE void *warp_ring(struct k_thread *k, k_i32 stages, k_i32 stage_bytes) {
     return (k_u8 *)k_shared(k) + (k_u64)k->num_warps * (k_u64)k->g->scratch_bytes +
            (k_u64)k->warp * (k_u64)K_RING_BYTES(stages, stage_bytes);
-}
-
-static K_INLINE struct k_peer own_memory(k_u64 address) {
-    struct k_peer p;
-    p.address = address;
-    return p;
 }
 
 #endif

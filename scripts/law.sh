@@ -11,7 +11,10 @@
 # (scripts/run_tests.sh). The self-test plants violations in a copy: each must be caught.
 #
 # Also the dialect in which all of these are written: sizeof(x), and in conditions p and !p rather
-# than p == NULL, no (void) before a call; in src/ EPI_TRY, too.
+# than p == NULL, no (void) before a call; in src/ EPI_TRY, too. In kernel/ every macro begins with
+# K_ (guards with KERNEL_); a function, struct or macro has its name alone, in kernel/ and from tools/
+# (the language, lang*.h, says a word once for each world); and addresses of peers are the
+# language's business.
 self_test=
 clean= # what code_of says of the tree, when it is known
 [ "$1" = --self-test ] && self_test=1 && shift
@@ -120,6 +123,32 @@ includes() {
             bad("examples include ep.h only, demo/ also tools/tool.h and tools/gpu.h: " inc)
         }
     }
+    # The name that a line at file scope defines; "" for none. A line that ends in ";" only declares.
+    function defined_name(    s) {
+        s = code
+        if (s ~ /^[ \t]*#[ \t]*define[ \t]/) sub(/^[ \t]*#[ \t]*define[ \t]+/, "", s)
+        else if (s ~ /^(struct|enum)[ \t]+[A-Za-z0-9_]+[ \t]*\{/) sub(/^(struct|enum)[ \t]+/, "", s)
+        else if (s ~ /^[A-Za-z_]/ && s !~ /;[ \t]*$/ && s ~ /[a-z0-9_]\(/ && s !~ /^[A-Z_a-z]+\(/) {
+            sub(/\(.*/, "", s); sub(/.*[ \t*]/, "", s)
+        } else return ""
+        sub(/[^A-Za-z0-9_].*/, "", s)
+        return s
+    }
+    function note_name(    name) {
+        name = defined_name()
+        if (name == "") return
+        if ((name in owner) && owner[name] != file && (owner[name] file) ~ /kernel/)
+            bad(name " is defined in " owner[name] ", too")
+        owner[name] = file
+    }
+    function check_kernel() {
+        if (code ~ /^[ \t]*#[ \t]*define[ \t]/ && code !~ /define[ \t]+(K_|KERNEL_|_Static_assert )/)
+            bad("macros of kernel/ begin with K_")
+        if (file !~ /^kernel\/lang[^\/]*\.h$/) {
+            if (code ~ /(\.|->)address[^A-Za-z0-9_]/) bad("addresses of peers belong to kernel/lang*.h")
+            note_name()
+        }
+    }
     {
         split($0, part, ":"); file = part[1]; line = part[2]
         code = substr($0, length(file) + length(line) + 3)
@@ -148,6 +177,8 @@ includes() {
             bad("assembly and builtin atomics belong to kernel/lang_*.h")
         if (file ~ /^kernel\/.*\.k\.c$/ && padded ~ word "(_Atomic|volatile)" word)
             bad("kernels hand off through the language, not _Atomic or volatile")
+        if (file ~ /^kernel\//) check_kernel()
+        else if (file ~ /^(tools|examples)\//) note_name()
         if (file !~ /^(src|kernel|tools|examples)\//) next
         if (padded ~ word "sizeof[ \t]+[^( \t]") bad("sizeof(x), with parentheses")
         if (code ~ /==[ \t]*NULL|NULL[ \t]*[=!]=/ ||
@@ -241,6 +272,12 @@ plant src/ep/zz.c 'clock_gettime(CLOCK_MONOTONIC, &now);'
 plant src/ep/zz.c '__asm__ volatile("" ::: "memory");'
 plant src/run/zz.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
 plant kernel/zz.k.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
+plant kernel/zz.k.c '#define PART 1'
+plant kernel/zz.k.c 'static K_FN void combine_run(struct k_thread *k) {'
+plant kernel/zz.k.c 'struct sum_feed {'
+plant kernel/zz.k.c '#define K_TO_SELF 3'
+plant tools/zz.c 'static void dispatch_run(void) {'
+plant kernel/zz.k.c '    const k_u64 x = peer.address;'
 plant src/ep/zz.c 'size_t x = sizeof x;'
 plant src/ep/zz.c 'if (p == NULL) {'
 plant src/ep/zz.c 'while (p != NULL && p->next) {'
