@@ -1,0 +1,401 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The summing half of combine: which rows a warp sums next, what their terms are, and the walk that
+ * gathers and adds them. A row is a token's, or an answer that this rank owes and that is weighted
+ * or expanded. Function bodies for combine.k.c; all warps run them. A warp waits for peers only
+ * when it owes no answer.
+ */
+#ifndef KERNEL_COMBINE_SUM_H
+#define KERNEL_COMBINE_SUM_H
+
+#include "kernel/combine_send.h"
+
+_Static_assert(sizeof(struct k_term) == K_TERM_BYTES, "a warp's scratch is terms");
+
+/* A row to be summed: an answer that this rank owes, or a slice of a token's row. */
+struct sum {
+    struct k_peer to;
+    k_i32 item;           /* the received row that is answered, or the token */
+    k_i32 owner, channel; /* of an answer; the owner of a token's sum is K_NOBODY */
+    k_i32 num;            /* terms */
+    k_i32 bytes, part;    /* of the row; of each term, that a stage takes */
+    k_u8 first, announce; /* answer of its channel; it is to be announced */
+    k_u8 last;            /* slice of its token */
+};
+
+#define K_NOBODY (-1)
+
+/* Where a warp's rows come from. */
+struct sum_feed {
+    k_u8 answers, tokens; /* there may be more to take from the rank's counters */
+    k_u8 eager;           /* tokens that can be summed come before answers */
+    k_u8 first;           /* no answer of the channel taken last is begun */
+    k_u32 row, end;       /* its answers that are not begun */
+    k_i32 owner, channel;
+    k_i32 token; /* taken, not begun; or K_NOBODY */
+    k_i32 from;  /* the byte of its row at which the slice begins */
+};
+
+/* What a warp notes in its scratch, as registers are for the sums. Written by lane 0. */
+struct sum_notes {
+    struct sum sum[2]; /* the one begun last, and the one before */
+    struct sum_feed feed;
+};
+
+_Static_assert(sizeof(struct sum_notes) <= K_NOTE_BYTES, "a warp's notes fit their place");
+
+static K_INLINE struct sum_notes *warp_sum_notes(struct k_thread *k) {
+    return (struct sum_notes *)warp_scratch(k);
+}
+
+/* One of two sets; where terms do not fit a stage there is one, which takes all of the scratch. */
+static K_INLINE struct k_term *warp_terms(struct k_thread *k, k_i32 set) {
+    return (struct k_term *)((k_u8 *)warp_scratch(k) + K_NOTE_BYTES) + set * K_SUM_TERMS;
+}
+
+/*
+ * How tokens' rows are cut: not, but for the last ones, as many as there are warps, so that what is
+ * left to do when the last answers arrive is little for each warp; finer where there are more
+ * warps than tokens.
+ */
+struct slices {
+    k_i32 whole; /* tokens that are not cut */
+    k_i32 num, bytes;
+};
+
+#define K_MOST_SLICES 8
+#define K_LAST_SLICES 4
+#define K_LEAST_SLICE_BYTES 4096
+
+static K_INLINE struct slices slices_of(const struct k_combine_args *a, k_i32 warps) {
+    const k_i32 last = k_min(a->row_bytes / K_LEAST_SLICE_BYTES, K_LAST_SLICES);
+    const k_i32 few = k_min(a->tokens > 0 ? warps / a->tokens : 1, K_MOST_SLICES);
+    const k_i32 num = k_max(few, last);
+    struct slices s = {k_max(a->tokens - warps, 0), 1, a->row_bytes};
+    if (num > 1) {
+        s.bytes = (a->row_bytes + 512 * num - 1) / (512 * num) * 512;
+        s.num = (a->row_bytes + s.bytes - 1) / s.bytes;
+    }
+    return s;
+}
+
+/* Whether every sum's terms fit a stage, so that rows follow each other through the ring. */
+static K_INLINE k_bool is_staged(const struct k_combine_args *a) {
+    k_i32 most = a->g.max_dests + (a->bias0.data != 0) + (a->bias1.data != 0);
+    if ((a->flags & K_DO_EXPAND) && a->topk > most) {
+        most = a->topk;
+    }
+    return most <= K_SUM_TERMS && 16 * most <= a->stage_bytes;
+}
+
+/* How many bytes of each of `num` terms go into a stage: where many, a multiple of what the lanes
+ * read at once. */
+static K_INLINE k_i32 part_bytes(const struct k_combine_args *a, k_i32 num, k_i32 bytes) {
+    if (K_IN_PLACE || !is_staged(a)) {
+        return bytes;
+    }
+    const k_i32 each = a->stage_bytes / (num > 1 ? num : 1);
+    return k_min(each < 512 ? each & ~15 : each & ~511, bytes);
+}
+
+/* Rows of the experts' output that make up this rank's answer for received row `row`. */
+static K_INLINE k_i32 answer_terms(struct k_thread *k, const struct k_combine_args *a,
+                                   k_u32 row, struct k_term *terms) {
+    const k_bool wide = (a->flags & K_DO_EXPAND) != 0;
+    k_i32 num = 0;
+    for (k_i32 base = 0; base < (wide ? a->topk : 1); base += K_LANES) {
+        const k_i32 j = base + k->lane;
+        k_i32 from = -1;
+        if (wide && j < a->topk) {
+            from = a->h.expand_row[(k_i64)row * a->topk + j];
+        } else if (!wide && j == 0) {
+            from = (k_i32)row;
+        }
+        k_u32 all = 0;
+        const k_i32 at = num + (k_i32)k_scan(k, from >= 0, &all);
+        if (from >= 0) {
+            terms[at].row = (const void *)x_row(a, (k_u32)from);
+            terms[at].weight =
+                a->weights.data
+                    ? *(const k_f32 *)(a->weights.data + (k_u64)(from * a->weights.s0))
+                    : 1.0f;
+        }
+        num += (k_i32)all;
+    }
+    return num;
+}
+
+static K_INLINE void begin_answer(struct k_thread *k, const struct k_combine_args *a,
+                                  struct sum_feed *f, struct sum *s, struct k_term *terms) {
+    s->owner = f->owner;
+    s->channel = f->channel;
+    s->item = (k_i32)f->row;
+    s->to = k_peer_at(&a->g, f->owner, landing(a, landing_row(a, f->owner, f->row)));
+    s->bytes = a->row_bytes;
+    s->num = answer_terms(k, a, f->row, terms);
+    f->row++;
+    s->first = f->first;
+    s->announce = f->row == f->end;
+    s->last = 0;
+    f->first = 0;
+}
+
+static K_INLINE k_i32 add_bias(struct k_thread *k, const struct k_array *bias, k_i32 t,
+                               k_i32 from, struct k_term *terms, k_i32 num) {
+    if (!bias->data) {
+        return num;
+    }
+    if (k->lane == 0) {
+        terms[num].row = (const k_u8 *)(bias->data + (k_u64)((k_i64)t * bias->s0)) + from;
+        terms[num].weight = 1.0f;
+    }
+    return num + 1;
+}
+
+/*
+ * Token f->token has been answered by every rank it was sent to; `wait`: until it has. Then its
+ * terms are noted. Where they lie is looked up before that is known, and what may be past its
+ * destinations read with their number: each read that waits for another one costs as much as the
+ * sum of a piece.
+ */
+static K_FN k_bool has_answers(struct k_thread *k, const struct k_combine_args *a,
+                               const struct sum_feed *f, k_bool wait, struct sum *s,
+                               struct k_term *terms) {
+    const struct k_group *g = &a->g;
+    const k_i32 t = f->token, dests = a->h.num_dests[t], c = channel_of(&a->channels, t);
+    k_i32 num = add_bias(k, &a->bias0, t, f->from, terms, 0);
+    num = add_bias(k, &a->bias1, t, f->from, terms, num);
+    for (k_i32 base = 0; base == 0 || base < dests; base += K_LANES) {
+        const k_i32 i = base + k->lane;
+        const k_i64 at = (k_i64)t * g->max_dests + i;
+        const k_i32 rank = i < g->max_dests ? a->h.dest_rank[at] : 0;
+        const k_u32 slot = i < g->max_dests ? a->h.dest_slot[at] : 0;
+        const k_i32 d = i < dests ? rank : -1;
+        const k_u64 *word = 0;
+        if (d >= 0) {
+            const void *row =
+                d == g->rank && reads_own_in_place(a)
+                    ? (const void *)x_row(a, a->h.recv_base[d] + slot)
+                    : (const void *)k_own(g, landing(a, (k_u64)a->h.send_base[d] + slot));
+            terms[num + i].row = (const k_u8 *)row + f->from;
+            terms[num + i].weight = 1.0f;
+            word = (const k_u64 *)k_own(g, channel_word(g, g->map.returned, d, c));
+        }
+        if (!(wait ? k_await_rows(k, word, k->epoch, slot + 1, d, K_PHASE_ANSWERS)
+                   : k_arrived(k, word, k->epoch, slot + 1))) {
+            k_syncwarp(k); /* what was noted may be written over, by other lanes */
+            return 0;
+        }
+    }
+    s->num = num + dests;
+    return 1;
+}
+
+static K_INLINE void begin_token(const struct k_combine_args *a, const struct slices *cut,
+                                 struct sum_feed *f, struct sum *s) {
+    const k_i32 t = f->token, from = f->from;
+    s->owner = K_NOBODY;
+    s->channel = 0;
+    s->item = t;
+    s->to = k_peer_own(a->out.data + (k_u64)((k_i64)t * a->out.s0) + (k_u64)from);
+    s->bytes = k_min(t < cut->whole ? a->row_bytes : cut->bytes, a->row_bytes - from);
+    s->last = from + s->bytes == a->row_bytes;
+    f->token = K_NOBODY;
+}
+
+/* Answers of the next channel that has any; false: all were taken. */
+static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_args *a,
+                                    struct sum_feed *f) {
+    const struct k_group *g = &a->g;
+    while (f->answers && f->row == f->end) {
+        const k_i32 i = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_ANSWERS]);
+        if (i >= g->num_ranks * g->num_channels) {
+            f->answers = 0;
+            break;
+        }
+        f->first = 1;
+        f->owner = (g->rank + 1 + i % g->num_ranks) % g->num_ranks;
+        f->channel = i / g->num_ranks;
+        const k_u32 *chan =
+            a->h.recv_chan + (k_i64)f->owner * (g->num_channels + 1) + f->channel;
+        f->row = a->h.recv_base[f->owner] + chan[0];
+        f->end = a->h.recv_base[f->owner] + chan[1];
+    }
+    return f->row < f->end;
+}
+
+static K_INLINE k_bool take_token(struct k_thread *k, const struct k_combine_args *a,
+                                  const struct slices *cut, struct sum_feed *f) {
+    if (f->tokens && f->token == K_NOBODY) {
+        const k_i32 i = (k_i32)k_take_next(k, &a->g.ctl->taken[K_TAKEN_TOKENS]),
+                    cuts = i - cut->whole;
+        const k_i32 t = cuts < 0 ? i : cut->whole + cuts / cut->num;
+        f->tokens = t < a->tokens;
+        f->token = f->tokens ? t : K_NOBODY;
+        f->from = cuts < 0 ? 0 : cuts % cut->num * cut->bytes;
+    }
+    return f->token != K_NOBODY;
+}
+
+/* May wait only when the warp owes nothing: answers are made before that, and all that it began
+ * are sent. */
+static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
+                             const struct slices *cut, k_bool wait, struct sum_feed *f,
+                             struct sum *s, struct k_term *terms) {
+    const k_bool first = f->eager && f->row == f->end && take_token(k, a, cut, f) &&
+                         has_answers(k, a, f, 0, s, terms);
+    if (!first && take_answers(k, a, f)) {
+        begin_answer(k, a, f, s, terms);
+        return K_NEXT_READY;
+    }
+    if (!first && !take_token(k, a, cut, f)) {
+        return K_NEXT_NONE;
+    }
+    if (!first && !has_answers(k, a, f, wait, s, terms)) {
+        return wait ? K_NEXT_FAILED : K_NEXT_LATER;
+    }
+    begin_token(a, cut, f, s);
+    return K_NEXT_READY;
+}
+
+/* The next row to sum, noted as number `set`, and its terms. */
+static K_FN k_i32 next_sum(struct k_thread *k, const struct k_combine_args *a,
+                           const struct slices *cut, k_bool wait, k_i32 set) {
+    struct sum_notes *n = warp_sum_notes(k);
+    k_syncwarp(k); /* no lane needs what was noted of the row before the last */
+    struct sum_feed f = n->feed;
+    struct sum s = {{0}, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    const k_i32 next = choose_sum(k, a, cut, wait, &f, &s, warp_terms(k, set));
+    s.part = part_bytes(a, s.num, s.bytes);
+    k_syncwarp(k);
+    if (k->lane == 0) {
+        n->feed = f;
+        if (next == K_NEXT_READY) {
+            n->sum[set] = s;
+        }
+    }
+    k_syncwarp(k);
+    return next;
+}
+
+static K_FN void sum_weights(struct k_thread *k, const struct k_combine_args *a, k_i32 t) {
+    const struct k_group *g = &a->g;
+    for (k_i32 j = k->lane; j < a->topk; j += K_LANES) {
+        k_f32 sum = 0.0f;
+        for (k_i32 i = 0; i < a->h.num_dests[t]; i++) {
+            const k_i64 at = (k_i64)t * g->max_dests + i;
+            const k_u64 row = (k_u64)a->h.send_base[a->h.dest_rank[at]] + a->h.dest_slot[at];
+            const k_f32 *w =
+                (const k_f32 *)k_own(g, g->map.land_side + row * 4ull * (k_u64)a->topk);
+            sum = sum + w[j];
+        }
+        *(k_f32 *)(a->out_weights.data +
+                   (k_u64)((k_i64)t * a->out_weights.s0 + (k_i64)j * a->out_weights.s1)) = sum;
+    }
+}
+
+/* A row is summed; an answer is announced, with the weights of its channel if it is the first. */
+static K_INLINE void end_sum(struct k_thread *k, const struct k_combine_args *a,
+                             const struct sum *s) {
+    if (s->owner == K_NOBODY) {
+        if (s->last && a->out_weights.data) {
+            sum_weights(k, a, s->item);
+        }
+        return;
+    }
+    if (s->first && (a->flags & K_DO_WEIGHTS)) {
+        const k_u32 *chan =
+            a->h.recv_chan + (k_i64)s->owner * (a->g.num_channels + 1) + s->channel;
+        const k_u32 row = (k_u32)s->item;
+        send_weights(k, a, s->owner, row, row + chan[1] - chan[0]);
+    }
+    if (s->announce) {
+        k_syncwarp(k);
+        publish_answers(k, a, s->owner, s->channel, (k_u32)s->item + 1);
+    }
+}
+
+/* The part of row `set` that begins at byte `from`, from its stage. Returns its bytes. */
+static K_INLINE k_i32 sum_part(struct k_thread *k, const struct k_combine_args *a,
+                               struct k_mover *m, k_i32 set, k_i32 from, k_i32 stage) {
+    const struct sum *s = &warp_sum_notes(k)->sum[set];
+    const struct k_term *terms = warp_terms(k, set);
+    const k_bool weighted = s->owner != K_NOBODY && a->weights.data != 0;
+    const k_i32 bytes = k_min(s->part, s->bytes - from), num = s->num;
+    const struct k_peer to = k_peer_plus(s->to, (k_u64)from);
+    if (is_staged(a)) {
+        k_mover_wait(k, m, stage);
+        k_mover_sum(k, m, stage, to, a->dtype, weighted, bytes, terms, num);
+    } else {
+        k_syncwarp(k);
+        k_reduce(k, to, a->dtype, weighted, bytes, terms, num);
+        k_syncwarp(k);
+    }
+    return bytes;
+}
+
+/* The part of row `set` that begins at byte `from`, into a stage. Returns its bytes. */
+static K_INLINE k_i32 gather_part(struct k_thread *k, const struct k_combine_args *a,
+                                  struct k_mover *m, k_i32 set, k_i32 from, k_i32 stage) {
+    const struct sum *s = &warp_sum_notes(k)->sum[set];
+    const k_i32 bytes = k_min(s->part, s->bytes - from);
+    if (is_staged(a)) {
+        k_mover_gather(k, m, stage, warp_terms(k, set), s->num, from, bytes);
+    }
+    return bytes;
+}
+
+/*
+ * Sums rows until there are none. Parts are gathered as far ahead as there are stages, also of the
+ * row after the one that is being summed. Rows whose terms may not fit a stage are summed by plain
+ * loads, one after the other.
+ */
+static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
+                            struct k_mover *m, k_i32 warps) {
+    const struct slices cut = slices_of(a, warps);
+    const k_bool staged = is_staged(a);
+    k_i32 in = 0, gathered = 0, in_bytes = 0; /* of row `in` */
+    k_i32 out = 0, summed = 0, out_bytes = 0; /* of row `out`: `in`, or the one before */
+    k_i32 next = K_NEXT_READY, ahead = 0, load = 0, read = 0;
+    k_mover_retire(k, m, 0);
+    while (next != K_NEXT_NONE || ahead > 0) {
+        if (gathered == in_bytes && next != K_NEXT_NONE &&
+            (ahead == 0 || (in == out && staged))) {
+            const k_i32 set = staged ? 1 - in : 0;
+            next = next_sum(k, a, &cut, ahead == 0, set);
+            if (next == K_NEXT_FAILED) {
+                return 0;
+            }
+            if (next == K_NEXT_READY) {
+                in = set;
+                in_bytes = warp_sum_notes(k)->sum[in].bytes;
+                gathered = 0;
+                if (ahead == 0) {
+                    out = in;
+                    out_bytes = in_bytes;
+                    summed = 0;
+                }
+            }
+        }
+        if (gathered < in_bytes && ahead < a->stages) {
+            gathered += gather_part(k, a, m, in, gathered, load);
+            load = next_stage(load, a->stages);
+            ahead++;
+        } else if (ahead > 0) {
+            summed += sum_part(k, a, m, out, summed, read);
+            read = next_stage(read, a->stages);
+            ahead--;
+            if (summed == out_bytes) {
+                end_sum(k, a, &warp_sum_notes(k)->sum[out]);
+                if (in != out) {
+                    out = in;
+                    out_bytes = in_bytes;
+                    summed = 0;
+                }
+            }
+        }
+    }
+    return 1;
+}
+
+#endif
