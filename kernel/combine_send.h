@@ -90,7 +90,7 @@ struct answer {
 
 #define K_LISTED_ANSWERS 16
 _Static_assert(K_LISTED_ANSWERS * sizeof(struct answer) <= K_SCRATCH_BYTES(1), "answers");
-_Static_assert(K_LISTED_ANSWERS > K_MOVER_STAGES + 4, "what is listed_answer is still in use");
+_Static_assert(K_LISTED_ANSWERS > K_MOVER_STAGES + 4, "what is listed is still in use");
 
 /*
  * The answers that a warp sends, noted in its scratch: number `first`, then the next that no warp
@@ -101,7 +101,7 @@ struct answer_list {
     struct answer *answers;
     k_i32 next, stride,
         items; /* taken last; of so many; the first `stride` go to a warp each */
-    k_i32 num; /* listed_answer so far */
+    k_i32 num; /* listed so far */
 };
 
 static K_INLINE const struct answer *listed_answer(const struct answer_list *l, k_i32 i) {
@@ -124,7 +124,7 @@ static K_INLINE void list_answer(struct k_thread *k, const struct k_combine_args
     l->num++;
 }
 
-/* The answers listed_answer from number `first` on get their places: the ready messages are here. */
+/* The answers listed from number `first` on get their places: the ready messages are here. */
 static K_INLINE void place_answers(struct k_thread *k, const struct k_combine_args *a,
                                    struct answer_list *l, k_i32 first) {
     for (k_i32 i = first; k->lane == 0 && i < l->num; i++) {
@@ -165,7 +165,7 @@ static K_INLINE void take_next(struct k_thread *k, const struct k_combine_args *
     }
 }
 
-/* A walk over listed_answer answers: byte `from` of a line. */
+/* A walk over listed answers: byte `from` of a line. */
 struct answer_walk {
     k_i32 item, line, from, stage;
 };

@@ -34,18 +34,18 @@ struct send_scratch {
         stored[K_TRACKED_RANKS]; /* of the rows for a rank, those before this are stored, ... */
     k_u32 announced
         [K_TRACKED_RANKS]; /* ... and were when the part ended that is to be announced */
-    struct send_token listed_token[K_LISTED_TOKENS];
+    struct send_token listed[K_LISTED_TOKENS];
 };
 
 _Static_assert(sizeof(struct send_scratch) <= K_SCRATCH_BYTES(1), "send_scratch");
 _Static_assert(K_LANES == 1 || K_TRACKED_RANKS <= K_LANES, "a token's ranks are noted at once");
 _Static_assert(K_LISTED_TOKENS > K_LANES + K_MOVER_STAGES + 1,
-               "what is listed_token is still in use");
+               "what is listed is still in use");
 
 /*
  * The tokens that a warp sends, in order: those of its channels that have a destination to serve.
  * Its channels are number `first` and then, where warps take them in turn, the next that no other
- * has taken, else every `stride`th. Tokens are listed_token ahead of need, K_LANES at a time, because
+ * has taken, else every `stride`th. Tokens are listed ahead of need, K_LANES at a time, because
  * nothing may wait for memory between two pieces.
  */
 struct send_list {
@@ -55,11 +55,11 @@ struct send_list {
     k_i32 channel, at, end; /* looked at now; its tokens that were not */
     k_i32 middle;           /* where its second part begins */
     k_i32 least;            /* tokens of a channel that has two parts */
-    k_i32 num;              /* tokens listed_token so far */
+    k_i32 num;              /* tokens listed so far */
 };
 
 static K_INLINE const struct send_token *listed_token(const struct send_list *l, k_i32 i) {
-    return &l->s->listed_token[(k_u32)i % K_LISTED_TOKENS];
+    return &l->s->listed[(k_u32)i % K_LISTED_TOKENS];
 }
 
 /* How many destinations token t has; 0 if there is none to serve. */
@@ -89,8 +89,7 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
         k_u32 total = 0;
         const k_u32 before = k_scan(k, dests > 0, &total);
         if (dests > 0) {
-            struct send_token *to =
-                &l->s->listed_token[((k_u32)l->num + before) % K_LISTED_TOKENS];
+            struct send_token *to = &l->s->listed[((k_u32)l->num + before) % K_LISTED_TOKENS];
             to->token = t;
             to->part = 2 * l->channel + (t >= l->middle);
             to->dests = dests;
@@ -280,7 +279,7 @@ static K_INLINE struct token_ahead begin_read_ahead(struct k_thread *k,
     return n;
 }
 
-/* Destination number i of a listed_token token. Warps and ranks begin with different ones, so that all
+/* Destination number i of a listed token. Warps and ranks begin with different ones, so that all
  * links are in use at any time. */
 static K_INLINE void read_dest(struct k_thread *k, const struct k_dispatch_args *a,
                                const struct send_token *t, k_i32 i, struct token_ahead *n) {
@@ -455,7 +454,7 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
                                k_u32 *go) {
     const struct send_shape s = shape_of(a);
     struct send_list l = begin_list(k, a, whom, first, stride, s.row_pieces);
-    struct walk in = begin_walk(k, m, 0), out = in; /* over listed_token tokens */
+    struct walk in = begin_walk(k, m, 0), out = in; /* over listed tokens */
     struct pending p = {-1, 0};
     struct k_pair place = {0, 0};
     struct token_ahead next = begin_read_ahead(k, a, &s);

@@ -16,7 +16,7 @@
 
 #define K_KERNELS(X)                                                                           \
     X(ROUTE, route, "kernel/route.k.c", k_route_args, THROUGHPUT)                              \
-    X(LAYOUT, layout, "kernel/route.k.c", k_layout_args, THROUGHPUT)                           \
+    X(LAYOUT, layout, "kernel/layout.k.c", k_layout_args, THROUGHPUT)                          \
     X(DISPATCH, dispatch, "kernel/dispatch.k.c", k_dispatch_args, THROUGHPUT)                  \
     X(COMBINE, combine, "kernel/combine.k.c", k_combine_args, THROUGHPUT)
 
