@@ -62,6 +62,29 @@
  * word 1 the rows that the rank would need if all do not fit, else 0. */
 #define K_BASE_WORDS 2
 
+/*
+ * A sidecar: what travels beside a row of a dispatch, [side_stride] bytes for each row of a slot. It
+ * is 32-bit words, the same for all destinations of a token. A warp of the source writes it, from a
+ * stage of its mover; the warp of the destination that takes the row out reads it.
+ *
+ *   word   0        1            1 + K        1 + 2 K      K_SIDE_SCALES
+ *        +--------+------------+------------+------------+------------------+-------------+
+ *        | token  | expert ids | indices    | weights    | scales           | 0 to a      |
+ *        |        | [K] or -1  | [K]        | [K] float  | [scale_bytes]    | multiple of |
+ *        +--------+------------+------------+------------+------------------+ 16 bytes    |
+ *        of the    of all       within       only where    1, 2 or 4 bytes  |             |
+ *        source    ranks        (source,     weights       each             +-------------+
+ *                               expert)      travel
+ *
+ * Rows of sidecars lie side_stride bytes apart: K_SIDE_BYTES of the group's largest top-k and scales.
+ */
+#define K_SIDE_IDS 1
+#define K_SIDE_INDICES(topk) (1 + (topk))
+#define K_SIDE_WEIGHTS(topk) (1 + 2 * (topk))
+#define K_SIDE_SCALES(topk, weights) (1 + (topk) * ((weights) ? 3 : 2))
+#define K_SIDE_BYTES(scales_word, scale_bytes)                                                 \
+    ((4 * ((scales_word) + ((scale_bytes) + 3) / 4) + 15) / 16 * 16)
+
 /* What a rank waits for; ep_fault.phase in words. */
 #define K_PHASE_NONE 0
 #define K_PHASE_READY 1

@@ -11,9 +11,8 @@
  *             unpack their sidecars, copy them out. All blocks do; those that send, afterwards.
  *             Where this rank's own rows are copied out they do not pass through the arena.
  *
- * A sidecar is 32-bit words: token, K expert ids, K indices within (source, expert), K weights if
- * they travel, then the scales' bytes. It is the same for all destinations of a token, so it is
- * made once, in a stage of the mover, and stored with the last piece of the row or like one.
+ * A sidecar (abi.h draws it) is the same for all destinations of a token, so it is made once, in a
+ * stage of the mover, and stored with the last piece of the row or like one.
  *
  * One warp can run all of it in this order: sending never waits for a receiver.
  */

@@ -199,7 +199,7 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
     p->info.num_channels = num_channels(c->max_tokens);
     p->count_words = 1 + p->max_local + p->info.num_channels;
     p->info.sidecar_row_bytes =
-        align_up(4 * (1 + 3 * (int64_t)c->max_topk) + align_up(c->max_scale_bytes, 4), 16);
+        K_SIDE_BYTES(K_SIDE_SCALES((int64_t)c->max_topk, true), (int64_t)c->max_scale_bytes);
     st = resolve_rows(c, p);
     if (st != EP_OK) {
         return st;
