@@ -5,8 +5,14 @@
  * compilers, so: plain types, positional layout, no library headers. Every struct that crosses
  * between compilers asserts its size at the end of this file.
  *
- * A *word* is 64 bits: {epoch:32 | value:32}. It has one writer, is never reset, and says by its
- * epoch for which operation of the group its value holds.
+ * A *word* is 64 bits. It has one writer, is never reset, and says by its epoch for which operation
+ * of the group its value holds. Of `progress` and `returned` the value counts rows: those numbered
+ * below it, of the words' channel and of the source for the destination, are there.
+ *
+ *    63       32 31        0
+ *   +-----------+-----------+
+ *   | epoch     | value     |
+ *   +-----------+-----------+
  */
 #ifndef KERNEL_ABI_H
 #define KERNEL_ABI_H
@@ -43,10 +49,16 @@
  * operation to be". One per (reader, writer), two of them used in turn: a writer is never two
  * operations ahead of a reader, because every operation waits for every peer's ready message.
  *
- *   word 0  kind:4 | cached:1 | weights:1 | topk:7 | handle:16     compared with the reader's own
- *   word 1  row bytes                                              compared
- *   word 2  scale bytes per row (dispatch) or dtype (combine)      compared
- *   word 3  where: the slot to write to (dispatch), or the first landing row (combine)
+ *            63     32 31     16 15  13 12    6    5        4     3    0
+ *           +---------+---------+------+-------+---------+--------+------+
+ *   word 0  | epoch   | handle  | 0    | top-k | weights | cached | kind |   compared, as the next
+ *           +---------+---------+------+-------+---------+--------+------+   two, with the reader's
+ *   word 1  | epoch   | row bytes                                        |
+ *           +---------+--------------------------------------------------+
+ *   word 2  | epoch   | dispatch: scale bytes of a row; combine: dtype   |
+ *           +---------+--------------------------------------------------+
+ *   word 3  | epoch   | where: the slot, or the first landing row        |
+ *           +---------+--------------------------------------------------+
  */
 #define K_READY_WORDS 4
 #define K_READY_STRIDE 8 /* words from one message to the next: its own 64 bytes */
@@ -95,10 +107,17 @@
 #define K_PHASE_SELF 6 /* another block of the same rank */
 
 /*
- * An abort word ends waits; see struct k_board for who writes one: 1:1 at 63 | status:8 at 48 | reporter:10 at 38 | subject + 1:11 at 27 | kind:3 at
- * 24 | phase:3 at 20 | epoch:20 at 0. Status is the negated ep_status. The epoch is that of the
- * operation that faulted: an earlier one that is still on its way somewhere may finish, because
- * whoever reached a later one has sent all its rows. Death and cancellation end all of them.
+ * An abort word ends waits; struct k_board says who writes one. By bits:
+ *
+ *    63   62   56 55     48 47      38 37         27 26  24  23  22   20 19          0
+ *   +----+-------+---------+----------+-------------+------+----+-------+-------------+
+ *   | 1  | 0     | -status | reporter | subject + 1 | kind | 0  | phase | epoch mod   |
+ *   |    |       |         | (rank)   | (rank or -1)| K_OP | 0  | K_PH. | 2^20        |
+ *   +----+-------+---------+----------+-------------+------+----+-------+-------------+
+ *
+ * The epoch is that of the operation that faulted: an earlier one that is still on its way somewhere
+ * may finish, because whoever reached a later one has sent all its rows. Death and cancellation end
+ * all of them.
  */
 #define K_ABORT_PACK(status, reporter, subject, kind, phase, epoch)                            \
     ((1ull << 63) | ((k_u64)(k_u8)(-(status)) << 48) | ((k_u64)(reporter) << 38) |             \
