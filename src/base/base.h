@@ -40,6 +40,12 @@ const char *epi_error_text(void); /* "" when there is none; the calling thread's
         }                                                                                      \
     } while (0)
 
+/* For public functions: refuses an argument that is NULL, by the name it has in ep.h. */
+#define EPI_NOT_NULL(fn, arg)                                                                  \
+    if (!(arg)) {                                                                              \
+        return epi_fail(EP_ERR_ARG, fn ": " #arg " is NULL");                                  \
+    }
+
 /* snprintf for texts that may be cut: the compiler need not warn, the end is marked "...". */
 void epi_format(char *out, size_t out_bytes, const char *fmt, ...) EPI_PRINTF(3, 4);
 

@@ -118,21 +118,20 @@ void ep_stream_destroy(ep_stream **stream) {
     epi_free(s);
 }
 
-ep_status ep_stream_sync(ep_stream *s) {
-    if (!s) {
-        return epi_fail(EP_ERR_ARG, "ep_stream_sync: stream is NULL");
+ep_status ep_stream_sync(ep_stream *stream) {
+    EPI_NOT_NULL("ep_stream_sync", stream);
+    pthread_mutex_lock(&stream->mutex);
+    uint64_t until = stream->added;
+    while (stream->ended < until) {
+        pthread_cond_wait(&stream->less,
+                          &stream->mutex); /* tasks end: their waits have deadlines */
     }
-    pthread_mutex_lock(&s->mutex);
-    uint64_t until = s->added;
-    while (s->ended < until) {
-        pthread_cond_wait(&s->less, &s->mutex); /* tasks end: their waits have deadlines */
-    }
-    ep_status st = s->error;
+    ep_status st = stream->error;
     if (st != EP_OK) {
-        epi_fail(st, "%s", s->error_text);
-        s->error = EP_OK;
+        epi_fail(st, "%s", stream->error_text);
+        stream->error = EP_OK;
     }
-    pthread_mutex_unlock(&s->mutex);
+    pthread_mutex_unlock(&stream->mutex);
     return st;
 }
 
@@ -147,12 +146,11 @@ static ep_status run_call(void *arg) {
     return EP_OK;
 }
 
-ep_status ep_stream_run(ep_stream *s, void (*fn)(void *), void *arg) {
-    if (!s || !fn) {
-        return epi_fail(EP_ERR_ARG, "ep_stream_run: %s is NULL", s ? "fn" : "stream");
-    }
+ep_status ep_stream_run(ep_stream *stream, void (*fn)(void *), void *arg) {
+    EPI_NOT_NULL("ep_stream_run", stream);
+    EPI_NOT_NULL("ep_stream_run", fn);
     struct call c = {fn, arg};
-    return epi_stream_submit(s, run_call, &c, sizeof(c));
+    return epi_stream_submit(stream, run_call, &c, sizeof(c));
 }
 
 /* ---- events --------------------------------------------------------------------------------- */
@@ -219,45 +217,39 @@ static ep_status run_wait(void *arg) {
     return EP_OK;
 }
 
-ep_status ep_event_record(ep_event *e, ep_stream *s) {
-    if (!e || !s) {
-        return epi_fail(EP_ERR_ARG, "ep_event_record: %s is NULL", e ? "stream" : "event");
-    }
-    pthread_mutex_lock(&e->mutex);
-    struct mark m = {e, ++e->recorded};
-    e->refs++;
-    pthread_mutex_unlock(&e->mutex);
-    return epi_stream_submit(s, run_record, &m, sizeof(m));
+ep_status ep_event_record(ep_event *event, ep_stream *stream) {
+    EPI_NOT_NULL("ep_event_record", event);
+    EPI_NOT_NULL("ep_event_record", stream);
+    pthread_mutex_lock(&event->mutex);
+    struct mark m = {event, ++event->recorded};
+    event->refs++;
+    pthread_mutex_unlock(&event->mutex);
+    return epi_stream_submit(stream, run_record, &m, sizeof(m));
 }
 
-ep_status ep_stream_wait(ep_stream *s, ep_event *e) {
-    if (!e || !s) {
-        return epi_fail(EP_ERR_ARG, "ep_stream_wait: %s is NULL", e ? "stream" : "event");
-    }
-    pthread_mutex_lock(&e->mutex);
-    struct mark m = {e, e->recorded};
-    e->refs++;
-    pthread_mutex_unlock(&e->mutex);
-    return epi_stream_submit(s, run_wait, &m, sizeof(m));
+ep_status ep_stream_wait(ep_stream *stream, ep_event *event) {
+    EPI_NOT_NULL("ep_stream_wait", event);
+    EPI_NOT_NULL("ep_stream_wait", stream);
+    pthread_mutex_lock(&event->mutex);
+    struct mark m = {event, event->recorded};
+    event->refs++;
+    pthread_mutex_unlock(&event->mutex);
+    return epi_stream_submit(stream, run_wait, &m, sizeof(m));
 }
 
-ep_status ep_event_query(ep_event *e) {
-    if (!e) {
-        return epi_fail(EP_ERR_ARG, "ep_event_query: event is NULL");
-    }
-    pthread_mutex_lock(&e->mutex);
-    ep_status st = e->passed >= e->recorded ? EP_OK : EP_AGAIN;
-    pthread_mutex_unlock(&e->mutex);
+ep_status ep_event_query(ep_event *event) {
+    EPI_NOT_NULL("ep_event_query", event);
+    pthread_mutex_lock(&event->mutex);
+    ep_status st = event->passed >= event->recorded ? EP_OK : EP_AGAIN;
+    pthread_mutex_unlock(&event->mutex);
     return st;
 }
 
-ep_status ep_event_sync(ep_event *e) {
-    if (!e) {
-        return epi_fail(EP_ERR_ARG, "ep_event_sync: event is NULL");
-    }
-    pthread_mutex_lock(&e->mutex);
-    uint64_t number = e->recorded;
-    pthread_mutex_unlock(&e->mutex);
-    await_mark(e, number);
+ep_status ep_event_sync(ep_event *event) {
+    EPI_NOT_NULL("ep_event_sync", event);
+    pthread_mutex_lock(&event->mutex);
+    uint64_t number = event->recorded;
+    pthread_mutex_unlock(&event->mutex);
+    await_mark(event, number);
     return EP_OK;
 }
