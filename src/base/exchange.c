@@ -16,8 +16,8 @@ struct verdict {
 };
 
 /* Everybody's verdicts, to be freed; NULL with the error in *st. */
-static struct verdict *gather(const struct epi_exchange *x, ep_status mine, const char *step,
-                              ep_status *st) {
+static struct verdict *gather_verdicts(const struct epi_exchange *x, ep_status mine,
+                                       const char *step, ep_status *st) {
     struct verdict v;
     memset(&v, 0, sizeof(v));
     v.status = mine;
@@ -49,7 +49,7 @@ static ep_status blame(struct verdict *all, int rank, const char *step) {
 
 ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *step) {
     ep_status st;
-    struct verdict *all = gather(x, mine, step, &st);
+    struct verdict *all = gather_verdicts(x, mine, step, &st);
     if (!all) {
         return st;
     }
@@ -66,7 +66,7 @@ ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *st
 ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const char *step) {
     ep_status st;
     int without = -1, worse = -1;
-    struct verdict *all = gather(x, mine, step, &st);
+    struct verdict *all = gather_verdicts(x, mine, step, &st);
     if (!all) {
         return st;
     }

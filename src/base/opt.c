@@ -154,7 +154,7 @@ static const char *env_text(const char *name) {
     return text && text[0] != '\0' ? text : NULL;
 }
 
-static void report(enum epi_opt opt, const char *text) {
+static void report_malformed(enum epi_opt opt, const char *text) {
     const struct opt_row *row = &rows[opt];
     /* Never 0: that is "nothing reported yet". */
     uint64_t hash = epi_hash(EPI_HASH_BEGIN, text, strlen(text)) | 1;
@@ -176,7 +176,7 @@ static const char *effective(enum epi_opt opt, int64_t *number) {
         if (parse(row, text, number)) {
             return text;
         }
-        report(opt, text);
+        report_malformed(opt, text);
     }
     if (row->def) {
         parse(row, row->def, number);

@@ -52,7 +52,7 @@ static enum outcome fail(struct visit *v, ep_status status, const char *text) {
 }
 
 /* OUTCOME_RETRY here: go on listening. */
-static enum outcome hear(struct visit *v, const struct epi_frame *frame) {
+static enum outcome on_frame(struct visit *v, const struct epi_frame *frame) {
     char text[EPI_WIRE_TEXT_BYTES + 1];
     const char *bare = text;
     epi_frame_text(frame, text);
@@ -108,7 +108,7 @@ static enum outcome talk(struct visit *v) {
         epi_conn_fill(v->conn);
         struct epi_frame frame;
         while (epi_conn_next(v->conn, &frame) > 0) {
-            enum outcome outcome = hear(v, &frame);
+            enum outcome outcome = on_frame(v, &frame);
             if (outcome != OUTCOME_RETRY) {
                 return outcome;
             }

@@ -135,7 +135,7 @@ static void accept_all(struct gathering *g, int listen_fd) {
     }
 }
 
-static ep_status judge(struct gathering *g, const struct epi_hello *h, char text[200]) {
+static ep_status check_hello(struct gathering *g, const struct epi_hello *h, char text[200]) {
     const struct epi_meet *m = g->meet;
     if (h->protocol != EPI_WIRE_PROTOCOL || h->version != epi_meet_version()) {
         epi_format(
@@ -194,7 +194,7 @@ static bool look_at(struct gathering *g, int index) {
     struct epi_hello hello;
     char text[200];
     epi_wire_get_hello(frame.data, &hello);
-    ep_status st = judge(g, &hello, text);
+    ep_status st = check_hello(g, &hello, text);
     if (st == EP_OK) {
         admit(g, index, &hello);
         return true;
@@ -210,7 +210,7 @@ static bool look_at(struct gathering *g, int index) {
 
 /* ---- ranks that are here ----------------------------------------------------------------- */
 
-static void missing_text(struct gathering *g, char *out, size_t out_bytes) {
+static void text_of_missing_ranks(struct gathering *g, char *out, size_t out_bytes) {
     char list[LIST_BYTES];
     epi_rank_list(g->here, false, g->meet->num_ranks, list, sizeof(list));
     epi_format(out, out_bytes, "%d of %d ranks arrived within %.1f s; missing: %s%s%s%s",
@@ -219,13 +219,13 @@ static void missing_text(struct gathering *g, char *out, size_t out_bytes) {
                g->turned_away[0] != '\0' ? ")" : "");
 }
 
-static void hear(struct gathering *g, struct epi_conn *conn) {
+static void read_frames_of_rank(struct gathering *g, struct epi_conn *conn) {
     struct epi_frame frame;
     epi_conn_fill(conn);
     while (epi_conn_next(conn, &frame) > 0) {
         if (frame.type == EPI_FRAME_ASK) {
             char text[EPI_WIRE_TEXT_BYTES];
-            missing_text(g, text, sizeof(text));
+            text_of_missing_ranks(g, text, sizeof(text));
             struct epi_frame head = {.type = EPI_FRAME_TELL, .seq = frame.seq};
             epi_conn_send_text(conn, &head, text);
         } else {
@@ -289,7 +289,7 @@ static void gather_step(struct gathering *g, int listen_fd) {
     int at = 1 + g->num_strangers;
     for (int r = 1; r < g->meet->num_ranks && g->status == EP_OK; r++) {
         if (g->conns[r].fd >= 0 && g->polls[at++].revents != 0) {
-            hear(g, &g->conns[r]);
+            read_frames_of_rank(g, &g->conns[r]);
         }
     }
     accept_all(g, listen_fd);
@@ -306,7 +306,7 @@ static void gather_step(struct gathering *g, int listen_fd) {
     if (g->status == EP_OK && g->num_here < g->meet->num_ranks &&
         epi_deadline_expired(g->meet->deadline)) {
         char text[EPI_WIRE_TEXT_BYTES];
-        missing_text(g, text, sizeof(text));
+        text_of_missing_ranks(g, text, sizeof(text));
         g->status = epi_fail(EP_ERR_TIMEOUT, "rendezvous: %s", text);
     }
 }

@@ -149,7 +149,8 @@ static void contribute(struct epi_star *star, int rank, uint64_t seq, const void
 }
 
 /* The lock is held. Who is missing in the round that a caller has waited for too long. */
-static void missing_text(struct epi_star *star, uint64_t seq, char *out, size_t out_bytes) {
+static void text_of_missing_calls(struct epi_star *star, uint64_t seq, char *out,
+                                  size_t out_bytes) {
     struct epi_round *round = epi_rounds_find(&star->rounds, seq);
     char list[EPI_ROUND_TEXT_BYTES];
     if (!round) {
@@ -179,7 +180,7 @@ static void on_frame_at_root(struct epi_star *star, struct epi_conn *conn,
     case EPI_FRAME_ASK: {
         char text[EPI_WIRE_TEXT_BYTES + 1];
         pthread_mutex_lock(&star->lock);
-        missing_text(star, frame->seq, text, sizeof(text));
+        text_of_missing_calls(star, frame->seq, text, sizeof(text));
         pthread_mutex_unlock(&star->lock);
         struct epi_frame head = {.type = EPI_FRAME_TELL, .seq = frame->seq};
         epi_conn_send_text(conn, &head, text);
@@ -263,7 +264,7 @@ static void on_frame_at_peer(struct epi_star *star, struct epi_conn *conn,
 }
 
 /* What was said before the end is heard first: a BYE, say, right before the close. */
-static void hear(struct epi_star *star, struct epi_conn *conn) {
+static void read_frames(struct epi_star *star, struct epi_conn *conn) {
     struct epi_frame frame;
     epi_conn_fill(conn);
     while (conn->fd >= 0 && epi_conn_next(conn, &frame) > 0) {
@@ -277,12 +278,13 @@ static void hear(struct epi_star *star, struct epi_conn *conn) {
 
 static void serve(struct epi_star *star, struct epi_conn *conn) {
     if (conn->fd >= 0 && conn->is_ready) {
-        hear(star, conn);
+        read_frames(star, conn);
     }
 }
 
-/* Sends what goes, and buries what is doomed; whom nothing can be sent to any more may have left.
- * Burying queues news for the others, which may doom them in turn, hence the loop. */
+/* Sends what can be sent without waiting, and closes the connections that are doomed. Before that
+ * it reads them, because a rank that cannot be sent to may have said goodbye. A death is news for
+ * the others, and to send it may doom their connections in turn, hence the loop. */
 static void flush_all(struct epi_star *star) {
     bool again = true;
     while (again) {
@@ -295,7 +297,7 @@ static void flush_all(struct epi_star *star) {
             }
             const char *why = conn->doomed;
             if (could_send) {
-                hear(star, conn);
+                read_frames(star, conn);
             }
             if (conn->fd >= 0) {
                 epi_conn_close(conn);
@@ -321,7 +323,7 @@ static void take_posted(struct epi_star *star, struct epi_packet *packet) {
 }
 
 /* Takes over what the caller's thread has asked for. Returns true when it is time to stop. */
-static bool take_orders(struct epi_star *star) {
+static bool take_requests(struct epi_star *star) {
     uint64_t kicks;
     ssize_t n = read(star->kick_fd, &kicks, sizeof(kicks));
     (void)n; /* nothing to read is fine */
@@ -335,7 +337,7 @@ static bool take_orders(struct epi_star *star) {
     if (req->ask) {
         req->ask = false;
         if (star->rank == 0) {
-            missing_text(star, req->seq, req->text, sizeof(req->text));
+            text_of_missing_calls(star, req->seq, req->text, sizeof(req->text));
             req->told = true;
             pthread_cond_broadcast(&star->cond);
         } else {
@@ -418,7 +420,7 @@ static void farewell(struct epi_star *star) {
 void *epi_star_main(void *arg) {
     struct epi_star *star = arg;
     epi_log_set_rank(star->rank);
-    while (!take_orders(star)) {
+    while (!take_requests(star)) {
         /* Before the first poll too: frames may have come right behind START. */
         for (int i = 0; i < star->num_conns; i++) {
             serve(star, &star->conns[i]);

@@ -236,8 +236,8 @@ static ep_status round_status(const struct epi_session *session, const struct ep
                     what, round->num_in, num_ranks, (double)waited_ns / 1e9, missing);
 }
 
-static ep_status meet(struct epi_session *session, int rank, const void *in, size_t bytes,
-                      void *out, struct epi_deadline deadline, const char *what) {
+static ep_status join_round(struct epi_session *session, int rank, const void *in, size_t bytes,
+                            void *out, struct epi_deadline deadline, const char *what) {
     ep_world *world = session->world;
     int64_t start_ns = epi_now_ns();
     pthread_mutex_lock(&world->lock);
@@ -281,7 +281,7 @@ ep_status epi_world_join(ep_world *world, int rank, int64_t timeout_ns,
         return st;
     }
     struct epi_deadline deadline = epi_deadline_after(timeout_ns);
-    st = meet(session, rank, NULL, 0, NULL, deadline, "rendezvous");
+    st = join_round(session, rank, NULL, 0, NULL, deadline, "rendezvous");
     if (st != EP_OK) {
         epi_world_leave(session, rank);
         return st;
@@ -292,5 +292,5 @@ ep_status epi_world_join(ep_world *world, int rank, int64_t timeout_ns,
 
 ep_status epi_world_allgather(struct epi_session *session, int rank, const void *in,
                               size_t bytes, void *out, struct epi_deadline deadline) {
-    return meet(session, rank, in, bytes, out, deadline, "allgather");
+    return join_round(session, rank, in, bytes, out, deadline, "allgather");
 }

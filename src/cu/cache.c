@@ -53,8 +53,8 @@ static void name_of(char name[NAME_BYTES], const struct epi_jit_key *key, const 
 
 /* ---- the folder --------------------------------------------------------------------------- */
 
-/* One line per state of things, however many kernels meet it. */
-static void report(enum epi_log_level level, const char *path, const char *why) {
+/* Logs why kernels are not kept, once for each reason and not for each kernel. */
+static void report_unkept(enum epi_log_level level, const char *path, const char *why) {
     static _Atomic uint64_t reported;
     uint64_t hash = epi_hash(EPI_HASH_BEGIN, path, strlen(path) + 1);
     hash = epi_hash(hash, why, strlen(why));
@@ -94,7 +94,8 @@ static size_t choose_folder(char path[EPI_CACHE_PATH_BYTES]) {
         epi_format(path, EPI_CACHE_PATH_BYTES, "%s/.cache/libep", home);
         return strlen(home);
     } else {
-        report(EPI_LOG_INFO, "any folder", "EP_JIT_CACHE, XDG_CACHE_HOME and HOME name none");
+        report_unkept(EPI_LOG_INFO, "any folder",
+                      "EP_JIT_CACHE, XDG_CACHE_HOME and HOME name none");
     }
     return 0;
 }
@@ -110,7 +111,7 @@ static bool is_ours_alone(const struct epi_cache *c) {
         why = "others can write to it; chmod go-w it or set EP_JIT_CACHE";
     }
     if (why) {
-        report(EPI_LOG_WARN, c->path, why);
+        report_unkept(EPI_LOG_WARN, c->path, why);
     }
     return !why;
 }
@@ -123,7 +124,7 @@ bool epi_cache_open(struct epi_cache *c) {
     }
     c->dir = epi_open_folder(c->path, given, 0700);
     if (c->dir < 0) {
-        report(EPI_LOG_INFO, c->path, strerror(errno));
+        report_unkept(EPI_LOG_INFO, c->path, strerror(errno));
     } else if (is_ours_alone(c)) {
         return true;
     }
@@ -196,8 +197,8 @@ static uint64_t hash_of_head(const struct entry_head *h) {
 }
 
 /* What is wrong with the head of a file of `bytes`; NULL: nothing. */
-static const char *examine(const struct entry_head *h, const struct epi_jit_key *key,
-                           uint64_t bytes) {
+static const char *wrong_with_head(const struct entry_head *h, const struct epi_jit_key *key,
+                                   uint64_t bytes) {
     if (memcmp(h->magic, MAGIC, sizeof(h->magic)) != 0 || h->format != FORMAT) {
         return "it is not of this format";
     }
@@ -225,7 +226,7 @@ static ep_status read_entry(int fd, const struct epi_jit_key *key, struct epi_cu
         *why = "it is no entry";
         return EP_AGAIN;
     }
-    if ((*why = examine(&h, key, (uint64_t)st.st_size)) != NULL) {
+    if ((*why = wrong_with_head(&h, key, (uint64_t)st.st_size)) != NULL) {
         return EP_AGAIN;
     }
     c.bytes = h.cubin_bytes;
@@ -280,7 +281,7 @@ bool epi_cache_write(const struct epi_cache *c, const struct epi_jit_key *key,
     name_of(name, key, ".cubin");
     const int err = epi_put_file(c->dir, name, pieces, 2);
     if (err != 0) {
-        report(EPI_LOG_INFO, c->path, strerror(err));
+        report_unkept(EPI_LOG_INFO, c->path, strerror(err));
     }
     return err == 0;
 }
@@ -290,7 +291,7 @@ int epi_cache_lock(const struct epi_cache *c, const struct epi_jit_key *key) {
     name_of(name, key, ".lock");
     const int fd = openat(c->dir, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0) {
-        report(EPI_LOG_INFO, c->path, strerror(errno));
+        report_unkept(EPI_LOG_INFO, c->path, strerror(errno));
         return -1;
     }
     const struct epi_deadline limit =

@@ -144,9 +144,10 @@ ep_status epi_cu_result(int result, const char *call);
 /* Makes the device's context current and back; each successful enter has its leave. */
 ep_status epi_cu_enter(const struct epi_cu_device *d);
 void epi_cu_leave(void);
-/* The same for calls that the driver takes, unless told otherwise, to end every capture that any
- * thread has begun: they are none of a graph's business. *mode is for the leave. */
-ep_status epi_cu_enter_apart(const struct epi_cu_device *d, int *mode);
-void epi_cu_leave_apart(int mode);
+/* The same for calls that would otherwise end every capture that any thread has begun, although no
+ * graph has to do with them: the thread's capture mode is relaxed meanwhile. *mode is for the
+ * leave. */
+ep_status epi_cu_enter_relaxed(const struct epi_cu_device *d, int *mode);
+void epi_cu_leave_relaxed(int mode);
 
 #endif

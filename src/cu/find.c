@@ -35,7 +35,7 @@ struct search {
 /* ---- candidates --------------------------------------------------------------------------- */
 
 /* What keeps the loaded library from being used; NULL: nothing, and s->nvrtc is filled. */
-static const char *examine(const struct search *s, void *lib) {
+static const char *wrong_with_library(const struct search *s, void *lib) {
     struct epi_nvrtc *n = s->nvrtc;
     int major = 0, minor = 0;
 #define LOAD(result, name, args)                                                               \
@@ -58,13 +58,13 @@ static const char *examine(const struct search *s, void *lib) {
     return NULL;
 }
 
-static bool take(struct search *s, const char *path, int flags) {
+static bool take_library(struct search *s, const char *path, int flags) {
     void *lib = dlopen(path, RTLD_NOW | RTLD_LOCAL | flags);
     if (!lib && !(flags & RTLD_NOLOAD) && strchr(path, '/')) {
         epi_format(s->why, sizeof(s->why), "%s", dlerror());
         epi_log(EPI_LOG_DEBUG, "NVRTC: %s", s->why);
     }
-    const char *why = lib ? examine(s, lib) : NULL;
+    const char *why = lib ? wrong_with_library(s, lib) : NULL;
     if (why) {
         epi_format(s->why, sizeof(s->why), "%s: %s", path, why);
         epi_log(EPI_LOG_DEBUG, "NVRTC: %s is not used: %s", path, why);
@@ -77,7 +77,7 @@ static bool take_glob(struct search *s, const char *pattern) {
     bool taken = false;
     if (glob(pattern, 0, NULL, &found) == 0) {
         for (size_t i = 0; !taken && i < found.gl_pathc; i++) {
-            taken = take(s, found.gl_pathv[i], 0);
+            taken = take_library(s, found.gl_pathv[i], 0);
         }
         globfree(&found);
     }
@@ -141,7 +141,7 @@ static bool take_loaded(struct search *s) {
     char name[32];
     for (int major = s->newest; major >= OLDEST_MAJOR; major--) {
         epi_format(name, sizeof(name), "libnvrtc.so.%d", major);
-        if (take(s, name, RTLD_NOLOAD)) {
+        if (take_library(s, name, RTLD_NOLOAD)) {
             return true;
         }
     }
@@ -164,7 +164,7 @@ static bool take_major(struct search *s, int major) {
     epi_format(name, sizeof(name), "libnvrtc.so.%d", major);
     return take_in(s, epi_env("CONDA_PREFIX"), "/lib", major) ||
            take_toolkit(s, epi_env("CUDA_HOME"), major) ||
-           take_toolkit(s, epi_env("CUDA_PATH"), major) || take(s, name, 0) ||
+           take_toolkit(s, epi_env("CUDA_PATH"), major) || take_library(s, name, 0) ||
            take_toolkit(s, "/usr/local/cuda*", major);
 }
 
@@ -187,7 +187,7 @@ static bool take_anywhere(struct search *s) {
 static bool take_named(struct search *s, const char *path) {
     struct stat st;
     if (stat(path, &st) != 0 || !S_ISDIR(st.st_mode)) {
-        return take(s, path, 0);
+        return take_library(s, path, 0);
     }
     for (int major = s->newest; major >= OLDEST_MAJOR; major--) {
         if (take_in(s, path, "", major)) {

@@ -198,9 +198,9 @@ ep_status epi_cu_event_wait(const struct epi_cu_device *d, void *stream, void *e
 
 ep_status epi_cu_event_query(const struct epi_cu_device *d, void *event) {
     int mode;
-    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
     const ep_status st = CU(EventQuery, event);
-    epi_cu_leave_apart(mode);
+    epi_cu_leave_relaxed(mode);
     return st;
 }
 

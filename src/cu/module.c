@@ -26,8 +26,8 @@ void epi_cu_module_unload(const struct epi_cu_device *d, void **module) {
     *module = NULL;
 }
 
-static ep_status get_kernel(const struct epi_cu_device *d, void *module,
-                            struct epi_cu_kernel *k) {
+static ep_status find_function(const struct epi_cu_device *d, void *module,
+                               struct epi_cu_kernel *k) {
     int own_bytes = 0;
     const ep_status st = CU(ModuleGetFunction, &k->function, module, k->name);
     if (st != EP_OK) {
@@ -47,7 +47,7 @@ ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const c
     memset(&k, 0, sizeof(k));
     epi_format(k.name, sizeof(k.name), "%s", name);
     EPI_TRY(epi_cu_enter(d));
-    const ep_status st = get_kernel(d, module, &k);
+    const ep_status st = find_function(d, module, &k);
     epi_cu_leave();
     EPI_TRY(st);
     *out = k;

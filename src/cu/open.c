@@ -104,7 +104,7 @@ void epi_cu_leave(void) {
     epi_cu_driver.CtxPopCurrent(&context);
 }
 
-ep_status epi_cu_enter_apart(const struct epi_cu_device *d, int *mode) {
+ep_status epi_cu_enter_relaxed(const struct epi_cu_device *d, int *mode) {
     *mode = CAPTURE_MODE_RELAXED;
     EPI_TRY(epi_cu_enter(d));
     const ep_status st = CU(ThreadExchangeStreamCaptureMode, mode);
@@ -114,7 +114,7 @@ ep_status epi_cu_enter_apart(const struct epi_cu_device *d, int *mode) {
     return st;
 }
 
-void epi_cu_leave_apart(int mode) {
+void epi_cu_leave_relaxed(int mode) {
     epi_cu_driver.ThreadExchangeStreamCaptureMode(&mode);
     epi_cu_leave();
 }

@@ -19,8 +19,9 @@ static struct {
     int (*DeviceGet)(int *, int);
 } driver;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static atomic_bool is_found;          /* `driver` is filled, for good */
-static _Atomic uint64_t looked_after; /* so many libraries had been loaded when it was not */
+static atomic_bool is_found; /* `driver` is filled, for good */
+/* How many libraries the process had loaded when the driver was last looked for in vain. */
+static _Atomic uint64_t looked_after;
 
 static int read_num_loaded(struct dl_phdr_info *info, size_t bytes, void *num) {
     (void)bytes;

@@ -132,12 +132,12 @@ ep_status epi_cu_memory_create(const struct epi_cu_device *d, size_t bytes,
                         "device %d (%s) cannot share its memory by file descriptors", d->index,
                         d->name);
     }
-    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
     ep_status st = epi_alloc_should_fail() ? EP_ERR_NOMEM : create(d, &m);
     if (st == EP_ERR_NOMEM) {
         st = no_memory(d, bytes);
     }
-    epi_cu_leave_apart(mode);
+    epi_cu_leave_relaxed(mode);
     EPI_TRY(st);
     *out = m;
     return EP_OK;
@@ -145,9 +145,9 @@ ep_status epi_cu_memory_create(const struct epi_cu_device *d, size_t bytes,
 
 ep_status epi_cu_memory_admit(const struct epi_cu_memory *m, const struct epi_cu_device *d) {
     int mode;
-    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
     const ep_status st = grant(m, d);
-    epi_cu_leave_apart(mode);
+    epi_cu_leave_relaxed(mode);
     return st;
 }
 
@@ -174,9 +174,9 @@ ep_status epi_cu_memory_import(const struct epi_cu_device *d, int fd, size_t byt
         return epi_fail(EP_ERR_NOMEM, "no memory to map an arena of %zu bytes (injected)",
                         bytes);
     }
-    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
     const ep_status st = import(d, fd, &m);
-    epi_cu_leave_apart(mode);
+    epi_cu_leave_relaxed(mode);
     EPI_TRY(st);
     *out = m;
     return EP_OK;
@@ -184,9 +184,9 @@ ep_status epi_cu_memory_import(const struct epi_cu_device *d, int fd, size_t byt
 
 void epi_cu_memory_release(const struct epi_cu_device *d, struct epi_cu_memory *m) {
     int mode;
-    if (m->address && epi_cu_enter_apart(d, &mode) == EP_OK) {
+    if (m->address && epi_cu_enter_relaxed(d, &mode) == EP_OK) {
         undo(m, true);
-        epi_cu_leave_apart(mode);
+        epi_cu_leave_relaxed(mode);
     }
     memset(m, 0, sizeof(*m));
 }
@@ -209,9 +209,9 @@ ep_status epi_cu_register(const struct epi_cu_device *d, void *p, size_t bytes,
     if (epi_alloc_should_fail()) {
         return epi_fail(EP_ERR_NOMEM, "no memory to pin %zu bytes (injected)", bytes);
     }
-    EPI_TRY(epi_cu_enter_apart(d, &mode));
+    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
     const ep_status st = pin(p, bytes, &got);
-    epi_cu_leave_apart(mode);
+    epi_cu_leave_relaxed(mode);
     if (st != EP_OK) {
         return epi_fail(st, "cannot pin %zu bytes of host memory for device %d: %s", bytes,
                         d->index, epi_error_text());
@@ -222,8 +222,8 @@ ep_status epi_cu_register(const struct epi_cu_device *d, void *p, size_t bytes,
 
 void epi_cu_unregister(const struct epi_cu_device *d, void *p) {
     int mode;
-    if (epi_cu_enter_apart(d, &mode) == EP_OK) {
+    if (epi_cu_enter_relaxed(d, &mode) == EP_OK) {
         epi_cu_driver.MemHostUnregister(p);
-        epi_cu_leave_apart(mode);
+        epi_cu_leave_relaxed(mode);
     }
 }

@@ -12,7 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define NO_BYTES ((size_t)4096) /* what is mapped where there is nothing to share */
+#define LEAST_BYTES ((size_t)4096) /* are mapped also where there is nothing to share */
 
 struct epi_mem {
     struct epi_mapping *map;
@@ -168,7 +168,7 @@ static ep_status build(struct epi_mem *mem, const struct epi_mem_config *c, bool
     const size_t boards = (size_t)mem->num_ranks * mem->board_bytes;
     size_t bytes = arenas_end(mem) + boards;
     if (bytes == 0) {
-        bytes = NO_BYTES;
+        bytes = LEAST_BYTES;
     }
     ep_status st = c->threads ? map_threads(mem, c, bytes) : map_processes(mem, c, bytes);
     if (st == EP_OK && on_device) {
