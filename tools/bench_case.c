@@ -84,7 +84,7 @@ static int choose_devices(struct bench_case *c, const struct gpu_look *look, boo
 static int refuse_memory(struct bench_case *c, const struct gpu_look *look, bool quiet) {
     struct ep_group_config config = EP_GROUP_CONFIG_INIT;
     struct ep_plan_info plan = EP_PLAN_INFO_INIT;
-    int64_t on_device[GPU_MAX] = {0}, here = 0, have = tool_free_memory_bytes();
+    int64_t on_device[GPU_MAX] = {0}, here = 0, have = epi_available_bytes();
     bench_config(c, &config);
     ep_status st = ep_plan(&config, &plan);
     if (st != EP_OK) {

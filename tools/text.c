@@ -138,21 +138,6 @@ int tool_num_cores(void) {
                                                         : (int)sysconf(_SC_NPROCESSORS_ONLN);
 }
 
-int64_t tool_free_memory_bytes(void) {
-    FILE *file = fopen("/proc/meminfo", "r");
-    char line[128];
-    long long kb = 0;
-    while (file && fgets(line, sizeof(line), file)) {
-        if (sscanf(line, "MemAvailable: %lld kB", &kb) == 1) {
-            break;
-        }
-    }
-    if (file) {
-        fclose(file);
-    }
-    return kb * 1024;
-}
-
 int tool_expert_rank(int expert, int num_experts, int num_ranks) {
     int each = num_experts / num_ranks;
     int more = num_experts % num_ranks; /* the first ranks hold each + 1 */

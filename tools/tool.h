@@ -75,7 +75,6 @@ uint64_t tool_rand_hash(uint64_t a, uint64_t b);
 /* A bar on a terminal, nothing elsewhere; done >= total ends the line. */
 void tool_progress(const char *what, int64_t done, int64_t total);
 int tool_num_cores(void);
-int64_t tool_free_memory_bytes(void); /* 0: unknown */
 /* The rank of an expert in the default map of ep.h. */
 int tool_expert_rank(int expert, int num_experts, int num_ranks);
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Allocation with two counters: how many were asked for, and how many are still out.
+ * Allocation with two counters: how many were asked for, and how many are still out; and how much
+ * memory the machine has left.
  *
  * Owns the process's fault injector: EP_TEST_ALLOC_FAIL=n makes the n-th request fail, which is
  * how tests walk every error path; the live count is how they see that none leaks. Runs on any
@@ -10,6 +11,7 @@
 #include "src/base/base.h"
 
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -59,4 +61,17 @@ void epi_free(void *p) {
         atomic_fetch_sub(&num_live, 1);
         free(p);
     }
+}
+
+int64_t epi_available_bytes(void) {
+    FILE *f = fopen("/proc/meminfo", "re");
+    if (!f) {
+        return 0;
+    }
+    char line[128];
+    long long kib = 0;
+    while (fgets(line, sizeof(line), f) && sscanf(line, "MemAvailable: %lld kB", &kib) != 1) {
+    }
+    fclose(f);
+    return (int64_t)kib * 1024;
 }

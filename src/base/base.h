@@ -166,6 +166,9 @@ bool epi_alloc_should_fail(void);
 uint64_t epi_alloc_count(void); /* allocations asked for so far, the injected one included */
 int64_t epi_alloc_live(void);   /* epi_alloc'ed and not yet freed */
 
+/* Memory that the kernel would hand out without swapping; 0: it does not say. */
+int64_t epi_available_bytes(void);
+
 /* ---- thread.c ---------------------------------------------------------------------------- */
 
 /* 0 or an errno value. The new thread takes no asynchronous signals: those are the caller's

@@ -14,27 +14,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Memory the kernel would hand out without swapping, in bytes; -1 if it does not say. */
-static int64_t available_bytes(void) {
-    FILE *f = fopen("/proc/meminfo", "re");
-    if (!f) {
-        return -1;
-    }
-    char line[128];
-    long long kib = -1;
-    while (fgets(line, sizeof(line), f) && sscanf(line, "MemAvailable: %lld kB", &kib) != 1) {
-    }
-    fclose(f);
-    return kib < 0 ? -1 : (int64_t)kib * 1024;
-}
-
 int epi_memfd_create(size_t bytes, ep_status *st) {
-    int64_t have = available_bytes();
+    const int64_t have = epi_available_bytes();
     if (epi_alloc_should_fail()) {
         *st = epi_fail(EP_ERR_NOMEM, "no memory for arenas of %zu bytes (injected)", bytes);
         return -1;
     }
-    if (have >= 0 && bytes > (uint64_t)have) {
+    if (have > 0 && bytes > (uint64_t)have) {
         *st = epi_fail(EP_ERR_NOMEM,
                        "the arenas of this host's ranks need %zu bytes and %lld are available: "
                        "lower max_recv_rows, num_slots, max_tokens or max_row_bytes",
