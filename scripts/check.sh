@@ -115,7 +115,8 @@ counted tsan 'tests under ThreadSanitizer' scripts/run_tests.sh tsan
 counted must-fail 'tests that must fail' scripts/must_fail.sh
 counted fuzz 'fuzzers: corpus and seeded mutants' scripts/fuzz.sh replay
 step build-gate 'build the gate' build build/gate
-counted gate 'gate: kernels for every GPU generation, aarch64' scripts/gate.sh
+counted gate 'gate: kernels for every GPU generation, aarch64' \
+    env GATE_NVCC_ARCHS='80 90' scripts/gate.sh
 
 heading 'result'
 echo "$((SECONDS - begin)) s; logs in $logs"
