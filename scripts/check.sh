@@ -3,7 +3,8 @@
 # check.sh: everything a change must pass, in order, each step under its heading. Output is kept
 # in build/logs; what fails shows its end here. Run by `make check`, which installs what is
 # missing. CHECK_STEPS="law plain" runs only the steps whose names are given.
-# The last line sums test points and steps: "N passed, N failed, N skipped".
+# At the end: what each step took, and the slowest ten programs. The last line sums test points and
+# steps: "N passed, N failed, N skipped".
 cd "$(dirname "$0")/.." || exit 1
 unset MAKEFLAGS MFLAGS MAKELEVEL
 export DEPS=0
@@ -19,6 +20,9 @@ skipped=0
 failures=()
 begin=$SECONDS
 
+times=$logs/steps.txt # SECONDS NAME
+: >$times
+
 heading() { printf '\n== %s\n' "$1"; }
 wanted() { [[ -z $CHECK_STEPS || " $CHECK_STEPS " == *" $1 "* ]]; }
 build() { make --no-print-directory -k -j"$cores" "$@"; }
@@ -31,6 +35,7 @@ step() {
     shift 2
     "$@" >"$log" 2>&1 </dev/null
     rc=$?
+    echo "$((SECONDS - start)) $name" >>$times
     if [[ $rc == 0 ]]; then
         passed=$((passed + 1))
         grep -E '^(ok|skip|coverage):' "$log"
@@ -55,6 +60,7 @@ counted() {
     shift 2
     "$@" >"$log" 2>&1 </dev/null
     rc=$?
+    echo "$((SECONDS - start)) $name" >>$times
     line=$(tail -1 "$log")
     if [[ $line =~ ([0-9]+)\ passed,\ ([0-9]+)\ failed,\ ([0-9]+)\ skipped$ ]]; then
         passed=$((passed + BASH_REMATCH[1]))
@@ -118,8 +124,13 @@ step build-gate 'build the gate' build build/gate
 counted gate 'gate: kernels for every GPU generation, aarch64' \
     env GATE_NVCC_ARCHS='80 90' scripts/gate.sh
 
+heading 'the slowest ten programs: seconds, name, seconds of CPU'
+for variant in plain san tsan; do
+    wanted $variant && sed "s/ / $variant /" $logs/$variant/times
+done 2>/dev/null | sort -rn | head -10
 heading 'result'
-echo "$((SECONDS - begin)) s; logs in $logs"
+echo "$((SECONDS - begin)) s: $(sort -rn $times |
+    awk '$1 > 0 { printf "%s%s %d", (NR > 1 ? ", " : ""), $2, $1 }'); logs in $logs"
 [[ ${#failures[@]} == 0 ]] || echo "failed: ${failures[*]}"
 echo "$passed passed, $failed failed, $skipped skipped"
 [[ $failed == 0 ]]
