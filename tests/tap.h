@@ -47,6 +47,17 @@ void tap_sleep_ms(int ms);
  * Replaces an earlier deadline. */
 void tap_deadline(int seconds);
 
+/* ---- for tap_ranks.c ---- */
+
+int tap_scaled(int seconds); /* by TAP_TIMEOUT_SCALE */
+/* Called, in a signal handler, when the deadline has passed. */
+void tap_on_deadline(void (*fn)(void));
+/* This process is from now on a rank: its points are its own, and it has no deadline. */
+void tap_become_rank(int rank);
+int tap_num_failed(void);
+
+/* ---- ranks ---- */
+
 /* Zeroed memory that this process and the ranks it forks later share; never freed. */
 void *tap_shared(size_t bytes);
 /* A TCP port p of 127.0.0.1 that was free a moment ago, as was p + 1. */
