@@ -101,37 +101,85 @@ static uint64_t take(uint64_t *at, int64_t bytes) {
     return start;
 }
 
-static void map_control(struct epi_plan *p, uint64_t *at) {
-    const int64_t ranks = p->num_ranks, chans = p->info.num_channels;
-    p->map.board = take(at, (int64_t)sizeof(struct k_board));
-    p->map.ready = take(at, 2 * ranks * K_READY_STRIDE * 8);
-    p->map.counts = take(at, 2 * ranks * p->count_words * 8);
-    p->map.bases = take(at, 2 * ranks * K_BASE_WORDS * 8);
-    p->map.progress = take(at, ranks * chans * 8);
-    p->map.returned = take(at, ranks * chans * 8);
+/*
+ * The arena, region by region, in order. A region has one part or several of equal size (slots), and
+ * counts towards the sum of its class; one that a configuration has no use for has 0 bytes. A new
+ * mode adds rows, and a class if its user has another field to lower.
+ */
+enum class { CONTROL, RECEIVED, SIDECARS, ANSWERS, VIEWS, NUM_CLASSES };
+
+struct region {
+    enum class of;
+    k_u64 *offset;     /* in the map */
+    k_u64 *slot_bytes; /* NULL: there is one part */
+    int64_t bytes;     /* of a part */
+};
+
+static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
+                    int64_t sums[NUM_CLASSES]) {
+    struct k_map *m = &p->map;
+    const struct ep_plan_info *info = &p->info;
+    const int64_t ranks = p->num_ranks, chans = info->num_channels, row = c->max_row_bytes;
+    const struct region regions[] = {
+        {CONTROL, &m->board, NULL, (int64_t)sizeof(struct k_board)},
+        {CONTROL, &m->ready, NULL, 2 * ranks * K_READY_STRIDE * 8},
+        {CONTROL, &m->counts, NULL, 2 * ranks * p->count_words * 8},
+        {CONTROL, &m->bases, NULL, 2 * ranks * K_BASE_WORDS * 8},
+        {CONTROL, &m->progress, NULL, ranks * chans * 8},
+        {CONTROL, &m->returned, NULL, ranks * chans * 8},
+        {RECEIVED, &m->recv, &m->recv_slot_bytes, info->max_recv_rows * row},
+        {SIDECARS, &m->side, &m->side_slot_bytes,
+         info->max_recv_rows * info->sidecar_row_bytes},
+        {ANSWERS, &m->land, NULL, info->max_combine_rows * row},
+        {ANSWERS, &m->land_side, NULL, info->max_combine_rows * c->max_topk * 4},
+        {VIEWS, &m->expanded, &m->expanded_slot_bytes, info->max_expanded_rows * row},
+    };
+    uint64_t at = 0;
+    memset(sums, 0, NUM_CLASSES * sizeof(sums[0]));
+    for (size_t i = 0; i < sizeof(regions) / sizeof(regions[0]); i++) {
+        const struct region *r = &regions[i];
+        const int64_t part = align_up(r->bytes, REGION_ALIGN);
+        *r->offset = take(&at, r->slot_bytes ? part * p->num_slots : part);
+        if (r->slot_bytes) {
+            *r->slot_bytes = (uint64_t)part;
+        }
+        sums[r->of] += (int64_t)(at - *r->offset);
+    }
+    sums[CONTROL] += align_up((int64_t)at, PAGE) - (int64_t)at; /* the rest of the last page */
 }
 
-static void map_rows(const struct ep_group_config *c, struct epi_plan *p, uint64_t *at) {
-    struct ep_plan_info *info = &p->info;
-    const int64_t row = c->max_row_bytes;
-    uint64_t start = *at;
-    p->map.recv_slot_bytes = (uint64_t)align_up(info->max_recv_rows * row, REGION_ALIGN);
-    p->map.recv = take(at, (int64_t)p->map.recv_slot_bytes * p->num_slots);
-    info->recv_bytes = (int64_t)(*at - start);
-    start = *at;
-    p->map.side_slot_bytes =
-        (uint64_t)align_up(info->max_recv_rows * info->sidecar_row_bytes, REGION_ALIGN);
-    p->map.side = take(at, (int64_t)p->map.side_slot_bytes * p->num_slots);
-    info->sidecar_bytes = (int64_t)(*at - start);
-    start = *at;
-    p->map.land = take(at, info->max_combine_rows * row);
-    p->map.land_side = take(at, info->max_combine_rows * c->max_topk * 4);
-    info->combine_bytes = (int64_t)(*at - start);
-    start = *at;
-    p->map.expanded_slot_bytes =
-        (uint64_t)align_up(info->max_expanded_rows * row, REGION_ALIGN);
-    p->map.expanded = take(at, (int64_t)p->map.expanded_slot_bytes * p->num_slots);
-    info->expanded_bytes = (int64_t)(*at - start);
+static void fill_info(struct ep_plan_info *info, const int64_t sums[NUM_CLASSES]) {
+    info->control_bytes = sums[CONTROL];
+    info->recv_bytes = sums[RECEIVED];
+    info->sidecar_bytes = sums[SIDECARS];
+    info->combine_bytes = sums[ANSWERS];
+    info->expanded_bytes = sums[VIEWS];
+    for (int i = 0; i < NUM_CLASSES; i++) {
+        info->arena_bytes += sums[i];
+    }
+}
+
+static ep_status check_limit(const struct ep_group_config *c, const struct ep_plan_info *info,
+                             const int64_t sums[NUM_CLASSES]) {
+    const struct {
+        int64_t bytes;
+        const char *lower;
+    } most[] = {
+        {sums[RECEIVED] + sums[SIDECARS], "max_recv_rows (received rows take most)"},
+        {sums[ANSWERS], "max_tokens or max_row_bytes (answers take most)"},
+        {sums[CONTROL], "max_tokens (control words take most)"},
+        {sums[VIEWS], "max_expanded_rows (expanded views take most)"},
+    };
+    size_t largest = 0;
+    for (size_t i = 1; i < sizeof(most) / sizeof(most[0]); i++) {
+        largest = most[i].bytes > most[largest].bytes ? i : largest;
+    }
+    if (!c->memory_limit_bytes || info->arena_bytes <= c->memory_limit_bytes) {
+        return EP_OK;
+    }
+    return epi_fail(
+        EP_ERR_NOMEM, "the arena needs %lld bytes, memory_limit_bytes is %lld: lower %s",
+        (long long)info->arena_bytes, (long long)c->memory_limit_bytes, most[largest].lower);
 }
 
 static ep_status resolve_rows(const struct ep_group_config *c, struct epi_plan *p) {
@@ -166,31 +214,10 @@ static ep_status resolve_rows(const struct ep_group_config *c, struct epi_plan *
     return EP_OK;
 }
 
-static ep_status check_limit(const struct ep_group_config *c, const struct epi_plan *p) {
-    const struct ep_plan_info *i = &p->info;
-    if (!c->memory_limit_bytes || i->arena_bytes <= c->memory_limit_bytes) {
-        return EP_OK;
-    }
-    const int64_t in = i->recv_bytes + i->sidecar_bytes;
-    const char *lower = "max_recv_rows (received rows take most)";
-    if (i->expanded_bytes > in && i->expanded_bytes > i->combine_bytes) {
-        lower = "max_expanded_rows (expanded views take most)";
-    } else if (i->combine_bytes > in) {
-        lower = "max_tokens or max_row_bytes (answers take most)";
-    } else if (i->control_bytes > in) {
-        lower = "max_tokens (control words take most)";
-    }
-    return epi_fail(EP_ERR_NOMEM,
-                    "the arena needs %lld bytes, memory_limit_bytes is %lld: lower %s",
-                    (long long)i->arena_bytes, (long long)c->memory_limit_bytes, lower);
-}
-
 ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_plan *p) {
     memset(p, 0, sizeof(*p));
-    ep_status st = check_config(c, num_ranks);
-    if (st != EP_OK) {
-        return st;
-    }
+    int64_t sums[NUM_CLASSES];
+    EPI_TRY(check_config(c, num_ranks));
     p->info.size = sizeof(p->info);
     p->num_ranks = num_ranks;
     p->num_slots = c->num_slots ? c->num_slots : 2;
@@ -200,22 +227,15 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
     p->count_words = 1 + p->max_local + p->info.num_channels;
     p->info.sidecar_row_bytes =
         K_SIDE_BYTES(K_SIDE_SCALES((int64_t)c->max_topk, true), (int64_t)c->max_scale_bytes);
-    st = resolve_rows(c, p);
-    if (st != EP_OK) {
-        return st;
-    }
-    uint64_t at = 0;
-    map_control(p, &at);
-    p->info.control_bytes = (int64_t)at;
-    map_rows(c, p, &at);
-    p->info.arena_bytes = align_up((int64_t)at, PAGE);
-    p->info.control_bytes += p->info.arena_bytes - (int64_t)at; /* the rest of the last page */
+    EPI_TRY(resolve_rows(c, p));
+    lay_out(c, p, sums);
+    fill_info(&p->info, sums);
     struct k_handle h;
     p->info.handle_bytes = (int64_t)epi_plan_handle(c, p, 0, &h);
     p->info.local_bytes =
         (int64_t)(epi_plan_table_bytes(c, num_ranks) +
                   (size_t)(c->num_workers ? c->num_workers : 1) * epi_plan_warp_bytes(c, p));
-    return check_limit(c, p);
+    return check_limit(c, &p->info, sums);
 }
 
 /* Fewer channels than groups are alike. */
