@@ -66,7 +66,7 @@ LIBS := -pthread -ldl -lm
 LIB_FLAGS := $(if $(COVERAGE),--coverage -fprofile-update=atomic)
 LIBS += $(if $(COVERAGE),--coverage)
 
-LIB_SRC := $(sort $(wildcard src/*/*.c)) $(LATE_SRC)
+LIB_SRC := $(sort $(wildcard src/*/*.c))
 KERNEL_SRC := $(sort $(wildcard kernel/*.k.c))
 KERNEL_TEXT := $(sort $(wildcard kernel/*.h)) $(KERNEL_SRC)
 # `ep demo` is an example that is built into the program.
@@ -80,7 +80,9 @@ EXAMPLE_SRC := $(sort $(wildcard examples/*.c))
 FMT_SRC = $(sort $(wildcard $(foreach d,include src src/* kernel tools tests tests/* examples \
     examples/*, $(d)/*.c $(d)/*.h)))
 
-LIB_OBJ := $(LIB_SRC:%.c=$(B)/obj/%.o) $(KERNEL_SRC:%.c=$(B)/obj/%.o) \
+# The host bodies of kernels, which call nothing above them.
+KERNEL_OBJ := $(KERNEL_SRC:%.c=$(B)/obj/%.o) $(LATE_SRC:%.c=$(B)/obj/%.o)
+LIB_OBJ := $(LIB_SRC:%.c=$(B)/obj/%.o) $(KERNEL_OBJ) \
     $(B)/obj/gen/kernel_text.o
 TOOL_OBJ := $(TOOL_SRC:%.c=$(B)/obj/%.o)
 SUPPORT_OBJ := $(SUPPORT_SRC:%.c=$(B)/obj/%.o)
@@ -292,11 +294,11 @@ $(B)/libtest.a: $(SUPPORT_OBJ) $(B)/list
 	$(Q)rm -f $@
 	$(Q)$(AR) rcs $@ $(SUPPORT_OBJ)
 
-# A CUDA driver without a GPU, for tests/t_driver.sh.
-$(B)/driver/libcuda.so.1: $(B)/obj/tests/driver/driver.o $(B)/libep.a
+# A CUDA driver without a GPU, for tests/t_driver.sh: it has the kernels, and nothing of the library.
+$(B)/driver/libcuda.so.1: $(B)/obj/tests/driver/driver.o $(KERNEL_OBJ)
 	@mkdir -p $(@D)
 	$(SAY) LINK $@
-	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -shared -o $@ $< $(B)/libep.a $(LIBS)
+	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -shared -o $@ $^ $(LIBS)
 
 # A compiler of kernels that compiles nothing: tests of what is around it use it by EP_NVRTC_PATH.
 $(B)/driver/libnvrtc.so.13: $(B)/obj/tests/driver/nvrtc.o

@@ -384,6 +384,17 @@ struct k_layout_args {
     k_u64 tokens_per_rank, tokens_per_node, tokens_per_expert, token_in_rank, channel_prefix;
 };
 
+/*
+ * What kernels on the host ask of whoever runs them: the only calls that leave kernel/. `size` is
+ * that of the struct.
+ */
+struct k_hooks {
+    k_u64 size;
+    /* A wait has become long: K_WORD(epoch, phase << 16 | awaited rank). Called by any warp, again
+     * and again while the wait goes on. */
+    void (*late)(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
+};
+
 _Static_assert(sizeof(struct k_array) == 24, "k_array");
 _Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
 _Static_assert(sizeof(struct k_fault) == 48, "k_fault");

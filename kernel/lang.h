@@ -70,12 +70,8 @@ struct k_peer {
 
 #if defined(__CUDACC__)
 #include "kernel/lang_cuda.h"
-#define K_LATE(g, kind, word, waited_ns) k_tell_late(g, kind, word, waited_ns)
 #else
 #include "kernel/lang_host.h"
-#define K_LATE(g, kind, word, waited_ns) epi_group_late(g, kind, word, waited_ns)
-/* The library's: logs a long wait, once for each operation (src/ep). */
-void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
 #endif
 
 static K_INLINE k_i32 k_min(k_i32 a, k_i32 b) {
@@ -164,8 +160,7 @@ static K_INLINE struct k_board *k_board_of(const struct k_group *g, k_i32 rank) 
     return (struct k_board *)g->board[rank];
 }
 
-#if defined(__CUDACC__)
-/* A wait has become long: for the host to see and to log. */
+/* A wait has become long: left on the board for the host to see and to log. */
 static K_COLD void k_tell_late(const struct k_group *g, k_i32 kind, k_u64 word,
                                k_i64 waited_ns) {
     struct k_board *board = k_board_of(g, g->rank);
@@ -173,6 +168,12 @@ static K_COLD void k_tell_late(const struct k_group *g, k_i32 kind, k_u64 word,
     k_store((k_u64 *)&board->waiting_kind, (k_u64)kind);
     k_publish_local(&board->waiting, word);
 }
+
+#if defined(__CUDACC__)
+#define K_LATE(k, word, waited_ns) k_tell_late((k)->g, (k)->kind, word, waited_ns)
+#else
+#define K_LATE(k, word, waited_ns)                                                             \
+    ((k)->hooks ? (k)->hooks->late : k_tell_late)((k)->g, (k)->kind, word, waited_ns)
 #endif
 
 /* What ends an operation: who is to blame in which phase; of a mismatch also the two values and
@@ -253,7 +254,7 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     }
     /* A block that waits for another of its rank is not the one to say for whom. */
     if (waited > ctl->late_ns && phase != K_PHASE_SELF) {
-        K_LATE(k->g, k->kind, K_WORD(k->epoch, ((k_u32)phase << 16) | (k_u32)peer), waited);
+        K_LATE(k, K_WORD(k->epoch, ((k_u32)phase << 16) | (k_u32)peer), waited);
     }
     if (waited > (phase == K_PHASE_SELF ? 2 : 1) * ctl->timeout_ns) {
         struct k_blame b = {K_ERR_TIMEOUT, phase, peer, 0, 0, 0};

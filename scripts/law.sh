@@ -177,6 +177,8 @@ includes() {
             bad("assembly and builtin atomics belong to kernel/lang_*.h")
         if (file ~ /^kernel\/.*\.k\.c$/ && padded ~ word "(_Atomic|volatile)" word)
             bad("kernels hand off through the language, not _Atomic or volatile")
+        if (file ~ /^kernel\// && padded ~ word "epi_")
+            bad("kernels call nothing above them but through struct k_hooks")
         if (file ~ /^kernel\//) check_kernel()
         else if (file ~ /^(tools|examples)\//) note_name()
         if (file !~ /^(src|kernel|tools|examples)\//) next
@@ -254,6 +256,7 @@ plant src/zz/zz.c 'int x;'
 plant kernel/zz.k.c '#include <stdint.h>'
 plant kernel/zz.k.c '#include "src/base/base.h"'
 plant kernel/zz.k.c 'static volatile int x;'
+plant kernel/zz.h 'int64_t epi_now_ns(void);'
 plant tools/zz.c '#include "src/run/run.h"'
 plant tools/zz.c '#include "src/cu/cu.h"'
 plant tools/gpu.h '#include "src/cu/cu.h"'

@@ -406,7 +406,8 @@ static void *watch(void *arg) {
         const k_u64 word = atomic_load((_Atomic k_u64 *)&b->waiting);
         if (word >> 32 != late >> 32) {
             late = word;
-            epi_group_log_late(g, (k_i32)b->waiting_kind, word, b->waited_ns);
+            epi_group_log_late(g, (k_i32)atomic_load((_Atomic k_u64 *)&b->waiting_kind), word,
+                               (k_i64)atomic_load((_Atomic k_u64 *)&b->waited_ns));
         }
         if (!faulted && epi_group_faulted(g)) {
             struct ep_fault f;

@@ -27,9 +27,12 @@ static int choose_workers(const ep_group *g) {
     return share < 1 ? 1 : share > MOST_WORKERS ? MOST_WORKERS : share;
 }
 
+static const struct k_hooks hooks = {.size = sizeof(hooks), .late = epi_group_late};
+
 static ep_status open_pool(ep_group *g) {
     g->workers = g->most_workers = choose_workers(g);
-    return epi_run_create(&g->run, g->workers, epi_plan_warp_bytes(&g->config, &g->plan));
+    return epi_run_create(&g->run, g->workers, epi_plan_warp_bytes(&g->config, &g->plan),
+                          &hooks);
 }
 
 static void choose_memory(ep_group *g, struct epi_mem_config *m,

@@ -28,6 +28,7 @@ struct worker {
 struct epi_run {
     int workers, started;
     size_t warp_bytes;
+    const struct k_hooks *hooks;
     struct worker *worker;  /* [workers], [0] unused */
     struct k_team *team;    /* [workers], one per block */
     uint8_t *shared;        /* [workers][warp_bytes] */
@@ -61,6 +62,7 @@ static void run_warp(struct epi_run *run, int index) {
     k.warp = index % g->warps;
     k.num_warps = g->warps;
     k.team = &run->team[k.block];
+    k.hooks = run->hooks;
     run->entry(&k, run->args);
 }
 
@@ -123,7 +125,12 @@ void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *arg
     pthread_mutex_unlock(&run->launch);
 }
 
-ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes) {
+ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes,
+                         const struct k_hooks *hooks) {
+    if (hooks->size != sizeof(*hooks)) {
+        return epi_fail(EP_ERR_INTERNAL, "hooks of %llu bytes, kernels expect %zu",
+                        (unsigned long long)hooks->size, sizeof(*hooks));
+    }
     struct epi_run *run = epi_alloc(sizeof(*run));
     if (!run) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a pool of %d workers", workers);
@@ -134,6 +141,7 @@ ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes) {
     pthread_cond_init(&run->done, NULL);
     run->workers = workers;
     run->warp_bytes = warp_bytes;
+    run->hooks = hooks;
     run->worker = epi_alloc_array((size_t)workers, sizeof(*run->worker));
     run->team = epi_alloc_array((size_t)workers, sizeof(*run->team));
     run->shared = epi_alloc_array((size_t)workers, warp_bytes);

@@ -33,8 +33,9 @@ struct epi_grid {
 struct epi_grid epi_run_grid(int workers);
 
 /* `workers` is the most threads a kernel can have, the caller's included; `warp_bytes` of shared
- * memory are set aside for each. */
-ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes);
+ * memory are set aside for each. `hooks` outlive the pool. */
+ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes,
+                         const struct k_hooks *hooks);
 void epi_run_destroy(struct epi_run **run);
 
 /* Runs a kernel with `workers` threads (at most the pool's) and returns when all have left it.

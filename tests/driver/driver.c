@@ -10,6 +10,8 @@
 
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -21,6 +23,7 @@
 #define NUM_DEVICES 2
 #define NUM_SMS 64
 #define SHARED_BYTES 6144 /* so that blocks have two warps */
+#define POLL_US 20
 #define PAGE ((size_t)4096)
 #define API __attribute__((visibility("default")))
 
@@ -59,7 +62,7 @@ DEFINE(cuDeviceGet, int *device, int index) {
     return index < 0 || index >= NUM_DEVICES ? CU_INVALID_DEVICE : 0;
 }
 DEFINE(cuDeviceGetName, char *name, int bytes, int device) {
-    epi_format(name, (size_t)bytes, "a device for tests, %d", device);
+    snprintf(name, (size_t)bytes, "a device for tests, %d", device);
     return 0;
 }
 DEFINE(cuDeviceGetAttribute, int *value, int attribute, int device) {
@@ -270,13 +273,13 @@ static void run_record(struct op *op) {
 static void run_wait(struct op *op) {
     struct event *e = op->to;
     while (atomic_load(&e->passed) < op->value) {
-        epi_sleep_ns(20000);
+        usleep(POLL_US);
     }
     event_drop(e);
 }
 static void run_hold(struct op *op) {
     while (atomic_load((_Atomic uint32_t *)op->to) < op->value) {
-        epi_sleep_ns(20000);
+        usleep(POLL_US);
     }
 }
 DEFINE(cuEventCreate, void **event, unsigned flags) {
