@@ -85,7 +85,11 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
     if (k_first(k, 0) == 0) {
         count_sent_answers(k, a);
     }
-    const struct sum_feed f = {sums, 1, both && !away, 0, 0, 0, 0, 0, K_NOBODY, 0};
+    struct sum_feed f = {0};
+    f.answers = sums;
+    f.tokens = 1;
+    f.eager = both && !away;
+    f.token = K_NOBODY;
     k_syncwarp(k); /* the scratch was used for sending */
     if (k->lane == 0) {
         warp_sum_notes(k)->feed = f;

@@ -264,7 +264,7 @@ static K_FN k_i32 next_sum(struct k_thread *k, const struct k_combine_args *a,
     struct sum_notes *n = warp_sum_notes(k);
     k_syncwarp(k); /* no lane needs what was noted of the row before the last */
     struct sum_feed f = n->feed;
-    struct sum s = {{0}, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    struct sum s = {0};
     const k_i32 next = choose_sum(k, a, cut, wait, &f, &s, warp_terms(k, set));
     s.part = part_bytes(a, s.num, s.bytes);
     k_syncwarp(k);

@@ -121,17 +121,12 @@ static K_INLINE struct k_pair first_place(const struct k_dispatch_args *a, k_i32
 static K_INLINE struct send_list begin_list(struct k_thread *k, const struct k_dispatch_args *a,
                                             k_i32 whom, k_i32 first, k_i32 stride,
                                             k_i32 row_pieces) {
-    struct send_list l = {(struct send_scratch *)warp_scratch(k),
-                          whom,
-                          stride,
-                          whom != K_TO_SELF,
-                          0,
-                          0,
-                          0,
-                          0,
-                          a->g.num_ranks <= K_TRACKED_RANKS ? K_TWO_PARTS / row_pieces
-                                                            : a->tokens + 1,
-                          0};
+    struct send_list l = {0};
+    l.s = (struct send_scratch *)warp_scratch(k);
+    l.whom = whom;
+    l.stride = stride;
+    l.in_turn = whom != K_TO_SELF;
+    l.least = a->g.num_ranks <= K_TRACKED_RANKS ? K_TWO_PARTS / row_pieces : a->tokens + 1;
     begin_channel(a, &l, first);
     for (k_i32 d = k->lane; d < K_TRACKED_RANKS; d += K_LANES) {
         l.s->stored[d] = 0;
@@ -187,11 +182,21 @@ static K_INLINE struct token_ahead begin_read_ahead(struct k_thread *k,
     return n;
 }
 
-/* Destination number i of a listed token. Warps and ranks begin with different ones, so that all
- * links are in use at any time. */
+/*
+ * Where in the circle of a token's destinations a warp begins, in 32nds of the circle, so that all
+ * links are in use at any time. Of two neighbouring ranks one begins a quarter of the circle after
+ * the other, so that they are not at the same destination; of two warps a third, by a number that
+ * has no divisor in common with 32, so that 32 warps begin at 32 different places.
+ */
+#define K_CIRCLE 32
+#define K_WARP_TURN 11
+#define K_RANK_TURN 8
+
+/* Destination number i of a listed token, as this warp counts them. */
 static K_INLINE void read_dest(struct k_thread *k, const struct k_dispatch_args *a,
                                const struct send_token *t, k_i32 i, struct token_ahead *n) {
-    const k_i32 turn = ((k->warp * 11 + a->g.rank * 8) % 32 * t->dests) / 32;
+    const k_i32 turn =
+        ((k->warp * K_WARP_TURN + a->g.rank * K_RANK_TURN) % K_CIRCLE * t->dests) / K_CIRCLE;
     const k_i32 at = i + turn < t->dests ? i + turn : i + turn - t->dests;
     n->rank = -1;
     n->slot = 0;

@@ -125,6 +125,11 @@ static K_INLINE k_u32 just_below(struct k_thread *k, k_i32 back) {
     return back < K_LANES ? below & ~(below >> back) : below;
 }
 
+/* The lanes from `first` on, `num` of them. */
+static K_INLINE k_u32 lane_mask(k_i32 first, k_i32 num) {
+    return num == K_LANES ? ~0u : ((1u << num) - 1u) << first;
+}
+
 /* Whether this lane is the last of a mask that it is in. */
 static K_INLINE k_bool is_last(const struct k_thread *k, k_u32 mask) {
     return mask >> k->lane == 1;
@@ -219,7 +224,7 @@ static K_INLINE void number_mask(struct k_thread *k, const struct k_route_args *
     const k_i32 ranks = a->g.num_ranks, wide = ranks < K_LANES ? ranks : K_LANES;
     const k_i32 many = (k_i32)((k_u32)K_LANES / (k_u32)wide);
     const k_i32 mine = (k_i32)((k_u32)k->lane / (k_u32)wide), j = k->lane - mine * wide;
-    const k_u32 token = wide == K_LANES ? ~0u : ((1u << wide) - 1u) << (mine * wide % K_LANES);
+    const k_u32 token = lane_mask(mine * wide % K_LANES, wide);
     k_u32 *counters = w->counters + a->g.num_experts;
     for (; t < end; t += many) {
         const k_bool has = mine < many && t + mine < end;
