@@ -266,14 +266,30 @@ static K_FN k_bool dispatch_control(struct k_thread *k, const struct k_dispatch_
 
 /* ---- entry ---------------------------------------------------------------------------------- */
 
+/*
+ * To whom a block sends. Where a kernel sends and receives, its first send_blocks blocks send and the
+ * others receive from the start, unless there is one block (`both`: there are more). This rank's own
+ * rows need not be sent where they are copied out of x (`direct`).
+ *
+ *   kernel               block           sends to      together with
+ *   receives only        any             nobody
+ *   sends only           any             K_TO_ALL      all blocks
+ *   both, direct         first, or only  K_TO_PEERS    the first blocks
+ *                        other           nobody
+ *   both, not direct     only            K_TO_ALL
+ *                        first           K_TO_PEERS    the first blocks
+ *                        other           K_TO_SELF     the other blocks
+ */
+static K_INLINE k_i32 whom_to_serve(k_bool both, k_bool direct, k_bool away) {
+    return direct || (both && away) ? K_TO_PEERS : both ? K_TO_SELF : K_TO_ALL;
+}
+
 /* False after a fault. */
 static K_FN k_bool dispatch_run(struct k_thread *k, const struct k_dispatch_args *a) {
     const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
-    /* Which blocks do what: with both parts the first send_blocks send, unless there is one. */
     const k_bool both = sends && receives && k->num_blocks > 1;
     const k_i32 senders = both ? (k_i32)a->send_blocks : k->num_blocks;
     const k_i32 first_recv = both ? senders : 0;
-    /* Own rows that are copied out need not be sent. */
     const k_bool direct = sends && receives && a->recv_x.data != 0;
     k_u32 go = K_GO_UNASKED;
     k_bool ok = 1;
@@ -289,11 +305,7 @@ static K_FN k_bool dispatch_run(struct k_thread *k, const struct k_dispatch_args
     if (sends && (k->block < senders || !direct)) { /* one place, as the code is large */
         const k_bool away = k->block < senders;
         const k_i32 from = away ? 0 : first_recv;
-        send_channels(k, a, &m,
-                      direct || (both && away) ? K_TO_PEERS
-                      : both                   ? K_TO_SELF
-                                               : K_TO_ALL,
-                      k_first(k, from),
+        send_channels(k, a, &m, whom_to_serve(both, direct, away), k_first(k, from),
                       k_stride(k, away ? senders : k->num_blocks - first_recv), &go);
     }
     ok = may_send(k, &go);
