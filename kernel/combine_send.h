@@ -23,7 +23,7 @@ static K_INLINE k_u64 landing(const struct k_combine_args *a, k_u64 row) {
 }
 
 static K_INLINE k_u64 x_row(const struct k_combine_args *a, k_u32 row) {
-    return a->x.data + (k_u64)((k_i64)row * a->x.s0);
+    return k_row(&a->x, row);
 }
 
 static K_INLINE k_i32 num_answers(const struct k_combine_args *a, k_i32 whom) {
@@ -67,11 +67,11 @@ static K_FN void send_weights(struct k_thread *k, const struct k_combine_args *a
         const k_i32 j = i % topk;
         k_f32 v = 0.0f;
         if ((a->flags & K_DO_EXPAND) == 0) {
-            v = *(const k_f32 *)(w->data + (k_u64)(row * w->s0 + (k_i64)j * w->s1));
+            v = *(const k_f32 *)k_at(w, row, j);
         } else {
             const k_i32 from = a->h.expand_row[row * topk + j];
             if (from >= 0) {
-                v = *(const k_f32 *)(w->data + (k_u64)((k_i64)from * w->s0));
+                v = *(const k_f32 *)k_row(w, from);
             }
         }
         k_store_u32(k_peer_at(&a->g, owner, to + 4ull * (k_u64)i), k_bits(v));

@@ -116,9 +116,7 @@ static K_INLINE k_i32 answer_terms(struct k_thread *k, const struct k_combine_ar
         if (from >= 0) {
             terms[at].row = (const void *)x_row(a, (k_u32)from);
             terms[at].weight =
-                a->weights.data
-                    ? *(const k_f32 *)(a->weights.data + (k_u64)(from * a->weights.s0))
-                    : 1.0f;
+                a->weights.data ? *(const k_f32 *)k_row(&a->weights, from) : 1.0f;
         }
         num += (k_i32)all;
     }
@@ -146,7 +144,7 @@ static K_INLINE k_i32 add_bias(struct k_thread *k, const struct k_array *bias, k
         return num;
     }
     if (k->lane == 0) {
-        terms[num].row = (const k_u8 *)(bias->data + (k_u64)((k_i64)t * bias->s0)) + from;
+        terms[num].row = (const k_u8 *)k_row(bias, t) + from;
         terms[num].weight = 1.0f;
     }
     return num + 1;
@@ -197,7 +195,7 @@ static K_INLINE void begin_token(const struct k_combine_args *a, const struct sl
     s->owner = K_NOBODY;
     s->channel = 0;
     s->item = t;
-    s->to = k_peer_own(a->out.data + (k_u64)((k_i64)t * a->out.s0) + (k_u64)from);
+    s->to = k_peer_own(k_row(&a->out, t) + (k_u64)from);
     s->bytes = k_min(t < cut->whole ? a->row_bytes : cut->bytes, a->row_bytes - from);
     s->last = from + s->bytes == a->row_bytes;
     f->token = K_NOBODY;
@@ -289,8 +287,7 @@ static K_FN void sum_weights(struct k_thread *k, const struct k_combine_args *a,
                 (const k_f32 *)k_own(g, g->map.land_side + row * 4ull * (k_u64)a->topk);
             sum = sum + w[j];
         }
-        *(k_f32 *)(a->out_weights.data +
-                   (k_u64)((k_i64)t * a->out_weights.s0 + (k_i64)j * a->out_weights.s1)) = sum;
+        *(k_f32 *)k_at(&a->out_weights, t, j) = sum;
     }
 }
 

@@ -12,7 +12,7 @@
 
 static K_INLINE void write_i32(const struct k_array *to, k_i64 i, k_i32 v) {
     if (to->data) {
-        *(k_i32 *)(to->data + (k_u64)(i * to->s0)) = v;
+        *(k_i32 *)k_row(to, i) = v;
     }
 }
 
@@ -126,8 +126,7 @@ static K_INLINE k_i32 expanded_row(const struct k_dispatch_args *a, k_i32 s, con
 static K_INLINE void unpack_scale(const struct k_dispatch_args *a, const k_u32 *side, k_i64 to,
                                   k_i32 j) {
     const k_u8 *from = (const k_u8 *)(side + side_scales_word(a));
-    const k_u64 at =
-        a->recv_scales.data + (k_u64)(to * a->recv_scales.s0 + (k_i64)j * a->recv_scales.s1);
+    const k_u64 at = k_at(&a->recv_scales, to, j);
     if (a->scale_bytes == 4) {
         *(k_u32 *)at = ((const k_u32 *)from)[j];
     } else if (a->scale_bytes == 2) {
@@ -140,14 +139,14 @@ static K_INLINE void unpack_scale(const struct k_dispatch_args *a, const k_u32 *
 static K_INLINE void write_source(const struct k_dispatch_args *a, k_i64 row, k_i32 rank,
                                   k_i32 token) {
     if (a->recv_source.data) {
-        k_i32 *at = (k_i32 *)(a->recv_source.data + (k_u64)(row * a->recv_source.s0));
+        k_i32 *at = (k_i32 *)k_row(&a->recv_source, row);
         at[0] = rank;
         at[1] = token;
     }
 }
 
 static K_INLINE void write_id(const struct k_dispatch_args *a, k_i64 row, k_i32 j, k_i32 id) {
-    k_u64 at = a->recv_ids.data + (k_u64)(row * a->recv_ids.s0 + (k_i64)j * a->recv_ids.s1);
+    k_u64 at = k_at(&a->recv_ids, row, j);
     if (a->id_bytes == 8) {
         *(k_i64 *)at = id;
     } else {
@@ -156,8 +155,7 @@ static K_INLINE void write_id(const struct k_dispatch_args *a, k_i64 row, k_i32 
 }
 
 static K_INLINE k_f32 *weight_at(const struct k_dispatch_args *a, k_i64 row, k_i32 j) {
-    return (k_f32 *)(a->recv_weights.data +
-                     (k_u64)(row * a->recv_weights.s0 + (k_i64)j * a->recv_weights.s1));
+    return (k_f32 *)k_at(&a->recv_weights, row, j);
 }
 
 /* Output rows that nothing arrived for: ids and sources -1, weights 0, gaps zero if asked. */
@@ -184,7 +182,7 @@ static K_FN void fill_gaps(struct k_thread *k, const struct k_dispatch_args *a, 
                 fill_row(k, a, r);
             }
             if ((a->flags & K_DO_ZERO_GAPS) && a->recv_x.data && r < a->x_rows) {
-                k_zero(k, (void *)(a->recv_x.data + (k_u64)(r * a->recv_x.s0)), a->row_bytes);
+                k_zero(k, (void *)k_row(&a->recv_x, r), a->row_bytes);
             }
         }
     }

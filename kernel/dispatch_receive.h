@@ -335,7 +335,7 @@ static K_INLINE void load_step(struct k_thread *k, const struct k_dispatch_args 
         const k_u8 *row = received_row(a, b->first + (k_u32)in->row);
         if (direct) {
             const k_i64 t = warp_tokens(k, a, w)[in->row];
-            row = (const k_u8 *)(a->x.data + (k_u64)(t * a->x.s0));
+            row = (const k_u8 *)k_row(&a->x, t);
         }
         k_mover_load(k, m, in->stage, row + from, k_min(a->row_bytes - from, a->stage_bytes));
     } else if (direct) {
@@ -357,14 +357,14 @@ static K_INLINE void store_piece(struct k_thread *k, const struct k_dispatch_arg
             const k_i64 to = j < a->topk ? places[j] : -1;
             k_u64 at = 0;
             if (to >= 0 && to < a->x_rows) {
-                at = a->recv_x.data + (k_u64)(to * a->recv_x.s0) + (k_u64)from;
+                at = k_row(&a->recv_x, to) + (k_u64)from;
             }
             k_mover_store(k, m, out->stage, k_peer_own(at), bytes);
         }
     } else {
         const k_i64 to = (k_i64)warp_intake_notes(k)->batch[out->set].first + out->row;
         if (to < a->x_rows) {
-            const k_u64 at = a->recv_x.data + (k_u64)(to * a->recv_x.s0) + (k_u64)from;
+            const k_u64 at = k_row(&a->recv_x, to) + (k_u64)from;
             k_mover_store(k, m, out->stage, k_peer_for_lane0(k, k_peer_own(at)), bytes);
         }
     }

@@ -266,7 +266,7 @@ static K_INLINE void begin_piece(struct k_thread *k, const struct k_dispatch_arg
     if (in->piece < s->row_pieces) {
         const k_i64 t = listed_token(l, in->item)->token;
         const k_u64 from = (k_u64)(in->piece * a->stage_bytes);
-        k_mover_load(k, m, in->stage, (const void *)(a->x.data + (k_u64)(t * a->x.s0) + from),
+        k_mover_load(k, m, in->stage, (const void *)(k_row(&a->x, t) + from),
                      in->piece == s->row_pieces - 1 ? s->row_end : a->stage_bytes);
     }
 }

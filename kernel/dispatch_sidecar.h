@@ -56,8 +56,7 @@ static K_INLINE k_u32 scales_word(const struct k_dispatch_args *a, k_i32 t, k_i3
     for (k_i32 b = 0; b < 4; b += a->scale_bytes) {
         const k_i32 j = a->scale_bytes == 2 ? (byte + b) / 2 : byte + b;
         if (j < a->num_scales) {
-            const k_u64 at =
-                a->scales.data + (k_u64)((k_i64)t * a->scales.s0 + (k_i64)j * a->scales.s1);
+            const k_u64 at = k_at(&a->scales, t, j);
             const k_u32 v = a->scale_bytes == 2 ? *(const k_u16 *)at : *(const k_u8 *)at;
             word |= v << (8 * b);
         }

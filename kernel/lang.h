@@ -47,6 +47,7 @@
  * Code          K_UNROLL, K_ROLLED       before a loop: its values are to stay in registers; it is
  *                                        short, and code must stay in its cache
  * Time          k_now(k), k_spin(k, ...) deadline and abort are inside
+ * Arrays        k_at(array, row, column), k_row(array, row)   where that lies, of the caller's
  * Places        k_peer_at(g, rank, offset)  a byte of a rank's arena
  *               k_peer_plus(p, bytes)    further on
  *               k_pair_*                 two places at one rank: set, move on, and a part of one
@@ -80,6 +81,15 @@ static K_INLINE k_i32 k_min(k_i32 a, k_i32 b) {
 
 static K_INLINE k_i32 k_max(k_i32 a, k_i32 b) {
     return a > b ? a : b;
+}
+
+/* Where element (row, column) of an array of the caller's lies. */
+static K_INLINE k_u64 k_at(const struct k_array *p, k_i64 row, k_i64 col) {
+    return p->data + (k_u64)(row * p->s0 + col * p->s1);
+}
+
+static K_INLINE k_u64 k_row(const struct k_array *p, k_i64 row) {
+    return p->data + (k_u64)(row * p->s0);
 }
 
 /* Byte `offset` of rank `rank`'s arena. */

@@ -157,8 +157,8 @@ static K_INLINE void report_routing(const struct k_route_args *a) {
         k_store(&notice->routed, K_WORD(a->h.tag, a->ticket));
         return;
     }
-    const k_u64 at = a->ids.data + (k_u64)((k_i64)(first / (k_u64)a->topk) * a->ids.s0 +
-                                           (k_i64)(first % (k_u64)a->topk) * a->ids.s1);
+    const k_u64 at =
+        k_at(&a->ids, (k_i64)(first / (k_u64)a->topk), (k_i64)(first % (k_u64)a->topk));
     notice->bad_id = a->id_bytes == 8 ? *(const k_i64 *)at : *(const k_i32 *)at;
     notice->bad = first;
     notice->bad_of = a->h.tag;

@@ -233,8 +233,7 @@ static K_INLINE void number_mask(struct k_thread *k, const struct k_route_args *
             const k_i32 r = base + j;
             k_bool goes = has && r < ranks;
             if (goes) {
-                goes = *(const k_u8 *)(a->mask.data + (k_u64)((k_i64)(t + mine) * a->mask.s0 +
-                                                              (k_i64)r * a->mask.s1)) != 0;
+                goes = *(const k_u8 *)k_at(&a->mask, t + mine, r) != 0;
             }
             const k_u32 all = k_ballot(k, goes), rows = all & k_same(k, (k_u32)r);
             const k_u32 slot = goes ? counters[r] + (k_u32)k_count(rows & k_below(k)) : 0;
