@@ -184,6 +184,34 @@ static K_INLINE void walk_answer(struct answer_walk *w, const struct k_combine_a
     w->stage = next_stage(w->stage, a->stages);
 }
 
+/* The next piece of an answer into a stage. */
+static K_INLINE void load_answer(struct k_thread *k, const struct k_combine_args *a,
+                                 struct k_mover *m, const struct answer_list *l,
+                                 struct answer_walk *in) {
+    const struct answer *u = listed_answer(l, in->item);
+    const k_u64 from = x_row(a, u->row + (k_u32)in->line) + (k_u64)in->from;
+    k_mover_retire(k, m, newest_stores(a->stages));
+    k_mover_load(k, m, in->stage, (const void *)from,
+                 k_min(u->line_bytes - in->from, a->stage_bytes));
+    walk_answer(in, a, u);
+}
+
+/* The next piece from its stage to where the answer lands. Returns which answer ended, or -1. */
+static K_INLINE k_i32 store_answer(struct k_thread *k, const struct k_combine_args *a,
+                                   struct k_mover *m, const struct answer_list *l,
+                                   struct answer_walk *out) {
+    const k_i32 item = out->item;
+    const struct answer *u = listed_answer(l, item);
+    const struct k_peer to =
+        k_peer_plus(u->to, (k_u64)out->line * (k_u64)a->row_bytes + (k_u64)out->from);
+    k_mover_wait(k, m, out->stage);
+    k_mover_store(k, m, out->stage, k_peer_for_lane0(k, to),
+                  k_min(u->line_bytes - out->from, a->stage_bytes));
+    k_mover_commit(k, m);
+    walk_answer(out, a, u);
+    return out->item != item ? item : -1;
+}
+
 /*
  * Plain answers to peers in one walk; each is published when its stores are complete. *go is as for
  * may_send: before that, x is read only as far as it must reach for the operation to take place.
@@ -203,12 +231,7 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
     for (;;) {
         k_i32 ended = -1;
         if (in.item < l.num) {
-            const struct answer *u = listed_answer(&l, in.item);
-            const k_u64 from = x_row(a, u->row + (k_u32)in.line) + (k_u64)in.from;
-            k_mover_retire(k, m, newest_stores(a->stages));
-            k_mover_load(k, m, in.stage, (const void *)from,
-                         k_min(u->line_bytes - in.from, a->stage_bytes));
-            walk_answer(&in, a, u);
+            load_answer(k, a, m, &l, &in);
             ahead++;
         }
         if (ahead < most_ahead(a->stages) && in.item < l.num) {
@@ -226,16 +249,7 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
             placed = 1;
         }
         if (out.item < l.num) {
-            const k_i32 item = out.item;
-            const struct answer *u = listed_answer(&l, item);
-            const struct k_peer to =
-                k_peer_plus(u->to, (k_u64)out.line * (k_u64)a->row_bytes + (k_u64)out.from);
-            k_mover_wait(k, m, out.stage);
-            k_mover_store(k, m, out.stage, k_peer_for_lane0(k, to),
-                          k_min(u->line_bytes - out.from, a->stage_bytes));
-            k_mover_commit(k, m);
-            walk_answer(&out, a, u);
-            ended = out.item != item ? item : -1;
+            ended = store_answer(k, a, m, &l, &out);
             p.newer++;
             ahead--;
         }
