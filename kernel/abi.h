@@ -151,8 +151,8 @@ struct k_fault {
     k_i32 phase;
     k_u32 epoch;
     k_i64 waited_ns;
-    k_u32 mine, theirs; /* mismatch: the two values ... */
-    k_i32 word;         /* ... and which ready word they are */
+    k_u32 mine, theirs; /* of a mismatch: the two values */
+    k_i32 word;         /* of a mismatch: the word of the ready message */
     k_i32 pad;
 };
 
@@ -252,9 +252,9 @@ struct k_counts {
     k_i64 rows;
     k_u64 need;   /* not 0: max_recv_rows exceeded; K_NEED_PACK of the rank that lacks most */
     k_u64 over;   /* {tag | rows}: outputs were too small; the rows needed */
-    k_u64 bad;    /* the first bad selection of a routing (t * K + k), or ~0, ... */
-    k_i64 bad_id; /* its id, ... */
-    k_u64 bad_of; /* and the tag of the handle */
+    k_u64 bad;    /* the first bad selection of a routing (t * K + k), or ~0 */
+    k_i64 bad_id; /* the id of that selection */
+    k_u64 bad_of; /* the tag of the handle whose routing that was */
     k_u64 routed; /* {tag | ticket}: bad holds */
 };
 

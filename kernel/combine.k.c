@@ -66,8 +66,7 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
     }
     struct k_mover m;
     k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
-    const k_bool away =
-        k->block < senders; /* where all blocks send, they do the rest as well */
+    const k_bool away = k->block < senders; /* if all blocks do, they do the rest as well */
     if (away && !sums) {
         send_plain(k, a, &m, k_first(k, 0), k_stride(k, senders), &go);
     }

@@ -84,7 +84,7 @@ struct answer {
     struct k_peer to; /* its first landing row */
     k_u32 row, rows;
     k_i32 owner, channel;
-    k_i32 line_bytes; /* of a row, or of all */
+    k_i32 line_bytes; /* of a row; where all are cut as one, of all */
     k_i32 pad;
 };
 
@@ -99,9 +99,10 @@ _Static_assert(K_LISTED_ANSWERS > K_MOVER_STAGES + 4, "what is listed is still i
  */
 struct answer_list {
     struct answer *answers;
-    k_i32 next, stride,
-        items; /* taken last; of so many; the first `stride` go to a warp each */
-    k_i32 num; /* listed so far */
+    k_i32 next;   /* the number taken last */
+    k_i32 stride; /* the numbers below this one went to a warp each without being taken */
+    k_i32 items;  /* how many numbers there are */
+    k_i32 num;    /* answers listed so far */
 };
 
 static K_INLINE const struct answer *listed_answer(const struct answer_list *l, k_i32 i) {

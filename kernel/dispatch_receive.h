@@ -28,11 +28,11 @@ struct batch {
 
 /* What a warp has taken and not begun. */
 struct intake_feed {
-    k_u32 row, end; /* rows ... */
-    k_u32 base;     /* ... of a channel that begins here */
+    k_u32 row, end; /* the rows received that it has taken and not begun */
+    k_u32 base;     /* the first row of their channel */
     k_i32 source, channel;
-    k_i32 token; /* own rows: where to look for the next one's token, ... */
-    k_u32 seen;  /* ... and the channel's own rows before that */
+    k_i32 token; /* where the search for the token of the next own row goes on */
+    k_u32 seen;  /* how many own rows of the channel lie before that */
 };
 
 /* What a receiving warp notes in its scratch; written by lane 0. Behind it lie the places of the

@@ -18,18 +18,18 @@ static K_INLINE k_bool serves(const struct k_dispatch_args *a, k_i32 whom, k_i32
 #define K_TRACKED_RANKS 16
 #define K_LISTED_TOKENS 64
 
-/* A part of a channel is announced by itself: twice the channel's number, and 1 more for its end
- * (or for all of it). */
+/* A channel is announced in one part or two: part = 2 * channel + (it is the channel's last). */
 struct send_token {
     k_i32 token, part, dests;
 };
 
 struct send_scratch {
-    struct k_pair first[K_NEAR_RANKS]; /* where this rank's rows begin at the first ranks */
-    k_u32
-        stored[K_TRACKED_RANKS]; /* of the rows for a rank, those before this are stored, ... */
-    k_u32 announced
-        [K_TRACKED_RANKS]; /* ... and were when the part ended that is to be announced */
+    /* Where this rank's rows begin at the first ranks. */
+    struct k_pair first[K_NEAR_RANKS];
+    /* Of the rows for each rank, those before this one are stored. */
+    k_u32 stored[K_TRACKED_RANKS];
+    /* The same when the part ended that is announced next. */
+    k_u32 announced[K_TRACKED_RANKS];
     struct send_token listed[K_LISTED_TOKENS];
 };
 
@@ -48,10 +48,11 @@ struct send_list {
     struct send_scratch *s;
     k_i32 whom, stride;
     k_bool in_turn;
-    k_i32 channel, at, end; /* looked at now; its tokens that were not */
-    k_i32 middle;           /* where its second part begins */
-    k_i32 least;            /* tokens of a channel that has two parts */
-    k_i32 num;              /* tokens listed so far */
+    k_i32 channel; /* the one that is being listed */
+    k_i32 at, end; /* its tokens that were not looked at yet */
+    k_i32 middle;  /* its token with which the second part begins */
+    k_i32 least;   /* a channel of fewer tokens has one part */
+    k_i32 num;     /* tokens listed so far */
 };
 
 static K_INLINE const struct send_token *listed_token(const struct send_list *l, k_i32 i) {
@@ -165,11 +166,11 @@ static K_INLINE struct k_pair place_at(const struct k_dispatch_args *a,
 #define K_WORDS_AHEAD 4
 
 struct token_ahead {
-    k_i32 dests_read, words_read; /* of so many tokens; these are the last one's: */
-    k_i32 rank;                   /* -1: none */
-    k_u32 slot;
-    k_u32 word[K_WORDS_AHEAD];
-    k_u64 source[K_WORDS_AHEAD];
+    k_i32 dests_read, words_read; /* how many tokens' destinations and words have been read */
+    k_i32 rank;                   /* the destination of the last of the former; -1: none */
+    k_u32 slot;                   /* its row's number among this rank's rows for that rank */
+    k_u32 word[K_WORDS_AHEAD];    /* the words of the last of the latter */
+    k_u64 source[K_WORDS_AHEAD];  /* where those of token 0 lie */
 };
 
 static K_INLINE struct token_ahead begin_read_ahead(struct k_thread *k,

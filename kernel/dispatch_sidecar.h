@@ -17,13 +17,13 @@ static K_INLINE k_i32 side_scales_word(const struct k_dispatch_args *a) {
 /* What travels of a token, in pieces that fit a stage: the row, then its sidecar, which shares
  * the stage of the row's last piece if both fit. */
 struct send_shape {
-    k_i32 row_pieces, pieces; /* of the row; of both */
-    k_i32 row_end;            /* bytes of the row's last piece */
-    k_i32 side_piece;         /* the first piece with a part of the sidecar ... */
-    k_i32 side_at;            /* ... and where in their stages those parts begin */
-    k_i32 side_words, side_bytes;
-    k_i32 scales; /* the first word of scales */
-    k_i32 direct; /* the words before this one are copies of words in memory */
+    k_i32 row_pieces, pieces;     /* how many the row has, and row and sidecar together */
+    k_i32 row_end;                /* the bytes of the row's last piece */
+    k_i32 side_piece;             /* the first piece that has a part of the sidecar */
+    k_i32 side_at;                /* the byte of its stage at which such a part begins */
+    k_i32 side_words, side_bytes; /* the sidecar's; the bytes with those that fill it up */
+    k_i32 scales;                 /* the first word of scales */
+    k_i32 direct;                 /* words before this one are copies of words in memory */
 };
 
 static K_INLINE struct send_shape shape_of(const struct k_dispatch_args *a) {

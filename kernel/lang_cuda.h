@@ -19,8 +19,8 @@
 #define K_ROLLED _Pragma("unroll 1")
 #define K_INLINE __device__ __forceinline__
 #define K_FN __device__ __forceinline__
-#define K_COLD                                                                                 \
-    __device__ __noinline__ /* takes no struct k_thread: that must stay in registers */
+/* A cold function takes no struct k_thread: that must stay in registers. */
+#define K_COLD __device__ __noinline__
 #if !defined(K_MOVER_GENERIC) && __CUDA_ARCH__ >= 900
 #define K_MOVER_TMA 1
 #endif

@@ -35,10 +35,10 @@ struct team {
 struct share {
     k_i32 c0, c1, t0, t1;
     k_i32 held, held_end;  /* the tokens in the scratch */
-    k_i32 token, j;        /* selections: where in a table of them this lane begins, */
-    k_i32 tokens_on, j_on; /* and how far it is to its next */
+    k_i32 token, j;        /* a lane begins with selection j of this token of a table of them */
+    k_i32 tokens_on, j_on; /* its next selection is so many tokens and selections on */
     k_u32 bad;             /* ~ the first bad selection that this lane has seen, or 0 */
-    k_u32 second;          /* the lane's rank's counter where the second channel began */
+    k_u32 second;          /* this lane's rank's counter when the second channel began */
     k_u32 *counters;       /* [K_ROUTE_COLUMNS] */
     struct route_scratch *scratch;
 };
