@@ -346,6 +346,15 @@ static K_INLINE void publish_part(struct k_thread *k, const struct k_dispatch_ar
     }
 }
 
+/* The part that has ended is published: its stores are complete then. */
+static K_INLINE void publish_pending(struct k_thread *k, const struct k_dispatch_args *a,
+                                     struct k_mover *m, const struct send_list *l,
+                                     struct pending *p) {
+    k_mover_settle(k, m, p->newer);
+    publish_part(k, a, l, p->unit);
+    p->unit = -1;
+}
+
 /* Pieces that were begun will not be sent; what is loaded of them may still be on its way. */
 static K_INLINE void drop_pieces(struct k_thread *k, const struct k_dispatch_args *a,
                                  struct k_mover *m, const struct send_shape *s,
@@ -406,9 +415,7 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
             ahead--;
         }
         if (pending_is_due(&p, ended >= 0 || out.item == l.num)) {
-            k_mover_settle(k, m, p.newer);
-            publish_part(k, a, &l, p.unit);
-            p.unit = -1;
+            publish_pending(k, a, m, &l, &p);
         }
         if (ended >= 0) {
             end_part(k, a, &l, ended);
