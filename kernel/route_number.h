@@ -14,11 +14,11 @@
 /* What a lane asks for at once. */
 #define K_FETCH (K_LANES == 1 ? 1 : 4)
 
+/* A warp's selections, a batch of them. Numbering them turns each id into its row's number, and
+ * takes the rank from those whose token goes there by an earlier one. */
 struct route_scratch {
-    k_i32 id
-        [K_HELD_SELECTIONS]; /* of each selection, -1: none; once numbered: the number of its row */
-    k_i32 rank
-        [K_HELD_SELECTIONS]; /* -1: none; once numbered: nor if its token goes there anyway */
+    k_i32 id[K_HELD_SELECTIONS];   /* -1: none */
+    k_i32 rank[K_HELD_SELECTIONS]; /* -1: none */
 };
 
 _Static_assert(sizeof(struct route_scratch) <= K_SCRATCH_BYTES(1), "route_scratch");
