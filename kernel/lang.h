@@ -30,7 +30,7 @@
  * Rows          k_mover_*                a pipeline of row copies: load, wait, store (each lane
  *                                        to a place of its own, or to address 0: nowhere),
  *                                        commit, retire (a stage can be used again), settle (a
- *                                        store can be published), drain; or fill, filled and
+ *                                        store can be published), end; or fill, filled and
  *                                        store_filled, for what the lanes write themselves; or
  *                                        view, for what they read themselves once it was waited
  *                                        for; or gather and sum: a part of several rows, then

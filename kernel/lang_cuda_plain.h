@@ -129,11 +129,6 @@ static K_INLINE void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32
     __syncwarp(); /* plain stores: the release that follows waits for them */
 }
 
-static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
-    (void)k, (void)m;
-    __syncwarp();
-}
-
 static K_INLINE void k_mover_end(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
 }

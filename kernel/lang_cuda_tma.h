@@ -140,14 +140,6 @@ static K_INLINE void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32
     __syncwarp();
 }
 
-static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
-    (void)k;
-    (void)m;
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
-    __syncwarp();
-}
-
 static K_INLINE const void *k_mover_view(const struct k_mover *m, k_i32 stage) {
     return (const void *)__cvta_shared_to_generic(m->ring +
                                                   (k_u32)stage * (k_u32)m->stage_bytes);
@@ -176,7 +168,11 @@ static K_INLINE void k_mover_gather(struct k_thread *k, struct k_mover *m, k_i32
 }
 
 static K_INLINE void k_mover_end(struct k_thread *k, struct k_mover *m) {
-    k_mover_drain(k, m);
+    (void)k;
+    (void)m;
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
+    __syncwarp();
 }
 
 #define K_SUM_PIECES 2

@@ -4,7 +4,7 @@
  * threads. Hand-offs are release stores and acquire loads on the word itself, because
  * ThreadSanitizer does not model free-standing fences; that is what makes it a checker of the
  * protocol. src/run creates the threads; with K_LATE_MOVERS (check builds) rows are copied late,
- * so that a missing wait, retire or drain is a data race it can see.
+ * so that a missing wait, retire or settle is a data race it can see.
  *
  * K_WEAKEN_PUBLISH, K_SKIP_WAIT and K_SKIP_SETTLE break the language on purpose: tests that must
  * fail use them to prove that the checker works.
@@ -325,10 +325,6 @@ static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32
 
 static K_INLINE void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 newest) {
     (void)newest;
-    (void)k, (void)m;
-}
-
-static K_INLINE void k_mover_drain(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
 }
 

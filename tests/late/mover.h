@@ -110,11 +110,6 @@ static inline void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 n
     k_late_await(m->late, K_LATE_WRITER, m->committed[newest]);
 }
 
-static inline void k_mover_drain(struct k_thread *k, struct k_mover *m) {
-    (void)k;
-    k_late_await(m->late, K_LATE_WRITER, m->stored);
-}
-
 static inline const void *k_mover_view(const struct k_mover *m, k_i32 stage) {
     return k_mover_stage(m, stage);
 }
