@@ -19,8 +19,7 @@ struct k_mover {
 
 static K_INLINE void k_mover_begin(struct k_thread *k, struct k_mover *m, void *ring,
                                    k_i32 stages, k_i32 stage_bytes) {
-    (void)k;
-    (void)stages;
+    (void)k, (void)stages;
     m->stages = (k_u8 *)ring + K_RING_HEAD;
     m->stage_bytes = stage_bytes;
 }
@@ -43,8 +42,7 @@ static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32
 }
 
 static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m) {
-    (void)k;
-    (void)m;
+    (void)k, (void)m;
     __syncwarp();
 }
 
@@ -119,13 +117,11 @@ static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
 }
 
 static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32 newest) {
-    (void)newest;
-    (void)k, (void)m;
+    (void)newest, (void)k, (void)m;
 }
 
 static K_INLINE void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 newest) {
-    (void)newest;
-    (void)k, (void)m;
+    (void)newest, (void)k, (void)m;
     __syncwarp(); /* plain stores: the release that follows waits for them */
 }
 

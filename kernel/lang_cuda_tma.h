@@ -60,8 +60,7 @@ static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32
 }
 
 static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m) {
-    (void)k;
-    (void)m;
+    (void)k, (void)m;
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
 }
@@ -99,15 +98,13 @@ static K_INLINE void k_mover_store(struct k_thread *k, struct k_mover *m, k_i32 
 }
 
 static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
-    (void)k;
-    (void)m;
+    (void)k, (void)m;
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
 /* All stores but those of the newest `newest` (0 or 1) commits have read their stages. */
 static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32 newest) {
-    (void)k;
-    (void)m;
+    (void)k, (void)m;
     if (newest) {
         asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
     } else {
@@ -125,8 +122,7 @@ static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32
  * publishes. What is newer is not waited for and not covered. Beyond 3, more is waited for.
  */
 static K_INLINE void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 newest) {
-    (void)k;
-    (void)m;
+    (void)k, (void)m;
     if (newest >= 3) {
         asm volatile("cp.async.bulk.wait_group 3;" ::: "memory");
     } else if (newest == 2) {
@@ -168,8 +164,7 @@ static K_INLINE void k_mover_gather(struct k_thread *k, struct k_mover *m, k_i32
 }
 
 static K_INLINE void k_mover_end(struct k_thread *k, struct k_mover *m) {
-    (void)k;
-    (void)m;
+    (void)k, (void)m;
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
     __syncwarp();

@@ -319,13 +319,11 @@ static K_INLINE void k_mover_commit(struct k_thread *k, struct k_mover *m) {
 }
 
 static K_INLINE void k_mover_retire(struct k_thread *k, struct k_mover *m, k_i32 newest) {
-    (void)newest;
-    (void)k, (void)m;
+    (void)newest, (void)k, (void)m;
 }
 
 static K_INLINE void k_mover_settle(struct k_thread *k, struct k_mover *m, k_i32 newest) {
-    (void)newest;
-    (void)k, (void)m;
+    (void)newest, (void)k, (void)m;
 }
 
 /* What was loaded or filled, for the lanes to read. */
