@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * One case of `ep bench` as the parent sees it: whether it fits, which GPUs the ranks get, what the
- * link can do before and after, and what the samples of all ranks come to.
+ * One case of `ep bench` as the parent sees it: whether it fits, which GPUs the ranks get,
+ * what the link can do before and after, and what the samples of all ranks come to.
  *
  * Owns the case's memory, which the ranks share. Must not open the driver: it forks the ranks.
  */

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * One rank of `ep bench`, and the two clocks by which it takes time: of the host around the call,
- * of the GPU between two events.
+ * One rank of `ep bench`, and the two clocks by which it takes time: of the host around the
+ * call, of the GPU between two events.
  *
- * Host: the ranks meet at a barrier, then only the library's call lies between two readings of the
- * one clock of the machine. What routes anew does so before that.
- * GPU: in every iteration the rank holds its stream back, queues begin event, operation and end
- * event, and meets the others at a barrier in shared memory. Rank 0 names an instant, all wait for
- * it on the machine's clock and release their streams. The time is begin to end, and routing anew
- * is part of the operation, because a graph holds both.
+ * Host: the ranks meet at a barrier, then only the library's call lies between two readings of
+ * the one clock of the machine. What routes anew does so before that.
+ * GPU: in every iteration the rank holds its stream back, queues begin event, operation and
+ * end event, and meets the others at a barrier in shared memory. Rank 0 names an instant, all
+ * wait for it on the machine's clock and release their streams. The time is begin to end, and
+ * routing anew is part of the operation, because a graph holds both.
  *
  * Owns the rank's group, GPU and buffers. Runs in the ranks, one thread each.
  */

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What `ep bench` says about cases to programs: CSV and JSON. Both are made of the same members, a
- * line of them for each operation and mode: the names of JSON are the columns of CSV.
+ * What `ep bench` says about cases to programs: CSV and JSON. Both are made of the same
+ * members, a line of them for each operation and mode: the names of JSON are the columns of
+ * CSV.
  *
  * Must not rename or reorder a member: others read them.
  */

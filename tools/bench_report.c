@@ -2,9 +2,9 @@
 /*
  * What `ep bench` says about a case to people: the table, and the arithmetic behind it.
  *
- * Must not print a figure without what it is made of: time first, then bytes, then the share of
- * what the same bytes take at the rate that memcpy (host) or the link (GPUs) reached in this run;
- * DeepEP's figure for comparison.
+ * Must not print a figure without what it is made of: time first, then bytes, then the share
+ * of what the same bytes take at the rate that memcpy (host) or the link (GPUs) reached in
+ * this run; DeepEP's figure for comparison.
  */
 #include "tools/bench.h"
 

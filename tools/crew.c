@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * N child processes: started, watched until the last has ended, and ended when one fails, a signal
- * comes or the time is over.
+ * N child processes: started, watched until the last has ended, and ended when one fails, a
+ * signal comes or the time is over.
  *
  * Owns one process group: its leader is a guard that does nothing but kill the group when this
- * process is gone, even by SIGKILL, so that no child and no child of a child is left behind. One
- * thread, which takes signals through a signalfd. Must not know what the children are.
+ * process is gone, even by SIGKILL, so that no child and no child of a child is left behind.
+ * One thread, which takes signals through a signalfd. Must not know what the children are.
  */
 #include "tools/tool.h"
 

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What `ep doctor` says about GPUs: the driver, each device, what compiles kernels, whether the
- * devices reach each other and how fast, and a checked dispatch and combine on all of them.
+ * What `ep doctor` says about GPUs: the driver, each device, what compiles kernels, whether
+ * the devices reach each other and how fast, and a checked dispatch and combine on all of
+ * them.
  *
- * Owns nothing that lasts. Says also where less holds than ep.h promises. Must not call a missing
- * GPU a failure, and must not open the driver: children do.
+ * Owns nothing that lasts. Says also where less holds than ep.h promises. Must not call a
+ * missing GPU a failure, and must not open the driver: children do.
  */
 #include "tools/bench.h"
 #include "tools/doctor.h"

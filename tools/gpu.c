@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The GPU of one rank: memory, one stream, two events that take the time, a word that holds the
- * stream back, and graphs.
+ * The GPU of one rank: memory, one stream, two events that take the time, a word that holds
+ * the stream back, and graphs.
  *
  * Owns what it makes and makes its device's context the current one of the rank's thread. The
- * functions of graphs are not among those that src/cu opens: they are taken here from the driver
- * that it has loaded.
+ * functions of graphs are not among those that src/cu opens: they are taken here from the
+ * driver that it has loaded.
  */
 #include "tools/gpu.h"
 

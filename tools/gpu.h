@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * GPUs as the subcommands see them: which there are, how they are linked, and the GPU of one rank
- * with its memory, a stream, a clock and graphs. Of tools/ only gpu*.c know CUDA.
+ * GPUs as the subcommands see them: which there are, how they are linked, and the GPU of one
+ * rank with its memory, a stream, a clock and graphs. Of tools/ only gpu*.c know CUDA.
  *
- * A process that has opened the driver cannot fork ranks that use it. So the process that starts
- * ranks never opens it: what it wants to know is found out by a child (gpu_look,
+ * A process that has opened the driver cannot fork ranks that use it. So the process that
+ * starts ranks never opens it: what it wants to know is found out by a child (gpu_look,
  * gpu_measure_links).
  */
 #ifndef TOOLS_GPU_H

@@ -2,8 +2,9 @@
 /*
  * Ranks of this very program: forked processes, or threads of one forked process.
  *
- * Owns the memory by which ranks report. The parent runs no rank: crew.c watches them and ends all
- * when one fails, so that a crash or a hang of the library costs a message and not the program.
+ * Owns the memory by which ranks report. The parent runs no rank: crew.c watches them and ends
+ * all when one fails, so that a crash or a hang of the library costs a message and not the
+ * program.
  */
 #include "tools/tool.h"
 

@@ -2,8 +2,8 @@
 /*
  * `ep run`: starts a program as the ranks of one job on this machine.
  *
- * Owns the ranks' pipes, which the one thread polls while crew.c watches the processes. Must not mix
- * two ranks' output within a line.
+ * Owns the ranks' pipes, which the one thread polls while crew.c watches the processes. Must
+ * not mix two ranks' output within a line.
  */
 #include "tools/tool.h"
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What the parts of `ep demo` share: the layer's input and output, and what the ranks report. It is
- * built into the program `ep` and uses its helpers; an example that stands alone is moe_layer.c.
+ * What the parts of `ep demo` share: the layer's input and output, and what the ranks report.
+ * It is built into the program `ep` and uses its helpers; an example that stands alone is
+ * moe_layer.c.
  */
 #ifndef EXAMPLES_DEMO_H
 #define EXAMPLES_DEMO_H

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * One rank of `ep demo`: per step it routes its tokens, dispatches them, computes its experts and
- * combines the answers.
+ * One rank of `ep demo`: per step it routes its tokens, dispatches them, computes its experts
+ * and combines the answers.
  *
- * Owns its experts' weights and its buffers. Answers are written over the received rows and sent
- * from there: on the host these are in the arena, and nothing is copied. The arithmetic is the
- * host's, so all that a rank on a GPU reads and writes is in pinned memory, which both reach.
+ * Owns its experts' weights and its buffers. Answers are written over the received rows and
+ * sent from there: on the host these are in the arena, and nothing is copied. The arithmetic
+ * is the host's, so all that a rank on a GPU reads and writes is in pinned memory, which both
+ * reach.
  */
 #include <stdlib.h>
 
