@@ -152,8 +152,8 @@ static double measure_link(struct bench_case *c) {
 
 /* ---- samples ------------------------------------------------------------------------------- */
 
-/* How long an iteration took, and how far apart its ranks began. Of the whole: where ranks share a
- * core, the one that has to wait for its turn would otherwise seem to be fast. */
+/* How long an iteration took, and how far apart its ranks began. Of the whole: where ranks
+ * share a core, the one that has to wait for its turn would otherwise seem to be fast. */
 static int64_t iteration_ns(const struct bench_case *c, const struct bench_sample *s,
                             int64_t *skew_ns) {
     int64_t first = s->start_ns, last = s->start_ns, end = 0, slowest = 0;

@@ -45,7 +45,7 @@ struct gpu_look {
 const struct gpu_look *gpu_look(const char *name);
 /* The GPU of a rank: ranks go round the visible ones. */
 int gpu_of_rank(const struct gpu_look *look, int rank);
-/* "4 x NVIDIA H200 (sm_90, 132 SMs)" of the first num devices; those of another kind are added. */
+/* "4 x NVIDIA H200 (sm_90, 132 SMs)" of the first num devices; those of other kinds are added. */
 void gpu_describe(const struct gpu_look *look, int num, char *out, size_t room);
 
 /* ---- gpu_links.c: how fast rows can cross ----------------------------------------------- */
@@ -72,7 +72,7 @@ struct gpu_graph;
 /* Functions return a status, with a text in ep_last_error(). One thread uses a GPU object. */
 ep_status gpu_open(struct gpu **out, int device);
 void gpu_close(struct gpu **gpu); /* with all memory it gave */
-/* A function of the driver that src/cu does not use, once it is loaded. NULL: it has none such. */
+/* A function of the driver that src/cu does not use, once it is loaded. NULL: it has none. */
 void *gpu_driver_function(const char *name);
 void *gpu_stream(const struct gpu *gpu);
 
