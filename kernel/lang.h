@@ -195,7 +195,7 @@ struct k_blame {
 
 /* Writes an abort word to the other ranks' boards. All that kernels write there passes through this:
  * every rank has mapped every board, as all are of one host. */
-static K_INLINE void k_tell_boards(const struct k_group *g, k_u64 code) {
+static K_INLINE void k_write_boards(const struct k_group *g, k_u64 code) {
     for (k_i32 p = 0; p < g->num_ranks; p++) {
         if (p != g->rank) {
             struct k_peer told = {(k_u64)&k_board_of(g, p)->told};
@@ -227,7 +227,7 @@ static K_COLD void k_raise_at(const struct k_group *g, k_i32 kind, k_u32 epoch, 
         k_publish_local(&board->abort, code);
     }
     k_store(&g->ctl->abort, code);
-    k_tell_boards(g, code);
+    k_write_boards(g, code);
 }
 
 static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame b) {
