@@ -75,9 +75,9 @@
 #define K_BASE_WORDS 2
 
 /*
- * A sidecar: what travels beside a row of a dispatch, [side_stride] bytes for each row of a slot. It
- * is 32-bit words, the same for all destinations of a token. A warp of the source writes it, from a
- * stage of its mover; the warp of the destination that takes the row out reads it.
+ * A sidecar: what travels beside a row of a dispatch, [side_stride] bytes for each row of a slot.
+ * It is 32-bit words, the same for all destinations of a token. A warp of the source writes it,
+ * from a stage of its mover; the warp of the destination that takes the row out reads it.
  *
  *   word   0        1            1 + K        1 + 2 K      K_SIDE_SCALES
  *        +--------+------------+------------+------------+------------------+-------------+
@@ -88,7 +88,8 @@
  *        source    ranks        (source,     weights       each             +-------------+
  *                               expert)      travel
  *
- * Rows of sidecars lie side_stride bytes apart: K_SIDE_BYTES of the group's largest top-k and scales.
+ * Rows of sidecars lie side_stride bytes apart: K_SIDE_BYTES of the group's largest top-k and
+ * scales.
  */
 #define K_SIDE_IDS 1
 #define K_SIDE_INDICES(topk) (1 + (topk))
@@ -115,9 +116,9 @@
  *   |    |       |         | (rank)   | (rank or -1)| K_OP | 0  | K_PH. | 2^20        |
  *   +----+-------+---------+----------+-------------+------+----+-------+-------------+
  *
- * The epoch is that of the operation that faulted: an earlier one that is still on its way somewhere
- * may finish, because whoever reached a later one has sent all its rows. Death and cancellation end
- * all of them.
+ * The epoch is that of the operation that faulted: an earlier one that is still on its way
+ * somewhere may finish, because whoever reached a later one has sent all its rows. Death and
+ * cancellation end all of them.
  */
 #define K_ABORT_PACK(status, reporter, subject, kind, phase, epoch)                            \
     ((1ull << 63) | ((k_u64)(k_u8)(-(status)) << 48) | ((k_u64)(reporter) << 38) |             \

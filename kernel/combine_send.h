@@ -31,8 +31,8 @@ static K_INLINE k_i32 num_answers(const struct k_combine_args *a, k_i32 whom) {
     return (whom == K_TO_PEERS ? ranks - 1 : 1) * a->g.num_channels;
 }
 
-/* Whose answer `item` is, of which channel (those of a channel are neighbours), and the rows received
- * that it is made from: [*r0, *r1). */
+/* Whose answer `item` is, of which channel (those of a channel are neighbours), and the rows
+ * received that it is made from: [*r0, *r1). */
 static K_INLINE void find_answer(const struct k_combine_args *a, k_i32 whom, k_i32 item,
                                  k_i32 *owner, k_i32 *c, k_u32 *r0, k_u32 *r1) {
     const k_i32 ranks = a->g.num_ranks;

@@ -267,9 +267,9 @@ static K_FN k_bool dispatch_control(struct k_thread *k, const struct k_dispatch_
 /* ---- entry ---------------------------------------------------------------------------------- */
 
 /*
- * To whom a block sends. Where a kernel sends and receives, its first send_blocks blocks send and the
- * others receive from the start, unless there is one block (`both`: there are more). This rank's own
- * rows need not be sent where they are copied out of x (`direct`).
+ * To whom a block sends. Where a kernel sends and receives, its first send_blocks blocks send and
+ * the others receive from the start, unless there is one block (`both`: there are more). This
+ * rank's own rows need not be sent where they are copied out of x (`direct`).
  *
  *   kernel               block           sends to      together with
  *   receives only        any             nobody

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The receiving half of dispatch: which rows a warp takes, and the one walk in which it unpacks their
- * sidecars and copies them. Function bodies for dispatch.k.c; all warps run them, those that send
- * afterwards. A warp waits only when it holds nothing that it could store.
+ * The receiving half of dispatch: which rows a warp takes, and the one walk in which it unpacks
+ * their sidecars and copies them. Function bodies for dispatch.k.c; all warps run them, those that
+ * send afterwards. A warp waits only when it holds nothing that it could store.
  */
 #ifndef KERNEL_DISPATCH_RECEIVE_H
 #define KERNEL_DISPATCH_RECEIVE_H
@@ -109,9 +109,9 @@ struct item {
 };
 
 /*
- * Item i of all. This rank's own rows come first, while the peers' are on their way. Then the peers'
- * as they arrive: a source has `wide` channels of a group under way, so the first parts of all of
- * those, of all sources in turn, then the second parts.
+ * Item i of all. This rank's own rows come first, while the peers' are on their way. Then the
+ * peers' as they arrive: a source has `wide` channels of a group under way, so the first parts of
+ * all of those, of all sources in turn, then the second parts.
  */
 static K_INLINE struct item item_at(const struct k_dispatch_args *a, const struct intake *w,
                                     k_i32 i) {

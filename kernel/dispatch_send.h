@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The sending half of dispatch: which tokens a warp sends, where their rows go, and the one walk over
- * all of them. Function bodies for dispatch.k.c; warps of sending blocks run them. Nothing here waits
- * for a receiver.
+ * The sending half of dispatch: which tokens a warp sends, where their rows go, and the one walk
+ * over all of them. Function bodies for dispatch.k.c; warps of sending blocks run them. Nothing
+ * here waits for a receiver.
  */
 #ifndef KERNEL_DISPATCH_SEND_H
 #define KERNEL_DISPATCH_SEND_H

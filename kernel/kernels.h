@@ -5,9 +5,9 @@
  *
  *   X(NAME, name, file, args, set)
  *
- * `name` is what K_KERNEL names in `file`; `args` is a struct of abi.h that begins with K_OP_FIELDS.
- * The kernels of a set are compiled and loaded together, when a group that needs one of them is
- * created: who never asks for a mode does not wait for its kernels.
+ * `name` is what K_KERNEL names in `file`; `args` is a struct of abi.h that begins with
+ * K_OP_FIELDS. The kernels of a set are compiled and loaded together, when a group that needs one
+ * of them is created: who never asks for a mode does not wait for its kernels.
  */
 #ifndef KERNEL_KERNELS_H
 #define KERNEL_KERNELS_H

@@ -123,9 +123,9 @@ static K_INLINE k_u8 *k_own(const struct k_group *g, k_u64 offset) {
 }
 
 /*
- * Two places at one rank, each of which may be nowhere: of a row, and of what goes with it. One type
- * of two addresses, whose words take it by its own address: two k_peer in a struct, and words that
- * return it, are other machine code.
+ * Two places at one rank, each of which may be nowhere: of a row, and of what goes with it. One
+ * type of two addresses, whose words take it by its own address: two k_peer in a struct, and words
+ * that return it, are other machine code.
  */
 struct k_pair {
     k_u64 first, second;
@@ -193,8 +193,8 @@ struct k_blame {
     k_u32 mine, theirs;
 };
 
-/* Writes an abort word to the other ranks' boards. All that kernels write there passes through this:
- * every rank has mapped every board, as all are of one host. */
+/* Writes an abort word to the other ranks' boards. All that kernels write there passes through
+ * this: every rank has mapped every board, as all are of one host. */
 static K_INLINE void k_write_boards(const struct k_group *g, k_u64 code) {
     for (k_i32 p = 0; p < g->num_ranks; p++) {
         if (p != g->rank) {
@@ -321,8 +321,8 @@ static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k
 #define K_MANY 12
 
 /*
- * k_await_word for `num` (0 to K_MANY) posted words of one peer, the first at `at`, each `step` words
- * behind the one before: all are asked for at once, then again those that have not come.
+ * k_await_word for `num` (0 to K_MANY) posted words of one peer, the first at `at`, each `step`
+ * words behind the one before: all are asked for at once, then again those that have not come.
  */
 static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step, k_i32 num,
                                  k_u32 epoch, k_i32 peer, k_i32 phase, k_u32 *value) {

@@ -147,8 +147,8 @@ static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature
     return ok;
 }
 
-/* Which ranks a pass over tokens or plain answers serves. Blocks that send keep the link busy; where
- * others receive, those also copy what stays here. */
+/* Which ranks a pass over tokens or plain answers serves. Blocks that send keep the link busy;
+ * where others receive, those also copy what stays here. */
 #define K_TO_ALL 0
 #define K_TO_PEERS 1
 #define K_TO_SELF 2

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The numbering half of route: selections into a warp's scratch, and from there, or from a mask, the
- * numbers of rows and selections, counted from the start of a warp's share. Function bodies for
- * route.k.c; a warp works by itself here and waits for nobody.
+ * The numbering half of route: selections into a warp's scratch, and from there, or from a mask,
+ * the numbers of rows and selections, counted from the start of a warp's share. Function bodies
+ * for route.k.c; a warp works by itself here and waits for nobody.
  */
 #ifndef KERNEL_ROUTE_NUMBER_H
 #define KERNEL_ROUTE_NUMBER_H
