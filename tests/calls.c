@@ -124,7 +124,7 @@ ep_status call_found(ep_handle *h) {
     if (st == EP_ERR_CAPACITY) {
         /* Rows that fit nowhere: the handle counts as not dispatched once this was told, too. */
         snprintf(text, sizeof(text), "%s", ep_last_error());
-        (void)ep_handle_counts(h, NULL, NULL, NULL);
+        ep_handle_counts(h, NULL, NULL, NULL);
         return epi_fail(st, "%s", text);
     }
     if (st != EP_OK) {
@@ -336,7 +336,7 @@ void call_stream_destroy(ep_group *group, void **stream) {
     ep_stream *made = gpu ? NULL : *stream;
 
     if (gpu && *stream) {
-        (void)epi_cu_stream_sync(&gpu->device, *stream);
+        epi_cu_stream_sync(&gpu->device, *stream);
         free_calls(take_calls(group, *stream, false));
         epi_cu_stream_destroy(&gpu->device, stream);
     } else {

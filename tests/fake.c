@@ -91,7 +91,7 @@ static ep_status begin(struct fake_device *f, enum fake_op op) {
     if (epi_alloc_should_fail()) {
         return epi_fail(EP_ERR_NOMEM, "no memory for the fake's %s (injected)", names[op]);
     }
-    if (t == NULL || t->op != op || (f->calls[op] > 1 && !t->always)) {
+    if (!t || t->op != op || (f->calls[op] > 1 && !t->always)) {
         return EP_OK;
     }
     if (t->hangs[f->rank]) {

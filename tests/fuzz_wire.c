@@ -26,13 +26,13 @@ static void check_frame(const uint8_t *buf, int used, const struct epi_frame *fr
     must((size_t)used == EPI_WIRE_HEADER_BYTES + frame->data_bytes);
     must(frame->data == buf + EPI_WIRE_HEADER_BYTES);
     epi_wire_header(header, frame);
-    must(memcmp(header, buf, sizeof header) == 0);
+    must(memcmp(header, buf, sizeof(header)) == 0);
     if (frame->type == EPI_FRAME_HELLO) {
         uint8_t body[EPI_WIRE_HELLO_BYTES];
         struct epi_hello hello;
         epi_wire_get_hello(frame->data, &hello);
         epi_wire_put_hello(body, &hello);
-        must(memcmp(body, frame->data, sizeof body) == 0);
+        must(memcmp(body, frame->data, sizeof(body)) == 0);
     }
     for (int len = 0; len < used && len < 2 * EPI_WIRE_HEADER_BYTES; len++) {
         struct epi_frame part;

@@ -45,7 +45,7 @@ bool rig_await(atomic_int *value, int least) {
 
 bool rig_is_sentence(const char *text) {
     const size_t len = strlen(text);
-    return len > 10 && len < 400 && strchr(text, '\n') == NULL && strstr(text, "...") == NULL;
+    return len > 10 && len < 400 && !strchr(text, '\n') && !strstr(text, "...");
 }
 
 /* ---- the layer ------------------------------------------------------------------------------ */

@@ -65,8 +65,8 @@ static void test_status(void) {
     epi_fail(EP_ERR_ARG, "outer: %s", epi_error_text());
     ok(strcmp(ep_last_error(), "outer: hidden is 7") == 0, "a text can wrap itself");
     char big[2000];
-    memset(big, 'x', sizeof big - 1);
-    big[sizeof big - 1] = '\0';
+    memset(big, 'x', sizeof(big) - 1);
+    big[sizeof(big) - 1] = '\0';
     epi_fail(EP_ERR_ARG, "%s", big);
     size_t len = strlen(ep_last_error());
     ok(len == EPI_ERROR_TEXT_BYTES - 1 && strcmp(ep_last_error() + len - 3, "...") == 0,
@@ -109,21 +109,21 @@ static void test_knobs(void) {
     ok(epi_opt_int(EPI_OPT_TIMEOUT_MS) == 250, "a knob is read anew on each call");
     setenv("EP_TIMEOUT_MS", "", 1);
     ok(epi_opt_int(EPI_OPT_TIMEOUT_MS) == 100000, "an empty value counts as unset");
-    ok(epi_opt_str(EPI_OPT_JOB) == NULL, "a string without default is NULL");
+    ok(!epi_opt_str(EPI_OPT_JOB), "a string without default is NULL");
     setenv("EP_JOB", "blue", 1);
     ok(strcmp(epi_opt_str(EPI_OPT_JOB), "blue") == 0, "a string is handed through");
     unsetenv("EP_JOB");
     static const char *const bad[] = {"99",  "86400001", "12x", "x",
                                       "1e3", " ",        "-5",  "99999999999999999999"};
-    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
         setenv("EP_TIMEOUT_MS", bad[i], 1);
         capture_begin();
         int64_t value = epi_opt_int(EPI_OPT_TIMEOUT_MS);
         value += epi_opt_int(EPI_OPT_TIMEOUT_MS);
-        capture_end(log, sizeof log);
+        capture_end(log, sizeof(log));
         ok(value == 200000, "EP_TIMEOUT_MS=\"%s\": the default is used", bad[i]);
-        ok(count(log, "\n") == 1 && strstr(log, "EP_TIMEOUT_MS") != NULL &&
-               strstr(log, bad[i]) != NULL && strstr(log, "100..86400000") != NULL,
+        ok(count(log, "\n") == 1 && strstr(log, "EP_TIMEOUT_MS") && strstr(log, bad[i]) &&
+               strstr(log, "100..86400000") != NULL,
            "one warning names variable, value and rule");
     }
     unsetenv("EP_TIMEOUT_MS");
@@ -134,8 +134,8 @@ static void test_knob_table(void) {
     setenv("EP_PORT", "700000", 1);
     for (size_t i = 0; i < epi_opt_count(); i++) {
         const struct epi_opt_info *info = epi_opt_info(i);
-        good = good && info != NULL && strncmp(info->name, "EP_", 3) == 0 &&
-               info->doc[0] != 0 && info->rule[0] != 0;
+        good = good && info && strncmp(info->name, "EP_", 3) == 0 && info->doc[0] != 0 &&
+               info->rule[0] != 0;
         if (good && strcmp(info->name, "EP_PORT") == 0) {
             ok(info->set && !info->valid && strcmp(info->value, "0") == 0,
                "the table shows a malformed value for what it is");
@@ -143,7 +143,7 @@ static void test_knob_table(void) {
     }
     unsetenv("EP_PORT");
     ok(good, "every knob has a name, a rule and a line of text");
-    ok(epi_opt_info(epi_opt_count()) == NULL, "the table ends");
+    ok(!epi_opt_info(epi_opt_count()), "the table ends");
     setenv("WORLD_SIZE", "4", 1);
     ok(strcmp(epi_env("WORLD_SIZE"), "4") == 0, "launcher variables are readable");
     const struct epi_opt_info *info;
@@ -158,8 +158,8 @@ static void test_knob_table(void) {
     unsetenv("WORLD_SIZE");
     char log[512];
     capture_begin();
-    ok(epi_env("PATH") == NULL, "other variables are not");
-    capture_end(log, sizeof log);
+    ok(!epi_env("PATH"), "other variables are not");
+    capture_end(log, sizeof(log));
     ok(strstr(log, "PATH") != NULL, "and asking for one is noticed");
 }
 
@@ -173,25 +173,25 @@ static void test_log(void) {
     epi_log(EPI_LOG_INFO, "two\nlines %d", 1);
     bool errno_kept = errno == EBUSY;
     epi_log(EPI_LOG_DEBUG, "not shown");
-    capture_end(log, sizeof log);
+    capture_end(log, sizeof(log));
     ok(strcmp(log, "libep: info: [rank 3] two?lines 1\n") == 0, "a line looks as it should");
     ok(errno_kept, "logging keeps errno");
     epi_log_set_rank(-1);
     setenv("EP_LOG", "loud", 1);
     capture_begin();
     epi_log_reload();
-    capture_end(log, sizeof log);
-    ok(strstr(log, "EP_LOG=\"loud\"") != NULL && strstr(log, "error|warn|info|debug") != NULL,
+    capture_end(log, sizeof(log));
+    ok(strstr(log, "EP_LOG=\"loud\"") && strstr(log, "error|warn|info|debug") != NULL,
        "a malformed EP_LOG is reported");
     ok(epi_log_enabled(EPI_LOG_WARN) && !epi_log_enabled(EPI_LOG_INFO), "and warn is in force");
     unsetenv("EP_LOG");
     epi_log_reload();
     char big[3000];
-    memset(big, 'y', sizeof big - 1);
-    big[sizeof big - 1] = '\0';
+    memset(big, 'y', sizeof(big) - 1);
+    big[sizeof(big) - 1] = '\0';
     capture_begin();
     epi_log(EPI_LOG_WARN, "%s", big);
-    capture_end(log, sizeof log);
+    capture_end(log, sizeof(log));
     ok(strlen(log) <= 1024 && count(log, "\n") == 1, "a long line is cut, and stays one line");
 }
 
@@ -238,19 +238,18 @@ static void test_alloc(void) {
     epi_free(empty);
     epi_free(NULL);
     ok(epi_alloc_live() == live, "and what came back");
-    ok(epi_alloc(SIZE_MAX) == NULL && epi_alloc_array(SIZE_MAX / 2, 3) == NULL,
-       "sizes that overflow fail");
+    ok(!epi_alloc(SIZE_MAX) && !epi_alloc_array(SIZE_MAX / 2, 3), "sizes that overflow fail");
     char text[32];
-    snprintf(text, sizeof text, "%llu", (unsigned long long)epi_alloc_count() + 2);
+    snprintf(text, sizeof(text), "%llu", (unsigned long long)epi_alloc_count() + 2);
     setenv("EP_TEST_ALLOC_FAIL", text, 1);
     void *first = epi_alloc(1);
     void *second = epi_alloc(1);
     void *third = epi_alloc(1);
     unsetenv("EP_TEST_ALLOC_FAIL");
-    ok(first != NULL && second == NULL && third != NULL, "exactly the n-th allocation fails");
+    ok(first && !second && third != NULL, "exactly the n-th allocation fails");
     epi_free(first);
     epi_free(third);
-    snprintf(text, sizeof text, "%llu", (unsigned long long)epi_alloc_count() + 1);
+    snprintf(text, sizeof(text), "%llu", (unsigned long long)epi_alloc_count() + 1);
     setenv("EP_TEST_ALLOC_FAIL", text, 1);
     pthread_t thread;
     ok(epi_thread_start(&thread, other_thread, NULL, "never") == EAGAIN, "threads too");

@@ -43,13 +43,13 @@ static int meet_rank(int rank, void *ctx) {
     char text[16];
     struct epi_boot *boot = NULL;
     struct epi_boot_config config = meet_config(address, m->port, rank, m->num_ranks);
-    if (m->barrier != NULL) {
+    if (m->barrier) {
         snprintf(text, sizeof(text), "%d", rank);
         setenv("TEST_RANK", text, 1);
         config.address = NULL;
         config.allgather = allgather;
         config.allgather_ctx = m;
-    } else if (m->set_env != NULL) {
+    } else if (m->set_env) {
         config.address = NULL;
         config.rank = config.num_ranks = -1;
         m->set_env(rank, m->num_ranks, m->port);
@@ -62,7 +62,7 @@ static int meet_rank(int rank, void *ctx) {
         ok(!epi_boot_is_threads(boot), "ranks are processes");
         meet_check_group(boot, rank, m->num_ranks);
         epi_boot_destroy(&boot);
-        ok(boot == NULL, "destroy clears the pointer");
+        ok(!boot, "destroy clears the pointer");
     }
     ok(rig_same_footprint(was), "nothing is left");
     return 0;
@@ -289,7 +289,7 @@ static void test_world(void) {
     ok(ep_world_create(&world, 4) == EP_OK, "a world of 4");
     ok(tap_run_threads(4, world_rank, world) == 0, "4 threads meet");
     ep_world_destroy(&world);
-    ok(world == NULL, "destroy clears the pointer");
+    ok(!world, "destroy clears the pointer");
     ep_world_destroy(&world);
     ep_world_destroy(NULL);
     ep_world_create(&world, 3);

@@ -51,7 +51,7 @@ static bool says(const char *what) {
 
 static void on_dead(void *ctx, int rank, const char *why) {
     struct observer *o = ctx;
-    ok(why != NULL && why[0] != '\0', "there is a reason");
+    ok(why && why[0] != '\0', "there is a reason");
     o->stage->last_dead[o->rank] = rank;
     o->stage->dead_at_ns[o->rank] = epi_now_ns();
     o->stage->num_dead_calls[o->rank]++;

@@ -39,7 +39,7 @@ static int wrong_job_rank(int rank, void *ctx) {
     }
     ok(join(o, rank, 2, "blue", MEET_LONG_NS, &boot) == EP_OK, "blue meets: %s",
        ep_last_error());
-    if (boot != NULL) {
+    if (boot) {
         meet_check_group(boot, rank, 2);
     }
     epi_boot_destroy(&boot);
@@ -140,7 +140,7 @@ static int strangers_rank(int rank, void *ctx) {
     } else {
         ok(join(o, 0, 2, NULL, MEET_LONG_NS, &boot) == EP_OK, "rank 0: %s", ep_last_error());
     }
-    if (boot != NULL) {
+    if (boot) {
         meet_check_group(boot, rank, 2);
     }
     epi_boot_destroy(&boot);

@@ -116,7 +116,7 @@ static void check_marks(const struct scene *s, const struct epi_mem *mem) {
     for (int r = 0; r < s->num_ranks; r++) {
         const unsigned char *arena = epi_mem_arena(mem, r), *board = epi_mem_board(mem, r);
         ok(has_marks(s, kernel_arena(mem, r), ARENA, r), "arena %d", r);
-        ok(s->on_device ? arena == NULL : has_marks(s, arena, ARENA, r), "%d by the host", r);
+        ok(s->on_device ? !arena : has_marks(s, arena, ARENA, r), "%d by the host", r);
         if (!s->no_boards) {
             ok(has_marks(s, board, BOARD, r), "board %d", r);
             ok(has_marks(s, kernel_board(mem, r), BOARD, r), "board %d by kernels", r);
@@ -189,7 +189,7 @@ static int play_rank(int rank, void *ctx) {
         use(s, mem, &seat);
     }
     epi_mem_destroy(&mem);
-    ok(mem == NULL, "destroy clears the pointer");
+    ok(!mem, "destroy clears the pointer");
     if (!s->threads) {
         check_clean(was, "rank");
     }

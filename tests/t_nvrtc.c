@@ -203,8 +203,7 @@ static int loaded(int rank, void *ctx) {
         place("odd-toolkit/lib64", odd);
         setenv("CUDA_HOME", scratch_path(scratch_folder(), "odd-toolkit"), 1);
     }
-    ok(dlopen(path, RTLD_NOW | RTLD_LOCAL) != NULL && takes(path) &&
-           scratch_logged("is not used") == 0,
+    ok(dlopen(path, RTLD_NOW | RTLD_LOCAL) && takes(path) && scratch_logged("is not used") == 0,
        "what the process has loaded comes first");
     free(odd);
     return 0;

@@ -79,7 +79,7 @@ static void local_objects(struct walk *w, ep_group *group) {
         atomic_fetch_add(&w->failed, 1);
         ok(st == EP_ERR_NOMEM && rig_is_sentence(ep_last_error()), "stream or event: %s (%s)",
            ep_status_string(st), ep_last_error());
-        ok(stream == NULL || event == NULL, "outputs are set on success only");
+        ok(!stream || !event, "outputs are set on success only");
     }
     ep_event_destroy(&event);
     ep_stream_destroy(&stream);

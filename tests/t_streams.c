@@ -81,7 +81,7 @@ static void a_layer_without_waiting(struct world *w) {
     atomic_store(&gate, 1);
     ep_handle_destroy(&handle);
     ep_stream_destroy(&stream);
-    world_check(w, stream == NULL, "the stream's pointer is not NULL");
+    world_check(w, !stream, "the stream's pointer is not NULL");
     run_free(&r);
 }
 

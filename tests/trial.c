@@ -184,7 +184,7 @@ void trial_body(struct world *w) {
         trial_pass(w, w->ctx, handle);
     }
     ep_handle_destroy(&handle);
-    world_check(w, handle == NULL, "the handle's pointer is not NULL");
+    world_check(w, !handle, "the handle's pointer is not NULL");
 }
 
 static bool run_body(const struct trial *t, void (*body)(struct world *w), bool processes,

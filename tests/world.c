@@ -113,7 +113,7 @@ static int rank_main(int rank, void *arg) {
         }
         call_group_destroy(&w.group);
     }
-    world_check(&w, w.group == NULL, "the group's pointer is not NULL");
+    world_check(&w, !w.group, "the group's pointer is not NULL");
     return w.bad;
 }
 
