@@ -35,10 +35,7 @@ struct epi_cuda {
 /* ---- choosing a device --------------------------------------------------------------------- */
 
 static ep_status choose_device(const ep_group *g, int *index) {
-    ep_status st = epi_cu_open();
-    if (st != EP_OK) {
-        return st;
-    }
+    EPI_TRY(epi_cu_open());
     const char *local = epi_env("LOCAL_RANK");
     *index = g->config.device_index;
     if (*index < 0) {

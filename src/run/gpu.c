@@ -174,20 +174,11 @@ static ep_status choose_shape(struct epi_gpu *g, int scratch_bytes) {
 /* ---- create, destroy -------------------------------------------------------------------- */
 
 static ep_status make_streams(struct epi_gpu *g) {
-    ep_status st = epi_cu_stream_create_high(&g->device, &g->stream);
-    if (st == EP_OK) {
-        st = epi_cu_stream_create(&g->device, &g->control);
-    }
-    if (st == EP_OK) {
-        st = epi_cu_event_create_plain(&g->device, &g->last);
-    }
-    if (st == EP_OK) {
-        st = epi_cu_event_create_plain(&g->device, &g->captured);
-    }
-    if (st == EP_OK) {
-        st = epi_cu_event_create_plain(&g->device, &g->forked);
-    }
-    return st;
+    EPI_TRY(epi_cu_stream_create_high(&g->device, &g->stream));
+    EPI_TRY(epi_cu_stream_create(&g->device, &g->control));
+    EPI_TRY(epi_cu_event_create_plain(&g->device, &g->last));
+    EPI_TRY(epi_cu_event_create_plain(&g->device, &g->captured));
+    return epi_cu_event_create_plain(&g->device, &g->forked);
 }
 
 ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bool generic) {
@@ -240,14 +231,9 @@ struct epi_gpu_shape epi_gpu_shape(const struct epi_gpu *g) {
 /* ---- memory ----------------------------------------------------------------------------- */
 
 ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes) {
-    ep_status st = epi_cu_pool_alloc(&g->device, g->control, at, bytes);
-    if (st == EP_OK) {
-        st = epi_cu_fill(&g->device, g->control, *at, 0, bytes);
-    }
-    if (st == EP_OK) {
-        st = epi_cu_stream_sync(&g->device, g->control);
-    }
-    return st;
+    EPI_TRY(epi_cu_pool_alloc(&g->device, g->control, at, bytes));
+    EPI_TRY(epi_cu_fill(&g->device, g->control, *at, 0, bytes));
+    return epi_cu_stream_sync(&g->device, g->control);
 }
 
 void epi_gpu_free(struct epi_gpu *g, uint64_t *at) {
@@ -271,10 +257,7 @@ ep_status epi_gpu_out(struct epi_gpu *g, void *to, uint64_t from, size_t bytes) 
 
 ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, bool *capturing) {
     uint64_t id = 0;
-    ep_status st = epi_cu_capture_id(&g->device, stream, &id);
-    if (st != EP_OK) {
-        return st;
-    }
+    EPI_TRY(epi_cu_capture_id(&g->device, stream, &id));
     if (capturing) {
         *capturing = id != 0;
     }
@@ -316,8 +299,8 @@ ep_status epi_gpu_is_capturing(struct epi_gpu *g, void *stream, bool *capturing)
 }
 
 ep_status epi_gpu_fork(struct epi_gpu *g, void *stream) {
-    ep_status st = epi_cu_event_record(&g->device, g->forked, stream);
-    return st == EP_OK ? epi_cu_event_wait(&g->device, g->stream, g->forked) : st;
+    EPI_TRY(epi_cu_event_record(&g->device, g->forked, stream));
+    return epi_cu_event_wait(&g->device, g->stream, g->forked);
 }
 
 ep_status epi_gpu_join(struct epi_gpu *g, void *stream) {
