@@ -294,8 +294,10 @@ $(B)/libtest.a: $(SUPPORT_OBJ) $(B)/list
 	$(Q)rm -f $@
 	$(Q)$(AR) rcs $@ $(SUPPORT_OBJ)
 
+DRIVER_OBJ := $(B)/obj/tests/driver/api.o $(B)/obj/tests/driver/launch.o
+
 # A CUDA driver without a GPU, for tests/t_driver.sh: it has the kernels, and nothing of the library.
-$(B)/driver/libcuda.so.1: $(B)/obj/tests/driver/driver.o $(KERNEL_OBJ)
+$(B)/driver/libcuda.so.1: $(DRIVER_OBJ) $(KERNEL_OBJ)
 	@mkdir -p $(@D)
 	$(SAY) LINK $@
 	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -shared -o $@ $^ $(LIBS)
@@ -336,7 +338,7 @@ build/gate: tests/gate/gate.c src/cu/nvrtc.h
 
 -include $(LIB_OBJ:.o=.d) $(TOOL_OBJ:.o=.d) $(SUPPORT_OBJ:.o=.d) \
     $(TEST_SRC:%.c=$(B)/obj/%.d) $(FUZZ_SRC:%.c=$(B)/obj/%.d) \
-    $(B)/obj/tests/driver/driver.d $(B)/obj/tests/driver/nvrtc.d
+    $(DRIVER_OBJ:.o=.d) $(B)/obj/tests/driver/nvrtc.d
 
 # ---- installation -----------------------------------------------------------------------
 

@@ -1,41 +1,34 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A CUDA driver for tests, without a GPU: built as libcuda.so.1 and found through
- * LD_LIBRARY_PATH. Device memory is ordinary memory, shareable memory a memfd, a stream a thread
- * with a queue, and a launch runs the host bodies of our kernels, a thread for each warp. So all
- * of the library that only CUDA groups use runs under sanitizers where there is no GPU. What
- * devices do by themselves (time, caches, capture) it does not do; captures are refused.
+ * The driver's interface but for kernels: devices, streams, events and memory. Device memory is
+ * ordinary memory, shareable memory a memfd, a stream a thread with a queue. Functions are called
+ * from any thread; what is queued runs on its stream's. What devices do by themselves (time,
+ * caches, capture) it does not do; captures are refused.
  */
-#include "src/cu/driver.h"
+#include "tests/driver/driver.h"
 
 #include <fcntl.h>
-#include <stdatomic.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "kernel/kernels.h"
-#include "kernel/lang.h"
-
 #define NUM_DEVICES 2
-#define NUM_SMS 64
+#define NUM_SMS 16        /* EP_TEST_SMS says otherwise */
 #define SHARED_BYTES 6144 /* so that blocks have two warps */
 #define POLL_US 20
 #define PAGE ((size_t)4096)
-#define API __attribute__((visibility("default")))
+#define TOUCHED_BYTES                                                                          \
+    ((size_t)1 << 18) /* of an allocation: the others are the kernel's zeros */
 
 static int contexts[NUM_DEVICES];
 static _Thread_local void *stack[16];
 static _Thread_local int depth;
 
 /* ---- devices -------------------------------------------------------------------------------- */
-
-#define DEFINE(name, ...)                                                                      \
-    API int name(__VA_ARGS__);                                                                 \
-    API int name(__VA_ARGS__)
 
 DEFINE(cuInit, unsigned flags) {
     return flags ? CU_INVALID_VALUE : 0;
@@ -67,7 +60,11 @@ DEFINE(cuDeviceGetName, char *name, int bytes, int device) {
 }
 DEFINE(cuDeviceGetAttribute, int *value, int attribute, int device) {
     (void)device;
-    *value = attribute == 16 ? NUM_SMS : attribute == 75 ? 9 : attribute == 76 ? 0 : 1;
+    const char *sms = getenv("EP_TEST_SMS");
+    *value = attribute == 16   ? (sms ? atoi(sms) : NUM_SMS)
+             : attribute == 75 ? 9
+             : attribute == 76 ? 0
+                               : 1;
     *value = attribute == 97 ? SHARED_BYTES : *value;
     return 0;
 }
@@ -128,18 +125,6 @@ struct event {
     atomic_int users; /* the program, until it destroys it, and what is queued */
 };
 
-struct op {
-    struct op *next;
-    void (*run)(struct op *op);
-    void *to;
-    const void *from;
-    size_t bytes;
-    uint64_t value;
-    int blocks, warps, shared_bytes; /* of a launch, with the kernel's arguments behind */
-    k_entry_fn entry;
-    _Alignas(16) unsigned char args[2048];
-};
-
 struct stream {
     pthread_t thread;
     pthread_mutex_t mutex;
@@ -147,6 +132,7 @@ struct stream {
     struct op *first, **last;
     uint64_t added, ended;
     bool stop;
+    struct crew crew; /* of launches on this stream, one at a time */
 };
 
 static struct stream legacy;
@@ -166,6 +152,7 @@ static void *stream_main(void *arg) {
         s->first = op->next;
         s->last = s->first ? s->last : &s->first;
         pthread_mutex_unlock(&s->mutex);
+        op->crew = &s->crew;
         op->run(op);
         free(op);
         pthread_mutex_lock(&s->mutex);
@@ -197,7 +184,7 @@ static struct stream *stream_of(void *stream) {
     return stream;
 }
 
-static struct op *op_new(void (*run)(struct op *op)) {
+struct op *driver_op(void (*run)(struct op *op)) {
     struct op *op = calloc(1, sizeof(*op));
     if (!op) {
         abort();
@@ -206,7 +193,7 @@ static struct op *op_new(void (*run)(struct op *op)) {
     return op;
 }
 
-static int queue(void *stream, struct op *op) {
+int driver_queue(void *stream, struct op *op) {
     struct stream *s = stream_of(stream);
     pthread_mutex_lock(&s->mutex);
     *s->last = op;
@@ -238,6 +225,7 @@ DEFINE(cuStreamDestroy_v2, void *stream) {
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->mutex);
     pthread_join(s->thread, NULL);
+    driver_dismiss(&s->crew);
     pthread_cond_destroy(&s->changed);
     pthread_mutex_destroy(&s->mutex);
     free(s);
@@ -297,11 +285,11 @@ DEFINE(cuEventDestroy_v2, void *event) {
 }
 DEFINE(cuEventRecord, void *event, void *stream) {
     struct event *e = event;
-    struct op *op = op_new(run_record);
+    struct op *op = driver_op(run_record);
     op->to = e;
     op->value = atomic_fetch_add(&e->recorded, 1) + 1;
     atomic_fetch_add(&e->users, 1);
-    return queue(stream, op);
+    return driver_queue(stream, op);
 }
 DEFINE(cuEventQuery, void *event) {
     struct event *e = event;
@@ -314,19 +302,19 @@ DEFINE(cuEventElapsedTime, float *ms, void *a, void *b) {
 }
 DEFINE(cuStreamWaitEvent, void *stream, void *event, unsigned flags) {
     struct event *e = event;
-    struct op *op = op_new(run_wait);
+    struct op *op = driver_op(run_wait);
     (void)flags;
     op->to = e;
     op->value = atomic_load(&e->recorded);
     atomic_fetch_add(&e->users, 1);
-    return queue(stream, op);
+    return driver_queue(stream, op);
 }
 DEFINE(cuStreamWaitValue32_v2, void *stream, uint64_t at, uint32_t value, unsigned flags) {
-    struct op *op = op_new(run_hold);
+    struct op *op = driver_op(run_hold);
     (void)flags;
     op->to = (void *)(uintptr_t)at;
     op->value = value;
-    return queue(stream, op);
+    return driver_queue(stream, op);
 }
 
 /* ---- memory --------------------------------------------------------------------------------- */
@@ -396,7 +384,7 @@ DEFINE(cuMemAlloc_v2, uint64_t *at, size_t bytes) {
     if (posix_memalign(&p, 256, bytes) != 0) {
         return CU_OUT_OF_MEMORY;
     }
-    memset(p, 0xcd, bytes); /* a device's memory is not zeroed */
+    memset(p, 0xcd, bytes < TOUCHED_BYTES ? bytes : TOUCHED_BYTES); /* it is not zeroed */
     note(p, bytes, 2);
     *at = (uint64_t)(uintptr_t)p;
     return 0;
@@ -444,9 +432,9 @@ static void run_free(struct op *op) {
     cuMemFree_v2((uint64_t)(uintptr_t)op->to);
 }
 DEFINE(cuMemFreeAsync, uint64_t at, void *stream) {
-    struct op *op = op_new(run_free);
+    struct op *op = driver_op(run_free);
     op->to = (void *)(uintptr_t)at;
-    return queue(stream, op);
+    return driver_queue(stream, op);
 }
 DEFINE(cuMemGetAllocationGranularity, size_t *bytes, const struct cu_allocation *a, int kind) {
     (void)a, (void)kind;
@@ -520,11 +508,11 @@ static void run_fill(struct op *op) {
     memset(op->to, (int)op->value, op->bytes);
 }
 static int queue_copy(uint64_t to, uint64_t from, size_t bytes, void *stream) {
-    struct op *op = op_new(run_copy);
+    struct op *op = driver_op(run_copy);
     op->to = (void *)(uintptr_t)to;
     op->from = (const void *)(uintptr_t)from;
     op->bytes = bytes;
-    return queue(stream, op);
+    return driver_queue(stream, op);
 }
 DEFINE(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t bytes, void *stream) {
     return queue_copy(to, (uint64_t)(uintptr_t)from, bytes, stream);
@@ -536,129 +524,9 @@ DEFINE(cuMemcpyDtoDAsync_v2, uint64_t to, uint64_t from, size_t bytes, void *str
     return queue_copy(to, from, bytes, stream);
 }
 DEFINE(cuMemsetD8Async, uint64_t at, unsigned char byte, size_t bytes, void *stream) {
-    struct op *op = op_new(run_fill);
+    struct op *op = driver_op(run_fill);
     op->to = (void *)(uintptr_t)at;
     op->value = byte;
     op->bytes = bytes;
-    return queue(stream, op);
-}
-
-/* ---- kernels -------------------------------------------------------------------------------- */
-
-#define DECLARE(NAME, name, file, args, set)                                                   \
-    void k_entry_##name(struct k_thread *k, const void *a);
-K_KERNELS(DECLARE)
-static const struct kernel {
-    const char *name;
-    k_entry_fn entry;
-    size_t arg_bytes;
-} kernels[] = {
-#define ROW(NAME, name, file, args, set) {"ep_" #name, k_entry_##name, sizeof(struct args)},
-    K_KERNELS(ROW)};
-
-DEFINE(cuModuleLoadData, void **module, const void *image) {
-    *module = (void *)(uintptr_t)image;
-    return 0;
-}
-DEFINE(cuModuleUnload, void *module) {
-    (void)module;
-    return 0;
-}
-DEFINE(cuModuleGetFunction, void **function, void *module, const char *name) {
-    (void)module;
-    for (size_t i = 0; i < sizeof(kernels) / sizeof(kernels[0]); i++) {
-        if (strcmp(name, kernels[i].name) == 0) {
-            *function = (void *)(uintptr_t)&kernels[i];
-            return 0;
-        }
-    }
-    return CU_INVALID_VALUE;
-}
-DEFINE(cuFuncGetAttribute, int *value, int attribute, void *function) {
-    (void)function;
-    *value = attribute == 0 ? 1024 : 0;
-    return 0;
-}
-DEFINE(cuFuncSetAttribute, void *function, int attribute, int value) {
-    (void)function, (void)attribute, (void)value;
-    return 0;
-}
-DEFINE(cuFuncLoad, void *function) {
-    (void)function;
-    return 0;
-}
-
-/* A block of a real launch starts when a multiprocessor is free. Here every seventh launch has one
- * that starts so late that the others have ended, if they do not wait for it. */
-#define LATE_EVERY 7
-#define LATE_US 20000
-
-struct warp {
-    pthread_t thread;
-    struct k_thread k;
-    const struct op *op;
-    bool late;
-};
-
-static void *warp_main(void *arg) {
-    struct warp *w = arg;
-    if (w->late) {
-        usleep(LATE_US);
-    }
-    w->op->entry(&w->k, w->op->args);
-    return NULL;
-}
-
-static void run_launch(struct op *op) {
-    static atomic_uint launches;
-    const unsigned launch = atomic_fetch_add(&launches, 1);
-    const int blocks = op->blocks, warps = op->warps;
-    const int late = launch % LATE_EVERY ? -1 : (int)(launch / LATE_EVERY) % blocks;
-    struct k_team *teams = calloc((size_t)blocks, sizeof(*teams));
-    struct warp *w = calloc((size_t)(blocks * warps), sizeof(*w));
-    unsigned char *shared = NULL;
-    const size_t each = ((size_t)op->shared_bytes + 255) / 256 * 256;
-    if (!teams || !w || posix_memalign((void **)&shared, 256, each * (size_t)blocks) != 0) {
-        abort();
-    }
-    memset(shared, 0xcd, each * (size_t)blocks);
-    for (int i = 0; i < blocks; i++) {
-        teams[i].shared = shared + (size_t)i * each;
-    }
-    for (int i = 0; i < blocks * warps; i++) {
-        struct k_team *team = &teams[i / warps];
-        w[i].op = op;
-        w[i].late = i / warps == late;
-        w[i].k = (struct k_thread){.block = i / warps,
-                                   .num_blocks = blocks,
-                                   .warp = i % warps,
-                                   .num_warps = warps,
-                                   .team = team};
-        if (pthread_create(&w[i].thread, NULL, warp_main, &w[i]) != 0) {
-            abort();
-        }
-    }
-    for (int i = 0; i < blocks * warps; i++) {
-        pthread_join(w[i].thread, NULL);
-    }
-    free(shared);
-    free(w);
-    free(teams);
-}
-
-DEFINE(cuLaunchKernel, void *function, unsigned blocks, unsigned by, unsigned bz,
-       unsigned threads, unsigned ty, unsigned tz, unsigned shared_bytes, void *stream,
-       void **params, void **extra) {
-    const struct kernel *kernel = function;
-    struct op *op = op_new(run_launch);
-    (void)extra;
-    if (by * bz * ty * tz != 1 || threads % 32 != 0) {
-        abort();
-    }
-    op->blocks = (int)blocks;
-    op->warps = (int)threads / 32;
-    op->shared_bytes = (int)shared_bytes;
-    op->entry = kernel->entry;
-    memcpy(op->args, params[0], kernel->arg_bytes);
-    return queue(stream, op);
+    return driver_queue(stream, op);
 }

@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A CUDA driver for tests, without a GPU: built as libcuda.so.1 and found through
+ * LD_LIBRARY_PATH. A launch runs the host bodies of our kernels, a thread for each warp, so that
+ * all of the library that only CUDA groups use runs under sanitizers where there is no GPU. api.c
+ * has streams and memory, launch.c kernels; this is what they share.
+ */
+#ifndef TESTS_DRIVER_H
+#define TESTS_DRIVER_H
+
+#include "kernel/kernels.h"
+#include "kernel/lang.h"
+#include "src/cu/driver.h"
+
+#define API __attribute__((visibility("default")))
+#define DEFINE(name, ...)                                                                      \
+    API int name(__VA_ARGS__);                                                                 \
+    API int name(__VA_ARGS__)
+
+/* The threads that run the warps of a stream's launches. */
+struct crew {
+    struct hand **hand;
+    int num;
+};
+
+/* Something queued on a stream. */
+struct op {
+    struct op *next;
+    void (*run)(struct op *op); /* on the stream's thread */
+    struct crew *crew;          /* the stream's, when it runs */
+    void *to;
+    const void *from;
+    size_t bytes;
+    uint64_t value;
+    int blocks, warps, shared_bytes; /* of a launch, with the kernel's arguments behind */
+    k_entry_fn entry;
+    _Alignas(16) unsigned char args[K_MAX_ARG_BYTES];
+};
+
+struct op *driver_op(void (*run)(struct op *op));
+/* The stream runs `op` after what was queued before, and frees it. */
+int driver_queue(void *stream, struct op *op);
+
+/* A stream that has ended leaves its threads to others. */
+void driver_dismiss(struct crew *crew);
+
+#endif
