@@ -1,11 +1,25 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# class: rest
+# class: exclusive
 # CUDA groups without a GPU: test programs on the driver of tests/driver, which runs the host bodies
-# of the kernels. One point for each program; its output is in TAP_LOGS. Under sanitizers too, where
-# it is slow some of them.
+# of the kernels, as many at once as there are cores. One point for each program; its output is in
+# TAP_LOGS. Under sanitizers too, where it is slow some of them.
+# With --one PROGRAM it runs that program.
 build=${TAP_BUILD:-build}
 logs=${TAP_LOGS:-$build/logs}/driver
+if [ "$1" = --one ]; then
+    case $2 in
+    t_handoff | t_layout | t_mismatch) sms=64 ;; # whose groups ask for many, or may have them
+    *) sms=16 ;;
+    esac
+    # shellcheck disable=SC2086
+    LD_LIBRARY_PATH=$PWD/$build/driver EP_TEST_DEVICE=cuda EP_TEST_DRIVER=1 EP_TEST_PAIRS=10 \
+        EP_TEST_SMS=$sms \
+        timeout -k 5 $((100 * ${TAP_TIMEOUT_SCALE:-1})) $TAP_PREFIX "$build/tests/$2" \
+        >"$logs/$2.tap" 2>"$logs/$2.err"
+    echo $? >"$logs/$2.rc"
+    exit 0
+fi
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 mkdir -p "$logs" "$tmp/cache"
@@ -26,17 +40,11 @@ esac
 [ "$TAP_EFFORT" != quick ] || programs="t_handoff t_combine t_capacity t_cuda_streams"
 n=0
 bad=0
+# shellcheck disable=SC2086
+printf '%s\n' $programs | xargs -n 1 -P "$(nproc 2>/dev/null || echo 2)" sh "$0" --one
 for program in $programs; do
     n=$((n + 1))
-    case $program in
-    t_handoff | t_layout | t_mismatch) sms=64 ;; # whose groups ask for many, or may have them
-    *) sms=16 ;;
-    esac
-    # shellcheck disable=SC2086
-    if LD_LIBRARY_PATH=$PWD/$build/driver EP_TEST_DEVICE=cuda EP_TEST_DRIVER=1 EP_TEST_PAIRS=10 \
-        EP_TEST_SMS=$sms \
-        timeout -k 5 $((100 * ${TAP_TIMEOUT_SCALE:-1})) $TAP_PREFIX "$build/tests/$program" \
-        >"$logs/$program.tap" 2>"$logs/$program.err"; then
+    if [ "$(cat "$logs/$program.rc")" = 0 ]; then
         echo "ok $n - $program: $(grep -c '^ok' "$logs/$program.tap") points"
     else
         bad=1
