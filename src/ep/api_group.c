@@ -27,7 +27,7 @@ ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *inf
     return st;
 }
 
-static ep_status check_config(const struct ep_group_config *config) {
+static ep_status check_known(const struct ep_group_config *config) {
     if (config->device != EP_DEVICE_HOST && config->device != EP_DEVICE_CUDA) {
         return epi_fail(EP_ERR_ARG,
                         "ep_group_config.device is %d, must be EP_DEVICE_HOST or "
@@ -49,7 +49,7 @@ ep_status ep_group_create(ep_group **out, const struct ep_group_config *config) 
     EPI_NOT_NULL("ep_group_create", config);
     EPI_TAKE(ep_group_config, &c, config);
     epi_clear_error();
-    ep_status st = check_config(&c);
+    ep_status st = check_known(&c);
     return st == EP_OK ? epi_group_create(out, &c) : epi_fail_before_meeting(&c, st);
 }
 

@@ -10,11 +10,6 @@
 
 #include "src/ep/tensor.h"
 
-#define EPI_NOT_NULL(fn, arg)                                                                  \
-    if (!(arg)) {                                                                              \
-        return epi_fail(EP_ERR_ARG, fn ": " #arg " is NULL");                                  \
-    }
-
 /* ---- structs that may be of another version ------------------------------------------------- */
 
 /*

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "src/cu/cu.h"
+#include "src/ep/cuda_memory.h"
 #include "src/ep/group.h"
 
 /* A rank's board and, behind it, what its handles tell the host. */
@@ -134,74 +135,9 @@ static ep_status limit_workers(ep_group *g, const struct epi_exchange *x) {
     return st;
 }
 
-/* ---- memory, in the words of src/mem -------------------------------------------------------- */
-
-static const struct epi_cu_device *device_of(void *ctx) {
-    return epi_gpu_device(((struct epi_cuda *)ctx)->gpu);
-}
-
-static struct epi_mem_piece piece_of(const struct epi_cu_memory *m) {
-    const struct epi_mem_piece p = {m->address, {m->bytes, m->handle, m->mapped}};
-    return p;
-}
-
-static struct epi_cu_memory memory_of(const struct epi_mem_piece *p) {
-    const struct epi_cu_memory m = {p->address, p->own[0], p->own[1], p->own[2]};
-    return m;
-}
-
-static ep_status create_memory(void *ctx, size_t bytes, struct epi_mem_piece *out, int *fd) {
-    struct epi_cu_memory m;
-    ep_status st = epi_cu_memory_create(device_of(ctx), bytes, &m);
-    if (st == EP_OK && fd) {
-        st = epi_cu_memory_export(&m, fd);
-        if (st != EP_OK) {
-            epi_cu_memory_release(device_of(ctx), &m);
-        }
-    }
-    if (st == EP_OK) {
-        *out = piece_of(&m);
-    }
-    return st;
-}
-
-static ep_status import_memory(void *ctx, int fd, size_t bytes, struct epi_mem_piece *out) {
-    struct epi_cu_memory m;
-    ep_status st = epi_cu_memory_import(device_of(ctx), fd, bytes, &m);
-    if (st == EP_OK) {
-        *out = piece_of(&m);
-    }
-    return st;
-}
-
-static ep_status admit_peer(void *ctx, const struct epi_mem_piece *own, void *peer_ctx) {
-    const struct epi_cu_memory m = memory_of(own);
-    (void)ctx;
-    return epi_cu_memory_admit(&m, device_of(peer_ctx));
-}
-
-static void release_memory(void *ctx, const struct epi_mem_piece *piece) {
-    struct epi_cu_memory m = memory_of(piece);
-    epi_cu_memory_release(device_of(ctx), &m);
-}
-
-static ep_status attach_host(void *ctx, void *host, size_t bytes, uint64_t *address) {
-    return epi_cu_register(device_of(ctx), host, bytes, address);
-}
-
-static void detach_host(void *ctx, void *host) {
-    epi_cu_unregister(device_of(ctx), host);
-}
-
-static void choose_memory(ep_group *g, struct epi_mem_config *m, struct epi_mem_device *ops) {
-    *ops = (struct epi_mem_device){.size = sizeof(*ops),
-                                   .ctx = g->cuda,
-                                   .create = create_memory,
-                                   .admit = admit_peer,
-                                   .import = import_memory,
-                                   .release = release_memory,
-                                   .attach = attach_host,
-                                   .detach = detach_host};
+static void cuda_choose_memory(ep_group *g, struct epi_mem_config *m,
+                               struct epi_mem_device *ops) {
+    *ops = epi_cuda_memory(g->cuda->gpu);
     m->device = ops;
     m->board_bytes = BOARD_BYTES;
     m->arena_kind = (int)epi_opt_int(EPI_OPT_ARENA);
@@ -239,15 +175,15 @@ static ep_status fill_tables(ep_group *g) {
     return EP_OK;
 }
 
-static ep_status read_ctl(ep_group *g, struct k_ctl *out) {
+static ep_status cuda_read_ctl(ep_group *g, struct k_ctl *out) {
     return epi_gpu_out(g->cuda->gpu, out, g->cuda->ctl, sizeof(*out));
 }
 
-static ep_status read_memory(ep_group *g, void *out, const void *at, size_t bytes) {
+static ep_status cuda_read_memory(ep_group *g, void *out, const void *at, size_t bytes) {
     return epi_gpu_out(g->cuda->gpu, out, (uint64_t)(uintptr_t)at, bytes);
 }
 
-static ep_status make_handle(ep_handle *h) {
+static ep_status cuda_make_handle(ep_handle *h) {
     ep_group *g = h->group;
     struct epi_cuda *c = g->cuda;
     uint64_t at = 0;
@@ -280,7 +216,7 @@ static ep_status make_handle(ep_handle *h) {
     return EP_OK;
 }
 
-static void drop_handle(ep_handle *h) {
+static void cuda_drop_handle(ep_handle *h) {
     ep_group *g = h->group;
     uint64_t at = (uint64_t)(uintptr_t)h->block;
     pthread_mutex_lock(&g->mutex);
@@ -292,7 +228,7 @@ static void drop_handle(ep_handle *h) {
 /* ---- operations ----------------------------------------------------------------------------- */
 
 /* With few SMs, half of them send. */
-static struct epi_shape shape(const ep_group *g, int asked, const struct epi_load *load) {
+static struct epi_shape cuda_shape(const ep_group *g, int asked, const struct epi_load *load) {
     const struct epi_gpu_shape s = epi_gpu_shape(g->cuda->gpu);
     const int channels = (g->plan.info.num_channels + s.warps - 1) / s.warps;
     const int row = (load->row_bytes + 127) / 128 * 128;
@@ -311,7 +247,7 @@ static struct epi_shape shape(const ep_group *g, int asked, const struct epi_loa
     return out;
 }
 
-static ep_status is_capturing(ep_group *g, void *stream, bool *capturing) {
+static ep_status cuda_is_capturing(ep_group *g, void *stream, bool *capturing) {
     return epi_gpu_is_capturing(g->cuda->gpu, stream, capturing);
 }
 
@@ -347,7 +283,7 @@ static void *own_stream(const ep_group *g) {
 }
 
 /* What kernels have found, told once. */
-static ep_status take_findings(ep_handle *h) {
+static ep_status cuda_take_findings(ep_handle *h) {
     struct k_counts *n = h->notice;
     /* Kernels of a handle that is gone may still write to the notice it had. */
     const uint64_t bad = n->bad_of == h->k.tag ? n->bad : ~UINT64_C(0);
@@ -369,7 +305,8 @@ static ep_status take_findings(ep_handle *h) {
     return EP_OK;
 }
 
-static ep_status check_place(const ep_group *g, const char *name, const struct ep_tensor *t) {
+static ep_status cuda_check_place(const ep_group *g, const char *name,
+                                  const struct ep_tensor *t) {
     int device = -1;
     const enum epi_cu_pointer kind = epi_cu_pointer(t->data, &device);
     const int own = epi_gpu_device(g->cuda->gpu)->index;
@@ -425,7 +362,7 @@ static ep_status start_watching(ep_group *g) {
 }
 
 /* Once there is memory. */
-static ep_status prepare(ep_group *g, const struct epi_exchange *x) {
+static ep_status cuda_prepare(ep_group *g, const struct epi_exchange *x) {
     ep_status st = limit_workers(g, x);
     if (st == EP_OK) {
         st = fill_tables(g);
@@ -439,7 +376,7 @@ static ep_status prepare(ep_group *g, const struct epi_exchange *x) {
 /* ---- the end -------------------------------------------------------------------------------- */
 
 /* Kernels have deadlines, but what the caller queued before them may have none. */
-static bool settle(ep_group *g) {
+static bool cuda_settle(ep_group *g) {
     const struct epi_deadline d = epi_deadline_after(g->timeout_ns);
     ep_status st;
     while ((st = epi_gpu_idle(g->cuda->gpu)) == EP_AGAIN && !epi_deadline_expired(d)) {
@@ -455,7 +392,7 @@ static bool settle(ep_group *g) {
 }
 
 /* Of a group that may never have opened its device. */
-static void stop(ep_group *g) {
+static void cuda_stop(ep_group *g) {
     struct epi_cuda *c = g->cuda;
     if (!c) {
         return;
@@ -484,11 +421,11 @@ static void close_device(ep_group *g) {
     g->cuda = NULL;
 }
 
-static struct k_board *board(const ep_group *g, int rank) {
+static struct k_board *cuda_board(const ep_group *g, int rank) {
     return epi_mem_board(g->mem, rank);
 }
 
-static uint64_t board_address(const ep_group *g, int rank) {
+static uint64_t cuda_board_address(const ep_group *g, int rank) {
     return epi_mem_board_address(g->mem, rank);
 }
 
@@ -496,21 +433,21 @@ const struct epi_backend epi_backend_cuda = {
     .size = sizeof(struct epi_backend),
     .on_device = true,
     .open = open_device,
-    .choose_memory = choose_memory,
-    .prepare = prepare,
-    .settle = settle,
-    .stop = stop,
+    .choose_memory = cuda_choose_memory,
+    .prepare = cuda_prepare,
+    .settle = cuda_settle,
+    .stop = cuda_stop,
     .close = close_device,
-    .board = board,
-    .board_address = board_address,
-    .read_ctl = read_ctl,
-    .read = read_memory,
-    .make_handle = make_handle,
-    .drop_handle = drop_handle,
-    .take_findings = take_findings,
-    .check_place = check_place,
+    .board = cuda_board,
+    .board_address = cuda_board_address,
+    .read_ctl = cuda_read_ctl,
+    .read = cuda_read_memory,
+    .make_handle = cuda_make_handle,
+    .drop_handle = cuda_drop_handle,
+    .take_findings = cuda_take_findings,
+    .check_place = cuda_check_place,
     .stream = own_stream,
-    .shape = shape,
-    .is_capturing = is_capturing,
+    .shape = cuda_shape,
+    .is_capturing = cuda_is_capturing,
     .launch = launch,
 };

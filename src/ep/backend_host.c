@@ -35,26 +35,26 @@ static ep_status open_pool(ep_group *g) {
                           &hooks);
 }
 
-static void choose_memory(ep_group *g, struct epi_mem_config *m,
-                          struct epi_mem_device *device) {
+static void host_choose_memory(ep_group *g, struct epi_mem_config *m,
+                               struct epi_mem_device *device) {
     (void)g;
     (void)m;
     (void)device;
 }
 
-static ep_status prepare(ep_group *g, const struct epi_exchange *x) {
+static ep_status host_prepare(ep_group *g, const struct epi_exchange *x) {
     (void)g;
     (void)x;
     return EP_OK;
 }
 
 /* A queued operation has deadlines and ends before its handle goes. */
-static bool settle(ep_group *g) {
+static bool host_settle(ep_group *g) {
     (void)g;
     return true;
 }
 
-static void stop(ep_group *g) {
+static void host_stop(ep_group *g) {
     epi_run_destroy(&g->run);
 }
 
@@ -62,16 +62,16 @@ static void close_nothing(ep_group *g) {
     (void)g;
 }
 
-static struct k_board *board(const ep_group *g, int rank) {
+static struct k_board *host_board(const ep_group *g, int rank) {
     return (void *)((char *)epi_mem_arena(g->mem, rank) + g->plan.map.board);
 }
 
-static uint64_t board_address(const ep_group *g, int rank) {
-    return (uint64_t)(uintptr_t)board(g, rank);
+static uint64_t host_board_address(const ep_group *g, int rank) {
+    return (uint64_t)(uintptr_t)host_board(g, rank);
 }
 
 /* Kernels may be running: each word by itself. */
-static ep_status read_ctl(ep_group *g, struct k_ctl *out) {
+static ep_status host_read_ctl(ep_group *g, struct k_ctl *out) {
     const _Atomic k_u64 *from = (const _Atomic k_u64 *)(const void *)g->ctl;
     k_u64 *to = (k_u64 *)(void *)out;
     for (size_t i = 0; i < sizeof(*out) / sizeof(*to); i++) {
@@ -81,13 +81,13 @@ static ep_status read_ctl(ep_group *g, struct k_ctl *out) {
 }
 _Static_assert(sizeof(struct k_ctl) % sizeof(k_u64) == 0, "k_ctl is words");
 
-static ep_status read_memory(ep_group *g, void *out, const void *at, size_t bytes) {
+static ep_status host_read_memory(ep_group *g, void *out, const void *at, size_t bytes) {
     (void)g;
     memcpy(out, at, bytes);
     return EP_OK;
 }
 
-static ep_status make_handle(ep_handle *h) {
+static ep_status host_make_handle(ep_handle *h) {
     const ep_group *g = h->group;
     const size_t bytes = (size_t)g->plan.info.handle_bytes;
     h->block = epi_alloc(bytes);
@@ -99,17 +99,18 @@ static ep_status make_handle(ep_handle *h) {
     return EP_OK;
 }
 
-static void drop_handle(ep_handle *h) {
+static void host_drop_handle(ep_handle *h) {
     epi_free(h->block);
 }
 
 /* Operations have told their callers. */
-static ep_status take_findings(ep_handle *h) {
+static ep_status host_take_findings(ep_handle *h) {
     (void)h;
     return EP_OK;
 }
 
-static ep_status check_place(const ep_group *g, const char *name, const struct ep_tensor *t) {
+static ep_status host_check_place(const ep_group *g, const char *name,
+                                  const struct ep_tensor *t) {
     int device = -1;
     (void)g;
     return epi_cu_pointer(t->data, &device) != EPI_CU_POINTER_DEVICE
@@ -125,7 +126,7 @@ static void *no_stream(const ep_group *g) {
     return NULL;
 }
 
-static struct epi_shape shape(const ep_group *g, int asked, const struct epi_load *load) {
+static struct epi_shape host_shape(const ep_group *g, int asked, const struct epi_load *load) {
     const int workers = asked < g->most_workers ? asked : g->most_workers;
     const struct epi_grid grid = epi_run_grid(workers);
     const struct epi_shape s = {workers, grid.send_blocks, EPI_HOST_STAGES,
@@ -133,7 +134,7 @@ static struct epi_shape shape(const ep_group *g, int asked, const struct epi_loa
     return s;
 }
 
-static ep_status is_capturing(ep_group *g, void *stream, bool *capturing) {
+static ep_status host_is_capturing(ep_group *g, void *stream, bool *capturing) {
     (void)g;
     (void)stream;
     *capturing = false;
@@ -149,21 +150,21 @@ const struct epi_backend epi_backend_host = {
     .size = sizeof(struct epi_backend),
     .on_device = false,
     .open = open_pool,
-    .choose_memory = choose_memory,
-    .prepare = prepare,
-    .settle = settle,
-    .stop = stop,
+    .choose_memory = host_choose_memory,
+    .prepare = host_prepare,
+    .settle = host_settle,
+    .stop = host_stop,
     .close = close_nothing,
-    .board = board,
-    .board_address = board_address,
-    .read_ctl = read_ctl,
-    .read = read_memory,
-    .make_handle = make_handle,
-    .drop_handle = drop_handle,
-    .take_findings = take_findings,
-    .check_place = check_place,
+    .board = host_board,
+    .board_address = host_board_address,
+    .read_ctl = host_read_ctl,
+    .read = host_read_memory,
+    .make_handle = host_make_handle,
+    .drop_handle = host_drop_handle,
+    .take_findings = host_take_findings,
+    .check_place = host_check_place,
     .stream = no_stream,
-    .shape = shape,
-    .is_capturing = is_capturing,
+    .shape = host_shape,
+    .is_capturing = host_is_capturing,
     .submit = submit,
 };

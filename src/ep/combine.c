@@ -5,7 +5,7 @@
 #include "src/ep/group.h"
 
 /* Rows of x that the kernel will read, known only now that the dispatch has run. */
-static ep_status check_rows(const struct epi_op *op) {
+static ep_status check_x_rows(const struct epi_op *op) {
     const struct k_handle *k = &op->h->k;
     const struct k_combine_args *a = &op->args.combine;
     const int64_t rows =
@@ -18,12 +18,12 @@ static ep_status check_rows(const struct epi_op *op) {
     return EP_OK;
 }
 
-static ep_status before(struct epi_op *op) {
+static ep_status combine_before(struct epi_op *op) {
     ep_group *g = op->h->group;
-    if (atomic_load(&op->h->unfit)) {
+    if (atomic_load(&op->h->lacks_rows)) {
         return epi_fail(EP_ERR_STATE, "combine after a dispatch that did not fit");
     }
-    const ep_status st = check_rows(op);
+    const ep_status st = check_x_rows(op);
     if (st != EP_OK) { /* the peers are in this operation: do not let them wait */
         epi_group_raise(g, st, g->rank, op->number);
     }
@@ -33,7 +33,7 @@ static ep_status before(struct epi_op *op) {
 static const struct epi_op_kind combine_kind = {.name = "ep_combine",
                                                 .kernel = EPI_KERNEL_COMBINE,
                                                 .check = epi_group_check,
-                                                .before = before};
+                                                .before = combine_before};
 
 static void set_args(struct epi_op *op, const struct epi_call *call,
                      const struct ep_combine_args *a) {
@@ -55,8 +55,8 @@ ep_status epi_combine(ep_handle *h, const struct epi_call *call,
     epi_op_begin(&op, &combine_kind, h, a->num_workers, &load);
     set_args(&op, call, a);
     if (!h->group->backend->on_device && !stream && atomic_load(&h->pending) == 0 &&
-        !atomic_load(&h->unfit)) {
-        EPI_TRY(check_rows(&op)); /* known already: refuse before the peers are involved */
+        !atomic_load(&h->lacks_rows)) {
+        EPI_TRY(check_x_rows(&op)); /* known already: refuse before the peers are involved */
     }
     return epi_op_issue(&op, stream);
 }

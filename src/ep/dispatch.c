@@ -9,12 +9,12 @@
 
 /* ---- hooks ---------------------------------------------------------------------------------- */
 
-static ep_status unfit(const ep_handle *h) {
-    return epi_unfit(h->k.counts, h->group->plan.info.max_recv_rows);
+static ep_status fail_need(const ep_handle *h) {
+    return epi_fail_need(h->k.counts, h->group->plan.info.max_recv_rows);
 }
 
 /* Under the group's mutex: what the handle is from now on. */
-static void issued(struct epi_op *op) {
+static void dispatch_issued(struct epi_op *op) {
     ep_handle *h = op->h;
     ep_group *g = h->group;
     if (op->flags & EPI_OP_FINISH) {
@@ -32,14 +32,14 @@ static void issued(struct epi_op *op) {
     }
 }
 
-static ep_status before(struct epi_op *op) {
+static ep_status dispatch_before(struct epi_op *op) {
     const ep_handle *h = op->h;
-    if (!atomic_load(&h->unfit)) {
+    if (!atomic_load(&h->lacks_rows)) {
         return EP_OK;
     }
     if (op->flags & EPI_OP_FINISH) {
         op->flags |= EPI_OP_OPEN; /* begin has ended the operation */
-        return unfit(h);
+        return fail_need(h);
     }
     return op->flags & EPI_OP_CACHED
                ? epi_fail(EP_ERR_STATE,
@@ -66,13 +66,13 @@ static ep_status check_output(const struct epi_op *op) {
                     (long long)rows, (long long)a->capacity);
 }
 
-static ep_status after(struct epi_op *op) {
+static ep_status dispatch_after(struct epi_op *op) {
     ep_handle *h = op->h;
     if (op->args.op.flags & K_DO_COUNTS) {
-        atomic_store(&h->unfit, h->k.counts->need != 0);
+        atomic_store(&h->lacks_rows, h->k.counts->need != 0);
     }
-    if (atomic_load(&h->unfit)) {
-        return unfit(h);
+    if (atomic_load(&h->lacks_rows)) {
+        return fail_need(h);
     }
     if (op->flags & EPI_OP_BEGIN) {
         op->flags |= EPI_OP_OPEN;
@@ -81,18 +81,18 @@ static ep_status after(struct epi_op *op) {
     return check_output(op);
 }
 
-static void clear(struct epi_op *op) {
+static void dispatch_clear(struct epi_op *op) {
     struct k_dispatch_args a = op->args.dispatch;
     a.flags |= K_DO_NOTHING;
     epi_run_kernel(op->h->group->run, EPI_KERNEL_DISPATCH, &a, 1);
 }
 
 /* Nothing was dispatched, unless only the output was small. */
-static void failed(struct epi_op *op) {
+static void dispatch_failed(struct epi_op *op) {
     ep_handle *h = op->h;
     ep_group *g = h->group;
     pthread_mutex_lock(&g->mutex);
-    if (atomic_load(&h->unfit) || epi_group_is_over(g, g->issued)) {
+    if (atomic_load(&h->lacks_rows) || epi_group_is_over(g, g->issued)) {
         h->dispatched = false;
         g->open_handle = g->open_handle == h ? NULL : g->open_handle;
     }
@@ -102,11 +102,11 @@ static void failed(struct epi_op *op) {
 static const struct epi_op_kind dispatch_kind = {.name = "ep_dispatch",
                                                  .kernel = EPI_KERNEL_DISPATCH,
                                                  .check = epi_group_check,
-                                                 .issued = issued,
-                                                 .before = before,
-                                                 .after = after,
-                                                 .clear = clear,
-                                                 .failed = failed};
+                                                 .issued = dispatch_issued,
+                                                 .before = dispatch_before,
+                                                 .after = dispatch_after,
+                                                 .clear = dispatch_clear,
+                                                 .failed = dispatch_failed};
 
 /* ---- from arguments to the kernel's --------------------------------------------------------- */
 

@@ -73,7 +73,8 @@ struct ep_handle {
         open_op; /* a dispatch between begin and finish, and the bytes that it reads */
     struct epi_extent input[EPI_MAX_INPUTS];
     int num_inputs;
-    atomic_bool unfit; /* the last uncached dispatch did not fit anywhere: nothing arrived */
+    atomic_bool
+        lacks_rows; /* the last uncached dispatch did not fit anywhere: nothing arrived */
 };
 
 /* ---- group.c -------------------------------------------------------------------------------- */
@@ -126,7 +127,7 @@ ep_status epi_handle_await_fit(ep_handle *h, int64_t *rows);
 ep_status epi_handle_arena(const ep_handle *h, uint32_t flags, ep_dtype dtype, int64_t cols,
                            struct ep_tensor *view);
 /* EP_ERR_CAPACITY for rows that do not fit max_recv_rows somewhere. */
-ep_status epi_unfit(const struct k_counts *c, int64_t max_recv_rows);
+ep_status epi_fail_need(const struct k_counts *c, int64_t max_recv_rows);
 /* Whether a word {ticket | ..} of a notice is that of `ticket`. */
 bool epi_is_known(const k_u64 *word, uint64_t ticket);
 

@@ -71,20 +71,20 @@ ep_status epi_handle_status(ep_handle *h) {
         return epi_group_check_next(g);
     }
     if (!g->backend->on_device) {
-        return atomic_load(&h->pending) > 0 ? EP_AGAIN
-               : atomic_load(&h->unfit)     ? epi_unfit(h->notice, most)
-                                            : EP_OK;
+        return atomic_load(&h->pending) > 0  ? EP_AGAIN
+               : atomic_load(&h->lacks_rows) ? epi_fail_need(h->notice, most)
+                                             : EP_OK;
     }
     if (h->dispatched && !h->captured && !epi_is_known(&h->notice->known, h->counted_by)) {
         return EP_AGAIN;
     }
     if (h->dispatched && h->notice->need) {
-        return epi_unfit(h->notice, most);
+        return epi_fail_need(h->notice, most);
     }
     return h->routed ? g->backend->take_findings(h) : EP_OK;
 }
 
-ep_status epi_unfit(const struct k_counts *c, int64_t max_recv_rows) {
+ep_status epi_fail_need(const struct k_counts *c, int64_t max_recv_rows) {
     return epi_fail(
         EP_ERR_CAPACITY,
         "rank %d would receive %lld rows and max_recv_rows is %lld: create the group "
@@ -131,7 +131,7 @@ ep_status epi_handle_await_fit(ep_handle *h, int64_t *rows) {
         h->dispatched = false; /* and a dispatch that has begun needs no finish */
         g->open_handle = g->open_handle == h ? NULL : g->open_handle;
         pthread_mutex_unlock(&g->mutex);
-        return epi_unfit(h->notice, g->plan.info.max_recv_rows);
+        return epi_fail_need(h->notice, g->plan.info.max_recv_rows);
     }
     if (rows) {
         *rows = h->notice->rows;

@@ -66,7 +66,7 @@ static void await_turn(ep_group *g, uint64_t n) {
 }
 
 /* Operation n has ended. `ran`: its kernel did, so its epoch is counted already. */
-static void finish(ep_group *g, uint64_t n, bool ran) {
+static void end_op(ep_group *g, uint64_t n, bool ran) {
     pthread_mutex_lock(&g->mutex);
     if (g->ended < n) {
         if (!ran && g->ended == n - 1) { /* else one before it may be in its kernel */
@@ -78,7 +78,7 @@ static void finish(ep_group *g, uint64_t n, bool ran) {
     pthread_mutex_unlock(&g->mutex);
 }
 
-static ep_status check(const struct epi_op *op) {
+static ep_status check_op(const struct epi_op *op) {
     return op->kind->local ? EP_OK : op->kind->check(op->h->group, op->number);
 }
 
@@ -89,7 +89,7 @@ static ep_status run_kernel(struct epi_op *op) {
     }
     epi_run_kernel(op->h->group->run, kind->kernel, &op->args, op->shape.workers);
     op->flags |= EPI_OP_RAN;
-    EPI_TRY(check(op));
+    EPI_TRY(check_op(op));
     return kind->after ? kind->after(op) : EP_OK;
 }
 
@@ -100,7 +100,7 @@ ep_status epi_op_run(void *arg) {
     if (!kind->local) {
         await_turn(h->group, op->number);
     }
-    ep_status st = check(op);
+    ep_status st = check_op(op);
     if (st == EP_OK) {
         st = run_kernel(op);
     }
@@ -109,7 +109,7 @@ ep_status epi_op_run(void *arg) {
         kind->clear(op);
     }
     if (!kind->local && !(op->flags & EPI_OP_OPEN)) {
-        finish(h->group, op->number, ran);
+        end_op(h->group, op->number, ran);
     }
     atomic_fetch_sub(&h->pending, 1);
     return st;

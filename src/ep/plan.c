@@ -48,10 +48,7 @@ static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
         {"flags", c->flags, 0, EP_GROUP_EXPANDED_VIEW},
     };
     for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) {
-        ep_status st = check_range(rules[i].name, rules[i].value, rules[i].min, rules[i].max);
-        if (st != EP_OK) {
-            return st;
-        }
+        EPI_TRY(check_range(rules[i].name, rules[i].value, rules[i].min, rules[i].max));
     }
     if (c->max_topk == 0 && !c->mask_routing) {
         return epi_fail(EP_ERR_ARG,

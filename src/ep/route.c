@@ -17,12 +17,12 @@ ep_status epi_bad_selection(const ep_handle *h, int topk, uint64_t number, int64
                     token, k, (long long)id, h->group->config.num_experts - 1, token, k, then);
 }
 
-static ep_status before(struct epi_op *op) {
+static ep_status route_before(struct epi_op *op) {
     op->h->k.bad[0] = UNFINISHED;
     return EP_OK;
 }
 
-static ep_status after(struct epi_op *op) {
+static ep_status route_after(struct epi_op *op) {
     ep_handle *h = op->h;
     const uint64_t bad = h->k.bad[0];
     if (bad == UNFINISHED) {
@@ -34,16 +34,16 @@ static ep_status after(struct epi_op *op) {
                : EP_OK;
 }
 
-static void failed(struct epi_op *op) {
+static void route_failed(struct epi_op *op) {
     op->h->routed = false;
 }
 
 static const struct epi_op_kind route_kind = {.name = "ep_handle_route",
                                               .kernel = EPI_KERNEL_ROUTE,
                                               .local = true,
-                                              .before = before,
-                                              .after = after,
-                                              .failed = failed};
+                                              .before = route_before,
+                                              .after = route_after,
+                                              .failed = route_failed};
 static const struct epi_op_kind layout_kind = {
     .name = "ep_handle_layout", .kernel = EPI_KERNEL_LAYOUT, .local = true};
 
