@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The public functions of groups: each checks its arguments, says what is wrong with them, and
- * calls the file that does the work. Nothing else happens here, nor in the other api_*.c.
+ * calls the file that does the work. Nothing else happens here, nor in api_handle.c.
  */
 #include "src/ep/group.h"
 

@@ -39,56 +39,6 @@ void ep_handle_destroy(ep_handle **handle) {
     }
 }
 
-ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, void *stream) {
-    struct ep_routing r;
-    struct epi_call c;
-    EPI_NOT_NULL("ep_handle_route", handle);
-    EPI_NOT_NULL("ep_handle_route", routing);
-    EPI_TAKE(ep_routing, &r, routing);
-    const struct ep_handle_config *most = &handle->config;
-    if (handle->group->open_handle == handle) {
-        return epi_fail(EP_ERR_STATE,
-                        "ep_handle_route: the handle's dispatch has begun and not "
-                        "finished");
-    }
-    if (!r.topk_ids == !r.token_in_rank) {
-        return epi_fail(EP_ERR_ARG, "ep_routing: set topk_ids or token_in_rank, %s",
-                        r.topk_ids ? "not both" : "neither is set");
-    }
-    if (r.token_in_rank && !handle->group->config.mask_routing) {
-        return epi_fail(EP_ERR_ARG, "token_in_rank needs ep_group_config.mask_routing");
-    }
-    epi_call_begin(&c, handle->group);
-    EPI_TRY(epi_args_check(&c, &epi_route_rules, &r, EPI_IN));
-    const int64_t tokens = c.dim[EPI_DIM_T], topk = c.dim[EPI_DIM_K];
-    if (r.topk_ids && (topk < 1 || topk > most->max_topk)) {
-        return epi_fail(EP_ERR_ARG, "topk_ids.shape[1] is %lld, must be 1..%d (max_topk)",
-                        (long long)topk, most->max_topk);
-    }
-    if (tokens > most->max_tokens) {
-        return epi_fail(EP_ERR_ARG, "%s.shape[0] is %lld, must be 0..%d (max_tokens)",
-                        r.topk_ids ? "topk_ids" : "token_in_rank", (long long)tokens,
-                        most->max_tokens);
-    }
-    return epi_handle_route(handle, &c, &r, stream);
-}
-
-ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, void *stream) {
-    struct ep_layout l;
-    struct epi_call c;
-    EPI_NOT_NULL("ep_handle_layout", handle);
-    EPI_NOT_NULL("ep_handle_layout", layout);
-    EPI_TAKE(ep_layout, &l, layout);
-    if (!handle->routed) {
-        return epi_fail(EP_ERR_STATE, "ep_handle_layout: the handle is not routed");
-    }
-    epi_call_begin(&c, handle->group);
-    c.is = handle->by_mask ? EPI_BY_MASK : 0;
-    c.dim[EPI_DIM_T] = handle->tokens;
-    EPI_TRY(epi_args_check(&c, &epi_layout_rules, &l, EPI_OUT));
-    return epi_handle_layout(handle, &c, &l, stream);
-}
-
 ep_status ep_handle_status(ep_handle *handle) {
     EPI_NOT_NULL("ep_handle_status", handle);
     return epi_handle_status(handle);

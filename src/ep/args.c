@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The tables of tensors, and structs of other versions. See args.h; tensor.c checks one tensor.
+ * Structs of other versions, and what the tables of tensors are good for. See args.h; the tables
+ * are with their operations, and tensor.c checks one tensor.
  */
 #include "src/ep/args.h"
 
@@ -52,89 +53,7 @@ ep_status epi_give(const char *tag, void *to, const void *from, size_t bytes) {
     return EP_OK;
 }
 
-/* ---- tables --------------------------------------------------------------------------------- */
-
-#define T(d) EPI_TYPE(EP_##d)
-#define IDS (T(I32) | T(I64))
-#define SCALES (T(BF16) | T(F16) | T(F32) | T(F8E4M3) | T(F8E5M2) | T(U8) | T(I16) | T(I32))
-#define ROWS (SCALES | T(I64))
-#define SUMMABLE (T(BF16) | T(F16) | T(F32))
-
-#define IN EPI_IN
-#define OUT EPI_OUT
-#define DIMS(a, b)                                                                             \
-    { EPI_DIM_##a, EPI_DIM_##b }
-#define LIKE(a) EPI_LIKE_##a
-#define AS(a) EPI_LAYOUT_##a
-
-/* The first columns of a row: name, where the caller's pointer is, where the kernel's array is. */
-#define FIELD(f, to) #f, offsetof(struct ep_routing, f), offsetof(struct k_route_args, to)
-static const struct epi_rule route_rules[] = {
-    {FIELD(topk_ids, ids), IN, DIMS(T, K), IDS, LIKE(NONE), AS(ANY), 0},
-    {FIELD(token_in_rank, mask), IN, DIMS(T, R), T(U8), LIKE(NONE), AS(ANY), 0},
-};
-#undef FIELD
-
-#define FIELD(f) #f, offsetof(struct ep_layout, f), offsetof(struct k_layout_args, f)
-#define LOCAL OUT | EPI_ADDRESS
-static const struct epi_rule layout_rules[] = {
-    {FIELD(tokens_per_rank), LOCAL, DIMS(R, NONE), T(I32), LIKE(NONE), AS(DENSE), 0},
-    {FIELD(tokens_per_node), LOCAL, DIMS(NODES, NONE), T(I32), LIKE(NONE), AS(DENSE), 0},
-    {FIELD(tokens_per_expert), LOCAL, DIMS(E, NONE), T(I32), LIKE(NONE), AS(DENSE),
-     EPI_BY_MASK},
-    {FIELD(token_in_rank), LOCAL, DIMS(T, R), T(U8), LIKE(NONE), AS(DENSE), 0},
-    {FIELD(channel_prefix), LOCAL, DIMS(R, CHANNELS), T(I32), LIKE(NONE), AS(DENSE), 0},
-};
-#undef LOCAL
-#undef FIELD
-
-#define FIELD(f, to)                                                                           \
-#f, offsetof(struct ep_dispatch_args, f), offsetof(struct k_dispatch_args, to)
-static const struct epi_rule dispatch_rules[] = {
-    {FIELD(x, x), IN | EPI_REQUIRED | EPI_ROW_BYTES, DIMS(T, HIDDEN), ROWS, LIKE(X), AS(ROWS),
-     0},
-    {FIELD(scales, scales), IN | EPI_SCALE_BYTES, DIMS(T, SCALES), SCALES, LIKE(SCALES),
-     AS(ANY), 0},
-    {FIELD(topk_weights, weights), IN, DIMS(T, K), T(F32), LIKE(NONE), AS(ANY), EPI_BY_MASK},
-    {FIELD(recv_x, recv_x), OUT | EPI_NOT_ARENA, DIMS(ROWS, HIDDEN), ROWS, LIKE(X), AS(ROWS),
-     0},
-    {FIELD(recv_scales, recv_scales), OUT | EPI_COLUMNS, DIMS(ROWS, SCALES), SCALES,
-     LIKE(SCALES), AS(DENSE), EPI_NO_SCALES},
-    {FIELD(recv_topk_ids, recv_ids), OUT, DIMS(ROWS, K), IDS, LIKE(NONE), AS(ANY),
-     EPI_EXPANDED | EPI_BY_MASK},
-    {FIELD(recv_topk_weights, recv_weights), OUT | EPI_FLAT, DIMS(ROWS, K), T(F32), LIKE(NONE),
-     AS(ANY), EPI_NO_WEIGHTS},
-    {FIELD(recv_source, recv_source), OUT, DIMS(ROWS, 2), T(I32), LIKE(NONE), AS(DENSE), 0},
-    {FIELD(expert_counts, expert_counts), OUT, DIMS(L, NONE), T(I32), LIKE(NONE), AS(DENSE), 0},
-    {FIELD(expert_offsets, expert_offsets), OUT, DIMS(L_END, NONE), T(I32), LIKE(NONE),
-     AS(DENSE), EPI_COMPACT},
-    {FIELD(num_rows, num_rows), OUT, DIMS(1, NONE), T(I32), LIKE(NONE), AS(DENSE), 0},
-};
-#undef FIELD
-
-#define FIELD(f, to)                                                                           \
-#f, offsetof(struct ep_combine_args, f), offsetof(struct k_combine_args, to)
-static const struct epi_rule combine_rules[] = {
-    {FIELD(x, x), IN | EPI_REQUIRED | EPI_ROW_BYTES, DIMS(ROWS, HIDDEN), SUMMABLE, LIKE(X),
-     AS(ROWS), 0},
-    {FIELD(weights, weights), IN, DIMS(ROWS, NONE), T(F32), LIKE(NONE), AS(ANY), 0},
-    {FIELD(topk_weights, topk_weights), IN | EPI_FLAT, DIMS(ROWS, K), T(F32), LIKE(NONE),
-     AS(ANY), EPI_BY_MASK},
-    {FIELD(bias[0], bias0), IN, DIMS(T, HIDDEN), SUMMABLE, LIKE(X), AS(ROWS), 0},
-    {FIELD(bias[1], bias1), IN, DIMS(T, HIDDEN), SUMMABLE, LIKE(X), AS(ROWS), 0},
-    {FIELD(out, out), OUT | EPI_REQUIRED, DIMS(T, HIDDEN), SUMMABLE, LIKE(X), AS(ROWS), 0},
-    {FIELD(out_topk_weights, out_weights), OUT, DIMS(T, K), T(F32), LIKE(NONE), AS(ANY),
-     EPI_NO_WEIGHTS},
-};
-#undef FIELD
-
-#define RULES(name)                                                                            \
-    const struct epi_rules epi_##name = {name, sizeof(name) / sizeof(name[0])};                \
-    _Static_assert(sizeof(name) / sizeof(name[0]) <= EPI_MAX_TENSORS, #name)
-RULES(route_rules);
-RULES(layout_rules);
-RULES(dispatch_rules);
-RULES(combine_rules);
+/* ---- rules ---------------------------------------------------------------------------------- */
 
 struct ep_tensor *epi_rule_tensor(const struct epi_rule *rule, const void *args) {
     struct ep_tensor *t;
@@ -268,7 +187,7 @@ ep_status epi_args_check(struct epi_call *c, const struct epi_rules *rules, void
             EPI_TRY(epi_take(r->name, &c->copy[i], t, sizeof(*t)));
             epi_rule_set(r, args, &c->copy[i]);
             EPI_TRY(check_tensor(c, r, &c->copy[i]));
-            c->seen[c->num_seen] = epi_extent_of(r->name, &c->copy[i], r->role & OUT);
+            c->seen[c->num_seen] = epi_extent_of(r->name, &c->copy[i], r->role & EPI_OUT);
             c->num_seen += c->seen[c->num_seen].high > 0;
         }
     }

@@ -79,13 +79,34 @@ struct epi_rule {
     uint8_t never;  /* EPI_BY_MASK, ...: the call has no such tensor */
 };
 
+#define EPI_MAX_TENSORS 16 /* of a call */
+
 struct epi_rules {
     const struct epi_rule *rule;
     int num;
 };
 
+/* In route.c, dispatch.c and combine.c. */
 extern const struct epi_rules epi_route_rules, epi_layout_rules, epi_dispatch_rules,
     epi_combine_rules;
+
+/* The first columns of a row, for field `f` of the struct that the caller fills in and for `to`
+ * of the one that the kernel gets; and shorter words for the others. */
+#define EPI_FIELD(ep_args, f, k_args, to)                                                      \
+#f, offsetof(struct ep_args, f), offsetof(struct k_args, to)
+#define EPI_DIMS(a, b)                                                                         \
+    { EPI_DIM_##a, EPI_DIM_##b }
+#define EPI_AS(like, layout) EPI_LIKE_##like, EPI_LAYOUT_##layout
+#define EPI_RULES(name, table)                                                                 \
+    const struct epi_rules name = {table, sizeof(table) / sizeof(table[0])};                   \
+    _Static_assert(sizeof(table) / sizeof(table[0]) <= EPI_MAX_TENSORS, #table)
+
+#define EPI_IDS (EPI_TYPE(EP_I32) | EPI_TYPE(EP_I64))
+#define EPI_SUMMABLE (EPI_TYPE(EP_BF16) | EPI_TYPE(EP_F16) | EPI_TYPE(EP_F32))
+#define EPI_SCALES                                                                             \
+    (EPI_SUMMABLE | EPI_TYPE(EP_F8E4M3) | EPI_TYPE(EP_F8E5M2) | EPI_TYPE(EP_U8) |              \
+     EPI_TYPE(EP_I16) | EPI_TYPE(EP_I32))
+#define EPI_ROWS (EPI_SCALES | EPI_TYPE(EP_I64))
 
 /* The tensor of a rule in its operation's arguments, or NULL; and another in its place. */
 struct ep_tensor *epi_rule_tensor(const struct epi_rule *rule, const void *args);
@@ -94,8 +115,6 @@ void epi_rule_set(const struct epi_rule *rule, void *args, struct ep_tensor *t);
 bool epi_rule_holds(const struct epi_rule *rule, uint32_t roles, uint32_t is);
 
 /* ---- a call --------------------------------------------------------------------------------- */
-
-#define EPI_MAX_TENSORS 16
 
 /* What the tensors of one call are checked against, and what was learnt from them. */
 struct epi_call {

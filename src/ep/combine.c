@@ -1,8 +1,26 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Combine on the host side: from checked arguments to the kernel's.
+ * Combine on the host side: the rules of its arguments, the public function that checks them, and
+ * the kernel's arguments. op.c does the rest.
  */
 #include "src/ep/group.h"
+
+#define FIELD(f, to) EPI_FIELD(ep_combine_args, f, k_combine_args, to)
+static const struct epi_rule combine_rules[] = {
+    {FIELD(x, x), EPI_IN | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(ROWS, HIDDEN), EPI_SUMMABLE,
+     EPI_AS(X, ROWS), 0},
+    {FIELD(weights, weights), EPI_IN, EPI_DIMS(ROWS, NONE), EPI_TYPE(EP_F32), EPI_AS(NONE, ANY),
+     0},
+    {FIELD(topk_weights, topk_weights), EPI_IN | EPI_FLAT, EPI_DIMS(ROWS, K), EPI_TYPE(EP_F32),
+     EPI_AS(NONE, ANY), EPI_BY_MASK},
+    {FIELD(bias[0], bias0), EPI_IN, EPI_DIMS(T, HIDDEN), EPI_SUMMABLE, EPI_AS(X, ROWS), 0},
+    {FIELD(bias[1], bias1), EPI_IN, EPI_DIMS(T, HIDDEN), EPI_SUMMABLE, EPI_AS(X, ROWS), 0},
+    {FIELD(out, out), EPI_OUT | EPI_REQUIRED, EPI_DIMS(T, HIDDEN), EPI_SUMMABLE,
+     EPI_AS(X, ROWS), 0},
+    {FIELD(out_topk_weights, out_weights), EPI_OUT, EPI_DIMS(T, K), EPI_TYPE(EP_F32),
+     EPI_AS(NONE, ANY), EPI_NO_WEIGHTS},
+};
+EPI_RULES(epi_combine_rules, combine_rules);
 
 /* Rows of x that the kernel will read, known only now that the dispatch has run. */
 static ep_status check_x_rows(const struct epi_op *op) {
@@ -48,8 +66,8 @@ static void set_args(struct epi_op *op, const struct epi_call *call,
     epi_args_fill(call, &epi_combine_rules, a, EPI_IN | EPI_OUT, k);
 }
 
-ep_status epi_combine(ep_handle *h, const struct epi_call *call,
-                      const struct ep_combine_args *a, void *stream) {
+static ep_status run_combine(ep_handle *h, const struct epi_call *call,
+                             const struct ep_combine_args *a, void *stream) {
     const struct epi_load load = {epi_row_bytes(a->x), h->topk, h->expanded, true};
     struct epi_op op;
     epi_op_begin(&op, &combine_kind, h, a->num_workers, &load);
@@ -59,4 +77,27 @@ ep_status epi_combine(ep_handle *h, const struct epi_call *call,
         EPI_TRY(check_x_rows(&op)); /* known already: refuse before the peers are involved */
     }
     return epi_op_issue(&op, stream);
+}
+
+ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void *stream) {
+    struct ep_combine_args a;
+    struct epi_call c;
+    EPI_NOT_NULL("ep_combine", handle);
+    EPI_NOT_NULL("ep_combine", args);
+    EPI_TAKE(ep_combine_args, &a, args);
+    EPI_TRY(epi_group_admit(handle->group));
+    EPI_TRY(epi_check_not_open("ep_combine", handle));
+    if (!handle->dispatched) {
+        return epi_fail(EP_ERR_STATE, "ep_combine: the handle was not dispatched since it was "
+                                      "routed");
+    }
+    if (a.flags || a.num_workers < 0) {
+        return epi_fail(EP_ERR_ARG, "ep_combine_args.%s is %d, must be %s",
+                        a.flags ? "flags" : "num_workers",
+                        a.flags ? (int)a.flags : a.num_workers, a.flags ? "0" : "at least 0");
+    }
+    epi_call_of(&c, handle, handle->expanded);
+    c.is |= a.topk_weights ? 0 : EPI_NO_WEIGHTS;
+    EPI_TRY(epi_args_check(&c, &epi_combine_rules, &a, EPI_IN | EPI_OUT));
+    return run_combine(handle, &c, &a, stream);
 }

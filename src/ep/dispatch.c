@@ -1,11 +1,38 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Dispatch on the host side: from checked arguments to the kernel's, and from what the kernel left
- * behind to a status.
+ * Dispatch on the host side: the rules of its arguments, the public functions that check them, the
+ * kernel's arguments, and from what the kernel left behind to a status. op.c does the rest.
  */
 #include "src/ep/group.h"
 
 #include <string.h>
+
+#define FIELD(f, to) EPI_FIELD(ep_dispatch_args, f, k_dispatch_args, to)
+static const struct epi_rule dispatch_rules[] = {
+    {FIELD(x, x), EPI_IN | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(T, HIDDEN), EPI_ROWS,
+     EPI_AS(X, ROWS), 0},
+    {FIELD(scales, scales), EPI_IN | EPI_SCALE_BYTES, EPI_DIMS(T, SCALES), EPI_SCALES,
+     EPI_AS(SCALES, ANY), 0},
+    {FIELD(topk_weights, weights), EPI_IN, EPI_DIMS(T, K), EPI_TYPE(EP_F32), EPI_AS(NONE, ANY),
+     EPI_BY_MASK},
+    {FIELD(recv_x, recv_x), EPI_OUT | EPI_NOT_ARENA, EPI_DIMS(ROWS, HIDDEN), EPI_ROWS,
+     EPI_AS(X, ROWS), 0},
+    {FIELD(recv_scales, recv_scales), EPI_OUT | EPI_COLUMNS, EPI_DIMS(ROWS, SCALES), EPI_SCALES,
+     EPI_AS(SCALES, DENSE), EPI_NO_SCALES},
+    {FIELD(recv_topk_ids, recv_ids), EPI_OUT, EPI_DIMS(ROWS, K), EPI_IDS, EPI_AS(NONE, ANY),
+     EPI_EXPANDED | EPI_BY_MASK},
+    {FIELD(recv_topk_weights, recv_weights), EPI_OUT | EPI_FLAT, EPI_DIMS(ROWS, K),
+     EPI_TYPE(EP_F32), EPI_AS(NONE, ANY), EPI_NO_WEIGHTS},
+    {FIELD(recv_source, recv_source), EPI_OUT, EPI_DIMS(ROWS, 2), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
+    {FIELD(expert_counts, expert_counts), EPI_OUT, EPI_DIMS(L, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
+    {FIELD(expert_offsets, expert_offsets), EPI_OUT, EPI_DIMS(L_END, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), EPI_COMPACT},
+    {FIELD(num_rows, num_rows), EPI_OUT, EPI_DIMS(1, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
+};
+EPI_RULES(epi_dispatch_rules, dispatch_rules);
 
 /* ---- hooks ---------------------------------------------------------------------------------- */
 
@@ -202,8 +229,8 @@ static ep_status check_steps(const ep_handle *h, const struct epi_backend *b, ui
     return EP_OK;
 }
 
-ep_status epi_dispatch(ep_handle *h, const struct epi_call *call,
-                       const struct ep_dispatch_args *a, uint32_t part, void *stream) {
+static ep_status run_dispatch(ep_handle *h, const struct epi_call *call,
+                              const struct ep_dispatch_args *a, uint32_t part, void *stream) {
     const struct epi_backend *b = h->group->backend;
     struct epi_op op;
     EPI_TRY(check_steps(h, b, part, stream));
@@ -247,4 +274,102 @@ void epi_dispatch_drop(ep_handle *h) {
         op.args.dispatch.capacity = INT32_MAX; /* no output has rows */
         epi_op_issue(&op, g->backend->stream(g));
     }
+}
+
+/* ---- the public functions -------------------------------------------------------------------- */
+
+static ep_status check_form(const ep_handle *h, const struct ep_dispatch_args *a) {
+    const uint32_t known = EP_DISPATCH_EXPANDED | EP_DISPATCH_ARENA | EP_DISPATCH_ZERO_GAPS |
+                           EP_DISPATCH_SCALES_COLUMN_MAJOR;
+    if (a->flags & ~known) {
+        return epi_fail(EP_ERR_ARG, "ep_dispatch_args.flags is 0x%x, known are 0x%x", a->flags,
+                        known);
+    }
+    if (a->alignment < 0 || a->alignment > 65536) {
+        return epi_fail(EP_ERR_ARG, "ep_dispatch_args.alignment is %d, must be 0..65536",
+                        a->alignment);
+    }
+    if (a->flags & EP_DISPATCH_EXPANDED) {
+        if (h->by_mask) {
+            return epi_fail(EP_ERR_ARG,
+                            "EP_DISPATCH_EXPANDED: a handle routed by a mask has no "
+                            "experts");
+        }
+        if ((a->flags & EP_DISPATCH_ARENA) &&
+            !(h->group->config.flags & EP_GROUP_EXPANDED_VIEW)) {
+            return epi_fail(EP_ERR_ARG, "an expanded view needs EP_GROUP_EXPANDED_VIEW in the "
+                                        "group");
+        }
+    }
+    return EP_OK;
+}
+
+/* What the inputs of finish were. */
+static void recall_inputs(struct epi_call *c, const ep_handle *h) {
+    const struct k_dispatch_args *begun = &h->open_op.args.dispatch;
+    c->dim[EPI_DIM_HIDDEN] = h->x_cols;
+    c->like[EPI_LIKE_X] = EPI_TYPE(h->x_dtype);
+    if (h->scales_dtype != EP_DTYPE_NONE) {
+        c->dim[EPI_DIM_SCALES] = begun->num_scales;
+        c->like[EPI_LIKE_SCALES] = EPI_TYPE(h->scales_dtype);
+    } else {
+        c->is |= EPI_NO_SCALES;
+    }
+    c->is |= begun->flags & K_DO_WEIGHTS ? 0 : EPI_NO_WEIGHTS;
+    c->num_seen = h->num_inputs;
+    memcpy(c->seen, h->input, sizeof(h->input));
+}
+
+static ep_status dispatch(const char *fn, ep_handle *handle,
+                          const struct ep_dispatch_args *args, uint32_t part, void *stream) {
+    struct ep_dispatch_args a;
+    struct epi_call c;
+    EPI_NOT_NULL("ep_dispatch", handle);
+    EPI_NOT_NULL("ep_dispatch", args);
+    EPI_TAKE(ep_dispatch_args, &a, args);
+    const ep_handle *h = handle;
+    EPI_TRY(epi_group_admit(h->group));
+    if (!h->routed) {
+        return epi_fail(EP_ERR_STATE, "%s: the handle is not routed", fn);
+    }
+    if (a.num_workers < 0) {
+        return epi_fail(EP_ERR_ARG, "ep_dispatch_args.num_workers is %d, must be at least 0",
+                        a.num_workers);
+    }
+    if (part != EPI_OP_FINISH) {
+        EPI_TRY(epi_check_not_open(fn, h));
+    } else if (h->group->open_handle != h) {
+        return epi_fail(EP_ERR_STATE,
+                        "ep_dispatch_finish: no dispatch of this handle has begun: call "
+                        "ep_dispatch_begin first");
+    }
+    epi_call_of(&c, h, (a.flags & EP_DISPATCH_EXPANDED) != 0);
+    c.is |= (a.flags & EP_DISPATCH_ARENA ? EPI_ARENA : 0) |
+            (a.flags & EP_DISPATCH_SCALES_COLUMN_MAJOR ? EPI_COLUMN_MAJOR : 0);
+    if (part != EPI_OP_BEGIN) {
+        EPI_TRY(check_form(h, &a));
+    }
+    if (part == EPI_OP_FINISH) {
+        recall_inputs(&c, h);
+    } else {
+        c.is |= (a.scales ? 0 : EPI_NO_SCALES) | (a.topk_weights ? 0 : EPI_NO_WEIGHTS);
+    }
+    EPI_TRY(epi_args_check(&c, &epi_dispatch_rules, &a,
+                           (part != EPI_OP_FINISH ? EPI_IN : 0) |
+                               (part != EPI_OP_BEGIN ? EPI_OUT : 0)));
+    return run_dispatch(handle, &c, &a, part, stream);
+}
+
+ep_status ep_dispatch(ep_handle *handle, const struct ep_dispatch_args *args, void *stream) {
+    return dispatch("ep_dispatch", handle, args, 0, stream);
+}
+
+ep_status ep_dispatch_begin(ep_handle *handle, const struct ep_dispatch_args *args,
+                            void *stream) {
+    return dispatch("ep_dispatch_begin", handle, args, EPI_OP_BEGIN, stream);
+}
+
+ep_status ep_dispatch_finish(ep_handle *handle, const struct ep_dispatch_args *args,
+                             void *stream) {
+    return dispatch("ep_dispatch_finish", handle, args, EPI_OP_FINISH, stream);
 }

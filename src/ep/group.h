@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Inside the product layer: what a group and a handle are, and the calls between its files. The
- * api_*.c check arguments and call these; they do nothing else.
+ * public functions of operations are with their kinds, the others in api_*.c; they check their
+ * arguments and call these.
  */
 #ifndef EPI_GROUP_H
 #define EPI_GROUP_H
@@ -131,22 +132,12 @@ ep_status epi_fail_need(const struct k_counts *c, int64_t max_recv_rows);
 /* Whether a word {ticket | ..} of a notice is that of `ticket`. */
 bool epi_is_known(const k_u64 *word, uint64_t ticket);
 
-/* ---- route.c, dispatch.c, combine.c: from checked arguments, with their call, to an operation - */
+/* ---- route.c, dispatch.c -------------------------------------------------------------------- */
 
-ep_status epi_handle_route(ep_handle *h, const struct epi_call *call,
-                           const struct ep_routing *r, void *stream);
-ep_status epi_handle_layout(ep_handle *h, const struct epi_call *call,
-                            const struct ep_layout *l, void *stream);
 /* EP_ERR_ARG for selection `number` (t * topk + k) of a routing; `then` ends the sentence. */
 ep_status epi_bad_selection(const ep_handle *h, int topk, uint64_t number, int64_t id,
                             const char *then);
-
-/* `part`: EPI_OP_BEGIN, EPI_OP_FINISH, or 0: both in one. */
-ep_status epi_dispatch(ep_handle *h, const struct epi_call *call,
-                       const struct ep_dispatch_args *a, uint32_t part, void *stream);
 /* Ends a dispatch that has begun and will not be finished: its rows arrive and are not read. */
 void epi_dispatch_drop(ep_handle *h);
-ep_status epi_combine(ep_handle *h, const struct epi_call *call,
-                      const struct ep_combine_args *a, void *stream);
 
 #endif

@@ -27,6 +27,20 @@ void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *
     epi_plan_channels(&g->plan, h->tokens, &k->channels);
 }
 
+ep_status epi_check_not_open(const char *fn, const ep_handle *h) {
+    return h->group->open_handle
+               ? epi_fail(EP_ERR_STATE,
+                          "%s: a dispatch of this group has begun and not finished", fn)
+               : EP_OK;
+}
+
+void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded) {
+    epi_call_begin(c, h->group);
+    c->is = (h->by_mask ? EPI_BY_MASK : 0) | (expanded ? EPI_EXPANDED : EPI_COMPACT);
+    c->dim[EPI_DIM_T] = h->tokens;
+    c->dim[EPI_DIM_K] = h->topk;
+}
+
 ep_status epi_op_issue(struct epi_op *op, void *stream) {
     ep_group *g = op->h->group;
     const struct epi_op_kind *kind = op->kind;

@@ -12,6 +12,7 @@
 #ifndef EPI_OP_H
 #define EPI_OP_H
 
+#include "src/ep/args.h"
 #include "src/ep/backend.h"
 
 struct epi_op;
@@ -51,15 +52,18 @@ struct epi_op {
     struct epi_shape shape;
     uint32_t flags; /* EPI_OP_... */
     union {
-        struct k_op op; /* the first fields of all */
-        struct k_route_args route;
-        struct k_layout_args layout;
-        struct k_dispatch_args dispatch;
-        struct k_combine_args combine;
+        struct k_op op; /* the first fields of all: */
+#define EPI_ARGS_OF(NAME, name, file, args, set) struct args name;
+        K_KERNELS(EPI_ARGS_OF)
+#undef EPI_ARGS_OF
     } args;
 };
 _Static_assert(sizeof(struct epi_op) <= EPI_TASK_BYTES, "a stream holds operations");
 
+/* EP_ERR_STATE while a dispatch of the handle's group is between begin and finish. */
+ep_status epi_check_not_open(const char *fn, const ep_handle *h);
+/* What the arguments of an operation of a routed handle are checked against. */
+void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded);
 /* Everything but its number and what is its kind's own, from a routed handle. `asked`: workers of
  * this call, 0: the group's. */
 void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *h, int asked,

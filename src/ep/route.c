@@ -1,8 +1,32 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Routing and layout of a handle: local work, queued like an operation. No peer takes part.
+ * Routing and layout of a handle on the host side, public functions and all: local work, queued like
+ * an operation. No peer takes part.
  */
 #include "src/ep/group.h"
+
+#define FIELD(f, to) EPI_FIELD(ep_routing, f, k_route_args, to)
+static const struct epi_rule route_rules[] = {
+    {FIELD(topk_ids, ids), EPI_IN, EPI_DIMS(T, K), EPI_IDS, EPI_AS(NONE, ANY), 0},
+    {FIELD(token_in_rank, mask), EPI_IN, EPI_DIMS(T, R), EPI_TYPE(EP_U8), EPI_AS(NONE, ANY), 0},
+};
+EPI_RULES(epi_route_rules, route_rules);
+#undef FIELD
+
+#define FIELD(f) EPI_FIELD(ep_layout, f, k_layout_args, f)
+static const struct epi_rule layout_rules[] = {
+    {FIELD(tokens_per_rank), EPI_OUT | EPI_ADDRESS, EPI_DIMS(R, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
+    {FIELD(tokens_per_node), EPI_OUT | EPI_ADDRESS, EPI_DIMS(NODES, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
+    {FIELD(tokens_per_expert), EPI_OUT | EPI_ADDRESS, EPI_DIMS(E, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), EPI_BY_MASK},
+    {FIELD(token_in_rank), EPI_OUT | EPI_ADDRESS, EPI_DIMS(T, R), EPI_TYPE(EP_U8),
+     EPI_AS(NONE, DENSE), 0},
+    {FIELD(channel_prefix), EPI_OUT | EPI_ADDRESS, EPI_DIMS(R, CHANNELS), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
+};
+EPI_RULES(epi_layout_rules, layout_rules);
 
 /* In the place of the first bad selection until the kernel has come to its end: a fault of the
  * group also ends the waits of its blocks for each other. */
@@ -47,7 +71,7 @@ static const struct epi_op_kind route_kind = {.name = "ep_handle_route",
 static const struct epi_op_kind layout_kind = {
     .name = "ep_handle_layout", .kernel = EPI_KERNEL_LAYOUT, .local = true};
 
-ep_status epi_handle_route(ep_handle *h, const struct epi_call *call,
+static ep_status run_route(ep_handle *h, const struct epi_call *call,
                            const struct ep_routing *r, void *stream) {
     struct epi_op op;
     struct k_route_args *k = &op.args.route;
@@ -67,7 +91,7 @@ ep_status epi_handle_route(ep_handle *h, const struct epi_call *call,
     return st;
 }
 
-ep_status epi_handle_layout(ep_handle *h, const struct epi_call *call,
+static ep_status run_layout(ep_handle *h, const struct epi_call *call,
                             const struct ep_layout *l, void *stream) {
     const struct epi_load load = {0, h->topk, false, false};
     struct epi_op op;
@@ -75,4 +99,56 @@ ep_status epi_handle_layout(ep_handle *h, const struct epi_call *call,
     op.args.layout.num_nodes = 1;
     epi_args_fill(call, &epi_layout_rules, l, EPI_OUT, &op.args.layout);
     return epi_op_issue(&op, stream);
+}
+
+/* ---- the public functions -------------------------------------------------------------------- */
+
+ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, void *stream) {
+    struct ep_routing r;
+    struct epi_call c;
+    EPI_NOT_NULL("ep_handle_route", handle);
+    EPI_NOT_NULL("ep_handle_route", routing);
+    EPI_TAKE(ep_routing, &r, routing);
+    const struct ep_handle_config *most = &handle->config;
+    if (handle->group->open_handle == handle) {
+        return epi_fail(EP_ERR_STATE,
+                        "ep_handle_route: the handle's dispatch has begun and not "
+                        "finished");
+    }
+    if (!r.topk_ids == !r.token_in_rank) {
+        return epi_fail(EP_ERR_ARG, "ep_routing: set topk_ids or token_in_rank, %s",
+                        r.topk_ids ? "not both" : "neither is set");
+    }
+    if (r.token_in_rank && !handle->group->config.mask_routing) {
+        return epi_fail(EP_ERR_ARG, "token_in_rank needs ep_group_config.mask_routing");
+    }
+    epi_call_begin(&c, handle->group);
+    EPI_TRY(epi_args_check(&c, &epi_route_rules, &r, EPI_IN));
+    const int64_t tokens = c.dim[EPI_DIM_T], topk = c.dim[EPI_DIM_K];
+    if (r.topk_ids && (topk < 1 || topk > most->max_topk)) {
+        return epi_fail(EP_ERR_ARG, "topk_ids.shape[1] is %lld, must be 1..%d (max_topk)",
+                        (long long)topk, most->max_topk);
+    }
+    if (tokens > most->max_tokens) {
+        return epi_fail(EP_ERR_ARG, "%s.shape[0] is %lld, must be 0..%d (max_tokens)",
+                        r.topk_ids ? "topk_ids" : "token_in_rank", (long long)tokens,
+                        most->max_tokens);
+    }
+    return run_route(handle, &c, &r, stream);
+}
+
+ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, void *stream) {
+    struct ep_layout l;
+    struct epi_call c;
+    EPI_NOT_NULL("ep_handle_layout", handle);
+    EPI_NOT_NULL("ep_handle_layout", layout);
+    EPI_TAKE(ep_layout, &l, layout);
+    if (!handle->routed) {
+        return epi_fail(EP_ERR_STATE, "ep_handle_layout: the handle is not routed");
+    }
+    epi_call_begin(&c, handle->group);
+    c.is = handle->by_mask ? EPI_BY_MASK : 0;
+    c.dim[EPI_DIM_T] = handle->tokens;
+    EPI_TRY(epi_args_check(&c, &epi_layout_rules, &l, EPI_OUT));
+    return run_layout(handle, &c, &l, stream);
 }
