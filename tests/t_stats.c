@@ -2,14 +2,17 @@
 /* class: rest */
 /*
  * ep_group_stats: operations, rows and bytes are those of the reference, summed over all that
- * the group has done; times only grow.
+ * the group has done; times only grow. They may be asked for at any time.
  */
+#include <stdatomic.h>
+
 #include "tests/gpu.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
 #define DISPATCHES 3
 #define COMBINES 2 /* after each dispatch */
+#define REFUSED 50
 
 /* Rows this rank sends to others (or to itself) in one dispatch, and has answered. */
 static uint64_t rows_to(const struct trial *t, int rank, bool self) {
@@ -80,6 +83,72 @@ static void body(struct world *w) {
     run_free(&r);
 }
 
+/* ---- while operations are refused ----------------------------------------------------------- */
+
+static void await_flag(void *arg) {
+    while (!atomic_load((atomic_int *)arg)) {
+        tap_sleep_ms(1);
+    }
+}
+
+static void set_flag(void *arg) {
+    atomic_store((atomic_int *)arg, 1);
+}
+
+/* Statistics are asked for while the stream's thread ends what it may not run any more: it does not
+ * count, and the words may be read at any time (ThreadSanitizer looks). */
+static void refused(struct world *w) {
+    atomic_int go = 0, done = 0;
+    struct ep_group_stats s = EP_GROUP_STATS_INIT;
+    ep_handle *handle = NULL;
+    ep_stream *stream = NULL;
+    struct run r;
+
+    run_create(&r, w, w->ctx);
+    world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, run_route(&r, handle, NULL), EP_OK, "ep_handle_route");
+    world_is(w, ep_stream_create(&stream, w->group), EP_OK, "ep_stream_create");
+    world_is(w, ep_stream_run(stream, await_flag, &go), EP_OK, "ep_stream_run");
+    for (int i = 0; i < REFUSED; i++) {
+        world_is(w, run_dispatch(&r, handle, stream), EP_OK, "ep_dispatch");
+    }
+    world_is(w, ep_stream_run(stream, set_flag, &done), EP_OK, "ep_stream_run");
+    world_is(w, ep_group_abort(w->group), EP_OK, "ep_group_abort");
+    set_flag(&go);
+    while (!atomic_load(&done)) {
+        world_is(w, ep_group_stats(w->group, &s), EP_OK, "ep_group_stats");
+    }
+    world_is(w, ep_group_stats(w->group, &s), EP_OK, "ep_group_stats");
+    world_check(w, s.num_dispatches == 0 && s.rows_sent == 0, "%llu dispatches",
+                (unsigned long long)s.num_dispatches);
+    world_is(w, ep_stream_sync(stream), EP_ERR_INTERRUPTED, "ep_stream_sync");
+    ep_stream_destroy(&stream);
+    ep_handle_destroy(&handle);
+    run_free(&r);
+}
+
+static void check_refused(uint64_t seed) {
+    const struct form form = {.id_dtype = EP_I32};
+    struct test_case c;
+    struct trial t;
+    struct world_setup s;
+
+    if (gpu_wanted()) {
+        skip(1, "streams of host groups");
+        return;
+    }
+    case_default(&c, 1, seed);
+    case_build(&c);
+    trial_init(&t, &c);
+    trial_form(&t, &form);
+    trial_build(&t);
+    trial_setup(&s, &t);
+    s.body = refused;
+    ok(world_run(&s) == 0, "asked for while operations are refused");
+    trial_free(&t);
+    case_free(&c);
+}
+
 int main(void) {
     gpu_program();
     uint64_t seed = tap_seed();
@@ -105,5 +174,6 @@ int main(void) {
         trial_free(&t);
         case_free(&c);
     }
+    check_refused(seed + 4);
     return done_testing();
 }

@@ -84,7 +84,7 @@ static void end_op(ep_group *g, uint64_t n, bool ran) {
     pthread_mutex_lock(&g->mutex);
     if (g->ended < n) {
         if (!ran && g->ended == n - 1) { /* else one before it may be in its kernel */
-            g->ctl->epoch++;
+            atomic_fetch_add((_Atomic k_u64 *)&g->ctl->epoch, 1);
         }
         g->ended = n;
         pthread_cond_broadcast(&g->turn);
