@@ -177,6 +177,41 @@ static void wild_pairs(struct scene *s, ep_handle *h) {
     ok(wrong == 0, "rows, scales and views of wild lengths, input and output alike");
 }
 
+/* So many rows in each tensor that has one for each token or received row, with a stride that no
+ * element is found by. */
+static void idle_strides(const struct epi_rules *rules, void *args, int64_t rows,
+                         int64_t stride) {
+    for (int i = 0; i < rules->num; i++) {
+        const uint8_t dim = rules->rule[i].dim[0];
+        struct ep_tensor *t = epi_rule_tensor(&rules->rule[i], args);
+        if (t && (dim == EPI_DIM_T || dim == EPI_DIM_ROWS)) {
+            t->shape[0] = rows;
+        }
+        if (t && t->shape[0] < 2) {
+            t->stride[0] = stride;
+        }
+    }
+}
+
+static void few_rows(struct scene *s, ep_handle *h, int64_t rows) {
+    struct ep_routing r = EP_ROUTING_INIT;
+    struct ep_tensor ids;
+    int wrong = 0;
+    ep_tensor_2d(&ids, EP_I32, s->ids, rows, K);
+    r.topk_ids = &ids;
+    for (size_t i = 0; i < NUM_WILD; i++) {
+        ids.stride[0] = wild[i];
+        wrong += ep_handle_route(h, &r, NULL) != EP_OK;
+        make_dispatch(s, false);
+        idle_strides(&epi_dispatch_rules, &s->d, rows, wild[i]);
+        wrong += ep_dispatch(h, &s->d, NULL) != EP_OK;
+        make_combine(s);
+        idle_strides(&epi_combine_rules, &s->c, rows, wild[i]);
+        wrong += ep_combine(h, &s->c, NULL) != EP_OK;
+    }
+    ok(wrong == 0, "%lld rows, with any stride from one to the next", (long long)rows);
+}
+
 static void body(struct world *w) {
     static struct scene s;
     struct ep_routing r = EP_ROUTING_INIT;
@@ -207,6 +242,8 @@ static void body(struct world *w) {
     every_pair(&s, h, &epi_combine_rules, &s.c, 'c', "combine");
     every_number(&s, h, &epi_combine_rules, &s.c, 'c', "combine");
     ok(ep_combine(h, &s.c, NULL) == EP_OK, "the right combine: %s", ep_last_error());
+    few_rows(&s, h, 1);
+    few_rows(&s, h, 0);
     ep_handle_destroy(&h);
 }
 

@@ -46,10 +46,11 @@ void ep_tensor_2d(struct ep_tensor *t, ep_dtype dtype, void *data, int64_t rows,
 struct k_array epi_array(const struct ep_tensor *t) {
     struct k_array a = {0, 0, 0};
     if (t) {
-        int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)t->dtype);
+        const k_u64 bytes = ep_dtype_bytes((ep_dtype)t->dtype);
         a.data = (k_u64)(uintptr_t)t->data;
-        a.s0 = t->stride[0] * bytes;
-        a.s1 = t->ndim > 1 ? t->stride[1] * bytes : 0;
+        /* The stride of a dimension of one element may be any, and wraps around. */
+        a.s0 = (k_i64)((k_u64)t->stride[0] * bytes);
+        a.s1 = t->ndim > 1 ? (k_i64)((k_u64)t->stride[1] * bytes) : 0;
     }
     return a;
 }
@@ -229,7 +230,7 @@ struct epi_extent epi_extent_of(const char *name, const struct ep_tensor *t, boo
         e.low = (uintptr_t)t->data + (uintptr_t)low;
         e.high = (uintptr_t)t->data + (uintptr_t)high;
         if (t->ndim == 2 && t->stride[0] > 0 && t->stride[1] > 0) {
-            e.pitch = (uint64_t)(t->stride[0] * bytes);
+            e.pitch = (uint64_t)t->stride[0] * (uint64_t)bytes; /* of one row: any */
             e.width = (uint64_t)(((t->shape[1] - 1) * t->stride[1] + 1) * bytes);
         }
     }
