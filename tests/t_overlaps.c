@@ -121,6 +121,34 @@ static void side_by_side(struct scene *s, ep_handle *h) {
        "and where a column is common: %s", ep_last_error());
 }
 
+/* A column of one element beside rows, and a matrix that is stored column by column, each second
+ * row of another. */
+static void column_beside_rows(struct scene *s, ep_handle *h) {
+    static _Alignas(16) float both[N][20];
+    static int32_t ids[K][2][N];
+    make_dispatch(s, true);
+    s->d.recv_x->data = both;
+    s->d.recv_topk_weights->data = &both[0][16];
+    s->d.recv_x->stride[0] = s->d.recv_topk_weights->stride[0] = 20;
+    ok(ep_dispatch(h, &s->d, NULL) == EP_OK, "a weight behind each row: %s", ep_last_error());
+    s->d.recv_topk_weights->data = &both[0][15];
+    ok(refused(ep_dispatch(h, &s->d, NULL), "recv_topk_weights", "recv_x"),
+       "and one within each: %s", ep_last_error());
+    make_dispatch(s, false);
+    s->d.recv_topk_ids->data = ids;
+    s->d.recv_topk_weights->data = &ids[0][1];
+    for (int i = 0; i < 2; i++) {
+        struct ep_tensor *t = i ? s->d.recv_topk_ids : s->d.recv_topk_weights;
+        t->stride[0] = 1;
+        t->stride[1] = 2 * N;
+    }
+    ok(ep_dispatch(h, &s->d, NULL) == EP_OK, "columns of ids and weights in turn: %s",
+       ep_last_error());
+    s->d.recv_topk_weights->data = &ids[0][0][N - 1];
+    ok(refused(ep_dispatch(h, &s->d, NULL), "recv_topk_weights", "recv_topk_ids"),
+       "and one that reaches into another: %s", ep_last_error());
+}
+
 /* ---- shapes and strides that no memory has -------------------------------------------------- */
 
 static const int64_t wild[] = {INT64_MAX,
@@ -235,6 +263,7 @@ static void body(struct world *w) {
     every_pair(&s, h, &epi_dispatch_rules, &s.d, 'f', "finish, also on what begin reads");
     ok(ep_dispatch_finish(h, &s.d, NULL) == EP_OK, "finish: %s", ep_last_error());
     side_by_side(&s, h);
+    column_beside_rows(&s, h);
     wild_pairs(&s, h);
     make_dispatch(&s, false);
     ok(ep_dispatch(h, &s.d, NULL) == EP_OK, "the right dispatch: %s", ep_last_error());

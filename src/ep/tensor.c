@@ -222,16 +222,25 @@ ep_status epi_check_layout(const char *name, const struct ep_tensor *t,
     return check_reach(name, t);
 }
 
+/* The dimension along which the pieces of a tensor lie that are next to each other in memory: that of
+ * the longer stride. */
+static int dim_of_rows(const struct ep_tensor *t) {
+    return t->ndim == 2 && t->shape[1] > 1 && t->stride[1] > t->stride[0] ? 1 : 0;
+}
+
 struct epi_extent epi_extent_of(const char *name, const struct ep_tensor *t, bool output) {
-    const int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)t->dtype);
+    const uint64_t bytes = ep_dtype_bytes((ep_dtype)t->dtype);
     struct epi_extent e = {name, output, 0, 0, 0, 0};
     int64_t low, high;
     if (t->data && !epi_is_empty(t) && reach(t, &low, &high)) {
+        const int rows = dim_of_rows(t);
+        const bool one = t->ndim == 1 || t->shape[1 - rows] == 1; /* element in a row */
         e.low = (uintptr_t)t->data + (uintptr_t)low;
         e.high = (uintptr_t)t->data + (uintptr_t)high;
-        if (t->ndim == 2 && t->stride[0] > 0 && t->stride[1] > 0) {
-            e.pitch = (uint64_t)t->stride[0] * (uint64_t)bytes; /* of one row: any */
-            e.width = (uint64_t)(((t->shape[1] - 1) * t->stride[1] + 1) * bytes);
+        if (t->stride[rows] > 0 && (one || t->stride[1 - rows] > 0)) {
+            const int64_t last = one ? 0 : (t->shape[1 - rows] - 1) * t->stride[1 - rows];
+            e.pitch = (uint64_t)t->stride[rows] * bytes; /* of one row: any */
+            e.width = ((uint64_t)last + 1) * bytes;
         }
     }
     return e;
