@@ -48,8 +48,8 @@ bool epi_group_faulted(ep_group *g) {
 
 bool epi_group_is_over(ep_group *g, uint64_t n) {
     const struct k_board *b = own_board(g);
-    if (g->backend
-            ->on_device) { /* operations in graphs have no numbers here: kernels judge by their own */
+    if (g->backend->on_device) {
+        /* Operations in graphs have no numbers here: kernels judge by their own. */
         return epi_group_faulted(g);
     }
     return read_word(&b->abort) != 0 || K_ABORT_ENDS(read_word(&b->told), (k_u32)n);
