@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The one header of layer 0: status and error text, log, knobs, time, hash, allocation, threads.
- * Every other directory may include it; it includes nothing of theirs but the public ep.h.
+ * The one header of layer 0: status and error text, log, knobs, time, hash, allocation, threads,
+ * and how ranks agree. Every other directory may include it; it includes nothing of theirs but the
+ * public ep.h.
  *
  * Threads: everything here may be called from any thread at any time, unless said otherwise.
- * Must not: block (except epi_sleep_ns), depend on any other directory, or keep state that a
+ * Must not: block (except to sleep and to agree), depend on any other directory, or keep state that a
  * test cannot see (the allocation counters are readable, the log level can be reloaded).
  */
 #ifndef EPI_BASE_H
@@ -174,5 +175,29 @@ int64_t epi_available_bytes(void);
 /* 0 or an errno value. The new thread takes no asynchronous signals: those are the caller's
  * threads' business. `name` is cut to 15 characters. Asks epi_alloc_should_fail. */
 int epi_thread_start(pthread_t *thread, void *(*run)(void *), void *arg, const char *name);
+
+/* ---- exchange.c -------------------------------------------------------------------------- */
+
+/* How a layer that is not told about src/boot gathers small data from all ranks: the group hands
+ * it this. Collective; `out` is [num_ranks][bytes]. */
+struct epi_exchange {
+    ep_status (*allgather)(void *ctx, const void *in, size_t bytes, void *out);
+    void *ctx;
+    int rank, num_ranks;
+};
+
+/*
+ * Ends a step that ranks take each for itself: `mine` is how it went here, with its text in
+ * epi_error_text(). Returns EP_OK when it went well everywhere, `mine` where it did not, and on
+ * the other ranks EP_ERR_PEER (or the first rank's status where that says more) naming it.
+ */
+ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *step);
+
+/*
+ * As epi_agree, for a step that can be done without: where nothing worse than EP_ERR_UNSUPPORTED
+ * happened, every rank returns that, with the text of the first rank it happened to. No rank
+ * returns EP_ERR_UNSUPPORTED unless all do.
+ */
+ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const char *step);
 
 #endif

@@ -3,7 +3,7 @@
  * Agreement among ranks on how a step went, on top of whatever gathers their data. Called by the
  * threads that create and destroy groups; must not be called where a peer may not call it too.
  */
-#include "src/base/exchange.h"
+#include "src/base/base.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -47,23 +47,9 @@ static ep_status blame(struct verdict *all, int rank, const char *step) {
                     ep_status_string((ep_status)all[rank].status), all[rank].text);
 }
 
-ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *step) {
-    ep_status st;
-    struct verdict *all = gather_verdicts(x, mine, step, &st);
-    if (!all) {
-        return st;
-    }
-    st = mine;
-    for (int r = 0; st == EP_OK && r < x->num_ranks; r++) {
-        if (all[r].status != EP_OK) {
-            st = blame(all, r, step);
-        }
-    }
-    epi_free(all);
-    return st;
-}
-
-ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const char *step) {
+/* With `optional`, EP_ERR_UNSUPPORTED is everybody's verdict where nothing worse happened. */
+static ep_status agree(const struct epi_exchange *x, ep_status mine, const char *step,
+                       bool optional) {
     ep_status st;
     int without = -1, worse = -1;
     struct verdict *all = gather_verdicts(x, mine, step, &st);
@@ -71,14 +57,14 @@ ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const
         return st;
     }
     for (int r = x->num_ranks - 1; r >= 0; r--) {
-        if (all[r].status == EP_ERR_UNSUPPORTED) {
+        if (optional && all[r].status == EP_ERR_UNSUPPORTED) {
             without = r;
         } else if (all[r].status != EP_OK) {
             worse = r;
         }
     }
     st = mine;
-    if (worse >= 0 && (mine == EP_OK || mine == EP_ERR_UNSUPPORTED)) {
+    if (worse >= 0 && (mine == EP_OK || (optional && mine == EP_ERR_UNSUPPORTED))) {
         st = blame(all, worse, step);
     } else if (worse < 0 && without >= 0) {
         all[without].text[VERDICT_TEXT - 1] = 0;
@@ -86,4 +72,12 @@ ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const
     }
     epi_free(all);
     return st;
+}
+
+ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *step) {
+    return agree(x, mine, step, false);
+}
+
+ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const char *step) {
+    return agree(x, mine, step, true);
 }

@@ -15,7 +15,7 @@
 #ifndef EPI_MEM_H
 #define EPI_MEM_H
 
-#include "src/base/exchange.h"
+#include "src/base/base.h"
 
 struct epi_mem;
 
