@@ -150,4 +150,23 @@ void epi_cu_leave(void);
 ep_status epi_cu_enter_relaxed(const struct epi_cu_device *d, int *mode);
 void epi_cu_leave_relaxed(int mode);
 
+/* Returns what `call` returns within the device's context. */
+#define CU_WITHIN(d, call)                                                                     \
+    do {                                                                                       \
+        EPI_TRY(epi_cu_enter(d));                                                              \
+        const ep_status within_status = (call);                                                \
+        epi_cu_leave();                                                                        \
+        return within_status;                                                                  \
+    } while (0)
+
+/* Gives *held back by `call`, which cannot fail, if there is anything. */
+#define CU_GIVE_BACK(d, held, call)                                                            \
+    do {                                                                                       \
+        if (*(held) && epi_cu_enter(d) == EP_OK) {                                             \
+            call;                                                                              \
+            epi_cu_leave();                                                                    \
+        }                                                                                      \
+        *(held) = 0;                                                                           \
+    } while (0)
+
 #endif

@@ -14,25 +14,6 @@
 
 enum capture_status { CAPTURE_NONE, CAPTURE_ACTIVE, CAPTURE_INVALIDATED };
 
-/* Returns what `call` returns within the device's context. */
-#define WITHIN(d, call)                                                                        \
-    do {                                                                                       \
-        EPI_TRY(epi_cu_enter(d));                                                              \
-        const ep_status within_status = (call);                                                \
-        epi_cu_leave();                                                                        \
-        return within_status;                                                                  \
-    } while (0)
-
-/* Gives *held back by `call`, which cannot fail, if there is anything. */
-#define GIVE_BACK(d, held, call)                                                               \
-    do {                                                                                       \
-        if (*(held) && epi_cu_enter(d) == EP_OK) {                                             \
-            call;                                                                              \
-            epi_cu_leave();                                                                    \
-        }                                                                                      \
-        *(held) = 0;                                                                           \
-    } while (0)
-
 /* Of the device, or of its pool in the order of the stream. */
 static ep_status alloc(const struct epi_cu_device *d, bool of_pool, void *stream, uint64_t *at,
                        size_t bytes) {
@@ -61,16 +42,16 @@ ep_status epi_cu_alloc(const struct epi_cu_device *d, uint64_t *at, size_t bytes
 }
 
 void epi_cu_free(const struct epi_cu_device *d, uint64_t *at) {
-    GIVE_BACK(d, at, epi_cu_driver.MemFree(*at));
+    CU_GIVE_BACK(d, at, epi_cu_driver.MemFree(*at));
 }
 
 ep_status epi_cu_alloc_host(const struct epi_cu_device *d, void **p, size_t bytes) {
-    WITHIN(d,
-           CU(MemHostAlloc, p, bytes ? bytes : 1, HOST_ALLOC_PORTABLE | HOST_ALLOC_DEVICEMAP));
+    CU_WITHIN(
+        d, CU(MemHostAlloc, p, bytes ? bytes : 1, HOST_ALLOC_PORTABLE | HOST_ALLOC_DEVICEMAP));
 }
 
 void epi_cu_free_host(const struct epi_cu_device *d, void **p) {
-    GIVE_BACK(d, p, epi_cu_driver.MemFreeHost(*p));
+    CU_GIVE_BACK(d, p, epi_cu_driver.MemFreeHost(*p));
 }
 
 ep_status epi_cu_pool_alloc(const struct epi_cu_device *d, void *stream, uint64_t *at,
@@ -79,7 +60,7 @@ ep_status epi_cu_pool_alloc(const struct epi_cu_device *d, void *stream, uint64_
 }
 
 void epi_cu_pool_free(const struct epi_cu_device *d, void *stream, uint64_t *at) {
-    GIVE_BACK(d, at, epi_cu_driver.MemFreeAsync(*at, stream));
+    CU_GIVE_BACK(d, at, epi_cu_driver.MemFreeAsync(*at, stream));
 }
 
 static ep_status then_sync(ep_status copied, void *stream) {
@@ -92,7 +73,7 @@ ep_status epi_cu_copy_in(const struct epi_cu_device *d, void *stream, uint64_t t
     if (bytes == 0) {
         return EP_OK;
     }
-    WITHIN(d, then_sync(CU(MemcpyHtoDAsync, to, from, bytes, stream), stream));
+    CU_WITHIN(d, then_sync(CU(MemcpyHtoDAsync, to, from, bytes, stream), stream));
 }
 
 ep_status epi_cu_copy_out(const struct epi_cu_device *d, void *stream, void *to, uint64_t from,
@@ -100,7 +81,7 @@ ep_status epi_cu_copy_out(const struct epi_cu_device *d, void *stream, void *to,
     if (bytes == 0) {
         return EP_OK;
     }
-    WITHIN(d, then_sync(CU(MemcpyDtoHAsync, to, from, bytes, stream), stream));
+    CU_WITHIN(d, then_sync(CU(MemcpyDtoHAsync, to, from, bytes, stream), stream));
 }
 
 ep_status epi_cu_copy(const struct epi_cu_device *d, void *stream, uint64_t to, uint64_t from,
@@ -108,12 +89,12 @@ ep_status epi_cu_copy(const struct epi_cu_device *d, void *stream, uint64_t to, 
     if (bytes == 0) {
         return EP_OK;
     }
-    WITHIN(d, CU(MemcpyDtoDAsync, to, from, bytes, stream));
+    CU_WITHIN(d, CU(MemcpyDtoDAsync, to, from, bytes, stream));
 }
 
 ep_status epi_cu_copy_out_async(const struct epi_cu_device *d, void *stream, void *pinned,
                                 uint64_t from, size_t bytes) {
-    WITHIN(d, CU(MemcpyDtoHAsync, pinned, from, bytes, stream));
+    CU_WITHIN(d, CU(MemcpyDtoHAsync, pinned, from, bytes, stream));
 }
 
 ep_status epi_cu_fill(const struct epi_cu_device *d, void *stream, uint64_t at, int byte,
@@ -121,11 +102,11 @@ ep_status epi_cu_fill(const struct epi_cu_device *d, void *stream, uint64_t at, 
     if (bytes == 0) {
         return EP_OK;
     }
-    WITHIN(d, CU(MemsetD8Async, at, (unsigned char)byte, bytes, stream));
+    CU_WITHIN(d, CU(MemsetD8Async, at, (unsigned char)byte, bytes, stream));
 }
 
 ep_status epi_cu_stream_create(const struct epi_cu_device *d, void **stream) {
-    WITHIN(d, CU(StreamCreate, stream, STREAM_NON_BLOCKING));
+    CU_WITHIN(d, CU(StreamCreate, stream, STREAM_NON_BLOCKING));
 }
 
 static ep_status create_high(void **stream) {
@@ -135,15 +116,15 @@ static ep_status create_high(void **stream) {
 }
 
 ep_status epi_cu_stream_create_high(const struct epi_cu_device *d, void **stream) {
-    WITHIN(d, create_high(stream));
+    CU_WITHIN(d, create_high(stream));
 }
 
 void epi_cu_stream_destroy(const struct epi_cu_device *d, void **stream) {
-    GIVE_BACK(d, stream, epi_cu_driver.StreamDestroy(*stream));
+    CU_GIVE_BACK(d, stream, epi_cu_driver.StreamDestroy(*stream));
 }
 
 ep_status epi_cu_stream_sync(const struct epi_cu_device *d, void *stream) {
-    WITHIN(d, CU(StreamSynchronize, stream));
+    CU_WITHIN(d, CU(StreamSynchronize, stream));
 }
 
 ep_status epi_cu_stream_hold(const struct epi_cu_device *d, void *stream, uint32_t *word,
@@ -151,7 +132,8 @@ ep_status epi_cu_stream_hold(const struct epi_cu_device *d, void *stream, uint32
     if (!epi_cu_driver.StreamWaitValue32) {
         return epi_fail(EP_ERR_UNSUPPORTED, "the driver has no cuStreamWaitValue32");
     }
-    WITHIN(d, CU(StreamWaitValue32, stream, (uint64_t)(uintptr_t)word, value, WAIT_VALUE_GEQ));
+    CU_WITHIN(d,
+              CU(StreamWaitValue32, stream, (uint64_t)(uintptr_t)word, value, WAIT_VALUE_GEQ));
 }
 
 ep_status epi_cu_capture_id(const struct epi_cu_device *d, void *stream, uint64_t *id) {
@@ -177,23 +159,23 @@ ep_status epi_cu_capture_id(const struct epi_cu_device *d, void *stream, uint64_
 }
 
 ep_status epi_cu_event_create(const struct epi_cu_device *d, void **event) {
-    WITHIN(d, CU(EventCreate, event, 0));
+    CU_WITHIN(d, CU(EventCreate, event, 0));
 }
 
 ep_status epi_cu_event_create_plain(const struct epi_cu_device *d, void **event) {
-    WITHIN(d, CU(EventCreate, event, EVENT_DISABLE_TIMING));
+    CU_WITHIN(d, CU(EventCreate, event, EVENT_DISABLE_TIMING));
 }
 
 void epi_cu_event_destroy(const struct epi_cu_device *d, void **event) {
-    GIVE_BACK(d, event, epi_cu_driver.EventDestroy(*event));
+    CU_GIVE_BACK(d, event, epi_cu_driver.EventDestroy(*event));
 }
 
 ep_status epi_cu_event_record(const struct epi_cu_device *d, void *event, void *stream) {
-    WITHIN(d, CU(EventRecord, event, stream));
+    CU_WITHIN(d, CU(EventRecord, event, stream));
 }
 
 ep_status epi_cu_event_wait(const struct epi_cu_device *d, void *stream, void *event) {
-    WITHIN(d, CU(StreamWaitEvent, stream, event, 0));
+    CU_WITHIN(d, CU(StreamWaitEvent, stream, event, 0));
 }
 
 ep_status epi_cu_event_query(const struct epi_cu_device *d, void *event) {

@@ -12,18 +12,11 @@
 #define MAX_DYNAMIC_SHARED_SIZE_BYTES 8
 
 ep_status epi_cu_module_load(const struct epi_cu_device *d, const void *cubin, void **module) {
-    EPI_TRY(epi_cu_enter(d));
-    const ep_status st = CU(ModuleLoadData, module, cubin);
-    epi_cu_leave();
-    return st;
+    CU_WITHIN(d, CU(ModuleLoadData, module, cubin));
 }
 
 void epi_cu_module_unload(const struct epi_cu_device *d, void **module) {
-    if (*module && epi_cu_enter(d) == EP_OK) {
-        epi_cu_driver.ModuleUnload(*module);
-        epi_cu_leave();
-    }
-    *module = NULL;
+    CU_GIVE_BACK(d, module, epi_cu_driver.ModuleUnload(*module));
 }
 
 static ep_status find_function(const struct epi_cu_device *d, void *module,
