@@ -11,32 +11,27 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-struct text text_ns(double ns) {
-    static const char *const units[] = {"ns", "us", "ms", "s"};
+/* Three digits and a unit. Of the first unit there are only whole numbers if so said. */
+static struct text in_units(double n, const char *const *units, int last, bool whole) {
     struct text t;
     int unit = 0;
-    while (ns >= 999.5 && unit < 3) {
-        ns /= 1000;
+    while (n >= 999.5 && unit < last) {
+        n /= 1000;
         unit++;
     }
-    snprintf(t.s, sizeof(t.s), "%.*f %s", ns < 10 ? 2 : ns < 100 ? 1 : 0, ns, units[unit]);
+    int digits = n < 10 ? 2 : n < 100 ? 1 : 0;
+    snprintf(t.s, sizeof(t.s), "%.*f %s", whole && unit == 0 ? 0 : digits, n, units[unit]);
     return t;
+}
+
+struct text text_ns(double ns) {
+    static const char *const units[] = {"ns", "us", "ms", "s"};
+    return in_units(ns, units, 3, false);
 }
 
 struct text text_bytes(double bytes) {
     static const char *const units[] = {"B", "KB", "MB", "GB", "TB"};
-    struct text t;
-    int unit = 0;
-    while (bytes >= 999.5 && unit < 4) {
-        bytes /= 1000;
-        unit++;
-    }
-    snprintf(t.s, sizeof(t.s), "%.*f %s",
-             unit == 0 || bytes >= 100 ? 0
-             : bytes < 10              ? 2
-                                       : 1,
-             bytes, units[unit]);
-    return t;
+    return in_units(bytes, units, 4, true);
 }
 
 struct text text_count(int64_t n) {
