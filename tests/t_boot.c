@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "src/boot/launch.h"
+#include "src/boot/parts.h"
 #include "tests/gpu.h"
 #include "tests/meet.h"
 #include "tests/rig.h"

@@ -8,16 +8,11 @@
  * possible.
  * Must not look at arguments twice: what gets past check() is used as it is.
  */
-#include "src/boot/boot.h"
+#include "src/boot/parts.h"
 
 #include <netinet/in.h>
 #include <string.h>
 #include <sys/random.h>
-
-#include "src/boot/launch.h"
-#include "src/boot/meet.h"
-#include "src/boot/star.h"
-#include "src/boot/world.h"
 
 struct epi_boot {
     int rank;

@@ -7,14 +7,12 @@
  * have come, not with the length a header claims.
  * Must not wait, and must not decide what a lost connection means: it marks itself doomed.
  */
-#include "src/boot/conn.h"
+#include "src/boot/parts.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
-
-#include "src/boot/sock.h"
 
 #define MIN_IN_BYTES ((size_t)256)
 #define MAX_READ_BYTES ((size_t)256 << 10) /* per call, so that no peer starves the others */

@@ -7,7 +7,7 @@
  * creating thread. Every value is checked here, so the rest of boot works with numbers.
  * Must not guess: what is missing or malformed is named, together with what to set.
  */
-#include "src/boot/launch.h"
+#include "src/boot/parts.h"
 
 #include <stdio.h>
 #include <stdlib.h>

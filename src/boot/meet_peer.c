@@ -7,13 +7,11 @@
  * answer by libep is tried again until the deadline.
  * Must not try again once rank 0 has said WELCOME: from there on a loss is a failure.
  */
-#include "src/boot/meet.h"
+#include "src/boot/parts.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
-
-#include "src/boot/boot.h"
 
 #define FIRST_PAUSE_NS (5 * EPI_NS_PER_MS)
 #define LONGEST_PAUSE_NS (200 * EPI_NS_PER_MS)

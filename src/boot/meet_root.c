@@ -7,14 +7,11 @@
  * one log line and costs 256 bytes until then; whoever says one but does not belong is told.
  * Must not let a stranger end the rendezvous, nor wait beyond the deadline.
  */
-#include "src/boot/meet.h"
+#include "src/boot/parts.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
-
-#include "src/boot/boot.h"
-#include "src/boot/rounds.h"
 
 #define HELLO_TIMEOUT_NS (5 * EPI_NS_PER_S)
 #define NUM_SPARE_STRANGERS 64

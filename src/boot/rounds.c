@@ -7,7 +7,7 @@
  * next. Has no lock: the star's or the world's is held around every call.
  * Must not decide when a round is over; its users differ in that.
  */
-#include "src/boot/rounds.h"
+#include "src/boot/parts.h"
 
 #include <string.h>
 

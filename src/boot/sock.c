@@ -8,7 +8,7 @@
  * Must not block, except epi_addr_resolve when a name server is slow, nor set TCP_USER_TIMEOUT:
  * it also fires when the peer has merely stopped reading, which a stopped process does.
  */
-#include "src/boot/sock.h"
+#include "src/boot/parts.h"
 
 #include <arpa/inet.h>
 #include <errno.h>

@@ -9,14 +9,11 @@
  * merely stopped keeps its socket and lives.
  * Must not wait for any single peer, nor hold the lock while it calls on_dead.
  */
-#include "src/boot/star.h"
+#include "src/boot/parts.h"
 
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
-
-#include "src/boot/boot.h"
-#include "src/boot/sock.h"
 
 #define FAREWELL_NS EPI_NS_PER_S
 #define CHECK_MS 1000 /* how often a connection with bytes on the way is looked at */

@@ -8,15 +8,11 @@
  * and while the request is active, so a caller that gives up may free both.
  * Must not touch the connections once the control thread runs.
  */
-#include "src/boot/star.h"
+#include "src/boot/parts.h"
 
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
-
-#include "src/boot/boot.h"
-#include "src/boot/meet.h"
-#include "src/boot/sock.h"
 
 ep_status epi_star_make(struct epi_star **out, int rank, int num_ranks) {
     struct epi_star *star = epi_alloc(sizeof(*star));

@@ -8,12 +8,9 @@
  * the ranks' threads; one lock per world, one condition per session.
  * Must not wait for a rank that has left: leaving wakes everyone.
  */
-#include "src/boot/world.h"
+#include "src/boot/parts.h"
 
 #include <string.h>
-
-#include "src/boot/boot.h"
-#include "src/boot/rounds.h"
 
 #define LIST_BYTES 200
 

@@ -1,0 +1,272 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Inside src/boot: what its files know of each other. Frames are in wire.h.
+ *
+ * Processes meet over TCP (launch, meet) and stay connected by a star of connections that one
+ * thread of each serves (star); ranks that are threads share a world. Both gather in rounds. Each
+ * file says which thread may call it.
+ */
+#ifndef EPI_BOOT_PARTS_H
+#define EPI_BOOT_PARTS_H
+
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+
+#include "src/boot/boot.h"
+#include "src/boot/wire.h"
+
+/* ---- sock.c: sockets --------------------------------------------------------------------- */
+
+/* Not blocking, closed on exec and in forked children, with a quick verdict on peers whose host has
+ * vanished. */
+
+#define EPI_ADDR_TEXT_BYTES 72
+
+struct epi_addr {
+    struct sockaddr_storage ss;
+    socklen_t len;
+};
+
+/* Splits "host:port" or "[v6]:port"; host must hold 256 bytes. False: not of that form. */
+bool epi_addr_split(const char *text, char host[256], int *port);
+/* Fills up to max addresses; 0, or why not in words. is_name: the host is not a literal. */
+const char *epi_addr_resolve(const char *host, int port, struct epi_addr *out, int max,
+                             int *num, bool *is_name);
+/* This host's addresses, loopback last; the number filled in, -errno on failure. */
+int epi_addr_local(int port, struct epi_addr *out, int max);
+/* The wildcard of both families, for a listener. */
+void epi_addr_any(int port, bool v6, struct epi_addr *out);
+void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]);
+
+/* A descriptor, or -errno. */
+int epi_sock_listen(const struct epi_addr *addr);
+int epi_sock_accept(int listen_fd, struct epi_addr *from);
+int epi_sock_connect(const struct epi_addr *addr, struct epi_deadline deadline);
+int epi_sock_port(int fd);
+/* An eventfd that is, as the sockets are, closed in forked children. */
+int epi_sock_kicker(void);
+void epi_sock_close(int *fd); /* -1 is fine; sets *fd to -1 */
+
+/* Bytes the peer's kernel has not acknowledged yet. */
+bool epi_sock_has_unacked(int fd);
+/* The peer's kernel has been silent for seconds although it owes an answer. A stopped process
+ * is not silent: its kernel answers. */
+bool epi_sock_vanished(int fd);
+
+/* ---- conn.c: one connection that carries frames ------------------------------------------ */
+
+/* Not blocking in either direction. */
+
+/* An encoded frame, shared by the queues it is in. Only one thread touches it. */
+struct epi_packet {
+    int refs;
+    size_t bytes;
+    uint8_t data[];
+};
+
+struct epi_conn_item;
+
+struct epi_conn {
+    int fd;   /* -1: closed */
+    int rank; /* of the peer, -1 while unknown */
+    uint8_t *in;
+    size_t in_bytes;
+    size_t in_used; /* parsed already */
+    size_t in_cap;
+    size_t in_limit; /* bytes we are ready to hold for this peer */
+    struct epi_conn_item *out_first;
+    struct epi_conn_item *out_last;
+    bool is_ready;      /* poll says there is something to read; for the loop's use */
+    bool has_unacked;   /* bytes went out that the peer's kernel may not have yet */
+    uint64_t last_seq;  /* the peer's last contribution; for rank 0's use */
+    const char *doomed; /* why this connection must be closed; NULL: it is fine */
+};
+
+#define EPI_CONN_STRANGER_BYTES 256
+
+void epi_conn_init(struct epi_conn *conn, int fd, int rank, size_t in_limit);
+void epi_conn_close(struct epi_conn *conn); /* and drop what is queued */
+void epi_conn_drop_queue(struct epi_conn *conn);
+
+/* Encodes; NULL without memory. The packet starts with one reference. */
+struct epi_packet *epi_packet_make(const struct epi_frame *frame);
+void epi_packet_drop(struct epi_packet *packet);
+
+/* Queue a frame. On lack of memory the connection is doomed. */
+void epi_conn_send(struct epi_conn *conn, const struct epi_frame *frame);
+void epi_conn_send_packet(struct epi_conn *conn, struct epi_packet *packet);
+void epi_conn_send_text(struct epi_conn *conn, const struct epi_frame *head, const char *text);
+
+/* As much as goes without waiting. False: the connection is doomed. */
+bool epi_conn_flush(struct epi_conn *conn);
+bool epi_conn_fill(struct epi_conn *conn);
+/* 1: a frame, whose data lives until the next call; 0: none yet; -1: garbage, doomed. */
+int epi_conn_next(struct epi_conn *conn, struct epi_frame *frame);
+
+short epi_conn_events(const struct epi_conn *conn); /* for poll */
+/* A frame's text as a string. */
+void epi_frame_text(const struct epi_frame *frame, char out[EPI_WIRE_TEXT_BYTES + 1]);
+
+/* ---- rounds.c: the rounds of an allgather, where they meet ------------------------------- */
+
+#define EPI_ROUND_TEXT_BYTES 200
+
+struct epi_round {
+    struct epi_round *next;
+    uint64_t seq;
+    size_t bytes;   /* of each rank */
+    int first_rank; /* who set `bytes` */
+    int num_in;
+    int num_out; /* ranks that have taken the result, or given up; for worlds */
+    bool is_mismatch;
+    char text[EPI_ROUND_TEXT_BYTES]; /* the mismatch in words */
+    bool *have;                      /* [num_ranks] */
+    uint8_t *data;                   /* [num_ranks][bytes] */
+};
+
+struct epi_rounds {
+    int num_ranks;
+    struct epi_round *first;
+};
+
+/* Adds a rank's contribution, making the round if it is the first; NULL without memory. */
+struct epi_round *epi_rounds_put(struct epi_rounds *rounds, uint64_t seq, int rank,
+                                 const void *in, size_t bytes);
+struct epi_round *epi_rounds_find(struct epi_rounds *rounds, uint64_t seq);
+void epi_rounds_remove(struct epi_rounds *rounds, struct epi_round *round);
+void epi_rounds_clear(struct epi_rounds *rounds);
+
+/* "1, 3, 5-9" of those i < num with set[i] == value, cut with "..." to fit. */
+void epi_rank_list(const bool *set, bool value, int num, char *out, size_t out_bytes);
+
+/* ---- launch.c: what the launcher's environment says -------------------------------------- */
+
+/* Who I am, where rank 0 is, which job this is. */
+
+struct epi_launch {
+    int rank;
+    int num_ranks;
+    char host[256];
+    int port;
+};
+
+struct epi_job {
+    uint64_t id;    /* hash of the name and where the name came from */
+    bool is_named;  /* false: nobody gave a name, so id is the same for all such jobs */
+    char from[128]; /* for the log */
+};
+
+/* `name` is the caller's, NULL: EP_JOB or the launcher's. */
+void epi_launch_job(const char *name, struct epi_job *out);
+ep_status epi_launch_read(const struct epi_job *job, struct epi_launch *out);
+/* The first host of a Slurm node list: "node[03-07,9]" is "node03". False: not understood. */
+bool epi_launch_first_host(const char *list, char *out, size_t out_bytes);
+
+/* ---- meet_root.c, meet_peer.c: from addresses to open connections ------------------------ */
+
+#define EPI_MEET_MAX_ADDRS 8
+/* An answer that is owed after the deadline: who is missing, or why one was turned away. */
+#define EPI_MEET_GRACE_NS (EPI_NS_PER_S / 2)
+
+struct epi_meet {
+    int rank;
+    int num_ranks;
+    uint64_t job;
+    bool is_job_named; /* a rank of this job with another idea of it makes all ranks fail */
+    struct epi_addr addrs[EPI_MEET_MAX_ADDRS]; /* of rank 0, in the order to be tried */
+    int num_addrs;
+    char host[256]; /* instead of addrs, when not empty: a name, resolved while waiting */
+    int port;
+    char where[300]; /* rank 0's address, for people */
+    int64_t timeout_ns;
+    struct epi_deadline deadline;
+};
+
+/* Where rank 0 listens; *fd is the listener. */
+ep_status epi_meet_listen(const struct epi_meet *meet, int *fd);
+/* Rank 0: fills conns[1..num_ranks-1]; on failure all are closed, and told why. */
+ep_status epi_meet_root(const struct epi_meet *meet, int listen_fd, struct epi_conn *conns);
+/* Rank 0: all are here; queued, sent by whoever flushes the connections next. */
+void epi_meet_start(struct epi_conn *conns, int num_ranks);
+/* Rank 0: gives up; tells every open connection and closes it. */
+void epi_meet_reject_all(struct epi_conn *conns, int num_ranks, ep_status status,
+                         const char *text);
+/* Others: a connection to rank 0, after its START. */
+ep_status epi_meet_peer(const struct epi_meet *meet, struct epi_conn *conn);
+
+uint32_t epi_meet_version(void);
+
+/* ---- star.c, star_call.c: the control star after the rendezvous -------------------------- */
+
+/* star.c is the control thread, star_call.c what the caller's thread does. */
+
+enum epi_rank_state { EPI_RANK_ALIVE, EPI_RANK_DEAD, EPI_RANK_LEFT };
+
+/* The one collective this rank may be in. */
+struct epi_request {
+    bool active;  /* a caller waits; out is its memory */
+    bool done;    /* status is set, and out when it is EP_OK */
+    bool ask;     /* the caller has run out of time: find out for whom it waited */
+    bool told;    /* text says for whom */
+    uint64_t seq; /* the number of this rank's call */
+    void *out;
+    size_t bytes;
+    ep_status status;
+    char text[EPI_WIRE_TEXT_BYTES + 1];
+};
+
+struct epi_star {
+    int rank;
+    int num_ranks;
+    pid_t pid; /* of the process whose thread serves this star */
+    void (*on_dead)(void *ctx, int rank, const char *why);
+    void *on_dead_ctx;
+    pthread_t thread;
+    bool has_thread;
+    int kick_fd; /* wakes the control thread */
+
+    /* The control thread's own: rank 0 has one connection per rank (its own stays closed), the
+     * others have one, to rank 0. */
+    struct epi_conn *conns;
+    int num_conns;
+    struct pollfd *polls;
+
+    pthread_mutex_t lock; /* guards all below */
+    pthread_cond_t cond;
+    bool stop;
+    struct epi_request req;
+    struct epi_packet *posted; /* a contribution the control thread has not taken yet */
+    uint64_t num_calls;
+    uint8_t *state;   /* [num_ranks] enum epi_rank_state */
+    ep_status broken; /* not EP_OK: no collective can succeed any more */
+    char broken_text[EPI_WIRE_TEXT_BYTES + 1];
+    struct epi_rounds rounds; /* rank 0's */
+};
+
+/* The star without connections and without its thread. */
+ep_status epi_star_make(struct epi_star **out, int rank, int num_ranks);
+/* Starts the control thread; the connections are open. 0 or errno. */
+int epi_star_run(struct epi_star *star);
+void epi_star_free(struct epi_star *star);
+
+ep_status epi_star_allgather(struct epi_star *star, const void *in, size_t bytes, void *out,
+                             struct epi_deadline deadline);
+
+void epi_star_kick(struct epi_star *star);
+/* The control thread's main function. */
+void *epi_star_main(void *star);
+
+/* ---- world.c: ranks that are threads of one process -------------------------------------- */
+
+struct epi_session;
+
+int epi_world_num_ranks(ep_world *world);
+/* Collective: waits for all ranks of the world. */
+ep_status epi_world_join(ep_world *world, int rank, int64_t timeout_ns,
+                         struct epi_session **out);
+ep_status epi_world_allgather(struct epi_session *session, int rank, const void *in,
+                              size_t bytes, void *out, struct epi_deadline deadline);
+void epi_world_leave(struct epi_session *session, int rank);
+
+#endif
