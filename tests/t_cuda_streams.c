@@ -2,8 +2,8 @@
 /* class: rest */
 /*
  * CUDA groups and several streams: the operations of a group run in the order of their calls,
- * whatever streams they are on; several handles and groups are in flight at once; and several
- * threads call at the same time.
+ * whatever streams they are on; several handles and groups are in flight at once; several threads
+ * call at the same time; and a stream that takes no work ends nothing.
  */
 #include <stdio.h>
 #include <string.h>
@@ -15,6 +15,7 @@
 #define RANKS 3   /* of two groups with streams of their own: all have hardware queues */
 #define WORKERS 4 /* two groups of all ranks fit on one device */
 #define ROUNDS 6
+#define CAPTURE_THREAD_LOCAL 1
 
 /* Where the ranks of a second group meet. */
 struct scene {
@@ -232,6 +233,50 @@ static void routing_beside(struct world *w) {
     w->bad += second.bad;
 }
 
+/* ---- a stream that takes no work ------------------------------------------------------------ */
+
+/* A capture that an error has ended: a dispatch on its stream is refused before it counts as one, and
+ * the group goes on. */
+static void spoilt_capture(struct world *w) {
+    int (*begin)(void *stream, int mode), (*end)(void *stream, void **graph);
+    const struct epi_cu_device *d = &call_gpu(w->group)->device;
+    struct ep_routing routing = EP_ROUTING_INIT;
+    struct ep_dispatch_args args = EP_DISPATCH_ARGS_INIT;
+    struct ep_fault fault = EP_FAULT_INIT;
+    struct ep_tensor ids, x;
+    void *stream = NULL, *graph = NULL;
+    uint64_t at[2] = {0, 0};
+    ep_handle *h = NULL;
+
+    *(void **)&begin = gpu_symbol("cuStreamBeginCapture_v2");
+    *(void **)&end = gpu_symbol("cuStreamEndCapture");
+    world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
+    for (int i = 0; i < 2; i++) {
+        gpu_must(epi_cu_alloc(d, &at[i], 2 * EP_ROW_ALIGN), "ids and rows");
+        gpu_must(epi_cu_fill(d, stream, at[i], 0, 2 * EP_ROW_ALIGN), "ids and rows");
+    }
+    ep_tensor_2d(&ids, EP_I32, (void *)(uintptr_t)at[0], 2, 1);
+    ep_tensor_2d(&x, EP_F32, (void *)(uintptr_t)at[1], 2, 4);
+    routing.topk_ids = &ids;
+    args.x = &x;
+    world_is(w, ep_handle_create(&h, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, ep_handle_route(h, &routing, stream), EP_OK, "ep_handle_route");
+    gpu_must(epi_cu_stream_sync(d, stream), "the stream");
+    world_check(w, begin(stream, CAPTURE_THREAD_LOCAL) == 0, "cuStreamBeginCapture");
+    epi_cu_stream_sync(d, stream); /* which a capture does not survive */
+    world_fails(w, ep_dispatch(h, &args, stream), EP_ERR_STATE, "invalidated", "ep_dispatch");
+    world_check(w, end(stream, &graph) != 0, "the capture has survived");
+    world_is(w, ep_group_fault(w->group, &fault), EP_OK, "ep_group_fault");
+    world_is(w, (ep_status)fault.status, EP_OK, "the group's fault");
+    world_is(w, ep_dispatch(h, &args, stream), EP_OK, "ep_dispatch");
+    gpu_must(epi_cu_stream_sync(d, stream), "the stream");
+    world_is(w, ep_handle_status(h), EP_OK, "what was found");
+    ep_handle_destroy(&h);
+    call_stream_destroy(w->group, &stream);
+    epi_cu_free(d, &at[0]);
+    epi_cu_free(d, &at[1]);
+}
+
 /* ---- a handle after a handle --------------------------------------------------------------- */
 
 /* What was queued for a handle that is gone, and found a bad id, says nothing to the next one. */
@@ -326,6 +371,7 @@ int main(void) {
         run(seed + 20, two_groups, processes, "two groups in flight");
         run(seed + 30, two_threads, processes, "two groups, each by its thread");
         run(seed + 40, routing_beside, processes, "a handle routed beside operations");
+        run(seed + 60, spoilt_capture, processes, "a stream whose capture was spoilt");
         run(seed + 50, after_another, processes, "a handle after one that left work behind");
     }
     return done_testing();

@@ -3,7 +3,7 @@
  * The driver's interface but for kernels: devices, streams, events and memory. Device memory is
  * ordinary memory, shareable memory a memfd, a stream a thread with a queue. Functions are called
  * from any thread; what is queued runs on its stream's. What devices do by themselves (time,
- * caches, capture) it does not do; captures are refused.
+ * caches, capture) it does not do; a capture is invalid from its beginning.
  */
 #include "tests/driver/driver.h"
 
@@ -20,6 +20,8 @@
 #define NUM_SMS 16        /* EP_TEST_SMS says otherwise */
 #define SHARED_BYTES 6144 /* so that blocks have two warps */
 #define POLL_US 20
+#define CAPTURE_INVALIDATED 2
+#define CU_CAPTURE_INVALIDATED 901
 #define PAGE ((size_t)4096)
 #define TOUCHED_BYTES                                                                          \
     ((size_t)1 << 18) /* of an allocation: the others are the kernel's zeros */
@@ -132,6 +134,7 @@ struct stream {
     struct op *first, **last;
     uint64_t added, ended;
     bool stop;
+    atomic_bool captured;
     struct crew crew; /* of launches on this stream, one at a time */
 };
 
@@ -243,9 +246,19 @@ DEFINE(cuStreamSynchronize, void *stream) {
 }
 DEFINE(cuStreamGetCaptureInfo_v2, void *stream, int *status, uint64_t *id, void **graph,
        const void **dependencies, size_t *num) {
-    (void)stream, (void)id, (void)graph, (void)dependencies, (void)num;
-    *status = 0;
+    (void)id, (void)graph, (void)dependencies, (void)num;
+    *status = atomic_load(&stream_of(stream)->captured) ? CAPTURE_INVALIDATED : 0;
     return 0;
+}
+DEFINE(cuStreamBeginCapture_v2, void *stream, int mode) {
+    (void)mode;
+    atomic_store(&stream_of(stream)->captured, true);
+    return 0;
+}
+DEFINE(cuStreamEndCapture, void *stream, void **graph) {
+    *graph = NULL;
+    atomic_store(&stream_of(stream)->captured, false);
+    return CU_CAPTURE_INVALIDATED;
 }
 
 static void event_drop(struct event *e) {
