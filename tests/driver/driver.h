@@ -3,7 +3,8 @@
  * A CUDA driver for tests, without a GPU: built as libcuda.so.1 and found through
  * LD_LIBRARY_PATH. A launch runs the host bodies of our kernels, a thread for each warp, so that
  * all of the library that only CUDA groups use runs under sanitizers where there is no GPU. api.c
- * has streams and memory, launch.c kernels; this is what they share.
+ * has devices, memory.c memory, stream.c streams and events, launch.c kernels; this is what they
+ * share.
  */
 #ifndef TESTS_DRIVER_H
 #define TESTS_DRIVER_H
@@ -40,6 +41,9 @@ struct op {
 struct op *driver_op(void (*run)(struct op *op));
 /* The stream runs `op` after what was queued before, and frees it. */
 int driver_queue(void *stream, struct op *op);
+
+/* Of the thread's context; 0 without one. */
+int driver_device(void);
 
 /* A stream that has ended leaves its threads to others. */
 void driver_dismiss(struct crew *crew);

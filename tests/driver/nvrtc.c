@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * A compiler of CUDA kernels that compiles nothing: what src/cu/nvrtc.h lists, for tests of what is
- * around a compiler (the cache, its locks, its failures) and for groups on driver.c, which finds
+ * around a compiler (the cache, its locks, its failures) and for groups on our driver, which finds
  * kernels by their names alone. A "cubin" follows from the source, its headers, its name and the
  * options, so that different questions have different answers and the same one has the same. The
  * kernel does not compile where K_BLOCK_WARPS is no number, as with the real one. Owns the programs

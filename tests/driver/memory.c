@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The driver's memory: device memory is ordinary memory, shareable memory a memfd. It keeps the
+ * ranges that programs hold, for their questions about pointers. Functions are called from any
+ * thread; copies and fills run on their stream's. Caches and links it does not have.
+ */
+#include "tests/driver/driver.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define PAGE ((size_t)4096)
+#define TOUCHED_BYTES                                                                          \
+    ((size_t)1 << 18) /* of an allocation: the others are the kernel's zeros */
+
+enum { MOST_RANGES = 4096 };
+static struct range {
+    uintptr_t at;
+    size_t bytes;
+    int type, device; /* 1 host, 2 device */
+} ranges[MOST_RANGES];
+static pthread_mutex_t ranges_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+static void note(const void *at, size_t bytes, int type) {
+    pthread_mutex_lock(&ranges_mutex);
+    for (int i = 0; i < MOST_RANGES; i++) {
+        if (!ranges[i].at) {
+            ranges[i] = (struct range){(uintptr_t)at, bytes, type, driver_device()};
+            break;
+        }
+    }
+    pthread_mutex_unlock(&ranges_mutex);
+}
+
+static size_t forget(const void *at) {
+    size_t bytes = 0;
+    pthread_mutex_lock(&ranges_mutex);
+    for (int i = 0; i < MOST_RANGES; i++) {
+        if (ranges[i].at == (uintptr_t)at && bytes == 0) {
+            bytes = ranges[i].bytes;
+            ranges[i].at = 0;
+        }
+    }
+    pthread_mutex_unlock(&ranges_mutex);
+    return bytes;
+}
+
+DEFINE(cuPointerGetAttributes, unsigned num, int *attributes, void **data, uint64_t p) {
+    int type = 0, device = -1;
+    pthread_mutex_lock(&ranges_mutex);
+    for (int i = 0; i < MOST_RANGES; i++) {
+        if (ranges[i].at && p - ranges[i].at < ranges[i].bytes) {
+            type = ranges[i].type;
+            device = ranges[i].device;
+        }
+    }
+    pthread_mutex_unlock(&ranges_mutex);
+    for (unsigned i = 0; i < num; i++) {
+        *(int *)data[i] = attributes[i] == 2 ? type : attributes[i] == 9 ? device : 0;
+    }
+    return 0;
+}
+DEFINE(cuPointerGetAttribute, void *data, int attribute, uint64_t p) {
+    return cuPointerGetAttributes(1, &attribute, &data, p);
+}
+DEFINE(cuMemGetInfo_v2, size_t *available, size_t *total) {
+    *available = *total = (size_t)1 << 34;
+    return 0;
+}
+DEFINE(cuMemAlloc_v2, uint64_t *at, size_t bytes) {
+    void *p = NULL;
+    if (posix_memalign(&p, 256, bytes) != 0) {
+        return CU_OUT_OF_MEMORY;
+    }
+    memset(p, 0xcd, bytes < TOUCHED_BYTES ? bytes : TOUCHED_BYTES); /* it is not zeroed */
+    note(p, bytes, 2);
+    *at = (uint64_t)(uintptr_t)p;
+    return 0;
+}
+DEFINE(cuMemAllocManaged, uint64_t *at, size_t bytes, unsigned flags) {
+    (void)flags;
+    return cuMemAlloc_v2(at, bytes);
+}
+DEFINE(cuMemFree_v2, uint64_t at) {
+    forget((void *)(uintptr_t)at);
+    free((void *)(uintptr_t)at);
+    return 0;
+}
+DEFINE(cuMemHostAlloc, void **p, size_t bytes, unsigned flags) {
+    (void)flags;
+    if (posix_memalign(p, 4096, bytes) != 0) {
+        return CU_OUT_OF_MEMORY;
+    }
+    note(*p, bytes, 1);
+    return 0;
+}
+DEFINE(cuMemFreeHost, void *p) {
+    forget(p);
+    free(p);
+    return 0;
+}
+DEFINE(cuMemHostRegister_v2, void *p, size_t bytes, unsigned flags) {
+    (void)flags;
+    note(p, bytes, 1);
+    return 0;
+}
+DEFINE(cuMemHostUnregister, void *p) {
+    return forget(p) ? 0 : CU_INVALID_VALUE;
+}
+DEFINE(cuMemHostGetDevicePointer_v2, uint64_t *at, void *p, unsigned flags) {
+    (void)flags;
+    *at = (uint64_t)(uintptr_t)p;
+    return 0;
+}
+DEFINE(cuMemAllocAsync, uint64_t *at, size_t bytes, void *stream) {
+    (void)stream;
+    return cuMemAlloc_v2(at, bytes);
+}
+static void run_free(struct op *op) {
+    cuMemFree_v2((uint64_t)(uintptr_t)op->to);
+}
+DEFINE(cuMemFreeAsync, uint64_t at, void *stream) {
+    struct op *op = driver_op(run_free);
+    op->to = (void *)(uintptr_t)at;
+    return driver_queue(stream, op);
+}
+DEFINE(cuMemGetAllocationGranularity, size_t *bytes, const struct cu_allocation *a, int kind) {
+    (void)a, (void)kind;
+    *bytes = PAGE;
+    return 0;
+}
+/* A handle is a descriptor; 0 is none, so it is counted from 1. */
+DEFINE(cuMemCreate, uint64_t *handle, size_t bytes, const struct cu_allocation *a,
+       unsigned long long flags) {
+    const int fd = memfd_create("device", MFD_CLOEXEC);
+    (void)a, (void)flags;
+    if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0) {
+        return CU_OUT_OF_MEMORY;
+    }
+    *handle = (uint64_t)fd + 1;
+    return 0;
+}
+DEFINE(cuMemRelease, uint64_t handle) {
+    return close((int)handle - 1) ? CU_INVALID_VALUE : 0;
+}
+DEFINE(cuMemAddressReserve, uint64_t *at, size_t bytes, size_t align, uint64_t wanted,
+       unsigned long long flags) {
+    void *p = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    (void)align, (void)wanted, (void)flags;
+    *at = (uint64_t)(uintptr_t)p;
+    return p == MAP_FAILED ? CU_OUT_OF_MEMORY : 0;
+}
+DEFINE(cuMemAddressFree, uint64_t at, size_t bytes) {
+    return munmap((void *)(uintptr_t)at, bytes) ? CU_INVALID_VALUE : 0;
+}
+DEFINE(cuMemMap, uint64_t at, size_t bytes, size_t offset, uint64_t handle,
+       unsigned long long flags) {
+    (void)flags;
+    void *p = mmap((void *)(uintptr_t)at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                   (int)handle - 1, (off_t)offset);
+    if (p == MAP_FAILED) {
+        return CU_MAP_FAILED;
+    }
+    note(p, bytes, 2);
+    return 0;
+}
+DEFINE(cuMemUnmap, uint64_t at, size_t bytes) {
+    void *p = (void *)(uintptr_t)at;
+    forget(p);
+    return mmap(p, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+                   MAP_FAILED
+               ? CU_INVALID_VALUE
+               : 0;
+}
+DEFINE(cuMemSetAccess, uint64_t at, size_t bytes, const struct cu_access *access, size_t num) {
+    (void)at, (void)bytes, (void)access, (void)num;
+    return 0;
+}
+DEFINE(cuMemExportToShareableHandle, void *fd, uint64_t handle, int type,
+       unsigned long long flags) {
+    (void)type, (void)flags;
+    *(int *)fd = fcntl((int)handle - 1, F_DUPFD_CLOEXEC, 3);
+    return *(int *)fd < 0 ? CU_OPERATING_SYSTEM : 0;
+}
+DEFINE(cuMemImportFromShareableHandle, uint64_t *handle, void *fd, int type) {
+    const int own = fcntl((int)(intptr_t)fd, F_DUPFD_CLOEXEC, 3);
+    (void)type;
+    *handle = (uint64_t)own + 1;
+    return own < 0 ? CU_OPERATING_SYSTEM : 0;
+}
+
+static void run_copy(struct op *op) {
+    memcpy(op->to, op->from, op->bytes);
+}
+static void run_fill(struct op *op) {
+    memset(op->to, (int)op->value, op->bytes);
+}
+static int queue_copy(uint64_t to, uint64_t from, size_t bytes, void *stream) {
+    struct op *op = driver_op(run_copy);
+    op->to = (void *)(uintptr_t)to;
+    op->from = (const void *)(uintptr_t)from;
+    op->bytes = bytes;
+    return driver_queue(stream, op);
+}
+DEFINE(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t bytes, void *stream) {
+    return queue_copy(to, (uint64_t)(uintptr_t)from, bytes, stream);
+}
+DEFINE(cuMemcpyDtoHAsync_v2, void *to, uint64_t from, size_t bytes, void *stream) {
+    return queue_copy((uint64_t)(uintptr_t)to, from, bytes, stream);
+}
+DEFINE(cuMemcpyDtoDAsync_v2, uint64_t to, uint64_t from, size_t bytes, void *stream) {
+    return queue_copy(to, from, bytes, stream);
+}
+DEFINE(cuMemsetD8Async, uint64_t at, unsigned char byte, size_t bytes, void *stream) {
+    struct op *op = driver_op(run_fill);
+    op->to = (void *)(uintptr_t)at;
+    op->value = byte;
+    op->bytes = bytes;
+    return driver_queue(stream, op);
+}
