@@ -294,7 +294,7 @@ $(B)/libtest.a: $(SUPPORT_OBJ) $(B)/list
 	$(Q)rm -f $@
 	$(Q)$(AR) rcs $@ $(SUPPORT_OBJ)
 
-DRIVER_OBJ := $(patsubst %,$(B)/obj/tests/driver/%.o,api launch memory stream)
+DRIVER_OBJ := $(patsubst %,$(B)/obj/tests/driver/%.o,api graph launch memory stream)
 
 # A CUDA driver without a GPU, for tests/t_driver.sh: it has the kernels, and nothing of the library.
 $(B)/driver/libcuda.so.1: $(DRIVER_OBJ) $(KERNEL_OBJ)

@@ -48,11 +48,12 @@ DEFINE(cuDeviceGetName, char *name, int bytes, int device) {
 DEFINE(cuDeviceGetAttribute, int *value, int attribute, int device) {
     (void)device;
     const char *sms = getenv("EP_TEST_SMS");
-    *value = attribute == 16   ? (sms ? atoi(sms) : NUM_SMS)
-             : attribute == 75 ? 9
-             : attribute == 76 ? 0
-                               : 1;
-    *value = attribute == 97 ? SHARED_BYTES : *value;
+    *value = attribute == 16    ? (sms ? atoi(sms) : NUM_SMS)
+             : attribute == 75  ? 9
+             : attribute == 76  ? 0
+             : attribute == 97  ? SHARED_BYTES
+             : attribute == 133 ? 0 /* MPS */
+                                : 1;
     return 0;
 }
 DEFINE(cuDeviceTotalMem_v2, size_t *bytes, int device) {
@@ -84,6 +85,11 @@ DEFINE(cuCtxPopCurrent_v2, void **context) {
     *context = stack[--depth];
     return 0;
 }
+DEFINE(cuCtxSetCurrent, void *context) {
+    depth += depth == 0;
+    stack[depth - 1] = context;
+    return 0;
+}
 DEFINE(cuCtxGetDevice, int *device) {
     if (depth == 0) {
         return CU_INVALID_VALUE;
@@ -103,9 +109,5 @@ DEFINE(cuCtxEnablePeerAccess, void *context, unsigned flags) {
 DEFINE(cuCtxGetStreamPriorityRange, int *least, int *greatest) {
     *least = 0;
     *greatest = -5;
-    return 0;
-}
-DEFINE(cuThreadExchangeStreamCaptureMode, int *mode) {
-    (void)mode;
     return 0;
 }

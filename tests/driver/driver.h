@@ -3,8 +3,8 @@
  * A CUDA driver for tests, without a GPU: built as libcuda.so.1 and found through
  * LD_LIBRARY_PATH. A launch runs the host bodies of our kernels, a thread for each warp, so that
  * all of the library that only CUDA groups use runs under sanitizers where there is no GPU. api.c
- * has devices, memory.c memory, stream.c streams and events, launch.c kernels; this is what they
- * share.
+ * has devices, memory.c memory, stream.c streams and events, graph.c captures and graphs, launch.c
+ * kernels; this is what they share.
  */
 #ifndef TESTS_DRIVER_H
 #define TESTS_DRIVER_H
@@ -17,6 +17,16 @@
 #define DEFINE(name, ...)                                                                      \
     API int name(__VA_ARGS__);                                                                 \
     API int name(__VA_ARGS__)
+
+/* CUresult, of captures: the library has sentences of its own for none of these. */
+enum {
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+    CAPTURE_MERGE = 902,
+    CAPTURE_UNMATCHED = 903,
+    CAPTURE_ISOLATION = 905,
+    CAPTURED_EVENT = 907,
+};
 
 /* The threads that run the warps of a stream's launches. */
 struct crew {
@@ -38,9 +48,23 @@ struct op {
     _Alignas(16) unsigned char args[K_MAX_ARG_BYTES];
 };
 
-struct op *driver_op(void (*run)(struct op *op));
-/* The stream runs `op` after what was queued before, and frees it. */
+struct op *driver_op(void (*run)(struct op *op)); /* zeros */
+/* The stream runs `op` after what was queued before, and frees it; a captured stream keeps it. */
 int driver_queue(void *stream, struct op *op);
+/* The number of the newest capture that the stream was in; 0: none. Only who uses the stream may
+ * read or write it. */
+uint64_t *driver_capture_of(void *stream);
+bool driver_is_captured(void *stream);
+
+/* Whether capture `id` goes on. */
+bool driver_capture_open(uint64_t id);
+/* Adds `op`, unless the capture has ended: then it is false. */
+bool driver_capture_add(uint64_t id, struct op *op);
+/* A call that no capture survives: the capture is invalid, unless it has ended: then it is false. */
+bool driver_capture_spoil(uint64_t id);
+/* For each call that the driver does not allow while there are captures, unless the thread's mode
+ * is relaxed: the error, which the captures have too, or 0. */
+int driver_unsafe(void);
 
 /* Of the thread's context; 0 without one. */
 int driver_device(void);

@@ -69,9 +69,15 @@ DEFINE(cuPointerGetAttribute, void *data, int attribute, uint64_t p) {
 }
 DEFINE(cuMemGetInfo_v2, size_t *available, size_t *total) {
     *available = *total = (size_t)1 << 34;
+    pthread_mutex_lock(&ranges_mutex);
+    for (int i = 0; i < MOST_RANGES; i++) {
+        const struct range *r = &ranges[i];
+        *available -= r->at && r->type == 2 && r->device == driver_device() ? r->bytes : 0;
+    }
+    pthread_mutex_unlock(&ranges_mutex);
     return 0;
 }
-DEFINE(cuMemAlloc_v2, uint64_t *at, size_t bytes) {
+static int allocate(uint64_t *at, size_t bytes) {
     void *p = NULL;
     if (posix_memalign(&p, 256, bytes) != 0) {
         return CU_OUT_OF_MEMORY;
@@ -81,14 +87,24 @@ DEFINE(cuMemAlloc_v2, uint64_t *at, size_t bytes) {
     *at = (uint64_t)(uintptr_t)p;
     return 0;
 }
+DEFINE(cuMemAlloc_v2, uint64_t *at, size_t bytes) {
+    const int unsafe = driver_unsafe();
+    return unsafe ? unsafe : allocate(at, bytes);
+}
 DEFINE(cuMemAllocManaged, uint64_t *at, size_t bytes, unsigned flags) {
     (void)flags;
     return cuMemAlloc_v2(at, bytes);
 }
-DEFINE(cuMemFree_v2, uint64_t at) {
+static void release(uint64_t at) {
     forget((void *)(uintptr_t)at);
     free((void *)(uintptr_t)at);
-    return 0;
+}
+DEFINE(cuMemFree_v2, uint64_t at) {
+    const int unsafe = driver_unsafe();
+    if (!unsafe) {
+        release(at);
+    }
+    return unsafe;
 }
 DEFINE(cuMemHostAlloc, void **p, size_t bytes, unsigned flags) {
     (void)flags;
@@ -116,14 +132,17 @@ DEFINE(cuMemHostGetDevicePointer_v2, uint64_t *at, void *p, unsigned flags) {
     *at = (uint64_t)(uintptr_t)p;
     return 0;
 }
+/* Graphs that allocate are not done here. */
 DEFINE(cuMemAllocAsync, uint64_t *at, size_t bytes, void *stream) {
-    (void)stream;
-    return cuMemAlloc_v2(at, bytes);
+    return driver_is_captured(stream) ? CU_NOT_SUPPORTED : allocate(at, bytes);
 }
 static void run_free(struct op *op) {
-    cuMemFree_v2((uint64_t)(uintptr_t)op->to);
+    release((uint64_t)(uintptr_t)op->to);
 }
 DEFINE(cuMemFreeAsync, uint64_t at, void *stream) {
+    if (driver_is_captured(stream)) {
+        return CU_NOT_SUPPORTED;
+    }
     struct op *op = driver_op(run_free);
     op->to = (void *)(uintptr_t)at;
     return driver_queue(stream, op);

@@ -1,23 +1,25 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The driver's streams and events: a stream is a thread with a queue, an event a counter of
- * records; a capture is invalid from its beginning. Functions are called from any thread; what is
- * queued runs on its stream's. Must not know what the operations do.
+ * records. What is queued on a captured stream goes to its capture, which graph.c has. Functions
+ * are called from any thread; what is queued runs on its stream's. Must not know what the
+ * operations do.
  */
 #include "tests/driver/driver.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 #define POLL_US 20
-#define CAPTURE_INVALIDATED 2
-#define CU_CAPTURE_INVALIDATED 901
 
 struct event {
     atomic_ullong recorded, passed;
-    atomic_int users; /* the program, until it destroys it, and what is queued */
+    atomic_llong passed_ns;
+    atomic_ullong capture; /* whose point it is, rather than one of a stream; 0: none */
+    atomic_int users;      /* the program, until it destroys it, and what is queued */
 };
 
 struct stream {
@@ -27,7 +29,7 @@ struct stream {
     struct op *first, **last;
     uint64_t added, ended;
     bool stop;
-    atomic_bool captured;
+    uint64_t capture;
     struct crew crew; /* of launches on this stream, one at a time */
 };
 
@@ -89,8 +91,19 @@ struct op *driver_op(void (*run)(struct op *op)) {
     return op;
 }
 
+uint64_t *driver_capture_of(void *stream) {
+    return &stream_of(stream)->capture;
+}
+
+bool driver_is_captured(void *stream) {
+    return driver_capture_open(*driver_capture_of(stream));
+}
+
 int driver_queue(void *stream, struct op *op) {
     struct stream *s = stream_of(stream);
+    if (driver_capture_add(s->capture, op)) {
+        return 0;
+    }
     pthread_mutex_lock(&s->mutex);
     *s->last = op;
     s->last = &op->next;
@@ -129,6 +142,9 @@ DEFINE(cuStreamDestroy_v2, void *stream) {
 }
 DEFINE(cuStreamSynchronize, void *stream) {
     struct stream *s = stream_of(stream);
+    if (driver_capture_spoil(s->capture)) {
+        return CAPTURE_UNSUPPORTED;
+    }
     pthread_mutex_lock(&s->mutex);
     const uint64_t until = s->added;
     while (s->ended < until) {
@@ -137,22 +153,8 @@ DEFINE(cuStreamSynchronize, void *stream) {
     pthread_mutex_unlock(&s->mutex);
     return 0;
 }
-DEFINE(cuStreamGetCaptureInfo_v2, void *stream, int *status, uint64_t *id, void **graph,
-       const void **dependencies, size_t *num) {
-    (void)id, (void)graph, (void)dependencies, (void)num;
-    *status = atomic_load(&stream_of(stream)->captured) ? CAPTURE_INVALIDATED : 0;
-    return 0;
-}
-DEFINE(cuStreamBeginCapture_v2, void *stream, int mode) {
-    (void)mode;
-    atomic_store(&stream_of(stream)->captured, true);
-    return 0;
-}
-DEFINE(cuStreamEndCapture, void *stream, void **graph) {
-    *graph = NULL;
-    atomic_store(&stream_of(stream)->captured, false);
-    return CU_CAPTURE_INVALIDATED;
-}
+
+/* ---- events --------------------------------------------------------------------------------- */
 
 static void event_drop(struct event *e) {
     if (atomic_fetch_sub(&e->users, 1) == 1) {
@@ -161,6 +163,9 @@ static void event_drop(struct event *e) {
 }
 static void run_record(struct op *op) {
     struct event *e = op->to;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    atomic_store(&e->passed_ns, now.tv_sec * 1000000000ll + now.tv_nsec);
     atomic_store(&e->passed, op->value);
     event_drop(e);
 }
@@ -189,8 +194,14 @@ DEFINE(cuEventDestroy_v2, void *event) {
     event_drop(event);
     return 0;
 }
+/* A capture keeps the order in which operations came: it needs nothing for its own events. */
 DEFINE(cuEventRecord, void *event, void *stream) {
     struct event *e = event;
+    const bool captured = driver_is_captured(stream);
+    atomic_store(&e->capture, captured ? *driver_capture_of(stream) : 0);
+    if (captured) {
+        return 0;
+    }
     struct op *op = driver_op(run_record);
     op->to = e;
     op->value = atomic_fetch_add(&e->recorded, 1) + 1;
@@ -199,17 +210,52 @@ DEFINE(cuEventRecord, void *event, void *stream) {
 }
 DEFINE(cuEventQuery, void *event) {
     struct event *e = event;
+    const int unsafe = driver_unsafe();
+    if (unsafe || atomic_load(&e->capture)) {
+        return unsafe ? unsafe : CAPTURED_EVENT;
+    }
     return atomic_load(&e->passed) >= atomic_load(&e->recorded) ? 0 : CU_NOT_READY;
 }
 DEFINE(cuEventElapsedTime, float *ms, void *a, void *b) {
-    (void)a, (void)b;
-    *ms = 0;
+    const struct event *from = a, *to = b;
+    if (atomic_load(&from->capture) || atomic_load(&to->capture)) {
+        return CAPTURED_EVENT;
+    }
+    if (atomic_load(&from->passed) < atomic_load(&from->recorded) ||
+        atomic_load(&to->passed) < atomic_load(&to->recorded)) {
+        return CU_NOT_READY;
+    }
+    *ms = (float)((double)(atomic_load(&to->passed_ns) - atomic_load(&from->passed_ns)) / 1e6);
     return 0;
 }
+
+/* A stream that waits for an event of a capture joins it. */
+static int join(void *stream, uint64_t theirs) {
+    if (!driver_capture_open(theirs)) {
+        return CAPTURED_EVENT;
+    }
+    if (!stream) {
+        return CU_STREAM_CAPTURE_IMPLICIT;
+    }
+    uint64_t *ours = driver_capture_of(stream);
+    if (driver_capture_open(*ours) && *ours != theirs) {
+        return CAPTURE_MERGE;
+    }
+    *ours = theirs;
+    return 0;
+}
+
 DEFINE(cuStreamWaitEvent, void *stream, void *event, unsigned flags) {
     struct event *e = event;
-    struct op *op = driver_op(run_wait);
+    const uint64_t capture = atomic_load(&e->capture);
     (void)flags;
+    if (capture) {
+        return join(stream, capture);
+    }
+    if (driver_is_captured(stream)) {
+        return atomic_load(&e->recorded) ? CAPTURE_ISOLATION : 0;
+    }
+    struct op *op = driver_op(run_wait);
     op->to = e;
     op->value = atomic_load(&e->recorded);
     atomic_fetch_add(&e->users, 1);
