@@ -224,12 +224,41 @@ static void walk_threads(void) {
     ok(rig_same_footprint(was), "threads: nothing is left in the end");
 }
 
+/* ---- outputs of a call that fails ----------------------------------------------------------- */
+
+static int count_rank(int rank, void *ctx) {
+    struct rig r;
+    int64_t rows = -7;
+    int32_t per_source[1] = {-7}, per_expert[RIG_EXPERTS] = {-7, -7};
+    ok(rig_create(&r, ctx, rank) == EP_OK && rig_dispatch(&r) == EP_OK, "a dispatch: %s",
+       ep_last_error());
+    fail_allocation(epi_alloc_count() + 1);
+    const ep_status st = ep_handle_counts(r.handle, &rows, per_source, per_expert);
+    unsetenv("EP_TEST_ALLOC_FAIL");
+    ok(st == EP_ERR_NOMEM && rows == -7 && per_source[0] == -7 && per_expert[0] == -7,
+       "counts without memory are not told in part: %s, %d", ep_status_string(st),
+       per_source[0]);
+    ok(ep_handle_counts(r.handle, &rows, per_source, per_expert) == EP_OK &&
+           rows == RIG_TOKENS && per_source[0] == RIG_TOKENS,
+       "and are there with it: %s", ep_last_error());
+    rig_destroy(&r);
+    return 0;
+}
+
+static void counts_without_memory(void) {
+    struct rig_meeting m = {1, 0, NULL, TIMEOUT_MS};
+    ok(ep_world_create(&m.world, 1) == EP_OK, "a world: %s", ep_last_error());
+    tap_run_threads(1, count_rank, &m);
+    ep_world_destroy(&m.world);
+}
+
 int main(void) {
     gpu_never("what a host group allocates");
     tap_deadline(110);
     tap_expect_log(" died: ");
     tap_expect_log("dropped a connection");
     tap_expect_log("alive but late"); /* on a busy machine, the timeout is short */
+    counts_without_memory();
     if (start_processes()) {
         walk_threads();
         end_processes();

@@ -93,21 +93,22 @@ ep_status epi_fail_need(const struct k_counts *c, int64_t max_recv_rows) {
         (long long)K_NEED_ROWS(c->need));
 }
 
-/* The counts that kernels left in their memory. */
+/* The counts that kernels left in their memory; the caller's are written when all are known. */
 static ep_status read_counts(ep_handle *h, int32_t *per_source, int32_t *per_expert) {
     ep_group *g = h->group;
-    const size_t ranks = (size_t)g->num_ranks, local = (size_t)g->num_local;
-    if (per_source) {
-        EPI_TRY(g->backend->read(g, per_source, h->k.recv_count, ranks * 4));
+    const size_t ranks = (size_t)g->num_ranks, local = per_expert ? (size_t)g->num_local : 0;
+    k_u32 *of_source = NULL;
+    ep_status st = EP_OK;
+    if (local) {
+        of_source = epi_alloc_array(ranks * local, sizeof(*of_source));
+        if (!of_source) {
+            return epi_fail(EP_ERR_NOMEM, "no memory for counts");
+        }
+        st = g->backend->read(g, of_source, h->k.recv_expert, ranks * local * 4);
     }
-    if (!per_expert || local == 0) {
-        return EP_OK;
+    if (st == EP_OK && per_source) {
+        st = g->backend->read(g, per_source, h->k.recv_count, ranks * 4);
     }
-    k_u32 *of_source = epi_alloc_array(ranks * local, sizeof(*of_source));
-    if (!of_source) {
-        return epi_fail(EP_ERR_NOMEM, "no memory for counts");
-    }
-    ep_status st = g->backend->read(g, of_source, h->k.recv_expert, ranks * local * 4);
     for (size_t e = 0; st == EP_OK && e < local; e++) {
         per_expert[e] = 0;
         for (size_t s = 0; s < ranks; s++) {
