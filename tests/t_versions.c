@@ -190,6 +190,11 @@ static void configs(void) {
     ok(ep_plan(&c.is, &info.is) == EP_OK && info.is.sidecar_row_bytes != 0 &&
            ((unsigned char *)&info.is.sidecar_row_bytes)[0] == POISON,
        "ep_plan_info, 8 bytes shorter: its last field is not written");
+    info.is.size = sizeof(info.is) + 8;
+    memset(info.bytes + sizeof(info.is), POISON, 8);
+    ok(ep_plan(&c.is, &info.is) == EP_OK && info.bytes[sizeof(info.is)] == POISON,
+       "ep_plan_info, 8 bytes longer: what it holds behind is not looked at: %s",
+       ep_last_error());
 }
 
 static void one_rank(struct world *w) {

@@ -13,12 +13,11 @@ uint32_t ep_version(void) {
 
 ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *info) {
     struct ep_group_config c;
-    struct ep_plan_info known;
     struct epi_plan plan;
     EPI_NOT_NULL("ep_plan", config);
     EPI_NOT_NULL("ep_plan", info);
     EPI_TAKE(ep_group_config, &c, config);
-    EPI_TAKE(ep_plan_info, &known, info);
+    EPI_TRY(epi_check_size("ep_plan_info", info->size, sizeof(*info)));
     epi_clear_error();
     ep_status st = epi_plan(&c, c.num_ranks, &plan);
     if (st == EP_OK || st == EP_ERR_NOMEM) {

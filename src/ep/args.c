@@ -17,7 +17,7 @@
 
 /* ---- structs that may be of another version ------------------------------------------------- */
 
-static ep_status check_size(const char *tag, uint32_t size, size_t bytes) {
+ep_status epi_check_size(const char *tag, uint32_t size, size_t bytes) {
     if (size >= LEAST_STRUCT_BYTES && size <= MOST_STRUCT_BYTES && size % 8 == 0) {
         return EP_OK;
     }
@@ -30,7 +30,7 @@ static ep_status check_size(const char *tag, uint32_t size, size_t bytes) {
 ep_status epi_take(const char *tag, void *copy, const void *from, size_t bytes) {
     uint32_t size;
     memcpy(&size, from, sizeof(size));
-    EPI_TRY(check_size(tag, size, bytes));
+    EPI_TRY(epi_check_size(tag, size, bytes));
     for (size_t i = bytes; i < size; i++) {
         if (((const unsigned char *)from)[i]) {
             return epi_fail(EP_ERR_VERSION,
@@ -47,7 +47,7 @@ ep_status epi_take(const char *tag, void *copy, const void *from, size_t bytes) 
 ep_status epi_give(const char *tag, void *to, const void *from, size_t bytes) {
     uint32_t size;
     memcpy(&size, to, sizeof(size));
-    EPI_TRY(check_size(tag, size, bytes));
+    EPI_TRY(epi_check_size(tag, size, bytes));
     memcpy((char *)to + sizeof(size), (const char *)from + sizeof(size),
            (size < bytes ? size : bytes) - sizeof(size));
     return EP_OK;

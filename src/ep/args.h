@@ -19,6 +19,8 @@
  */
 #define EPI_TAKE(tag, copy, from) EPI_TRY(epi_take(#tag, copy, from, sizeof(struct tag)))
 ep_status epi_take(const char *tag, void *copy, const void *from, size_t bytes);
+/* EP_ERR_VERSION for a size that no version of the struct can have. */
+ep_status epi_check_size(const char *tag, uint32_t size, size_t bytes);
 /* Writes as much of `from` as the caller's struct holds; its size stays. */
 #define EPI_GIVE(tag, to, from) epi_give(#tag, to, from, sizeof(struct tag))
 ep_status epi_give(const char *tag, void *to, const void *from, size_t bytes);
