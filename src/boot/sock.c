@@ -346,9 +346,8 @@ bool epi_sock_has_unacked(int fd) {
 }
 
 bool epi_sock_vanished(int fd) {
-    struct tcp_info info;
+    struct tcp_info info = {0};
     socklen_t len = sizeof(info);
-    memset(&info, 0, sizeof(info));
     if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len) != 0) {
         return false;
     }

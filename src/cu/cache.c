@@ -219,8 +219,7 @@ static ep_status read_entry(int fd, const struct epi_jit_key *key, struct epi_cu
                             int *nvrtc_version, const char **why) {
     struct stat st;
     struct entry_head h;
-    struct epi_cubin c;
-    memset(&c, 0, sizeof(c));
+    struct epi_cubin c = {0};
     if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || (uint64_t)st.st_size > MAX_ENTRY_BYTES ||
         !read_all(fd, (char *)&h, sizeof(h))) {
         *why = "it is no entry";

@@ -237,10 +237,8 @@ static void load_builtins(const struct epi_nvrtc *n) {
 
 ep_status epi_nvrtc_open(struct epi_nvrtc **out, int max_major) {
     const char *named = epi_opt_str(EPI_OPT_NVRTC_PATH);
-    struct search s;
+    struct search s = {.newest = max_major ? max_major : NEWEST_MAJOR};
     Dl_info info;
-    memset(&s, 0, sizeof(s));
-    s.newest = max_major ? max_major : NEWEST_MAJOR;
     s.nvrtc = epi_alloc(sizeof(*s.nvrtc));
     if (!s.nvrtc) {
         return epi_fail(EP_ERR_NOMEM, "no memory for the compiler");

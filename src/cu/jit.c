@@ -157,9 +157,7 @@ static void drop_kernel(struct kernel *k) {
 
 /* Under the mutex, which is let go meanwhile. After a failure the next that waits tries. */
 static ep_status get_kernel(struct kernel *k, const struct epi_jit_request *r) {
-    struct epi_cubin cubin;
-    ep_status st;
-    memset(&cubin, 0, sizeof(cubin));
+    struct epi_cubin cubin = {0};
     k->num_waiting++;
     while (k->busy) {
         pthread_cond_wait(&changed, &mutex);
@@ -171,7 +169,7 @@ static ep_status get_kernel(struct kernel *k, const struct epi_jit_request *r) {
     }
     k->busy = true;
     pthread_mutex_unlock(&mutex);
-    st = obtain(r, &cubin);
+    const ep_status st = obtain(r, &cubin);
     pthread_mutex_lock(&mutex);
     k->busy = false;
     k->cubin = cubin;

@@ -6,7 +6,6 @@
  */
 #include "src/cu/driver.h"
 
-#include <string.h>
 
 #define SHARED_SIZE_BYTES 1 /* attributes of a function */
 #define MAX_DYNAMIC_SHARED_SIZE_BYTES 8
@@ -36,8 +35,7 @@ static ep_status find_function(const struct epi_cu_device *d, void *module,
 
 ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const char *name,
                             struct epi_cu_kernel *out) {
-    struct epi_cu_kernel k;
-    memset(&k, 0, sizeof(k));
+    struct epi_cu_kernel k = {0};
     epi_format(k.name, sizeof(k.name), "%s", name);
     EPI_TRY(epi_cu_enter(d));
     const ep_status st = find_function(d, module, &k);

@@ -109,10 +109,9 @@ ep_status epi_nvrtc_compile(struct epi_nvrtc *n, const char *file, int arch,
                             const char *const *defines, struct epi_cubin *out) {
     const char *names[MAX_HEADERS], *texts[MAX_HEADERS], *options[MAX_OPTIONS];
     char arch_option[48];
-    struct epi_cubin c;
+    struct epi_cubin c = {0};
     program_t program = NULL;
     int num_headers;
-    memset(&c, 0, sizeof(c));
     memset(out, 0, sizeof(*out));
     const char *source = texts_for(file, names, texts, &num_headers);
     if (!source) {

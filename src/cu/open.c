@@ -7,7 +7,6 @@
 #include "src/cu/driver.h"
 
 #include <dlfcn.h>
-#include <string.h>
 
 #define CU_CUDA_VERSION_MIN 12000
 #define CAPTURE_MODE_RELAXED 2
@@ -138,9 +137,7 @@ static ep_status read_attributes(struct epi_cu_device *d) {
 }
 
 ep_status epi_cu_device_open(struct epi_cu_device *out, int index) {
-    struct epi_cu_device d;
-    memset(&d, 0, sizeof(d));
-    d.index = index;
+    struct epi_cu_device d = {.index = index};
     EPI_TRY(epi_cu_open());
     if (index < 0 || index >= num_devices) {
         return epi_fail(EP_ERR_UNSUPPORTED, "there is no CUDA device %d: %d are visible", index,

@@ -35,13 +35,9 @@ static ep_status path_result(int result, const char *call) {
 #define PATH(name, ...) path_result(epi_cu_driver.name(__VA_ARGS__), "cu" #name)
 
 static struct cu_allocation allocation_on(const struct epi_cu_device *d) {
-    struct cu_allocation a;
-    memset(&a, 0, sizeof(a));
-    a.type = ALLOCATION_TYPE_PINNED;
-    a.handle_types = HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-    a.location.type = LOCATION_TYPE_DEVICE;
-    a.location.id = d->handle;
-    return a;
+    return (struct cu_allocation){.type = ALLOCATION_TYPE_PINNED,
+                                  .handle_types = HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                  .location = {LOCATION_TYPE_DEVICE, d->handle}};
 }
 
 static ep_status grant(const struct epi_cu_memory *m, const struct epi_cu_device *d) {

@@ -46,8 +46,7 @@ static void mapping_release(struct epi_mapping *m, const struct epi_mem_device *
 }
 
 static ep_status map_shared(struct epi_mapping *m, int fd, size_t bytes) {
-    struct stat s;
-    memset(&s, 0, sizeof(s));
+    struct stat s = {0};
     if (fstat(fd, &s) != 0 || (size_t)s.st_size != bytes) {
         return epi_fail(EP_ERR_INTERNAL, "shared memory of %lld bytes, expected %zu",
                         (long long)s.st_size, bytes);

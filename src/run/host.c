@@ -55,14 +55,13 @@ struct epi_grid epi_run_grid(int workers) {
 
 static void run_warp(struct epi_run *run, int index) {
     const struct epi_grid *g = &run->grid;
-    struct k_thread k;
-    memset(&k, 0, sizeof(k));
-    k.block = index / g->warps;
-    k.num_blocks = g->blocks;
-    k.warp = index % g->warps;
-    k.num_warps = g->warps;
-    k.team = &run->team[k.block];
-    k.hooks = run->hooks;
+    const int block = index / g->warps;
+    struct k_thread k = {.block = block,
+                         .num_blocks = g->blocks,
+                         .warp = index % g->warps,
+                         .num_warps = g->warps,
+                         .team = &run->team[block],
+                         .hooks = run->hooks};
     run->entry(&k, run->args);
 }
 
