@@ -6,7 +6,6 @@
  */
 #include "src/cu/driver.h"
 
-
 #define SHARED_SIZE_BYTES 1 /* attributes of a function */
 #define MAX_DYNAMIC_SHARED_SIZE_BYTES 8
 

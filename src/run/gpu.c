@@ -106,7 +106,17 @@ static ep_status load_kernels(const struct epi_cu_device *d, struct loaded *l) {
     return st;
 }
 
-/* A set's kernels for a device, loaded by whoever comes first. They keep their device open. */
+/* Under the mutex. Loaded kernels keep their device open. */
+static ep_status load_first(const struct epi_cu_device *d, struct loaded *l) {
+    struct epi_cu_device keep;
+    EPI_TRY(load_kernels(d, l));
+    EPI_TRY(epi_cu_device_open(&keep, d->index)); /* and never closed */
+    l->next = all_loaded;
+    all_loaded = l;
+    return EP_OK;
+}
+
+/* A set's kernels for a device, loaded by whoever comes first. */
 static ep_status find_loaded(const struct epi_cu_device *d, enum epi_kernel_set set, int warps,
                              bool generic, const struct loaded **out) {
     ep_status st = EP_OK;
@@ -117,24 +127,14 @@ static ep_status find_loaded(const struct epi_cu_device *d, enum epi_kernel_set 
         l = l->next;
     }
     if (!l) {
-        struct epi_cu_device keep;
         l = epi_alloc(sizeof(*l));
         if (!l) {
             st = epi_fail(EP_ERR_NOMEM, "no memory for the kernels of device %d", d->index);
         } else {
-            l->device = d->index;
-            l->set = set;
-            l->warps = warps;
-            l->generic = generic;
-            st = load_kernels(d, l);
+            *l = (struct loaded){set, d->index, warps, generic, {{0}}, NULL};
+            st = load_first(d, l);
         }
-        if (st == EP_OK) {
-            st = epi_cu_device_open(&keep, d->index); /* and never closed */
-        }
-        if (st == EP_OK) {
-            l->next = all_loaded;
-            all_loaded = l;
-        } else {
+        if (st != EP_OK) {
             epi_free(l);
         }
     }
@@ -173,7 +173,10 @@ static ep_status choose_shape(struct epi_gpu *g, int scratch_bytes) {
 
 /* ---- create, destroy -------------------------------------------------------------------- */
 
-static ep_status make_streams(struct epi_gpu *g) {
+static ep_status open_all(struct epi_gpu *g, int device, int scratch_bytes, bool generic) {
+    EPI_TRY(epi_cu_device_open(&g->device, device));
+    g->generic = generic || g->device.major < 9;
+    EPI_TRY(choose_shape(g, scratch_bytes));
     EPI_TRY(epi_cu_stream_create_high(&g->device, &g->stream));
     EPI_TRY(epi_cu_stream_create(&g->device, &g->control));
     EPI_TRY(epi_cu_event_create_plain(&g->device, &g->last));
@@ -186,14 +189,7 @@ ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bo
     if (!g) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a device");
     }
-    ep_status st = epi_cu_device_open(&g->device, device);
-    g->generic = generic || g->device.major < 9;
-    if (st == EP_OK) {
-        st = choose_shape(g, scratch_bytes);
-    }
-    if (st == EP_OK) {
-        st = make_streams(g);
-    }
+    ep_status st = open_all(g, device, scratch_bytes, generic);
     if (st != EP_OK) {
         epi_gpu_destroy(&g);
         return st;

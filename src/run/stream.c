@@ -81,6 +81,13 @@ ep_status epi_stream_submit(ep_stream *s, epi_task_fn fn, const void *arg, size_
     return EP_OK;
 }
 
+static void stream_free(ep_stream *s) {
+    pthread_cond_destroy(&s->more);
+    pthread_cond_destroy(&s->less);
+    pthread_mutex_destroy(&s->mutex);
+    epi_free(s);
+}
+
 ep_status epi_stream_create(ep_stream **out) {
     ep_stream *s = epi_alloc(sizeof(*s));
     if (!s) {
@@ -91,10 +98,7 @@ ep_status epi_stream_create(ep_stream **out) {
     pthread_cond_init(&s->less, NULL);
     int err = epi_thread_start(&s->thread, stream_main, s, "ep-stream");
     if (err) {
-        pthread_cond_destroy(&s->more);
-        pthread_cond_destroy(&s->less);
-        pthread_mutex_destroy(&s->mutex);
-        epi_free(s);
+        stream_free(s);
         return epi_fail(EP_ERR_NOMEM, "cannot start a stream's thread: %s", strerror(err));
     }
     *out = s;
@@ -112,10 +116,7 @@ void ep_stream_destroy(ep_stream **stream) {
     pthread_cond_signal(&s->more);
     pthread_mutex_unlock(&s->mutex);
     pthread_join(s->thread, NULL);
-    pthread_cond_destroy(&s->more);
-    pthread_cond_destroy(&s->less);
-    pthread_mutex_destroy(&s->mutex);
-    epi_free(s);
+    stream_free(s);
 }
 
 ep_status ep_stream_sync(ep_stream *stream) {
@@ -217,24 +218,26 @@ static ep_status run_wait(void *arg) {
     return EP_OK;
 }
 
+/* Queues fn for the newest record of the event, which is counted here if it is `new`. */
+static ep_status submit_mark(ep_stream *stream, epi_task_fn fn, ep_event *event, bool new) {
+    pthread_mutex_lock(&event->mutex);
+    event->recorded += new;
+    struct mark m = {event, event->recorded};
+    event->refs++;
+    pthread_mutex_unlock(&event->mutex);
+    return epi_stream_submit(stream, fn, &m, sizeof(m));
+}
+
 ep_status ep_event_record(ep_event *event, ep_stream *stream) {
     EPI_NOT_NULL("ep_event_record", event);
     EPI_NOT_NULL("ep_event_record", stream);
-    pthread_mutex_lock(&event->mutex);
-    struct mark m = {event, ++event->recorded};
-    event->refs++;
-    pthread_mutex_unlock(&event->mutex);
-    return epi_stream_submit(stream, run_record, &m, sizeof(m));
+    return submit_mark(stream, run_record, event, true);
 }
 
 ep_status ep_stream_wait(ep_stream *stream, ep_event *event) {
     EPI_NOT_NULL("ep_stream_wait", event);
     EPI_NOT_NULL("ep_stream_wait", stream);
-    pthread_mutex_lock(&event->mutex);
-    struct mark m = {event, event->recorded};
-    event->refs++;
-    pthread_mutex_unlock(&event->mutex);
-    return epi_stream_submit(stream, run_wait, &m, sizeof(m));
+    return submit_mark(stream, run_wait, event, false);
 }
 
 ep_status ep_event_query(ep_event *event) {
