@@ -143,6 +143,18 @@ int bench_routing(struct bench_case *c);
 
 /* ---- bench_data.c: what ranks send, in host memory, and what must have come of it ---------- */
 
+/* What the operations read and write, in host memory or the GPU's, as large as the largest needs. */
+struct bench_buffers {
+    int32_t *ids, *recv_ids, *recv_source, *num_recv;
+    float *scales, *weights, *recv_scales, *recv_weights;
+    char *x, *recv, *out;
+};
+
+/* All but the ids, of zeroes where that is `get`'s way, with up to so many rows of output. False: get
+ * has returned NULL. */
+bool bench_get_buffers(struct bench_buffers *at, const struct bench_case *c, int64_t max_rows,
+                       void *(*get)(void *from, int64_t num, int64_t bytes), void *from);
+
 /* The rows of one rank. Rows are stretches of one table of small whole numbers; where a stretch
  * begins follows from source rank, token and salt, so a receiver knows every byte it must get, an
  * old result cannot pass for a new one, and sums are exact. */
@@ -160,12 +172,9 @@ struct bench_data {
     int64_t num_rows;              /* of the output here: received, or expanded */
     const char *rows;              /* the output that is to be checked ... */
     int64_t rows_stride;           /* ... and its bytes from row to row */
-    /* Buffers, as large as the largest operation needs. */
-    int first_expert; /* of this rank */
-    char *table[5];   /* the same numbers as elements of 1, 2 and 4 bytes */
-    char *x, *recv, *out;
-    float *scales, *recv_scales, *weights, *recv_weights;
-    int32_t *recv_ids, *recv_source, *num_recv;
+    int first_expert;              /* of this rank */
+    char *table[5];                /* the same numbers as elements of 1, 2 and 4 bytes */
+    struct bench_buffers at;
     void *owned[16];
     int num_owned;
 };
@@ -182,18 +191,12 @@ int bench_check_combine(struct bench_data *d);
 
 /* ---- bench_clock.c: a rank, and how time is taken ------------------------------------------ */
 
-/* What the library reads and writes: host memory of bench_data, or the GPU's. */
-struct bench_buffers {
-    void *ids, *x, *scales, *weights, *recv, *recv_scales, *recv_ids, *recv_weights,
-        *recv_source, *num_recv, *out;
-};
-
 struct bench {
     struct rank *rank;
     struct bench_case *c;
     const struct bench_params *p;
     struct bench_data d;
-    struct bench_buffers at;
+    struct bench_buffers at; /* what the library is given */
     ep_group *group;
     ep_handle *handle;
     int index;                     /* of the item */

@@ -27,20 +27,7 @@ void *bench_stream(const struct bench *b) {
 /* ---- of the host -------------------------------------------------------------------------- */
 
 static ep_status host_open(struct bench *b) {
-    const struct bench_data *d = &b->d;
-    b->at = (struct bench_buffers){
-        .ids = b->c->ids + b->rank->rank * b->p->tokens * b->p->topk,
-        .x = d->x,
-        .scales = d->scales,
-        .weights = d->weights,
-        .recv = d->recv,
-        .recv_scales = d->recv_scales,
-        .recv_ids = d->recv_ids,
-        .recv_weights = d->recv_weights,
-        .recv_source = d->recv_source,
-        .num_recv = d->num_recv,
-        .out = d->out,
-    };
+    b->at = b->d.at;
     return EP_OK;
 }
 
@@ -71,50 +58,29 @@ static ep_status host_fetch(struct bench *b) {
 
 /* ---- of the GPU --------------------------------------------------------------------------- */
 
-static ep_status gpu_allocate(struct bench *b) {
-    const struct bench_params *p = b->p;
-    struct bench_buffers *at = &b->at;
-    int64_t rows = bench_most_rows(b->c, b->rank->rank);
-    int64_t row_bytes = b->c->row_bytes;
-    const struct {
-        void **to;
-        int64_t num, bytes;
-    } wanted[] = {{&at->ids, p->tokens * p->topk, sizeof(int32_t)},
-                  {&at->weights, p->tokens * p->topk, sizeof(float)},
-                  {&at->x, p->tokens, row_bytes},
-                  {&at->scales, p->tokens, b->c->scale_bytes},
-                  {&at->out, p->tokens, row_bytes},
-                  {&at->recv, rows, p->arena_only ? 0 : row_bytes},
-                  {&at->recv_scales, rows, b->c->scale_bytes},
-                  {&at->recv_ids, rows * p->topk, sizeof(int32_t)},
-                  {&at->recv_weights, rows * p->topk, sizeof(float)},
-                  {&at->recv_source, rows * 2, sizeof(int32_t)},
-                  {&at->num_recv, 1, sizeof(int32_t)}};
-    for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++) {
-        *wanted[i].to = gpu_alloc(b->gpu, wanted[i].num, wanted[i].bytes);
-        if (!*wanted[i].to) {
-            return EP_ERR_NOMEM;
-        }
-    }
-    return EP_OK;
+static void *get_of_gpu(void *gpu, int64_t num, int64_t bytes) {
+    return gpu_alloc(gpu, num, bytes);
 }
 
 static ep_status cuda_open(struct bench *b) {
-    int64_t selections = b->p->tokens * b->p->topk;
-    const int32_t *ids = b->c->ids + b->rank->rank * selections;
+    const struct bench_buffers *host = &b->d.at;
+    int64_t selections = b->p->tokens * b->p->topk, rows = bench_most_rows(b->c, b->rank->rank);
     EPI_TRY(gpu_open(&b->gpu, b->c->gpus.device[b->rank->rank]));
-    EPI_TRY(gpu_allocate(b));
-    EPI_TRY(gpu_in(b->gpu, b->at.ids, ids, selections * (int64_t)sizeof(*ids)));
-    return gpu_in(b->gpu, b->at.weights, b->d.weights,
-                  selections * (int64_t)sizeof(*b->d.weights));
+    b->at.ids = gpu_alloc(b->gpu, selections, sizeof(*host->ids));
+    if (!b->at.ids || !bench_get_buffers(&b->at, b->c, rows, get_of_gpu, b->gpu)) {
+        return EP_ERR_NOMEM;
+    }
+    EPI_TRY(gpu_in(b->gpu, b->at.ids, host->ids, selections * (int64_t)sizeof(*host->ids)));
+    return gpu_in(b->gpu, b->at.weights, host->weights,
+                  selections * (int64_t)sizeof(*host->weights));
 }
 
 static ep_status cuda_fill(struct bench *b) {
     const struct bench_data *d = &b->d;
     int64_t tokens = b->p->tokens;
-    EPI_TRY(gpu_in(b->gpu, b->at.x, d->x, tokens * d->row_bytes));
-    return gpu_in(b->gpu, b->at.scales, d->scales,
-                  tokens * d->num_scales * (int64_t)sizeof(*d->scales));
+    EPI_TRY(gpu_in(b->gpu, b->at.x, d->at.x, tokens * d->row_bytes));
+    return gpu_in(b->gpu, b->at.scales, d->at.scales,
+                  tokens * d->num_scales * (int64_t)sizeof(*d->at.scales));
 }
 
 static ep_status run_with_route(struct bench *b) {
@@ -197,7 +163,7 @@ static ep_status cuda_settle(struct bench *b) {
 static ep_status cuda_fetch(struct bench *b) {
     struct bench_data *d = &b->d;
     if (b->item->op->kind == BENCH_COMBINE) {
-        return gpu_out(b->gpu, d->out, b->at.out, b->p->tokens * d->row_bytes);
+        return gpu_out(b->gpu, d->at.out, b->at.out, b->p->tokens * d->row_bytes);
     }
     int64_t n = d->num_rows, per_row = d->expanded ? 1 : b->p->topk;
     const struct {
@@ -205,17 +171,18 @@ static ep_status cuda_fetch(struct bench *b) {
         const void *from;
         int64_t bytes;
     } copies[] = {
-        {d->num_recv, b->at.num_recv, sizeof(*d->num_recv)},
-        {d->recv, b->view.data, n * d->row_bytes},
-        {d->recv_source, b->at.recv_source, n * 2 * (int64_t)sizeof(*d->recv_source)},
-        {d->recv_weights, b->at.recv_weights, n * per_row * (int64_t)sizeof(float)},
-        {d->recv_ids, b->at.recv_ids, d->expanded ? 0 : n * per_row * (int64_t)sizeof(int32_t)},
-        {d->recv_scales, b->at.recv_scales, n * d->num_scales * (int64_t)sizeof(float)},
+        {d->at.num_recv, b->at.num_recv, sizeof(*d->at.num_recv)},
+        {d->at.recv, b->view.data, n * d->row_bytes},
+        {d->at.recv_source, b->at.recv_source, n * 2 * (int64_t)sizeof(*d->at.recv_source)},
+        {d->at.recv_weights, b->at.recv_weights, n * per_row * (int64_t)sizeof(float)},
+        {d->at.recv_ids, b->at.recv_ids,
+         d->expanded ? 0 : n * per_row * (int64_t)sizeof(int32_t)},
+        {d->at.recv_scales, b->at.recv_scales, n * d->num_scales * (int64_t)sizeof(float)},
     };
     for (size_t i = 0; i < sizeof(copies) / sizeof(copies[0]); i++) {
         EPI_TRY(gpu_out(b->gpu, copies[i].to, copies[i].from, copies[i].bytes));
     }
-    d->rows = d->recv;
+    d->rows = d->at.recv;
     d->rows_stride = d->row_bytes;
     return EP_OK;
 }

@@ -62,29 +62,29 @@ static int owner_of(const struct bench_data *d, int32_t id) {
 static bool row_is_right(const struct bench_data *d, int64_t i, int64_t source, int64_t token,
                          int64_t k) {
     const struct bench_params *p = d->p;
-    bool right = i < d->num_rows && d->recv_source[2 * i] == source &&
-                 d->recv_source[2 * i + 1] == token &&
+    bool right = i < d->num_rows && d->at.recv_source[2 * i] == source &&
+                 d->at.recv_source[2 * i + 1] == token &&
                  memcmp(d->rows + i * d->rows_stride, row_of(d, source, token, d->element),
                         (size_t)d->row_bytes) == 0;
     for (int64_t s = 0; right && s < d->num_scales; s++) {
-        right = d->recv_scales[i * d->num_scales + s] == scale_of(d, source, token, s);
+        right = d->at.recv_scales[i * d->num_scales + s] == scale_of(d, source, token, s);
     }
     const int32_t *ids = d->c->ids + (source * p->tokens + token) * p->topk;
     for (int64_t j = 0; right && !d->expanded && j < p->topk; j++) {
         bool here = owner_of(d, ids[j]) == d->rank->rank;
-        right = d->recv_ids[i * p->topk + j] == (here ? ids[j] - d->first_expert : -1) &&
-                d->recv_weights[i * p->topk + j] == (here ? weight_of(j) : 0);
+        right = d->at.recv_ids[i * p->topk + j] == (here ? ids[j] - d->first_expert : -1) &&
+                d->at.recv_weights[i * p->topk + j] == (here ? weight_of(j) : 0);
     }
-    return right && (!d->expanded || d->recv_weights[i] == weight_of(k));
+    return right && (!d->expanded || d->at.recv_weights[i] == weight_of(k));
 }
 
 /* Every row in the one order that ep.h allows. */
 int bench_check_dispatch(struct bench_data *d) {
     const struct bench_params *p = d->p;
     int64_t i = 0;
-    if (*d->num_recv != d->num_rows) {
+    if (*d->at.num_recv != d->num_rows) {
         return rank_fail(d->rank, EP_OK, "check: %s: num_rows is %d, not %lld", d->what.s,
-                         *d->num_recv, (long long)d->num_rows);
+                         *d->at.num_recv, (long long)d->num_rows);
     }
     for (int64_t e = 0; e < (d->expanded ? p->experts : 1); e++) {
         for (int64_t t = 0; t < p->ranks * p->tokens; t++) {
@@ -125,7 +125,8 @@ int bench_check_combine(struct bench_data *d) {
         }
         for (int64_t h = 0; h < p->hidden; h++) {
             double v = read_number(row + h * (int64_t)element, element);
-            double got = read_number(d->out + t * d->row_bytes + h * (int64_t)element, element);
+            double got =
+                read_number(d->at.out + t * d->row_bytes + h * (int64_t)element, element);
             double sum = 0;
             for (int64_t r = 0; r < p->ranks; r++) {
                 sum += factor[r] != 0 ? rounded(factor[r] * v, element) : 0;
@@ -153,16 +154,32 @@ void bench_data_use(struct bench_data *d, const struct bench_item *item, uint64_
     d->num_scales = bench_scale_bytes(p, item->dtype) / (int64_t)sizeof(float);
     d->element = (size_t)(d->row_bytes / p->hidden);
     for (int64_t t = 0; t < p->tokens; t++) {
-        memcpy(d->x + t * d->row_bytes, row_of(d, d->rank->rank, t, d->element),
+        memcpy(d->at.x + t * d->row_bytes, row_of(d, d->rank->rank, t, d->element),
                (size_t)d->row_bytes);
         for (int64_t i = 0; i < d->num_scales; i++) {
-            d->scales[t * d->num_scales + i] = scale_of(d, d->rank->rank, t, i);
+            d->at.scales[t * d->num_scales + i] = scale_of(d, d->rank->rank, t, i);
         }
     }
 }
 
+bool bench_get_buffers(struct bench_buffers *at, const struct bench_case *c, int64_t max_rows,
+                       void *(*get)(void *from, int64_t num, int64_t bytes), void *from) {
+    int64_t tokens = c->p.tokens, topk = c->p.topk;
+    return (at->weights = get(from, tokens * topk, sizeof(*at->weights))) &&
+           (at->x = get(from, tokens, c->row_bytes)) &&
+           (at->scales = get(from, tokens, c->scale_bytes)) &&
+           (at->out = get(from, tokens, c->row_bytes)) &&
+           (at->recv = get(from, max_rows, c->row_bytes)) &&
+           (at->recv_scales = get(from, max_rows, c->scale_bytes)) &&
+           (at->recv_ids = get(from, max_rows * topk, sizeof(*at->recv_ids))) &&
+           (at->recv_weights = get(from, max_rows * topk, sizeof(*at->recv_weights))) &&
+           (at->recv_source = get(from, max_rows * 2, sizeof(*at->recv_source))) &&
+           (at->num_recv = get(from, 1, sizeof(*at->num_recv)));
+}
+
 /* Zeroed, hence resident: no page fault is timed. */
-static void *get(struct bench_data *d, int64_t num, int64_t bytes) {
+static void *get(void *data, int64_t num, int64_t bytes) {
+    struct bench_data *d = data;
     return d->owned[d->num_owned++] = epi_alloc_array((size_t)num, (size_t)bytes);
 }
 
@@ -177,31 +194,21 @@ bool bench_data_create(struct bench_data *d, struct rank *rank, const struct ben
     while (owner_of(d, d->first_expert) < rank->rank && d->first_expert < p->experts) {
         d->first_expert++;
     }
-    d->recv = get(d, max_rows, c->row_bytes);
-    d->recv_scales = get(d, max_rows, c->scale_bytes);
-    d->recv_ids = get(d, max_rows * p->topk, sizeof(*d->recv_ids));
-    d->recv_weights = get(d, max_rows * p->topk, sizeof(*d->recv_weights));
-    d->recv_source = get(d, max_rows * 2, sizeof(*d->recv_source));
-    d->num_recv = get(d, 1, sizeof(*d->num_recv));
-    d->x = get(d, p->tokens, c->row_bytes);
-    d->out = get(d, p->tokens, c->row_bytes);
-    d->scales = get(d, p->tokens, c->scale_bytes);
-    d->weights = get(d, p->tokens * p->topk, sizeof(*d->weights));
-    for (int element = 1; element <= 4; element *= 2) {
-        d->table[element] = get(d, elements[element] ? TABLE_STARTS + p->hidden : 0, element);
+    d->at.ids = c->ids + rank->rank * p->tokens * p->topk;
+    if (!bench_get_buffers(&d->at, c, max_rows, get, d)) {
+        return false;
     }
-    for (int i = 0; i < d->num_owned; i++) {
-        if (!d->owned[i]) {
+    for (int element = 1; element <= 4; element *= 2) {
+        int64_t num = TABLE_STARTS + p->hidden;
+        if (elements[element] && !(d->table[element] = get(d, num, element))) {
             return false;
         }
-    }
-    for (int element = 1; element <= 4; element *= 2) {
         if (elements[element]) {
-            fill_table(d->table[element], (size_t)element, TABLE_STARTS + p->hidden);
+            fill_table(d->table[element], (size_t)element, num);
         }
     }
     for (int64_t i = 0; i < p->tokens * p->topk; i++) {
-        d->weights[i] = weight_of(i % p->topk);
+        d->at.weights[i] = weight_of(i % p->topk);
     }
     return true;
 }

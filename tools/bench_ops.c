@@ -25,7 +25,7 @@ static ep_status run_copy(struct bench *b) {
     int64_t bytes = b->d.row_bytes;
     for (int64_t done = 0; done < b->c->memcpy_bytes / 2;) {
         for (int64_t t = 0; t < b->p->tokens; t++, done += bytes) {
-            memcpy(b->d.out + t * b->c->row_bytes, b->d.x + t * bytes, (size_t)bytes);
+            memcpy(b->d.at.out + t * b->c->row_bytes, b->d.at.x + t * bytes, (size_t)bytes);
         }
     }
     return EP_OK;
