@@ -12,7 +12,7 @@
 #define QUIET_SECONDS 30
 #define QUIET_SECONDS_CUDA 180 /* kernels may have to be compiled first */
 
-static int refuse(struct bench_case *c, bool quiet, const char *fmt, ...) EPI_PRINTF(3, 4);
+EPI_PRINTF(3, 4)
 static int refuse(struct bench_case *c, bool quiet, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);

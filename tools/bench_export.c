@@ -12,7 +12,7 @@ struct members {
     char s[4096];
 };
 
-static void add(struct members *m, const char *key, const char *fmt, ...) EPI_PRINTF(3, 4);
+EPI_PRINTF(3, 4)
 static void add(struct members *m, const char *key, const char *fmt, ...) {
     size_t len = strlen(m->s);
     va_list args;

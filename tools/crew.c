@@ -60,8 +60,7 @@ static void end_all(struct crew *crew, int sig) {
     }
 }
 
-static void complain(struct crew *crew, int i, int status, const char *fmt, ...)
-    EPI_PRINTF(4, 5);
+EPI_PRINTF(4, 5)
 static void complain(struct crew *crew, int i, int status, const char *fmt, ...) {
     char text[160];
     va_list args;

@@ -146,7 +146,7 @@ static void child_main(void *arg, int index) {
 
 /* ---- in the parent ----------------------------------------------------------------------- */
 
-static void complain(struct ranks_job *job, const char *fmt, ...) EPI_PRINTF(2, 3);
+EPI_PRINTF(2, 3)
 static void complain(struct ranks_job *job, const char *fmt, ...) {
     char line[640];
     va_list args;

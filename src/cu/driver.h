@@ -137,7 +137,8 @@ extern struct cu_driver epi_cu_driver; /* filled by epi_cu_open */
 #define CU_SYSTEM_DRIVER_MISMATCH 803
 #define CU_STREAM_CAPTURE_IMPLICIT 906
 
-/* error.c: EP_OK for CU_SUCCESS, EP_AGAIN for CU_NOT_READY, else a text with the call. */
+/* open.c: EP_OK for CU_SUCCESS, EP_AGAIN for CU_NOT_READY, else a text with the call, the error
+ * and what the driver says about it. */
 ep_status epi_cu_result(int result, const char *call);
 #define CU(name, ...) epi_cu_result(epi_cu_driver.name(__VA_ARGS__), "cu" #name)
 

@@ -24,7 +24,8 @@ struct kernel {
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER; /* a kernel is busy no more */
 static struct kernel *kernels;
-static uint64_t num_compiled, num_from_disk, num_from_memory;
+
+static _Atomic uint64_t num_compiled, num_from_disk, num_from_memory;
 
 static pthread_mutex_t compiler_mutex = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
 static struct epi_nvrtc *compiler;
@@ -89,9 +90,7 @@ static ep_status compile(const struct epi_jit_request *r, struct epi_cubin *out,
     epi_free(out->ptx);
     epi_free(out->log);
     out->ptx = out->log = NULL;
-    pthread_mutex_lock(&mutex);
     num_compiled++;
-    pthread_mutex_unlock(&mutex);
     return EP_OK;
 }
 
@@ -101,9 +100,7 @@ static ep_status read_disk(const struct epi_cache *cache, const struct epi_jit_r
     EPI_TRY(epi_cache_read(cache, &r->key, quiet, out, &version));
     epi_log(EPI_LOG_INFO, "%s for sm_%d: from %s, where NVRTC %d.%d left it", r->file, r->arch,
             cache->path, version / 1000, version % 1000 / 10);
-    pthread_mutex_lock(&mutex);
     num_from_disk++;
-    pthread_mutex_unlock(&mutex);
     return EP_OK;
 }
 
@@ -271,9 +268,7 @@ void epi_jit_info(struct epi_jit_info *out) {
         epi_format(out->nvrtc_path, sizeof(out->nvrtc_path), "%s", compiler->path);
     }
     pthread_mutex_unlock(&compiler_mutex);
-    pthread_mutex_lock(&mutex);
     out->num_compiled = num_compiled;
     out->num_from_disk = num_from_disk;
     out->num_from_memory = num_from_memory;
-    pthread_mutex_unlock(&mutex);
 }

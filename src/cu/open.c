@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The driver and its devices. Owns the table of the driver's functions, filled once per process
- * and never emptied, and the retained primary contexts. Any thread; callers that open at the same
- * time wait for the first. Must not keep a context current behind the caller's back.
+ * The driver, what its results mean, and its devices. Owns the table of the driver's functions,
+ * filled once per process and never emptied, and the retained primary contexts. Any thread; callers
+ * that open at the same time wait for the first. Must not keep a context current behind the
+ * caller's back, nor log a result: whoever returns the status to a user does.
  */
 #include "src/cu/driver.h"
 
@@ -25,6 +26,42 @@ struct cu_driver epi_cu_driver;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
 static bool is_open;
 static int driver_version, num_devices;
+
+/* ---- results ------------------------------------------------------------------------------ */
+
+static ep_status status_of(int result) {
+    switch (result) {
+    case CU_INVALID_VALUE:
+        return EP_ERR_INTERNAL; /* arguments were checked before they came here */
+    case CU_OUT_OF_MEMORY:
+        return EP_ERR_NOMEM;
+    case CU_NO_DEVICE:
+    case CU_NO_BINARY_FOR_GPU:
+    case CU_PEER_ACCESS_UNSUPPORTED:
+    case CU_NOT_SUPPORTED:
+    case CU_SYSTEM_DRIVER_MISMATCH:
+        return EP_ERR_UNSUPPORTED;
+    default:
+        return EP_ERR_SYSTEM;
+    }
+}
+
+ep_status epi_cu_result(int result, const char *call) {
+    const char *name = NULL, *text = NULL;
+    if (result == CU_SUCCESS) {
+        return EP_OK;
+    }
+    if (result == CU_NOT_READY) {
+        return EP_AGAIN;
+    }
+    epi_cu_driver.GetErrorName(result, &name);
+    epi_cu_driver.GetErrorString(result, &text);
+    return epi_fail(status_of(result), "%s returned %s (%d): %s", call,
+                    name ? name : "an unknown error", result,
+                    text ? text : "the driver has no text for it");
+}
+
+/* ---- opening ------------------------------------------------------------------------------ */
 
 static ep_status load_symbols(void *lib) {
 #define LOAD(name, symbol, args) *(void **)&epi_cu_driver.name = dlsym(lib, symbol);
