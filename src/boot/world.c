@@ -14,15 +14,18 @@
 
 #define LIST_BYTES 200
 
+struct member {
+    bool joined, left;
+    uint64_t num_calls;
+};
+
 struct epi_session {
     struct epi_session *next;
     ep_world *world;
     uint64_t number;
     pthread_cond_t cond;
     int num_left;
-    bool *joined;        /* [num_ranks] */
-    bool *left;          /* [num_ranks] */
-    uint64_t *num_calls; /* [num_ranks] */
+    struct member *member; /* [num_ranks] */
     struct epi_rounds rounds;
     char left_why[LIST_BYTES]; /* of the first rank that left with a reason */
 };
@@ -63,9 +66,7 @@ int epi_world_num_ranks(ep_world *world) {
 static void session_free(struct epi_session *session) {
     if (session) {
         epi_rounds_clear(&session->rounds);
-        epi_free(session->joined);
-        epi_free(session->left);
-        epi_free(session->num_calls);
+        epi_free(session->member);
         pthread_cond_destroy(&session->cond);
         epi_free(session);
     }
@@ -81,7 +82,7 @@ void ep_world_destroy(ep_world **world_ptr) {
     bool in_use = false;
     for (struct epi_session *s = world->sessions; s; s = s->next) {
         for (int r = 0; r < world->num_ranks; r++) {
-            in_use = in_use || (s->joined[r] && !s->left[r]);
+            in_use = in_use || (s->member[r].joined && !s->member[r].left);
         }
     }
     pthread_mutex_unlock(&world->lock);
@@ -104,16 +105,13 @@ void ep_world_destroy(ep_world **world_ptr) {
 /* ---- sessions; the world's lock is held -------------------------------------------------- */
 
 static struct epi_session *session_make(ep_world *world, uint64_t number) {
-    size_t n = (size_t)world->num_ranks;
     struct epi_session *session = epi_alloc(sizeof(*session));
     if (!session || epi_cond_init(&session->cond) != 0) {
         epi_free(session);
         return NULL;
     }
-    session->joined = epi_alloc_array(n, sizeof(*session->joined));
-    session->left = epi_alloc_array(n, sizeof(*session->left));
-    session->num_calls = epi_alloc_array(n, sizeof(*session->num_calls));
-    if (!session->joined || !session->left || !session->num_calls) {
+    session->member = epi_alloc_array((size_t)world->num_ranks, sizeof(*session->member));
+    if (!session->member) {
         session_free(session);
         return NULL;
     }
@@ -138,9 +136,9 @@ static bool is_waiting_elsewhere(ep_world *world, int rank) {
     for (struct epi_session *s = world->sessions; s; s = s->next) {
         bool complete = true;
         for (int r = 0; r < world->num_ranks; r++) {
-            complete = complete && s->joined[r];
+            complete = complete && s->member[r].joined;
         }
-        if (!complete && s->joined[rank] && !s->left[rank]) {
+        if (!complete && s->member[rank].joined && !s->member[rank].left) {
             return true;
         }
     }
@@ -160,14 +158,14 @@ static ep_status session_enter(ep_world *world, int rank, struct epi_session **o
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
     }
     world->num_joins[rank] = number;
-    session->joined[rank] = true;
+    session->member[rank].joined = true;
     *out = session;
     return EP_OK;
 }
 
 static void session_exit(struct epi_session *session, int rank, const char *why) {
     ep_world *world = session->world;
-    session->left[rank] = true;
+    session->member[rank].left = true;
     if (why && session->left_why[0] == '\0') {
         epi_format(session->left_why, sizeof(session->left_why), "rank %d failed: %s", rank,
                    why);
@@ -207,7 +205,7 @@ void epi_boot_world_fail(ep_world *world, int rank, const char *why) {
 /* A rank that has left and is not in the round will never be; -1: none. */
 static int who_left(const struct epi_session *session, const struct epi_round *round) {
     for (int r = 0; r < session->world->num_ranks; r++) {
-        if (session->left[r] && !round->have[r]) {
+        if (session->member[r].left && !round->have[r]) {
             return r;
         }
     }
@@ -238,7 +236,7 @@ static ep_status join_round(struct epi_session *session, int rank, const void *i
     ep_world *world = session->world;
     int64_t start_ns = epi_now_ns();
     pthread_mutex_lock(&world->lock);
-    uint64_t seq = ++session->num_calls[rank];
+    uint64_t seq = ++session->member[rank].num_calls;
     struct epi_round *round = epi_rounds_put(&session->rounds, seq, rank, in, bytes);
     if (!round) {
         pthread_mutex_unlock(&world->lock);
