@@ -122,6 +122,7 @@ static const struct rule dispatch_rules[] = {
     {"x|1", AT(x_t), NDIM, 1},
     {"scales|2|3", AT(scales_t), ROWS, 2},
     {"scales|36|32|max_scale_bytes", AT(scales_t), COLS, 9},
+    {"scales|160|32|max_scale_bytes", AT(scales_t), COLS, 40},
     {"scales|EP_I64", AT(scales_t), DTYPE, EP_I64},
     {"topk_weights|EP_F16", AT(weights_t), DTYPE, EP_F16},
     {"topk_weights|1|2", AT(weights_t), COLS, 1},

@@ -110,14 +110,15 @@ static ep_status check_wanted(const struct epi_call *c, const struct epi_rule *r
 static ep_status check_scale_bytes(const struct epi_call *c, const struct ep_tensor *t) {
     const int64_t most = c->group->config.max_scale_bytes, num = t->shape[1];
     const int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)t->dtype);
-    if (num <= most && num * bytes <= most) {
+    const bool fits = num <= INT64_MAX / bytes;
+    if (fits && num * bytes <= most) {
         return EP_OK;
     }
     return epi_fail(EP_ERR_ARG,
                     "scales: %lld per row are %lld bytes%s, must be at most %lld "
                     "(max_scale_bytes)",
-                    (long long)num, (long long)(num <= most ? num * bytes : most),
-                    num <= most ? "" : " and more", (long long)most);
+                    (long long)num, (long long)(fits ? num * bytes : INT64_MAX),
+                    fits ? "" : " and more", (long long)most);
 }
 
 static ep_status check_tensor(struct epi_call *c, const struct epi_rule *r,
