@@ -237,7 +237,7 @@ struct epi_extent epi_extent_of(const char *name, const struct ep_tensor *t, boo
         const bool one = t->ndim == 1 || t->shape[1 - rows] == 1; /* element in a row */
         e.low = (uintptr_t)t->data + (uintptr_t)low;
         e.high = (uintptr_t)t->data + (uintptr_t)high;
-        if (t->stride[rows] > 0 && (one || t->stride[1 - rows] > 0)) {
+        if (t->ndim <= 2 && t->stride[rows] > 0 && (one || t->stride[1 - rows] > 0)) {
             const int64_t last = one ? 0 : (t->shape[1 - rows] - 1) * t->stride[1 - rows];
             e.pitch = (uint64_t)t->stride[rows] * bytes; /* of one row: any */
             e.width = ((uint64_t)last + 1) * bytes;
