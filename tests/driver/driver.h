@@ -24,6 +24,7 @@ enum {
     CAPTURE_INVALIDATED = 901,
     CAPTURE_MERGE = 902,
     CAPTURE_UNMATCHED = 903,
+    CAPTURE_UNJOINED = 904,
     CAPTURE_ISOLATION = 905,
     CAPTURED_EVENT = 907,
 };
@@ -58,8 +59,18 @@ bool driver_is_captured(void *stream);
 
 /* Whether capture `id` goes on. */
 bool driver_capture_open(uint64_t id);
-/* Adds `op`, unless the capture has ended: then it is false. */
-bool driver_capture_add(uint64_t id, struct op *op);
+/* Adds `op` to the stream's capture, unless that has ended or is none: then it is false. */
+bool driver_capture_add(void *stream, struct op *op);
+
+/* What an event of a capture stands for. */
+struct driver_point {
+    void *stream;
+    uint64_t capture, num_steps; /* how many the capture had before it */
+};
+struct driver_point driver_capture_point(void *stream);
+/* A stream that waits for a point of a capture takes part in it. */
+int driver_capture_join(void *stream, const struct driver_point *at);
+
 /* A call that no capture survives: the capture is invalid, unless it has ended: then it is false. */
 bool driver_capture_spoil(uint64_t id);
 /* For each call that the driver does not allow while there are captures, unless the thread's mode

@@ -6,7 +6,7 @@
  * of a capture run one after the other, which a device may do as well.
  *
  * Owns the captures that go on. Functions are called from any thread, those of one graph from one
- * at a time. Whether streams that joined a capture were joined again by its first is not looked at.
+ * at a time.
  */
 #include "tests/driver/driver.h"
 
@@ -18,9 +18,19 @@ enum mode { GLOBAL, THREAD_LOCAL, RELAXED };
 enum { STATUS_NONE, STATUS_ACTIVE, STATUS_INVALIDATED };
 enum { NODE_KERNEL = 0, NODE_MEMCPY = 1 };
 
+/* A stream that takes part in a capture. */
+struct member {
+    void *stream;
+    uint64_t newest; /* step of it: an operation or a join, counted through the capture */
+    bool loose;      /* no other stream has waited for that */
+    struct member *next;
+};
+
 struct graph {
     struct op *first, **last;
     /* while it is captured: */
+    struct member *members;
+    uint64_t num_steps;
     uint64_t id;
     int mode;
     pthread_t thread; /* that began it */
@@ -51,6 +61,11 @@ static void graph_free(struct graph *g) {
         g->first = op->next;
         free(op);
     }
+    while (g->members) {
+        struct member *m = g->members;
+        g->members = m->next;
+        free(m);
+    }
     free(g);
 }
 
@@ -77,6 +92,39 @@ static struct graph **find(uint64_t id) {
     return g;
 }
 
+static struct member *member_of(struct graph *g, void *stream) {
+    struct member *m = g->members;
+    while (m && m->stream != stream) {
+        m = m->next;
+    }
+    if (!m) {
+        m = calloc(1, sizeof(*m));
+        if (!m) {
+            abort();
+        }
+        m->stream = stream;
+        m->next = g->members;
+        g->members = m;
+    }
+    return m;
+}
+
+static void step(struct graph *g, void *stream) {
+    struct member *m = member_of(g, stream);
+    m->newest = ++g->num_steps;
+    m->loose = true;
+}
+
+/* Whether a stream that joined was joined by no other. */
+static bool any_loose(const struct graph *g) {
+    for (const struct member *m = g->members; m; m = m->next) {
+        if (m->loose && m->stream != g->stream) {
+            return true;
+        }
+    }
+    return false;
+}
+
 bool driver_capture_open(uint64_t id) {
     if (id == 0) {
         return false;
@@ -87,17 +135,49 @@ bool driver_capture_open(uint64_t id) {
     return open;
 }
 
-bool driver_capture_add(uint64_t id, struct op *op) {
+bool driver_capture_add(void *stream, struct op *op) {
+    const uint64_t id = *driver_capture_of(stream);
     if (id == 0) {
         return false;
     }
     pthread_mutex_lock(&mutex);
     struct graph *g = *find(id);
     if (g) {
+        step(g, stream);
         append(g, op);
     }
     pthread_mutex_unlock(&mutex);
     return g != NULL;
+}
+
+struct driver_point driver_capture_point(void *stream) {
+    struct driver_point at = {.stream = stream, .capture = *driver_capture_of(stream)};
+    pthread_mutex_lock(&mutex);
+    const struct graph *g = *find(at.capture);
+    at.num_steps = g ? g->num_steps : 0;
+    pthread_mutex_unlock(&mutex);
+    return at;
+}
+
+int driver_capture_join(void *stream, const struct driver_point *at) {
+    uint64_t *ours = driver_capture_of(stream);
+    int result = 0;
+    pthread_mutex_lock(&mutex);
+    struct graph *g = *find(at->capture), *other = *find(*ours);
+    if (!g) {
+        result = CAPTURED_EVENT;
+    } else if (!stream) {
+        result = CU_STREAM_CAPTURE_IMPLICIT;
+    } else if (other && other != g) {
+        result = CAPTURE_MERGE;
+    } else if (stream != at->stream) {
+        struct member *from = member_of(g, at->stream);
+        from->loose = from->loose && from->newest > at->num_steps;
+        step(g, stream);
+        *ours = at->capture;
+    }
+    pthread_mutex_unlock(&mutex);
+    return result;
 }
 
 bool driver_capture_spoil(uint64_t id) {
@@ -168,9 +248,10 @@ DEFINE(cuStreamEndCapture, void *stream, void **graph) {
     if (!ours) {
         return CAPTURE_UNMATCHED;
     }
-    if (g->invalid) {
+    if (g->invalid || any_loose(g)) {
+        const int result = g->invalid ? CAPTURE_INVALIDATED : CAPTURE_UNJOINED;
         graph_free(g);
-        return CAPTURE_INVALIDATED;
+        return result;
     }
     *graph = g;
     return 0;

@@ -18,8 +18,9 @@
 struct event {
     atomic_ullong recorded, passed;
     atomic_llong passed_ns;
-    atomic_ullong capture; /* whose point it is, rather than one of a stream; 0: none */
-    atomic_int users;      /* the program, until it destroys it, and what is queued */
+    atomic_bool captured;      /* it stands for ... */
+    struct driver_point point; /* ... rather than for what a stream does */
+    atomic_int users;          /* the program, until it destroys it, and what is queued */
 };
 
 struct stream {
@@ -101,7 +102,7 @@ bool driver_is_captured(void *stream) {
 
 int driver_queue(void *stream, struct op *op) {
     struct stream *s = stream_of(stream);
-    if (driver_capture_add(s->capture, op)) {
+    if (driver_capture_add(stream, op)) {
         return 0;
     }
     pthread_mutex_lock(&s->mutex);
@@ -198,7 +199,10 @@ DEFINE(cuEventDestroy_v2, void *event) {
 DEFINE(cuEventRecord, void *event, void *stream) {
     struct event *e = event;
     const bool captured = driver_is_captured(stream);
-    atomic_store(&e->capture, captured ? *driver_capture_of(stream) : 0);
+    if (captured) {
+        e->point = driver_capture_point(stream);
+    }
+    atomic_store(&e->captured, captured);
     if (captured) {
         return 0;
     }
@@ -211,14 +215,14 @@ DEFINE(cuEventRecord, void *event, void *stream) {
 DEFINE(cuEventQuery, void *event) {
     struct event *e = event;
     const int unsafe = driver_unsafe();
-    if (unsafe || atomic_load(&e->capture)) {
+    if (unsafe || atomic_load(&e->captured)) {
         return unsafe ? unsafe : CAPTURED_EVENT;
     }
     return atomic_load(&e->passed) >= atomic_load(&e->recorded) ? 0 : CU_NOT_READY;
 }
 DEFINE(cuEventElapsedTime, float *ms, void *a, void *b) {
     const struct event *from = a, *to = b;
-    if (atomic_load(&from->capture) || atomic_load(&to->capture)) {
+    if (atomic_load(&from->captured) || atomic_load(&to->captured)) {
         return CAPTURED_EVENT;
     }
     if (atomic_load(&from->passed) < atomic_load(&from->recorded) ||
@@ -228,29 +232,11 @@ DEFINE(cuEventElapsedTime, float *ms, void *a, void *b) {
     *ms = (float)((double)(atomic_load(&to->passed_ns) - atomic_load(&from->passed_ns)) / 1e6);
     return 0;
 }
-
-/* A stream that waits for an event of a capture joins it. */
-static int join(void *stream, uint64_t theirs) {
-    if (!driver_capture_open(theirs)) {
-        return CAPTURED_EVENT;
-    }
-    if (!stream) {
-        return CU_STREAM_CAPTURE_IMPLICIT;
-    }
-    uint64_t *ours = driver_capture_of(stream);
-    if (driver_capture_open(*ours) && *ours != theirs) {
-        return CAPTURE_MERGE;
-    }
-    *ours = theirs;
-    return 0;
-}
-
 DEFINE(cuStreamWaitEvent, void *stream, void *event, unsigned flags) {
     struct event *e = event;
-    const uint64_t capture = atomic_load(&e->capture);
     (void)flags;
-    if (capture) {
-        return join(stream, capture);
+    if (atomic_load(&e->captured)) {
+        return driver_capture_join(stream, &e->point);
     }
     if (driver_is_captured(stream)) {
         return atomic_load(&e->recorded) ? CAPTURE_ISOLATION : 0;
