@@ -3,7 +3,8 @@
 /*
  * Route, dispatch and combine captured in a CUDA graph and replayed with other routings and other
  * data in place: each replay gives what the reference says, compact, expanded and with a view of
- * the arena that is combined from where it lies. What may not be captured is refused.
+ * the arena that is combined from where it lies. Dispatch is on a stream of its own, which joins the
+ * capture. What may not be captured is refused.
  */
 #include <stdio.h>
 #include <string.h>
@@ -173,17 +174,24 @@ static void check_refusals(struct world *w, struct live *l, ep_handle *handle, v
                 "counts of a captured dispatch");
 }
 
+/* Dispatch is on a stream that joins the capture; the order of the calls joins the two again. */
 static bool capture(struct world *w, struct live *l, ep_handle *handle, void *stream,
-                    void **graph, void **exec) {
+                    void *second, void **graph, void **exec) {
+    const struct epi_cu_device *d = &call_gpu(w->group)->device;
+    void *routed = NULL;
+    gpu_must(epi_cu_event_create(d, &routed), "an event");
     if (!good(w, cu.begin(stream, CAPTURE_THREAD_LOCAL), "cuStreamBeginCapture")) {
         return false;
     }
     world_is(w, ep_handle_route(handle, &l->routing, stream), EP_OK, "route in a capture");
-    world_is(w, ep_dispatch(handle, &l->dispatch, stream), EP_OK, "dispatch in a capture");
-    check_refusals(w, l, handle, stream);
+    world_is(w, epi_cu_event_record(d, routed, stream), EP_OK, "record in a capture");
+    world_is(w, epi_cu_event_wait(d, second, routed), EP_OK, "wait in a capture");
+    world_is(w, ep_dispatch(handle, &l->dispatch, second), EP_OK, "dispatch in a capture");
+    check_refusals(w, l, handle, second);
     world_is(w, ep_combine(handle, &l->combine, stream), EP_OK, "combine in a capture");
-    return good(w, cu.end(stream, graph), "cuStreamEndCapture") &&
-           good(w, cu.instantiate(exec, *graph, 0), "cuGraphInstantiateWithFlags");
+    const bool ended = good(w, cu.end(stream, graph), "cuStreamEndCapture");
+    epi_cu_event_destroy(d, &routed);
+    return ended && good(w, cu.instantiate(exec, *graph, 0), "cuGraphInstantiateWithFlags");
 }
 
 static bool replay(struct world *w, struct live *l, ep_handle *handle, void *exec,
@@ -212,7 +220,7 @@ static bool replay(struct world *w, struct live *l, ep_handle *handle, void *exe
 static void replay_all(struct world *w, struct live *l, ep_handle *handle, void *stream) {
     const struct scene *s = w->ctx;
     struct run from[NUM_ROUTINGS_HERE];
-    void *graph = NULL, *exec = NULL;
+    void *graph = NULL, *exec = NULL, *second = NULL;
     ep_handle *other = NULL;
 
     for (int i = 0; i < NUM_ROUTINGS_HERE; i++) {
@@ -220,7 +228,8 @@ static void replay_all(struct world *w, struct live *l, ep_handle *handle, void 
         from[i].combine.x = from[i].form->arena ? &from[i].view : from[i].combine.x;
     }
     world_is(w, ep_handle_create(&other, w->group, NULL), EP_OK, "ep_handle_create");
-    bool go = capture(w, l, handle, stream, &graph, &exec);
+    world_is(w, call_stream_create(&second, w->group), EP_OK, "a stream");
+    bool go = capture(w, l, handle, stream, second, &graph, &exec);
     for (int i = 0; go && i < NUM_REPLAYS; i++) {
         adopt(l, &from[(3 * i) % NUM_ROUTINGS_HERE]);
         go = world_check(w, replay(w, l, handle, exec, stream), "replay %d", i);
@@ -234,6 +243,7 @@ static void replay_all(struct world *w, struct live *l, ep_handle *handle, void 
     if (graph) {
         good(w, cu.destroy(graph), "cuGraphDestroy");
     }
+    call_stream_destroy(w->group, &second);
     ep_handle_destroy(&other);
     for (int i = 0; i < NUM_ROUTINGS_HERE; i++) {
         run_free(&from[i]);
