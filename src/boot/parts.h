@@ -253,7 +253,6 @@ void epi_star_free(struct epi_star *star);
 ep_status epi_star_allgather(struct epi_star *star, const void *in, size_t bytes, void *out,
                              struct epi_deadline deadline);
 
-void epi_star_kick(struct epi_star *star);
 /* The control thread's main function. */
 void *epi_star_main(void *star);
 

@@ -56,7 +56,7 @@ int epi_star_run(struct epi_star *star) {
     return err;
 }
 
-void epi_star_kick(struct epi_star *star) {
+static void kick(struct epi_star *star) {
     uint64_t one = 1;
     ssize_t n = write(star->kick_fd, &one, sizeof(one));
     (void)n; /* it can only fail when the counter is full of kicks already */
@@ -69,7 +69,7 @@ void epi_star_free(struct epi_star *star) {
         pthread_mutex_lock(&star->lock);
         star->stop = true;
         pthread_mutex_unlock(&star->lock);
-        epi_star_kick(star);
+        kick(star);
         pthread_join(star->thread, NULL);
     }
     for (int i = 0; star->conns && i < star->num_conns; i++) {
@@ -94,7 +94,7 @@ static void ask_who_is_missing(struct epi_star *star) {
     struct epi_request *req = &star->req;
     struct epi_deadline grace = epi_deadline_after(EPI_MEET_GRACE_NS);
     req->ask = true;
-    epi_star_kick(star);
+    kick(star);
     while (!req->done && !req->told && epi_cond_wait(&star->cond, &star->lock, grace)) {
     }
     if (!req->done && !req->told) {
@@ -140,7 +140,7 @@ static ep_status post(struct epi_star *star, const void *in, size_t bytes, void 
     }
     star->num_calls = seq;
     star->req = (struct epi_request){.active = true, .seq = seq, .out = out, .bytes = bytes};
-    epi_star_kick(star);
+    kick(star);
     return EP_OK;
 }
 

@@ -67,14 +67,14 @@ static const struct frame_rule rules[] = {
     [EPI_FRAME_FAULT] = {0, EPI_WIRE_TEXT_BYTES, false, false, true, true},
 };
 
-void epi_put_u16(uint8_t *p, uint16_t v) {
+static void put_u16(uint8_t *p, uint16_t v) {
     p[0] = (uint8_t)v;
     p[1] = (uint8_t)(v >> 8);
 }
 
 void epi_put_u32(uint8_t *p, uint32_t v) {
-    epi_put_u16(p, (uint16_t)v);
-    epi_put_u16(p + 2, (uint16_t)(v >> 16));
+    put_u16(p, (uint16_t)v);
+    put_u16(p + 2, (uint16_t)(v >> 16));
 }
 
 void epi_put_u64(uint8_t *p, uint64_t v) {
@@ -82,12 +82,12 @@ void epi_put_u64(uint8_t *p, uint64_t v) {
     epi_put_u32(p + 4, (uint32_t)(v >> 32));
 }
 
-uint16_t epi_get_u16(const uint8_t *p) {
+static uint16_t get_u16(const uint8_t *p) {
     return (uint16_t)(p[0] | (uint16_t)p[1] << 8);
 }
 
 uint32_t epi_get_u32(const uint8_t *p) {
-    return epi_get_u16(p) | (uint32_t)epi_get_u16(p + 2) << 16;
+    return get_u16(p) | (uint32_t)get_u16(p + 2) << 16;
 }
 
 uint64_t epi_get_u64(const uint8_t *p) {
@@ -126,8 +126,8 @@ int epi_wire_parse(const uint8_t *buf, size_t len, struct epi_frame *out) {
     if (len < EPI_WIRE_HEADER_BYTES) {
         return 0;
     }
-    uint16_t type = epi_get_u16(buf + AT_TYPE);
-    if (epi_get_u32(buf + AT_CHECK) != header_check(buf) || epi_get_u16(buf + AT_ZERO) != 0 ||
+    uint16_t type = get_u16(buf + AT_TYPE);
+    if (epi_get_u32(buf + AT_CHECK) != header_check(buf) || get_u16(buf + AT_ZERO) != 0 ||
         type < EPI_FRAME_HELLO || type > EPI_FRAME_FAULT) {
         return -1;
     }
@@ -151,8 +151,8 @@ int epi_wire_parse(const uint8_t *buf, size_t len, struct epi_frame *out) {
 
 void epi_wire_header(uint8_t out[EPI_WIRE_HEADER_BYTES], const struct epi_frame *frame) {
     memcpy(out + AT_MAGIC, magic, sizeof(magic));
-    epi_put_u16(out + AT_TYPE, (uint16_t)frame->type);
-    epi_put_u16(out + AT_ZERO, 0);
+    put_u16(out + AT_TYPE, (uint16_t)frame->type);
+    put_u16(out + AT_ZERO, 0);
     epi_put_u64(out + AT_SEQ, frame->seq);
     epi_put_u32(out + AT_STATUS, (uint32_t)frame->status);
     epi_put_u32(out + AT_RANK, frame->rank);

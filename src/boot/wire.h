@@ -70,10 +70,8 @@ void epi_wire_get_hello(const uint8_t *data, struct epi_hello *out);
 /* What of a text goes into a frame. */
 size_t epi_wire_text_bytes(const char *text);
 
-void epi_put_u16(uint8_t *p, uint16_t v);
 void epi_put_u32(uint8_t *p, uint32_t v);
 void epi_put_u64(uint8_t *p, uint64_t v);
-uint16_t epi_get_u16(const uint8_t *p);
 uint32_t epi_get_u32(const uint8_t *p);
 uint64_t epi_get_u64(const uint8_t *p);
 
