@@ -7,8 +7,6 @@
  */
 #include "tools/tool.h"
 
-#include <errno.h>
-#include <stdlib.h>
 
 int args_refuse(const char *name, const char *fmt, ...) {
     va_list args;
@@ -56,17 +54,6 @@ static void print_help(const struct command *command) {
     printf("      --help                  this text\n");
 }
 
-static bool parse_number(const char *text, const struct opt *opt) {
-    char *end = NULL;
-    errno = 0;
-    long long n = strtoll(text, &end, 10);
-    if (errno != 0 || end == text || *end != '\0' || n < opt->min || n > opt->max) {
-        return false;
-    }
-    *(int64_t *)opt->value = n;
-    return true;
-}
-
 static bool parse_choice(const char *text, const struct opt *opt) {
     size_t len = strlen(text);
     int index = 0;
@@ -82,7 +69,7 @@ static bool parse_choice(const char *text, const struct opt *opt) {
 }
 
 static int set_value(const struct command *command, const struct opt *opt, const char *text) {
-    if (opt->kind == OPT_INT && !parse_number(text, opt)) {
+    if (opt->kind == OPT_INT && !epi_parse_int(text, 10, opt->min, opt->max, opt->value)) {
         return args_refuse(command->name, "--%s must be a number in %lld..%lld, not \"%s\"",
                            opt->name, (long long)opt->min, (long long)opt->max, text);
     }

@@ -118,6 +118,9 @@ const struct epi_opt_info *epi_opt_info(size_t index);
 /* The same of the variables that are not ours; they have no default and no rule. */
 const struct epi_opt_info *epi_foreign_info(size_t index);
 
+/* A whole text as a number of that base in min..max; false, and *out as it was: it is none. */
+bool epi_parse_int(const char *text, int base, int64_t min, int64_t max, int64_t *out);
+
 /* A variable that is not ours: one of those listed in opt.c (of launchers, of CUDA, HOME). NULL when
  * it is unset or empty; the log says so when it is not listed. */
 const char *epi_env(const char *name);

@@ -91,11 +91,11 @@ static const struct foreign_row {
 };
 #define NUM_FOREIGN (sizeof(foreign_rows) / sizeof(foreign_rows[0]))
 
-static bool parse_int(const struct opt_row *row, const char *text, int64_t *out) {
+bool epi_parse_int(const char *text, int base, int64_t min, int64_t max, int64_t *out) {
     char *end = NULL;
     errno = 0;
-    long long value = strtoll(text, &end, strncasecmp(text, "0x", 2) == 0 ? 16 : 10);
-    if (errno != 0 || end == text || *end != '\0' || value < row->min || value > row->max) {
+    long long value = strtoll(text, &end, base);
+    if (errno != 0 || end == text || *end != '\0' || value < min || value > max) {
         return false;
     }
     *out = value;
@@ -122,7 +122,8 @@ static bool parse(const struct opt_row *row, const char *text, int64_t *out) {
     *out = 0;
     switch (row->kind) {
     case EPI_OPT_KIND_INT:
-        return parse_int(row, text, out);
+        return epi_parse_int(text, strncasecmp(text, "0x", 2) == 0 ? 16 : 10, row->min,
+                             row->max, out);
     case EPI_OPT_KIND_CHOICE:
         return parse_choice(row->choices, text, out);
     case EPI_OPT_KIND_STR:

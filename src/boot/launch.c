@@ -37,9 +37,8 @@ static const struct source sources[] = {
 };
 
 static ep_status read_number(const char *name, const char *text, long min, long max, int *out) {
-    char *end = NULL;
-    long value = strtol(text, &end, 10);
-    if (end == text || *end != '\0' || value < min || value > max) {
+    int64_t value = 0;
+    if (!epi_parse_int(text, 10, min, max, &value)) {
         return epi_fail(EP_ERR_ARG, "%s=\"%.40s\": it must be an integer in %ld..%ld", name,
                         text, min, max);
     }

@@ -19,7 +19,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -108,10 +107,8 @@ bool epi_addr_split(const char *text, char host[256], int *port) {
     } else if (memchr(text, ':', len)) {
         return false; /* a bare IPv6 address: which colon begins the port is anyone's guess */
     }
-    char *end = NULL;
-    long value = strtol(colon + 1, &end, 10);
-    if (len == 0 || len > 255 || end == colon + 1 || *end != '\0' || value < 1 ||
-        value > 65535) {
+    int64_t value = 0;
+    if (len == 0 || len > 255 || !epi_parse_int(colon + 1, 10, 1, 65535, &value)) {
         return false;
     }
     memcpy(host, from, len);
