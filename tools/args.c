@@ -7,7 +7,6 @@
  */
 #include "tools/tool.h"
 
-
 int args_refuse(const char *name, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
@@ -134,9 +133,10 @@ int args_parse(const struct command *command, int argc, char **argv, int *rest) 
             return status;
         }
     }
-    if (i < argc && !command->takes_rest) {
+    if (rest) {
+        *rest = i;
+    } else if (i < argc) {
         return args_refuse(command->name, "unexpected argument \"%s\"", argv[i]);
     }
-    *rest = i;
     return -1;
 }

@@ -246,8 +246,7 @@ int cmd_bench(int argc, char **argv) {
         .opts = opts,
         .num_opts = sizeof(opts) / sizeof(opts[0]),
     };
-    int rest = 0;
-    int status = args_parse(&command, argc, argv, &rest);
+    int status = args_parse(&command, argc, argv, NULL);
     status = status < 0 ? set_routing(&params, routing) : status;
     status = status < 0 ? set_defaults(&params) : status;
     return status < 0 ? bench(&params, &outputs) : status;

@@ -45,8 +45,7 @@ int cmd_env(int argc, char **argv) {
         .opts = opts,
         .num_opts = 1,
     };
-    int rest = 0;
-    int status = args_parse(&command, argc, argv, &rest);
+    int status = args_parse(&command, argc, argv, NULL);
     if (status >= 0) {
         return status;
     }

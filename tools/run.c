@@ -229,7 +229,6 @@ int cmd_run(int argc, char **argv) {
             "result.",
         .opts = opts,
         .num_opts = sizeof(opts) / sizeof(opts[0]),
-        .takes_rest = true,
     };
     int rest = 0;
     int status = args_parse(&command, argc, argv, &rest);

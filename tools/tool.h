@@ -46,11 +46,11 @@ struct command {
     const char *about;
     const struct opt *opts;
     int num_opts;
-    bool takes_rest; /* what follows the options belongs to the command */
 };
 
-/* -1: go on, with *rest the index of the first argument that is no option; otherwise the exit
- * status: --help was printed (0) or an argument was refused and named (2). */
+/* -1: go on, with *rest the index of the first argument that is no option, if these belong to the
+ * command; `rest` NULL: there may be none. Otherwise the exit status: --help was printed (0) or an
+ * argument was refused and named (2). */
 int args_parse(const struct command *command, int argc, char **argv, int *rest);
 /* Prints "NAME: text; see NAME --help" to stderr and returns 2. */
 int args_refuse(const char *name, const char *fmt, ...) EPI_PRINTF(2, 3);

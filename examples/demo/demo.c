@@ -284,8 +284,7 @@ int cmd_demo(int argc, char **argv) {
         .opts = opts,
         .num_opts = sizeof(opts) / sizeof(opts[0]),
     };
-    int rest = 0;
-    int status = args_parse(&command, argc, argv, &rest);
+    int status = args_parse(&command, argc, argv, NULL);
     if (status >= 0) {
         return status;
     }
