@@ -273,12 +273,6 @@ static void read_frames(struct epi_star *star, struct epi_conn *conn) {
     }
 }
 
-static void serve(struct epi_star *star, struct epi_conn *conn) {
-    if (conn->fd >= 0 && conn->is_ready) {
-        read_frames(star, conn);
-    }
-}
-
 /* Sends what can be sent without waiting, and closes the connections that are doomed. Before that
  * it reads them, because a rank that cannot be sent to may have said goodbye. A death is news for
  * the others, and to send it may doom their connections in turn, hence the loop. */
@@ -420,7 +414,9 @@ void *epi_star_main(void *arg) {
     while (!take_requests(star)) {
         /* Before the first poll too: frames may have come right behind START. */
         for (int i = 0; i < star->num_conns; i++) {
-            serve(star, &star->conns[i]);
+            if (star->conns[i].fd >= 0 && star->conns[i].is_ready) {
+                read_frames(star, &star->conns[i]);
+            }
         }
         flush_all(star);
         wait_for_something(star);

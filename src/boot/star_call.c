@@ -16,15 +16,11 @@
 
 ep_status epi_star_make(struct epi_star **out, int rank, int num_ranks) {
     struct epi_star *star = epi_alloc(sizeof(*star));
-    if (!star) {
-        return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
-    }
-    if (pthread_mutex_init(&star->lock, NULL) != 0) {
-        epi_free(star);
-        return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
-    }
-    if (epi_cond_init(&star->cond) != 0) {
-        pthread_mutex_destroy(&star->lock);
+    bool has_lock = star && pthread_mutex_init(&star->lock, NULL) == 0;
+    if (!has_lock || epi_cond_init(&star->cond) != 0) {
+        if (has_lock) {
+            pthread_mutex_destroy(&star->lock);
+        }
         epi_free(star);
         return epi_fail(EP_ERR_NOMEM, "rendezvous: no memory");
     }
