@@ -77,7 +77,8 @@ static int32_t *make_map(struct input *in, int num_experts, int num_ranks) {
     return map;
 }
 
-static int32_t *read_config(struct input *in, struct ep_group_config *c) {
+/* `claimed`: the size that the caller's struct says it has. */
+static int32_t *read_config(struct input *in, struct ep_group_config *c, uint32_t *claimed) {
     const uint64_t how = raw(in, 1);
     *c = (struct ep_group_config)EP_GROUP_CONFIG_INIT;
     c->num_ranks = (int32_t)number(in);
@@ -97,9 +98,7 @@ static int32_t *read_config(struct input *in, struct ep_group_config *c) {
     if (how & 1) {
         c->max_row_bytes &= ~(EP_ROW_ALIGN - 1);
     }
-    if ((how & 6) == 6) {
-        c->size ^= (uint32_t)raw(in, 4);
-    }
+    *claimed = c->size ^ ((how & 6) == 6 ? (uint32_t)raw(in, 4) : 0);
     int32_t *map = NULL;
     if ((how & 8) && c->num_experts > 0 && c->num_experts <= MAX_EXPERTS) {
         map = make_map(in, c->num_experts, c->num_ranks);
@@ -177,15 +176,34 @@ static void check_handle(const struct ep_group_config *c, const struct epi_plan 
     must(block + bytes - (uintptr_t)h.sync >= 8);
 }
 
+/* A caller's struct of any size: what lies behind it is 0, as far as one may be. */
+static void check_size(const struct ep_group_config *c, uint32_t claimed, ep_status st) {
+    union {
+        struct ep_group_config is;
+        unsigned char bytes[1024];
+    } wide;
+    struct ep_plan_info info = EP_PLAN_INFO_INIT;
+    memset(&wide, 0, sizeof(wide));
+    wide.is = *c;
+    wide.is.size = claimed;
+    const ep_status got = ep_plan(&wide.is, &info);
+    if (claimed < 8 || claimed > sizeof(wide) || claimed % 8) {
+        must(got == EP_ERR_VERSION);
+    } else {
+        must(claimed < sizeof(*c) ? got != EP_ERR_VERSION : got == st);
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     struct input in = {data, bytes};
     struct ep_group_config c;
     struct epi_plan p, again;
     struct ep_plan_info info = EP_PLAN_INFO_INIT;
-    int32_t *map = read_config(&in, &c);
+    uint32_t claimed;
+    int32_t *map = read_config(&in, &c, &claimed);
     epi_clear_error();
     const ep_status st = epi_plan(&c, c.num_ranks, &p);
-    must(st == EP_OK || st == EP_ERR_ARG || st == EP_ERR_NOMEM || st == EP_ERR_VERSION);
+    must(st == EP_OK || st == EP_ERR_ARG || st == EP_ERR_NOMEM);
     must((st == EP_OK) == (epi_error_text()[0] == 0));
     if (st == EP_OK || st == EP_ERR_NOMEM) {
         check_info(&c, &p);
@@ -201,6 +219,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     must(epi_plan(&c, c.num_ranks, &again) == st && memcmp(&p, &again, sizeof(p)) == 0);
     must(ep_plan(&c, &info) == st);
     must((st != EP_OK && st != EP_ERR_NOMEM) || memcmp(&info, &p.info, sizeof(info)) == 0);
+    check_size(&c, claimed, st);
     free(map);
     return 0;
 }
