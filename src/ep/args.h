@@ -78,7 +78,7 @@ struct epi_rule {
     uint32_t types; /* EPI_TYPE of each that is allowed */
     uint8_t like;   /* EPI_LIKE_... */
     uint8_t layout; /* enum epi_layout */
-    uint8_t never;  /* EPI_BY_MASK, ...: the call has no such tensor */
+    uint16_t never; /* EPI_BY_MASK, ...: the call has no such tensor */
 };
 
 #define EPI_MAX_TENSORS 16 /* of a call */

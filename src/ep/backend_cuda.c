@@ -252,25 +252,32 @@ static ep_status cuda_is_capturing(ep_group *g, void *stream, bool *capturing) {
 }
 
 /* A begun dispatch sends on the group's own stream, so that finish can receive on the caller's at
- * the same time. */
+ * the same time; finish needs no order but that of its end. */
+static void *stream_of(const struct epi_op *op, void *stream) {
+    return op->flags & EPI_OP_BEGIN ? epi_gpu_stream(op->h->group->cuda->gpu) : stream;
+}
+
+static ep_status order(struct epi_op *op, void *stream) {
+    struct epi_gpu *gpu = op->h->group->cuda->gpu;
+    bool capturing = false;
+    if (op->flags & EPI_OP_FINISH) {
+        return EP_OK;
+    }
+    if (op->flags & EPI_OP_BEGIN) {
+        EPI_TRY(epi_gpu_fork(gpu, stream));
+    }
+    EPI_TRY(epi_gpu_begin(gpu, stream_of(op, stream), &capturing));
+    op->flags |= capturing ? EPI_OP_CAPTURED : 0;
+    return EP_OK;
+}
+
 static ep_status launch(struct epi_op *op, void *stream) {
     struct epi_gpu *gpu = op->h->group->cuda->gpu;
     const struct epi_shape *s = &op->shape;
-    const bool begin = (op->flags & EPI_OP_BEGIN) != 0,
-               finish = (op->flags & EPI_OP_FINISH) != 0;
-    int blocks = s->workers;
-    bool capturing = false;
-    if (begin) {
-        EPI_TRY(epi_gpu_fork(gpu, stream));
-        stream = epi_gpu_stream(gpu);
-        blocks = s->send_blocks;
-    }
-    if (finish) {
-        blocks = s->workers > s->send_blocks ? s->workers - s->send_blocks : 1;
-    } else {
-        EPI_TRY(epi_gpu_begin(gpu, stream, &capturing));
-        op->flags |= capturing ? EPI_OP_CAPTURED : 0;
-    }
+    const bool finish = (op->flags & EPI_OP_FINISH) != 0;
+    const int rest = s->workers > s->send_blocks ? s->workers - s->send_blocks : 1;
+    const int blocks = op->flags & EPI_OP_BEGIN ? s->send_blocks : finish ? rest : s->workers;
+    stream = stream_of(op, stream);
     EPI_TRY(epi_gpu_launch(gpu, op->kind->kernel, &op->args, blocks, stream));
     if (finish) {
         EPI_TRY(epi_gpu_join(gpu, stream));
@@ -449,5 +456,6 @@ const struct epi_backend epi_backend_cuda = {
     .stream = own_stream,
     .shape = cuda_shape,
     .is_capturing = cuda_is_capturing,
+    .order = order,
     .launch = launch,
 };

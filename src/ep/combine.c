@@ -50,7 +50,7 @@ static ep_status combine_before(struct epi_op *op) {
 
 static const struct epi_op_kind combine_kind = {.name = "ep_combine",
                                                 .kernel = EPI_KERNEL_COMBINE,
-                                                .check = epi_group_check,
+                                                .faults = &epi_faults_end_group,
                                                 .before = combine_before};
 
 static void set_args(struct epi_op *op, const struct epi_call *call,

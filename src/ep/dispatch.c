@@ -128,7 +128,7 @@ static void dispatch_failed(struct epi_op *op) {
 
 static const struct epi_op_kind dispatch_kind = {.name = "ep_dispatch",
                                                  .kernel = EPI_KERNEL_DISPATCH,
-                                                 .check = epi_group_check,
+                                                 .faults = &epi_faults_end_group,
                                                  .issued = dispatch_issued,
                                                  .before = dispatch_before,
                                                  .after = dispatch_after,
@@ -212,26 +212,26 @@ static void continue_op(struct epi_op *op, const ep_handle *h) {
     op->args.op.flags &= ~(K_DO_SEND | K_DO_COUNTS);
 }
 
-/* Before peers count on the operation: a stream that takes no work is refused, and so are two calls
- * in a capture, because what finish needs to know is known when this returns. */
-static ep_status check_stream(const ep_handle *h, const struct epi_backend *b, uint32_t part,
-                              void *stream) {
+/* Two calls are one operation: what finish needs to know is known when this returns. */
+static ep_status check_steps(const ep_handle *h, uint32_t part, void *stream) {
     bool capturing = false;
-    EPI_TRY(b->is_capturing(h->group, stream, &capturing));
-    if (capturing && part) {
-        return epi_fail(EP_ERR_STATE,
-                        "ep_dispatch_%s: the stream is being captured, and the size of the "
-                        "output is learnt by the host: use ep_dispatch with worst-case outputs",
-                        part == EPI_OP_BEGIN ? "begin" : "finish");
-    }
-    return EP_OK;
+    EPI_TRY(h->group->backend->is_capturing(h->group, stream, &capturing));
+    return capturing
+               ? epi_fail(
+                     EP_ERR_STATE,
+                     "ep_dispatch_%s: the stream is being captured, and the size of the "
+                     "output is learnt by the host: use ep_dispatch with worst-case outputs",
+                     part == EPI_OP_BEGIN ? "begin" : "finish")
+               : EP_OK;
 }
 
 static ep_status run_dispatch(ep_handle *h, const struct epi_call *call,
                               const struct ep_dispatch_args *a, uint32_t part, void *stream) {
     const struct epi_backend *b = h->group->backend;
     struct epi_op op;
-    EPI_TRY(check_stream(h, b, part, stream));
+    if (part) {
+        EPI_TRY(check_steps(h, part, stream));
+    }
     if (part == EPI_OP_FINISH) {
         if (b->on_device) { /* what did not fit has no finish */
             EPI_TRY(epi_handle_await_fit(h, NULL));

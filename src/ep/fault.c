@@ -222,6 +222,21 @@ ep_status epi_group_check(ep_group *g, uint64_t n) {
     return epi_fail(EP_ERR_FAULTED, "the group has faulted: %s", f.message);
 }
 
+static ep_status check_group(const struct epi_op *op) {
+    return epi_group_check(op->h->group, op->number);
+}
+
+static bool is_group_over(const struct epi_op *op) {
+    return epi_group_is_over(op->h->group, op->number);
+}
+
+static void raise_not_launched(const struct epi_op *op, ep_status st) {
+    epi_group_raise(op->h->group, st, op->h->group->rank, op->number);
+}
+
+const struct epi_fault_rule epi_faults_end_group = {check_group, is_group_over,
+                                                    raise_not_launched};
+
 ep_status epi_group_check_next(ep_group *g) {
     pthread_mutex_lock(&g->mutex);
     const uint64_t next = g->issued + 1;

@@ -15,9 +15,6 @@
 #include "src/ep/op.h"
 #include "src/ep/plan.h"
 
-/* How soon an operation that waits for its turn learns that it need not. */
-#define EPI_TURN_NS (20 * EPI_NS_PER_MS)
-
 struct ep_group {
     struct ep_group_config config; /* pointers in it are not kept, except world */
     struct epi_plan plan;
@@ -47,8 +44,6 @@ struct ep_group {
     char dead_why[96];
 };
 
-#define EPI_MAX_INPUTS 3 /* of a dispatch */
-
 struct ep_handle {
     ep_group *group;
     struct ep_handle_config config;
@@ -72,7 +67,7 @@ struct ep_handle {
     bool captured;      /* ... and whether what was last enqueued is in a graph */
     struct epi_op
         open_op; /* a dispatch between begin and finish, and the bytes that it reads */
-    struct epi_extent input[EPI_MAX_INPUTS];
+    struct epi_extent input[EPI_MAX_TENSORS];
     int num_inputs;
     atomic_bool
         lacks_rows; /* the last uncached dispatch did not fit anywhere: nothing arrived */

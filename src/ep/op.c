@@ -9,6 +9,9 @@
 
 #include "src/ep/group.h"
 
+/* How soon an operation that waits for its turn learns that it need not. */
+#define TURN_NS (20 * EPI_NS_PER_MS)
+
 void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *h, int asked,
                   const struct epi_load *load) {
     ep_group *g = h->group;
@@ -41,26 +44,35 @@ void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded) {
     c->dim[EPI_DIM_K] = h->topk;
 }
 
+/* Under the mutex: an operation that the stream cannot take has no number, and no peer counts on it.
+ * `numbered`: it has got one, now or before. */
+static ep_status number_and_launch(struct epi_op *op, void *stream, bool *numbered) {
+    ep_group *g = op->h->group;
+    const struct epi_backend *b = g->backend;
+    if (b->order) {
+        EPI_TRY(b->order(op, stream));
+    }
+    if (op->kind->faults && !(op->flags & EPI_OP_FINISH)) {
+        op->number = ++g->issued;
+    }
+    *numbered = op->number != 0;
+    if (op->kind->issued) {
+        op->kind->issued(op);
+    }
+    return b->launch ? b->launch(op, stream) : EP_OK;
+}
+
 ep_status epi_op_issue(struct epi_op *op, void *stream) {
     ep_group *g = op->h->group;
     const struct epi_op_kind *kind = op->kind;
-    const bool launches = g->backend->launch != NULL;
-    ep_status st = EP_OK;
+    bool numbered = false;
     pthread_mutex_lock(&g->mutex);
-    if (!kind->local && !(op->flags & EPI_OP_FINISH)) {
-        op->number = ++g->issued;
-    }
-    if (kind->issued) {
-        kind->issued(op);
-    }
-    if (launches) {
-        st = g->backend->launch(op, stream);
-    }
+    ep_status st = number_and_launch(op, stream, &numbered);
     pthread_mutex_unlock(&g->mutex);
-    if (launches && st != EP_OK && !kind->local && !(op->flags & EPI_OP_DROPPED)) {
-        epi_group_raise(g, st, g->rank, op->number); /* peers count on this operation */
+    if (st != EP_OK && numbered && !(op->flags & EPI_OP_DROPPED)) {
+        kind->faults->not_launched(op, st);
     }
-    if (!launches) {
+    if (g->backend->submit) {
         st = g->backend->submit(op, stream);
         if (st != EP_OK && !stream && kind->failed) {
             kind->failed(op);
@@ -69,12 +81,13 @@ ep_status epi_op_issue(struct epi_op *op, void *stream) {
     return st;
 }
 
-/* Blocks until the operation before number n has ended, or until n has nothing to wait for. */
-static void await_turn(ep_group *g, uint64_t n) {
+/* Blocks until the operation before this one has ended, or until it has nothing to wait for. */
+static void await_turn(const struct epi_op *op) {
+    ep_group *g = op->h->group;
     pthread_mutex_lock(&g->mutex);
     /* Every operation that runs has a deadline; one whose stream never comes to it has none. */
-    while (g->ended < n - 1 && !epi_group_is_over(g, n)) {
-        epi_cond_wait(&g->turn, &g->mutex, epi_deadline_after(EPI_TURN_NS));
+    while (g->ended < op->number - 1 && !op->kind->faults->is_over(op)) {
+        epi_cond_wait(&g->turn, &g->mutex, epi_deadline_after(TURN_NS));
     }
     pthread_mutex_unlock(&g->mutex);
 }
@@ -93,7 +106,7 @@ static void end_op(ep_group *g, uint64_t n, bool ran) {
 }
 
 static ep_status check_op(const struct epi_op *op) {
-    return op->kind->local ? EP_OK : op->kind->check(op->h->group, op->number);
+    return op->kind->faults ? op->kind->faults->check(op) : EP_OK;
 }
 
 static ep_status run_kernel(struct epi_op *op) {
@@ -111,8 +124,8 @@ ep_status epi_op_run(void *arg) {
     struct epi_op *op = arg;
     ep_handle *h = op->h;
     const struct epi_op_kind *kind = op->kind;
-    if (!kind->local) {
-        await_turn(h->group, op->number);
+    if (kind->faults) {
+        await_turn(op);
     }
     ep_status st = check_op(op);
     if (st == EP_OK) {
@@ -122,7 +135,7 @@ ep_status epi_op_run(void *arg) {
     if (st != EP_OK && !ran && kind->clear) {
         kind->clear(op);
     }
-    if (!kind->local && !(op->flags & EPI_OP_OPEN)) {
+    if (kind->faults && !(op->flags & EPI_OP_OPEN)) {
         end_op(h->group, op->number, ran);
     }
     atomic_fetch_sub(&h->pending, 1);

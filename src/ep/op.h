@@ -18,17 +18,27 @@
 struct epi_op;
 
 /*
- * Hooks may be NULL, but for `check`. They run where the operation runs: for a call without a
- * stream on the caller's thread, else on the stream's; `issued` and `failed` on the caller's.
- * On a device nothing runs on the host after the launch, and only those two are called.
+ * The rule by which what happens to peers reaches an operation, and the other way round. In
+ * throughput mode one fault ends the group (fault.c); another mode may mask the rank and go on.
+ */
+struct epi_fault_rule {
+    /* EP_OK, or the status with which the operation ends, before or after its kernel. */
+    ep_status (*check)(const struct epi_op *op);
+    bool (*is_over)(const struct epi_op *op); /* there is nothing to wait for a turn for */
+    /* It has its number and cannot be launched: peers count on it. */
+    void (*not_launched)(const struct epi_op *op, ep_status st);
+};
+extern const struct epi_fault_rule epi_faults_end_group;
+
+/*
+ * Hooks may be NULL. They run where the operation runs: for a call without a stream on the
+ * caller's thread, else on the stream's; `issued` and `failed` on the caller's. On a device
+ * nothing runs on the host after the launch, and only those two are called.
  */
 struct epi_op_kind {
     const char *name; /* of the public function */
     enum epi_kernel kernel;
-    bool local; /* no peer takes part: no number, no turn */
-    /* EP_OK, or the status with which operation n ends before or after its kernel: the rule by
-     * which a fault of the group, or in other modes a mask, reaches the caller. */
-    ep_status (*check)(ep_group *g, uint64_t n);
+    const struct epi_fault_rule *faults;    /* NULL: no peer takes part: no number, no turn */
     void (*issued)(struct epi_op *op);      /* under the mutex, with its number */
     ep_status (*before)(struct epi_op *op); /* in its turn: what is known only now */
     ep_status (*after)(struct epi_op *op);  /* from what the kernel left to a status */
