@@ -63,7 +63,7 @@ BASE_FLAGS := -std=c11 -D_GNU_SOURCE -g -fPIC -fvisibility=hidden -ffp-contract=
 INCLUDES := -Iinclude -I.
 LIBS := -pthread -ldl -lm
 # Of the library and the kernels alone: what checks their results is slow enough.
-LIB_FLAGS := $(if $(COVERAGE),--coverage -fprofile-update=atomic)
+LIB_FLAGS := $(if $(COVERAGE),--coverage -fprofile-update=single)
 LIBS += $(if $(COVERAGE),--coverage)
 
 LIB_SRC := $(sort $(wildcard src/*/*.c))

@@ -1,46 +1,10 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# class: exclusive
+# class: timed
 # The program `ep` as its users meet it: what it prints, how it exits, and that it leaves no
-# process behind. TAP; EP_BUILD is the directory of the build (default build).
+# process behind: options, env, run, doctor. TAP.
 cd "$(dirname "$0")/.." || exit 1
-build=${EP_BUILD:-build}
-ep=$build/ep
-tmp=$(mktemp -d) || exit 1
-trap 'rm -rf "$tmp"' EXIT
-n=0
-mark=98765.$$ # a number of seconds that names our sleeps
-
-ok() { # ok WHAT: the status of the last command decides
-    if [ $? = 0 ]; then verdict=ok; else verdict="not ok"; fi
-    n=$((n + 1))
-    echo "$verdict $n - $1"
-    [ "$verdict" = ok ] || sed 's/^/# /' "$tmp/out" "$tmp/err" | tail -12
-}
-# want STATUS COMMAND...: runs it, output in $tmp/out and $tmp/err
-want() {
-    want_status=$1
-    shift
-    "$@" >"$tmp/out" 2>"$tmp/err" </dev/null
-    got_status=$?
-    [ $got_status = "$want_status" ] || { echo "# status $got_status: $*"; false; }
-}
-has() { grep -q -e "$1" "$tmp/out"; }
-says() { grep -q -e "$1" "$tmp/err"; }
-left() { # left MARK: a process whose command line holds MARK is alive
-    for f in /proc/[0-9]*/cmdline; do
-        case $(tr '\0' ' ' 2>/dev/null <"$f") in *"$1"*) return 0 ;; esac
-    done 2>/dev/null
-    return 1
-}
-gone() { # gone MARK: within two seconds nothing of it is left
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
-        left "$1" || return 0
-        sleep 0.2
-    done
-    return 1
-}
-is_json() { ! command -v python3 >/dev/null || python3 -m json.tool <"$1" >/dev/null; }
+. tests/tool.sh
 
 # ---- ep, help, options
 want 0 "$ep" && has 'usage: ep COMMAND' && has 'doctor'
@@ -168,85 +132,4 @@ case $(ldconfig -p 2>/dev/null; ls /usr/lib/*/libcuda.so.1 2>/dev/null) in
     ok "demo --device auto works without a GPU, and says nothing of one"
     ;;
 esac
-
-# ---- on the driver for tests, which tests/t_driver.sh runs programs on
-if [ -e "$build/driver/libcuda.so.1" ]; then
-    mkdir -m 700 "$tmp/cache"
-    cuda() { # cuda STATUS COMMAND...
-        cuda_status=$1
-        shift
-        want "$cuda_status" env LD_LIBRARY_PATH="$PWD/$build/driver" EP_JIT_CACHE="$tmp/cache" \
-            EP_NVRTC_PATH="$PWD/$build/driver/libnvrtc.so.13" EP_TEST_SMS=4 "$@"
-    }
-    cuda 0 "$ep" doctor && has 'ok  *CUDA mode' && has 'ok  *GPU  *1: a device for tests' &&
-        has 'ok  *NVRTC  *13.0, .*/driver/libnvrtc' && has 'ok  *links between GPUs' &&
-        has 'ok  *copies between GPUs  *[0-9.]* GB/s'
-    ok "doctor finds GPUs, measures what is between them, and tries the CUDA mode"
-    tiny="-n 2 --tokens 32 --hidden 256 --experts 16 --topk 4 --iters 2 --warmup 1"
-    # shellcheck disable=SC2086
-    cuda 0 "$ep" bench --device cuda $tiny && has 'data checked' && has '^link: [0-9]' &&
-        [ "$(grep -c '  eager  ' "$tmp/out")" = 14 ] && [ "$(grep -c '  graph  ' "$tmp/out")" = 14 ]
-    ok "bench --device cuda checks its data, eager and as a graph"
-    cuda 0 "$ep" demo --device cuda -n 2 --tokens 60 --batch 16 && has PASS &&
-        has '2 processes' && has 'rows are on 1 x a device for tests, 0'
-    ok "demo --device cuda passes"
-fi
-
-# ---- ep demo
-want 0 "$ep" demo --device host --tokens 300 --batch 32 && has PASS && ! has "$(printf '\r')"
-ok "demo passes, and draws no bar where there is no terminal"
-want 0 "$ep" demo -n 3 --tokens 10 --batch 4 && has PASS
-ok "demo with ranks that run out of tokens"
-printf 'to be, or not to be' >"$tmp/text"
-want 0 "$ep" demo --file "$tmp/text" && has "$tmp/text: 7 tokens"
-ok "demo reads the text it is given"
-want 1 "$ep" demo --file "$tmp/no-such-text" && says no-such-text
-ok "a text that is not there is named"
-for sig in INT TERM; do
-    env --default-signal=INT "$ep" demo --tokens 99999 --batch 17 >"$tmp/out" 2>"$tmp/err" &
-    pid=$!
-    sleep 1
-    kill -$sig $pid
-    wait $pid
-    status=$?
-    { [ $status = 130 ] || [ $status = 143 ]; } && gone "demo --tokens 99999"
-    ok "SIG$sig ends the demo and its ranks"
-done
-
-# ---- ep bench
-small="--tokens 64 --hidden 64 --experts 16 --topk 4 --iters 3 --warmup 1"
-for more in "" "--expanded" "--threads" "--dtype fp8 --hidden 256" "--dtype f32" \
-    "-n 3 --uncached" "--routing grouped --groups 4 --topk-groups 2" \
-    "--routing skewed --copy" "-n 1 --arena" "--routing half" "-n 3 --routing half --expanded" \
-    "--expanded --dtype fp8 --hidden 256 --routing skewed --threads"; do
-    # shellcheck disable=SC2086
-    want 0 "$ep" bench $small $more && has '^route' && has '^combine from' && has GB/s
-    ok "bench ${more:-as it is} checks its data and passes"
-done
-want 0 "$ep" bench $small -n 3 --routing half --tokens 60 && has 'busiest rank 1.50 x'
-ok "half routing gives rank 0 half of all rows"
-printf '1 2 3 4\n5,6,7,8\n-1 9 10 11\n' >"$tmp/ids"
-want 0 "$ep" bench $small --routing "file:$tmp/ids" && has 'file routing'
-ok "bench replays ids from a file"
-printf '1 2 99 4\n' >"$tmp/ids"
-want 1 "$ep" bench $small --routing "file:$tmp/ids" && says 99
-ok "a bad id in the file is named"
-want 0 "$ep" bench $small --sweep 'tokens=8,16;hidden=64,128' --json && is_json "$tmp/out" &&
-    [ "$(grep -c '"phase": "route"' "$tmp/out")" = 4 ]
-ok "bench --json with a sweep of four cases"
-want 0 "$ep" bench $small --csv && [ "$(wc -l <"$tmp/out")" = 9 ] &&
-    [ "$(awk -F, '{ print NF }' "$tmp/out" | sort -u | wc -l)" = 1 ]
-ok "bench --csv has one line per phase, all of one width"
-want 1 "$ep" bench --tokens 1000000 --hidden 65536 && says 'lower --tokens'
-ok "a case that does not fit in memory is refused before it starts"
-
-# ---- the example
-if [ -x "$build/examples/moe_layer" ]; then
-    want 0 "$build/examples/moe_layer" &&
-        [ "$(grep -c 'every answer is right' "$tmp/out")" = 4 ]
-    ok "the example works alone"
-    want 0 "$ep" run -n 3 -- "$build/examples/moe_layer" &&
-        [ "$(grep -c 'every answer is right' "$tmp/out")" = 3 ]
-    ok "the example works under ep run"
-fi
 echo "1..$n"
