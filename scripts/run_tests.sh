@@ -164,7 +164,7 @@ class_of() { # class_of PROGRAM
     esac
     sed -n '1,5s/.*class: \([a-z]*\).*/\1/p' "$head"
 }
-in_class() { # in_class CLASS JOBS: runs those of that class
+in_class() { # in_class CLASS JOBS: runs those of that class; what prove says is in prove-CLASS.txt
     some=
     for t in $tests; do
         [ "$(class_of "$t")" = "$1" ] && some="$some $t"
@@ -176,17 +176,20 @@ in_class() { # in_class CLASS JOBS: runs those of that class
     if command -v prove >/dev/null; then
         # shellcheck disable=SC2086
         prove -j "$2" --exec "scripts/run_tests.sh --one" $some \
-            >>"$TAP_LOGS/prove.txt" 2>&1 </dev/null || rc=1
+            >"$TAP_LOGS/prove-$1.txt" 2>&1 </dev/null
     else
         # shellcheck disable=SC2086
         printf '%s\n' $some | xargs -n 1 -P "$2" scripts/run_tests.sh --one \
-            >>"$TAP_LOGS/prove.txt" 2>&1 || rc=1
+            >"$TAP_LOGS/prove-$1.txt" 2>&1
     fi
 }
 cores=$(nproc 2>/dev/null || echo 2)
-in_class rest "$cores"
-in_class timed "${TAP_TIMED_JOBS:-6}"
-in_class exclusive 1
+# Those that mostly sleep leave the cores to the rest.
+in_class timed "${TAP_TIMED_JOBS:-6}" &
+timed=$!
+in_class rest "$cores" || rc=1
+wait $timed || rc=1
+in_class exclusive 1 || rc=1
 for t in $tests; do
     [ -e "$TAP_LOGS/$(basename "$t").sum" ] || echo 0 1 0 >"$TAP_LOGS/$(basename "$t").sum"
 done
@@ -203,7 +206,7 @@ for sum in "$TAP_LOGS"/*.sum; do
 done
 # Prove also checks plans and numbering; if only it complains, its words are shown.
 if [ $rc != 0 ] && ! grep -qv '^[0-9]* 0 ' "$TAP_LOGS"/*.sum -h; then
-    tail -20 "$TAP_LOGS/prove.txt"
+    tail -n 20 "$TAP_LOGS"/prove-*.txt
     echo 0 1 0 >"$TAP_LOGS/prove.sum"
 fi
 cat "$TAP_LOGS"/*.tap 2>/dev/null | grep '# SKIP' | sed 's/.*# SKIP/skip:/' | sort | uniq -c
