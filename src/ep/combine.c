@@ -48,10 +48,8 @@ static ep_status combine_before(struct epi_op *op) {
     return st;
 }
 
-static const struct epi_op_kind combine_kind = {.name = "ep_combine",
-                                                .kernel = EPI_KERNEL_COMBINE,
-                                                .faults = &epi_faults_end_group,
-                                                .before = combine_before};
+static const struct epi_op_kind combine_kind = {
+    .kernel = EPI_KERNEL_COMBINE, .faults = &epi_faults_end_group, .before = combine_before};
 
 static void set_args(struct epi_op *op, const struct epi_call *call,
                      const struct ep_combine_args *a) {

@@ -126,8 +126,7 @@ static void dispatch_failed(struct epi_op *op) {
     pthread_mutex_unlock(&g->mutex);
 }
 
-static const struct epi_op_kind dispatch_kind = {.name = "ep_dispatch",
-                                                 .kernel = EPI_KERNEL_DISPATCH,
+static const struct epi_op_kind dispatch_kind = {.kernel = EPI_KERNEL_DISPATCH,
                                                  .faults = &epi_faults_end_group,
                                                  .issued = dispatch_issued,
                                                  .before = dispatch_before,
@@ -212,11 +211,12 @@ static void continue_op(struct epi_op *op, const ep_handle *h) {
     op->args.op.flags &= ~(K_DO_SEND | K_DO_COUNTS);
 }
 
-/* Two calls are one operation: what finish needs to know is known when this returns. */
-static ep_status check_steps(const ep_handle *h, uint32_t part, void *stream) {
+/* Before the handle changes: a stream that takes no work is refused, and so are two calls in a
+ * capture, because what finish needs to know is known when this returns. */
+static ep_status check_stream(const ep_handle *h, uint32_t part, void *stream) {
     bool capturing = false;
     EPI_TRY(h->group->backend->is_capturing(h->group, stream, &capturing));
-    return capturing
+    return capturing && part
                ? epi_fail(
                      EP_ERR_STATE,
                      "ep_dispatch_%s: the stream is being captured, and the size of the "
@@ -229,9 +229,7 @@ static ep_status run_dispatch(ep_handle *h, const struct epi_call *call,
                               const struct ep_dispatch_args *a, uint32_t part, void *stream) {
     const struct epi_backend *b = h->group->backend;
     struct epi_op op;
-    if (part) {
-        EPI_TRY(check_steps(h, part, stream));
-    }
+    EPI_TRY(check_stream(h, part, stream));
     if (part == EPI_OP_FINISH) {
         if (b->on_device) { /* what did not fit has no finish */
             EPI_TRY(epi_handle_await_fit(h, NULL));

@@ -36,7 +36,6 @@ extern const struct epi_fault_rule epi_faults_end_group;
  * nothing runs on the host after the launch, and only those two are called.
  */
 struct epi_op_kind {
-    const char *name; /* of the public function */
     enum epi_kernel kernel;
     const struct epi_fault_rule *faults;    /* NULL: no peer takes part: no number, no turn */
     void (*issued)(struct epi_op *op);      /* under the mutex, with its number */

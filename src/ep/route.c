@@ -62,13 +62,11 @@ static void route_failed(struct epi_op *op) {
     op->h->routed = false;
 }
 
-static const struct epi_op_kind route_kind = {.name = "ep_handle_route",
-                                              .kernel = EPI_KERNEL_ROUTE,
+static const struct epi_op_kind route_kind = {.kernel = EPI_KERNEL_ROUTE,
                                               .before = route_before,
                                               .after = route_after,
                                               .failed = route_failed};
-static const struct epi_op_kind layout_kind = {.name = "ep_handle_layout",
-                                               .kernel = EPI_KERNEL_LAYOUT};
+static const struct epi_op_kind layout_kind = {.kernel = EPI_KERNEL_LAYOUT};
 
 static ep_status run_route(ep_handle *h, const struct epi_call *call,
                            const struct ep_routing *r, void *stream) {
