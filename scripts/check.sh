@@ -138,5 +138,12 @@ heading 'result'
 echo "$((SECONDS - begin)) s: $(sort -rn $times |
     awk '$1 > 0 { printf "%s%s %d", (NR > 1 ? ", " : ""), $2, $1 }'); logs in $logs"
 [[ ${#failures[@]} == 0 ]] || echo "failed: ${failures[*]}"
+# What failed is said again where the end of a long output is all that is kept.
+for variant in plain san tsan; do
+    wanted $variant || continue
+    cat $logs/$variant/*.why 2>/dev/null
+    grep -H '^not ok' $logs/$variant/*.tap 2>/dev/null | grep -v '# TODO' |
+        sed "s|^$logs/||" | head -10
+done
 echo "$passed passed, $failed failed, $skipped skipped"
 [[ $failed == 0 ]]
