@@ -173,6 +173,38 @@ int64_t epi_alloc_live(void);   /* epi_alloc'ed and not yet freed */
 /* Memory that the kernel would hand out without swapping; 0: it does not say. */
 int64_t epi_available_bytes(void);
 
+/* ---- fork.c ------------------------------------------------------------------------------ */
+
+/* The number of this process, another one in each child of fork(): what an object remembers of
+ * who made it. */
+uint32_t epi_process(void);
+/* Whether this process is not the one of that number, but was forked from it: locks may be held by
+ * threads that are not here, and shared memory is not here. For operations: costs a load. */
+bool epi_is_forked(uint32_t made_by);
+
+/* For public functions: refuses what was made before fork(). */
+#define EPI_NOT_FORKED(fn, what, made_by)                                                      \
+    if (epi_is_forked(made_by)) {                                                              \
+        return epi_fail(EP_ERR_STATE,                                                          \
+                        "%s: the %s was made before fork(): it belongs to the "                \
+                        "process that made it, which alone can use it",                        \
+                        fn, what);                                                             \
+    }
+
+/*
+ * Every descriptor is opened as epi_fd_begin(); fd = epi_fd_keep(socket(...)): above 2, so that
+ * nobody takes it for stderr, and closed in children of fork(). Returns it or -errno. A descriptor
+ * is closed by epi_fd_close, which sets it to -1; -1 is fine. No fork() falls between begin and
+ * keep: what stands there must not block.
+ */
+void epi_fd_begin(void);
+int epi_fd_keep(int fd);
+void epi_fd_close(int *fd);
+
+/* Maps shared memory, which a child of fork() then has not: it cannot write into it, nor keep it
+ * alive. NULL, and errno, on failure; a child must not unmap it. */
+void *epi_map_shared(int fd, size_t bytes);
+
 /* ---- thread.c ---------------------------------------------------------------------------- */
 
 /* 0 or an errno value. The new thread takes no asynchronous signals: those are the caller's

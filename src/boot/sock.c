@@ -2,9 +2,7 @@
 /*
  * Sockets as the rendezvous needs them.
  *
- * Owns the process-wide set of our descriptors. It exists for fork(): a child (a data loader,
- * say) would inherit the connections and keep them open after its parent was killed, and the
- * death would go unnoticed; so the child closes them. Runs on any thread.
+ * Owns nothing. Runs on any thread.
  * Must not block, except epi_addr_resolve when a name server is slow, nor set TCP_USER_TIMEOUT:
  * it also fires when the peer has merely stopped reading, which a stopped process does.
  */
@@ -24,69 +22,8 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-/* ---- the set of our descriptors ---------------------------------------------------------- */
-
-#define MAX_TRACKED_FDS                                                                        \
-    65536 /* a descriptor above that is served, but not closed in children */
-
-static pthread_mutex_t track_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_once_t track_once = PTHREAD_ONCE_INIT;
-static uint8_t tracked[MAX_TRACKED_FDS / 8];
-
-static void before_fork(void) {
-    pthread_mutex_lock(&track_lock);
-}
-
-static void after_fork_parent(void) {
-    pthread_mutex_unlock(&track_lock);
-}
-
-static void after_fork_child(void) {
-    for (int i = 0; i < (int)sizeof(tracked); i++) {
-        for (int bit = 0; tracked[i] != 0 && bit < 8; bit++) {
-            if (tracked[i] & 1u << bit) {
-                close(i * 8 + bit);
-            }
-        }
-        tracked[i] = 0;
-    }
-    pthread_mutex_unlock(&track_lock);
-}
-
-static void track_init(void) {
-    pthread_atfork(before_fork, after_fork_parent, after_fork_child);
-}
-
-static void track_begin(void) {
-    pthread_once(&track_once, track_init);
-    pthread_mutex_lock(&track_lock);
-}
-
-/* Opening happens between track_begin and track_end, so that no fork falls in between.
- * Hands through fd, or makes it -errno. */
-static int track_end(int fd) {
-    int result = fd >= 0 ? fd : -errno;
-    if (fd >= 0 && fd < MAX_TRACKED_FDS) {
-        tracked[fd / 8] |= (uint8_t)(1u << fd % 8);
-    }
-    pthread_mutex_unlock(&track_lock);
-    return result;
-}
-
 void epi_sock_close(int *fd) {
-    if (*fd < 0) {
-        return;
-    }
-    pthread_mutex_lock(&track_lock);
-    bool ours = *fd >= MAX_TRACKED_FDS || (tracked[*fd / 8] & 1u << *fd % 8) != 0;
-    if (ours) {
-        if (*fd < MAX_TRACKED_FDS) {
-            tracked[*fd / 8] &= (uint8_t) ~(1u << *fd % 8);
-        }
-        close(*fd);
-    }
-    pthread_mutex_unlock(&track_lock);
-    *fd = -1;
+    epi_fd_close(fd);
 }
 
 /* ---- addresses --------------------------------------------------------------------------- */
@@ -229,8 +166,8 @@ static int open_stream(int family) {
     if (epi_alloc_should_fail()) {
         return -EMFILE;
     }
-    track_begin();
-    return track_end(socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    epi_fd_begin();
+    return epi_fd_keep(socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
 }
 
 int epi_sock_listen(const struct epi_addr *addr) {
@@ -259,9 +196,9 @@ int epi_sock_accept(int listen_fd, struct epi_addr *from) {
     }
     memset(from, 0, sizeof(*from));
     from->len = sizeof(from->ss);
-    track_begin();
-    int fd = track_end(accept4(listen_fd, (struct sockaddr *)&from->ss, &from->len,
-                               SOCK_CLOEXEC | SOCK_NONBLOCK));
+    epi_fd_begin();
+    int fd = epi_fd_keep(accept4(listen_fd, (struct sockaddr *)&from->ss, &from->len,
+                                 SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (fd >= 0) {
         set_options(fd);
     }
@@ -333,8 +270,8 @@ int epi_sock_kicker(void) {
     if (epi_alloc_should_fail()) {
         return -EMFILE;
     }
-    track_begin();
-    return track_end(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    epi_fd_begin();
+    return epi_fd_keep(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
 }
 
 bool epi_sock_has_unacked(int fd) {
