@@ -156,6 +156,33 @@ bool epi_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, struct epi_dead
 /* Goes on with a hash, so that data can be hashed in pieces; EPI_HASH_BEGIN is that of no bytes. */
 uint64_t epi_hash(uint64_t hash, const void *data, size_t bytes);
 
+/* ---- sha256.c ---------------------------------------------------------------------------- */
+
+#define EPI_SHA256_BYTES 32
+
+struct epi_sha256 {
+    uint32_t state[8];
+    uint64_t num_bytes; /* added so far */
+    uint8_t block[64];  /* the last num_bytes % 64 of them */
+};
+
+struct epi_hmac {
+    struct epi_sha256 inner, outer;
+};
+
+/* Data is added in pieces of any size; after the end the state must be begun anew. */
+void epi_sha256_begin(struct epi_sha256 *s);
+void epi_sha256_add(struct epi_sha256 *s, const void *data, size_t bytes);
+void epi_sha256_end(struct epi_sha256 *s, uint8_t out[EPI_SHA256_BYTES]);
+
+/* HMAC-SHA-256: who does not hold the key can neither make nor check it. */
+void epi_hmac_begin(struct epi_hmac *h, const void *key, size_t key_bytes);
+void epi_hmac_add(struct epi_hmac *h, const void *data, size_t bytes);
+void epi_hmac_end(struct epi_hmac *h, uint8_t out[EPI_SHA256_BYTES]);
+
+/* Whether both are equal, in a time that does not tell how far they are. */
+bool epi_same_bytes(const void *a, const void *b, size_t bytes);
+
 /* ---- alloc.c ----------------------------------------------------------------------------- */
 
 /* Zeroed, 64-byte aligned; NULL on failure, which the caller reports. 0 bytes is a valid,
