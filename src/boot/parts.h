@@ -16,10 +16,7 @@
 #include "src/boot/boot.h"
 #include "src/boot/wire.h"
 
-/* ---- sock.c: sockets --------------------------------------------------------------------- */
-
-/* Not blocking, closed on exec and in forked children, with a quick verdict on peers whose host has
- * vanished. */
+/* ---- addr.c: addresses --------------------------------------------------------------------- */
 
 #define EPI_ADDR_TEXT_BYTES 72
 
@@ -38,6 +35,11 @@ int epi_addr_local(int port, struct epi_addr *out, int max);
 /* The wildcard of both families, for a listener. */
 void epi_addr_any(int port, bool v6, struct epi_addr *out);
 void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]);
+
+/* ---- sock.c: sockets --------------------------------------------------------------------- */
+
+/* Not blocking, closed on exec and in forked children, with a quick verdict on peers whose host has
+ * vanished. */
 
 /* A descriptor, or -errno. */
 int epi_sock_listen(const struct epi_addr *addr);
