@@ -210,7 +210,7 @@ static ep_status meet_by_callback(const struct epi_boot_config *config, struct e
 
 static ep_status read_config(const struct epi_boot_config *config, struct epi_meet *meet) {
     struct epi_job job;
-    epi_launch_job(config->job, &job);
+    EPI_TRY(epi_launch_job(config->job, &job));
     meet->rank = config->rank;
     meet->num_ranks = config->num_ranks;
     meet->job = job.id;
@@ -228,9 +228,11 @@ static ep_status read_config(const struct epi_boot_config *config, struct epi_me
     } else {
         struct epi_launch launch = {0};
         EPI_TRY(epi_launch_read(&job, &launch));
+        meet->job = job.id;
+        meet->is_job_named = job.is_named;
         meet->rank = launch.rank;
         meet->num_ranks = launch.num_ranks;
-        meet->port = launch.port;
+        meet->port = launch.ports[0];
         memcpy(meet->host, launch.host, sizeof(meet->host));
     }
     bool is_v6 = strchr(meet->host, ':') != NULL;

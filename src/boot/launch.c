@@ -140,7 +140,7 @@ static ep_status read_host(struct epi_launch *out, const char **from) {
         epi_format(out->host, sizeof(out->host), "%s", host);
         return EP_OK;
     }
-    if (is_all_local(out->num_ranks)) {
+    if (out->is_local) {
         *from = "all ranks are on this host";
         epi_format(out->host, sizeof(out->host), "127.0.0.1");
         return EP_OK;
@@ -174,27 +174,32 @@ static ep_status read_port(const struct epi_job *job, struct epi_launch *out,
         port = DERIVED_PORT_FIRST + (int64_t)(job->id % DERIVED_PORT_COUNT);
         *from = "derived from the job";
     }
-    out->port = (int)port;
+    out->ports[0] = (int)port;
+    out->num_ports = 1;
     return EP_OK;
 }
 
-ep_status epi_launch_read(const struct epi_job *job, struct epi_launch *out) {
+ep_status epi_launch_read(struct epi_job *job, struct epi_launch *out) {
     const char *who = "";
     const char *host = "";
     const char *port = "";
     EPI_TRY(read_identity(out, &who));
+    out->is_local = is_all_local(out->num_ranks);
     EPI_TRY(read_host(out, &host));
     EPI_TRY(read_port(job, out, &port));
     epi_log(EPI_LOG_INFO, "rank %d of %d from %s; rank 0 at %s (%s) port %d (%s); job: %s",
-            out->rank, out->num_ranks, who, out->host, host, out->port, port, job->from);
+            out->rank, out->num_ranks, who, out->host, host, out->ports[0], port, job->from);
     return EP_OK;
 }
 
-static uint64_t mix(uint64_t hash, const char *text) {
-    return epi_hash(hash, text, strlen(text));
+static void name_job(struct epi_job *job, const char *from, const char *first,
+                     const char *second) {
+    epi_format(job->from, sizeof(job->from), "%s", from);
+    epi_format(job->name, sizeof(job->name), "%s=%s%s%s", from, first, second ? "." : "",
+               second ? second : "");
 }
 
-void epi_launch_job(const char *name, struct epi_job *out) {
+ep_status epi_launch_job(const char *name, struct epi_job *out) {
     static const char *const ids[][2] = {
         {"TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"},
         {"PMIX_NAMESPACE", NULL},
@@ -204,25 +209,21 @@ void epi_launch_job(const char *name, struct epi_job *out) {
         {"SLURM_JOBID", "SLURM_STEPID"},
     };
     const char *given = name ? name : epi_opt_str(EPI_OPT_JOB);
-    out->id = mix(EPI_HASH_BEGIN, "libep");
-    out->is_named = true;
+    memset(out, 0, sizeof(*out));
+    epi_format(out->from, sizeof(out->from), "unnamed");
     if (given) {
-        out->id = mix(mix(out->id, "job="), given);
-        epi_format(out->from, sizeof(out->from), "%s", name ? "given" : "EP_JOB");
-        return;
+        name_job(out, "EP_JOB", given, NULL);
+        out->is_named = true;
     }
-    for (size_t i = 0; i < sizeof(ids) / sizeof(ids[0]); i++) {
-        const char *first = epi_env(ids[i][0]);
-        if (first) {
-            const char *second = ids[i][1] ? epi_env(ids[i][1]) : NULL;
-            out->id = mix(mix(out->id, ids[i][0]), first);
-            out->id = mix(out->id, second ? second : "");
-            epi_format(out->from, sizeof(out->from), "%s", ids[i][0]);
+    for (size_t i = 0; i < sizeof(ids) / sizeof(ids[0]) && !given; i++) {
+        given = epi_env(ids[i][0]);
+        if (given) {
+            name_job(out, ids[i][0], given, ids[i][1] ? epi_env(ids[i][1]) : NULL);
             /* torchrun's static rendezvous calls every job "none". */
-            out->is_named = strcmp(first, "none") != 0;
-            return;
+            out->is_named = strcmp(given, "none") != 0;
+            out->is_public = true;
         }
     }
-    out->is_named = false;
-    epi_format(out->from, sizeof(out->from), "unnamed");
+    out->id = epi_hash(EPI_HASH_BEGIN, out->name, strlen(out->name));
+    return EP_OK;
 }

@@ -146,22 +146,35 @@ void epi_rank_list(const bool *set, bool value, int num, char *out, size_t out_b
 
 /* Who I am, where rank 0 is, which job this is. */
 
-struct epi_launch {
-    int rank;
-    int num_ranks;
-    char host[256];
-    int port;
-};
+#define EPI_LAUNCH_MAX_PORTS 4
+#define EPI_JOB_NAME_BYTES 1024
 
 struct epi_job {
-    uint64_t id;    /* hash of the name and where the name came from */
+    /* What the ranks of the job have in common, and no other job has; where the text came from
+     * is part of it. Equal on all ranks. Without a name it is empty. */
+    char name[EPI_JOB_NAME_BYTES];
+    uint64_t id;    /* hash of it */
     bool is_named;  /* false: nobody gave a name, so id is the same for all such jobs */
+    bool is_public; /* other users can know the name; false: it is as secret as EP_JOB */
     char from[128]; /* for the log */
 };
 
+struct epi_launch {
+    int rank;
+    int num_ranks;
+    bool is_local;  /* all ranks are on this host, so they need neither host nor port */
+    char host[256]; /* of rank 0: a name or a literal without brackets */
+    /* Where rank 0 may listen: it takes the first it can have, and the others try all in turn,
+     * since anybody's may be the program that answers at one of them. */
+    int ports[EPI_LAUNCH_MAX_PORTS];
+    int num_ports;
+    char note[256]; /* "", or what the text of a timeout says besides */
+};
+
 /* `name` is the caller's, NULL: EP_JOB or the launcher's. */
-void epi_launch_job(const char *name, struct epi_job *out);
-ep_status epi_launch_read(const struct epi_job *job, struct epi_launch *out);
+ep_status epi_launch_job(const char *name, struct epi_job *out);
+/* May name an unnamed job, by the process that started its ranks. */
+ep_status epi_launch_read(struct epi_job *job, struct epi_launch *out);
 /* The first host of a Slurm node list: "node[03-07,9]" is "node03". False: not understood. */
 bool epi_launch_first_host(const char *list, char *out, size_t out_bytes);
 
