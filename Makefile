@@ -58,8 +58,18 @@ endif
 
 # EXTRA_CFLAGS is the user's; the flags before it are what the sources rely on.
 WARN := -Wall -Wextra -Werror -Wvla -Wmissing-prototypes -Wstrict-prototypes
+# A write beyond an array ends the program instead of being obeyed. Sanitizers do that themselves;
+# _FORTIFY_SOURCE needs optimization, and not every compiler has every flag for every CPU.
+ifeq ($(filter asan ubsan san tsan fuzz,$(VARIANT)),)
+HARDEN := -fstack-protector-strong \
+    $(shell $(CC) -Werror -fstack-clash-protection -x c -c /dev/null -o /dev/null 2>/dev/null && \
+    echo -fstack-clash-protection) \
+    $(if $(filter -O0,$(OPT) $(KERNEL_OPT)),,-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2)
+endif
+# Nor can a table of addresses, the stack or the place of the program be made use of.
+HARDEN_LINK := -Wl,-z,relro,-z,now,-z,noexecstack
 BASE_FLAGS := -std=c11 -D_GNU_SOURCE -g -fPIC -fvisibility=hidden -ffp-contract=off -pthread \
-    $(WARN) $(VARIANT_FLAGS)
+    $(HARDEN) $(WARN) $(VARIANT_FLAGS)
 INCLUDES := -Iinclude -I.
 LIBS := -pthread -ldl -lm
 # Of the library and the kernels alone: what checks their results is slow enough.
@@ -268,7 +278,7 @@ $(B)/libep.a: $(LIB_OBJ) $(B)/list
 $(B)/libep.so.$(VERSION): $(LIB_OBJ) src/libep.map $(B)/list
 	$(SAY) LINK $@
 	$(Q)$(CC) $(VARIANT_FLAGS) -shared -Wl,-soname,libep.so.$(SOVERSION) \
-	    -Wl,--version-script=src/libep.map -Wl,-z,defs -Wl,-z,relro,-z,now \
+	    -Wl,--version-script=src/libep.map -Wl,-z,defs $(HARDEN_LINK) \
 	    $(LDFLAGS) -o $@ $(LIB_OBJ) $(LIBS)
 
 $(B)/libep.so: $(B)/libep.so.$(VERSION)
@@ -287,7 +297,8 @@ $(B)/libep.pc: Makefile FORCE
 # internal functions. Examples see what a user sees: ep.h and libep.so.
 $(B)/ep: $(TOOL_OBJ) $(B)/libep.a
 	$(SAY) LINK $@
-	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -o $@ $(TOOL_OBJ) $(B)/libep.a $(LIBS)
+	$(Q)$(CC) $(VARIANT_FLAGS) -pie $(HARDEN_LINK) $(LDFLAGS) -o $@ $(TOOL_OBJ) $(B)/libep.a \
+	    $(LIBS)
 
 $(B)/libtest.a: $(SUPPORT_OBJ) $(B)/list
 	$(SAY) AR $@

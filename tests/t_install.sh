@@ -32,6 +32,23 @@ ok $? "library, archive and header are there"
 ! grep -rqF "$root" "$lib/pkgconfig"
 ok $? "libep.pc does not know the build tree"
 
+# hardened FILE: addresses that the loader fills in are read-only, and the stack is no program.
+hardened() {
+    readelf -lW "$1" >"$tmp/log" && grep -q 'GNU_RELRO' "$tmp/log" &&
+        grep 'GNU_STACK' "$tmp/log" | grep -q ' RW  *0x' &&
+        readelf -dW "$1" >"$tmp/log" && grep -q 'BIND_NOW\|FLAGS_1.*NOW' "$tmp/log" &&
+        readelf -sW "$1" >"$tmp/log" && grep -q '__stack_chk_fail' "$tmp/log" &&
+        grep -q '_chk@' "$tmp/log"
+}
+if command -v readelf >/dev/null; then
+    hardened "$lib/libep.so.0" && hardened "$tmp/root/opt/x/bin/ep" &&
+        readelf -hW "$tmp/root/opt/x/bin/ep" | grep -q 'Type: *DYN'
+    ok $? "library and program are hardened: stack, relocations, checked copies, any address"
+else
+    n=$((n + 1))
+    echo "ok $n # SKIP no readelf"
+fi
+
 cat >"$tmp/user.c" <<'END'
 #include <ep.h>
 #include <stdio.h>
