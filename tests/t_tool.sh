@@ -109,6 +109,16 @@ kill -9 $pid
 gone "$mark" && gone "ep run -n 2"
 ok "when ep run itself is killed, nothing is left"
 
+# ---- output that cannot be written
+for command in --help --version env "env --json" "bench --help" "demo --tokens 8 --device host" \
+    "bench --tokens 8 --hidden 16 --iters 1 --json" "bench --tokens 8 --hidden 16 --iters 1" doctor; do
+    want 1 sh -c "'$ep' $command >/dev/full" && says 'standard output: No space left' &&
+        want 1 sh -c "'$ep' $command >&-" && says 'standard output: it is closed'
+    ok "$command: output that cannot be written is a failure"
+done
+want 2 sh -c "'$ep' bench --tokens 0 >/dev/full 2>&-"
+ok "a usage that is wrong stays that, without any stream"
+
 # ---- ep doctor
 want 0 "$ep" doctor && has 'ok  *host mode, processes' && has 'ok  *host mode, threads' &&
     has '[a-z]  *CUDA mode'

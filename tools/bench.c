@@ -137,7 +137,9 @@ static int bench(struct bench_params *p, const struct outputs *to) {
             printf("%s", i > 0 ? "\n\n" : "");
             bench_report_text(cases[i]);
         }
-        fflush(stdout);
+        if (!tool_flush() && status == 0) {
+            status = 1;
+        }
     }
     if (status == 0 && to->json) {
         bench_report_json(stdout, cases, num_cases);

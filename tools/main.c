@@ -1,10 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The program `ep`: finds the subcommand and hands over.
+ * The program `ep`: finds the subcommand, hands over, and sees that what it said has arrived.
  *
- * Owns the list of subcommands. Must not know what they do beyond one line each.
+ * Owns the list of subcommands. Must not know what they do beyond one line each, nor call a
+ * command good whose output was lost.
  */
 #include "tools/tool.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <unistd.h>
 
 static const struct {
     const char *name;
@@ -21,6 +26,7 @@ static const struct {
 };
 
 const char *tool_program = "ep";
+int tool_output_error;
 
 static void print_help(void) {
     printf("ep - libep %s, expert-parallel communication\n\n", text_version().s);
@@ -31,8 +37,30 @@ static void print_help(void) {
     printf("\n`ep COMMAND --help` lists the options of a command. New here? Try `ep demo`.\n");
 }
 
-int main(int argc, char **argv) {
-    tool_program = argc > 0 ? argv[0] : "ep";
+/* Who starts us without a standard stream would have the next file or socket take its number. In
+ * its place comes one on which writing to stdout fails, as it would have. */
+static void fill_streams(void) {
+    static const int flags[] = {O_RDONLY, O_RDONLY, O_WRONLY};
+    for (int fd = 0; fd <= 2; fd++) {
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", flags[fd]) < 0) {
+            _exit(1); /* there is nowhere to say so */
+        }
+    }
+}
+
+/* The status of a command, unless what it printed did not get out. */
+static int after_output(int status) {
+    const bool good = tool_flush() && ferror(stdout) == 0;
+    if (fclose(stdout) == 0 && good) {
+        return status;
+    }
+    const int error = tool_output_error != 0 ? tool_output_error : errno;
+    fprintf(stderr, "ep: cannot write to standard output: %s\n",
+            error == EBADF ? "it is closed" : strerror(error));
+    return status != 0 ? status : 1;
+}
+
+static int run_command(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "--help";
     if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
         print_help();
@@ -48,4 +76,10 @@ int main(int argc, char **argv) {
         }
     }
     return args_refuse("ep", "unknown command %s", name);
+}
+
+int main(int argc, char **argv) {
+    tool_program = argc > 0 ? argv[0] : "ep";
+    fill_streams();
+    return after_output(run_command(argc, argv));
 }

@@ -7,6 +7,8 @@
  */
 #include "tools/tool.h"
 
+#include <errno.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -114,7 +116,9 @@ void tool_progress(const char *what, int64_t done, int64_t total) {
     enum { WIDTH = 32 };
     static const char full[] = "################################";
     static int64_t shown = -1;
-    if (!isatty(STDOUT_FILENO) || total <= 0 || done == shown) {
+    struct pollfd out = {.fd = STDOUT_FILENO, .events = POLLOUT};
+    if (!isatty(STDOUT_FILENO) || total <= 0 || done == shown ||
+        (done < total && poll(&out, 1, 0) <= 0)) { /* Ctrl-S: nobody waits for it here */
         return;
     }
     shown = done;
@@ -124,7 +128,13 @@ void tool_progress(const char *what, int64_t done, int64_t total) {
     if (done >= total) {
         printf("\r%*s\r", WIDTH + 24, "");
     }
-    fflush(stdout);
+    tool_flush();
+}
+
+bool tool_flush(void) {
+    const bool good = fflush(stdout) == 0;
+    tool_output_error = good || tool_output_error != 0 ? tool_output_error : errno;
+    return good;
 }
 
 int tool_num_cores(void) {

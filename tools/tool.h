@@ -19,6 +19,7 @@
 #include "src/base/base.h"
 
 extern const char *tool_program; /* as it was called: "build/ep" */
+extern int tool_output_error;    /* errno of the first flush of stdout that failed */
 
 int cmd_run(int argc, char **argv);
 int cmd_demo(int argc, char **argv);
@@ -74,6 +75,8 @@ uint64_t tool_rand(uint64_t *state);
 uint64_t tool_rand_hash(uint64_t a, uint64_t b);
 /* A bar on a terminal, nothing elsewhere; done >= total ends the line. */
 void tool_progress(const char *what, int64_t done, int64_t total);
+/* Flushes stdout; false: it failed, and main.c will say so at the end. */
+bool tool_flush(void);
 int tool_num_cores(void);
 /* The rank of an expert in the default map of ep.h. */
 int tool_expert_rank(int expert, int num_experts, int num_ranks);
