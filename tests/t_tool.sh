@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # class: timed
 # The program `ep` as its users meet it: what it prints, how it exits, and that it leaves no
-# process behind: options, env, run, doctor. TAP.
+# process behind: options, env, doctor. TAP.
 cd "$(dirname "$0")/.." || exit 1
 . tests/tool.sh
 
@@ -49,65 +49,6 @@ want 0 env EP_TIMEOUT_MS=soon "$ep" env && has '100000 !'
 ok "env marks what is malformed"
 want 0 "$ep" env --json && is_json "$tmp/out"
 ok "env --json"
-
-# ---- ep run
-want 0 "$ep" run -n 3 -- sh -c \
-    'echo $RANK/$LOCAL_RANK/$WORLD_SIZE/$LOCAL_WORLD_SIZE/$MASTER_ADDR/$MASTER_PORT/$EP_JOB' &&
-    has '^\[0\] 0/0/3/3/127.0.0.1/' && has '^\[2\] 2/2/3/3/127.0.0.1/' &&
-    [ "$(cut -d/ -f5- "$tmp/out" | sort -u | wc -l)" = 1 ]
-ok "ranks find their environment, one port and one job"
-"$ep" run -n 1 -- sh -c 'echo $EP_JOB; sleep 0.3' >"$tmp/a" &
-want 0 "$ep" run -n 1 -- sh -c 'echo $EP_JOB; sleep 0.3'
-wait $!
-! cmp -s "$tmp/a" "$tmp/out"
-ok "two runs have two job names"
-want 0 "$ep" run -n 2 -- sh -c 'echo a; echo b >&2; printf c' &&
-    [ "$(sort "$tmp/out" | tr '\n' ' ')" = '[0] a [0] c [1] a [1] c ' ] &&
-    [ "$(sort "$tmp/err" | tr '\n' ' ')" = '[0] b [1] b ' ]
-ok "lines are marked, unfinished ones too, and stderr stays stderr"
-loop='i=0; while [ $i -lt 500 ]; do echo line $RANK $i; i=$((i+1)); done'
-want 0 "$ep" run -n 4 -- sh -c "$loop" &&
-    [ "$(wc -l <"$tmp/out")" = 2000 ] && ! grep -qv '^\[\([0-3]\)\] line \1 [0-9]*$' "$tmp/out"
-ok "ranks' lines do not mix"
-want 0 "$ep" run -n 1 -- sh -c 'head -c 40000 /dev/zero | tr "\0" x' &&
-    [ "$(tr -cd x <"$tmp/out" | wc -c)" = 40000 ]
-ok "nothing of a very long line is lost"
-want 0 "$ep" run -n 2 -- cat && [ ! -s "$tmp/out" ]
-ok "standard input is empty"
-start=$(date +%s)
-want 7 "$ep" run -n 3 -- sh -c "if [ \$RANK = 1 ]; then exit 7; fi; sleep $mark" &&
-    says 'rank 1 exited with status 7' && [ $(($(date +%s) - start)) -lt 4 ] && gone "$mark"
-ok "one failing rank ends the others, and its status is the result"
-want 137 "$ep" run -n 3 -- sh -c "if [ \$RANK = 2 ]; then kill -9 \$\$; fi; sleep $mark" &&
-    says 'rank 2 was killed by signal 9' && gone "$mark"
-ok "a killed rank gives 128 + signal"
-want 3 "$ep" run -n 2 -- sh -c "trap '' TERM; [ \$RANK = 1 ] || exit 3; sleep $mark; sleep 1" &&
-    gone "$mark"
-ok "a rank that ignores SIGTERM is killed in the end"
-want 0 "$ep" run -n 2 -- sh -c "sleep $mark & exit 0" && gone "$mark"
-ok "what a rank leaves in the background is ended"
-want 127 "$ep" run -n 2 -- ./no-such-program && says no-such-program
-ok "a program that is not there gives 127"
-want 124 "$ep" run -n 2 --timeout 1 -- sleep "$mark" && says 'not done after 1 s' &&
-    gone "$mark"
-ok "--timeout gives 124"
-for sig in TERM INT HUP; do
-    case $sig in TERM) status=143 ;; INT) status=130 ;; HUP) status=129 ;; esac
-    env --default-signal=INT "$ep" run -n 2 -- sleep "$mark" >"$tmp/out" 2>"$tmp/err" &
-    pid=$!
-    sleep 0.3
-    kill -$sig $pid
-    wait $pid
-    [ $? = $status ] && gone "$mark"
-    ok "SIG$sig reaches the ranks, and the status is $status"
-done
-"$ep" run -n 2 -- sh -c "sleep $mark; true" >"$tmp/out" 2>"$tmp/err" &
-pid=$!
-sleep 0.3
-kill -9 $pid
-{ wait $pid; } 2>/dev/null
-gone "$mark" && gone "ep run -n 2"
-ok "when ep run itself is killed, nothing is left"
 
 # ---- output that cannot be written
 for command in --help --version env "env --json" "bench --help" "demo --tokens 8 --device host" \

@@ -24,11 +24,10 @@ want() {
 }
 has() { grep -q -e "$1" "$tmp/out"; }
 says() { grep -q -e "$1" "$tmp/err"; }
-left() { # left MARK: a process whose command line holds MARK is alive
-    for f in /proc/[0-9]*/cmdline; do
-        case $(tr '\0' ' ' 2>/dev/null <"$f") in *"$1"*) return 0 ;; esac
-    done 2>/dev/null
-    return 1
+left() { # left MARK: a process whose command line holds MARK is alive; that of grep does not
+    cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' ' ' | grep -qF -f /dev/fd/3 3<<END
+$1
+END
 }
 gone() { # gone MARK: within two seconds nothing of it is left
     for _ in 1 2 3 4 5 6 7 8 9 10; do
@@ -37,4 +36,22 @@ gone() { # gone MARK: within two seconds nothing of it is left
     done
     return 1
 }
+come() { # come MARK: waits until there is such a process; 10 s
+    for _ in $(seq 100); do
+        left "$1" && sleep 0.1 && return 0
+        sleep 0.1
+    done
+    return 1
+}
+await() { # await N TEXT: waits until N lines of $tmp/out end with TEXT; 10 s
+    for _ in $(seq 100); do
+        [ "$(grep -c -e "$2\$" "$tmp/out")" -ge "$1" ] && return 0
+        sleep 0.1
+    done
+    return 1
+}
+child_of() { # child_of PID: the first of its children
+    cat /proc/[0-9]*/stat 2>/dev/null | sed 's/(.*)/-/' | awk '$4 == '"$1"' { print $1; exit }'
+}
+state_of() { sed 's/.*) \(.\).*/\1/' "/proc/$1/stat" 2>/dev/null; }
 is_json() { ! command -v python3 >/dev/null || python3 -m json.tool <"$1" >/dev/null; }

@@ -178,9 +178,9 @@ static void say(void *arg, int index, const char *text) {
     }
 }
 
-static void wait_and_tick(void *arg, int signal_fd, int ms) {
+static void wait_and_tick(void *arg, int watch_fd, int ms) {
     struct parent *p = arg;
-    struct pollfd fd = {.fd = signal_fd, .events = POLLIN};
+    struct pollfd fd = {.fd = watch_fd, .events = POLLIN};
     if (p->job->tick && !p->crew.killed) {
         p->job->tick(p->job->arg);
     }

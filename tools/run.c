@@ -2,8 +2,9 @@
 /*
  * `ep run`: starts a program as the ranks of one job on this machine.
  *
- * Owns the ranks' pipes, which the one thread polls while crew.c watches the processes. Must
- * not mix two ranks' output within a line.
+ * Owns the ranks' pipes, which the one thread polls while crew.c watches the processes. A rank
+ * whose lines nobody takes waits, as with a pipe of its own. Must not mix two ranks' output within
+ * a line, nor wait for the reader of its own output.
  */
 #include "tools/tool.h"
 
@@ -13,16 +14,21 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define LINE_BYTES 16384
+#define MARK_BYTES 32
+#define SAY_BYTES 512
 #define KILL_AFTER_NS (5 * EPI_NS_PER_S)
-#define DRAIN_NS EPI_NS_PER_S /* for output of what has left the group and lives on */
+#define DRAIN_NS EPI_NS_PER_S /* for output of what has got a pipe and does not come from us */
 
 struct pipe_end {
-    int fd;     /* -1: at its end */
-    int out_fd; /* 1 or 2 */
+    int fd; /* -1: at its end */
+    int write_fd;
     int rank;
+    struct output *to;
+    bool is_blocked; /* a line in it waits for room in the output */
     size_t len;
     char line[LINE_BYTES];
 };
@@ -33,46 +39,52 @@ struct job {
     char **program;
     struct pipe_end *pipes;
     struct pollfd *polls;
-    int write_ends[2]; /* of the rank that is being started: out, err */
+    int first; /* whose lines are looked at first: all have their turn */
+    struct output out, err;
+    struct output *to_err; /* &out where both are one file, so that lines do not mix */
+    bool output_failed;
+    void (*old_sigpipe)(int);
+    struct epi_deadline drained;
 };
 
-static void write_all(int fd, const char *bytes, size_t len) {
-    while (len > 0) {
-        ssize_t n = write(fd, bytes, len);
-        if (n < 0 && errno != EINTR && errno != EAGAIN) {
+static bool print_line(const struct job *job, const struct pipe_end *p, size_t len) {
+    char line[LINE_BYTES + MARK_BYTES];
+    const int head = snprintf(line, MARK_BYTES, "[%d] ", p->rank);
+    /* Some room is left for what ep run itself has to say; when all are being ended, what nobody
+     * takes is lost. */
+    if (!job->crew.ending && !output_has_room(p->to, (size_t)head + len + 1 + SAY_BYTES)) {
+        return false;
+    }
+    memcpy(line + head, p->line, len);
+    line[(size_t)head + len] = '\n';
+    output_add(p->to, line, (size_t)head + len + 1);
+    return true;
+}
+
+/* Prints the lines that are complete; of a full buffer or at the end also what there is. */
+static void print_lines(const struct job *job, struct pipe_end *p) {
+    p->is_blocked = false;
+    while (p->len > 0 && !p->is_blocked) {
+        char *newline = memchr(p->line, '\n', p->len);
+        const size_t len = newline ? (size_t)(newline - p->line) : p->len;
+        if (!newline && p->len < LINE_BYTES && p->fd >= 0) {
             return;
         }
-        bytes += n > 0 ? n : 0;
-        len -= n > 0 ? (size_t)n : 0;
+        p->is_blocked = !print_line(job, p, len);
+        if (!p->is_blocked) {
+            const size_t used = len + (newline ? 1 : 0);
+            p->len -= used;
+            memmove(p->line, p->line + used, p->len);
+        }
     }
 }
 
-static void print_line(const struct pipe_end *p, size_t len) {
-    char out[LINE_BYTES + 32];
-    int head = snprintf(out, 32, "[%d] ", p->rank);
-    memcpy(out + head, p->line, len);
-    out[(size_t)head + len] = '\n';
-    write_all(p->out_fd, out, (size_t)head + len + 1);
-}
-
-/* Reads what there is and prints the lines that are complete; at the end also the last one. */
 static void read_pipe(struct pipe_end *p) {
-    ssize_t n = read(p->fd, p->line + p->len, LINE_BYTES - p->len);
+    const ssize_t n = read(p->fd, p->line + p->len, LINE_BYTES - p->len);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
         return;
     }
     p->len += n > 0 ? (size_t)n : 0;
-    char *newline;
-    while ((newline = memchr(p->line, '\n', p->len))) {
-        size_t len = (size_t)(newline - p->line);
-        print_line(p, len);
-        p->len -= len + 1;
-        memmove(p->line, newline + 1, p->len);
-    }
-    if (p->len == LINE_BYTES || (n <= 0 && p->len > 0)) {
-        print_line(p, p->len);
-        p->len = 0;
-    }
     if (n <= 0) {
         close(p->fd);
         p->fd = -1;
@@ -87,37 +99,40 @@ static void set_number(const char *name, int64_t n) {
     setenv(name, text, 1);
 }
 
-static bool open_pipes(void *arg, int rank) {
+static bool open_pipes(void *arg) {
     struct job *job = arg;
-    struct pipe_end *p = &job->pipes[2 * rank];
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 * job->crew.num; i++) {
         int ends[2];
         if (pipe2(ends, O_CLOEXEC) != 0) {
             return false;
         }
         fcntl(ends[0], F_SETFL, O_NONBLOCK);
-        p[i] = (struct pipe_end){.fd = ends[0], .out_fd = i + 1, .rank = rank};
-        job->write_ends[i] = ends[1];
+        job->pipes[i].fd = ends[0];
+        job->pipes[i].write_fd = ends[1];
     }
     return true;
 }
 
-static void close_write_ends(void *arg, int rank) {
+static void close_write_ends(void *arg) {
     struct job *job = arg;
-    (void)rank;
-    close(job->write_ends[0]);
-    close(job->write_ends[1]);
+    for (int i = 0; i < 2 * job->crew.num; i++) {
+        if (job->pipes[i].write_fd >= 0) {
+            close(job->pipes[i].write_fd);
+        }
+        job->pipes[i].write_fd = -1;
+    }
 }
 
 static void become_rank(void *arg, int rank) {
     const struct job *job = arg;
     int null_fd = open("/dev/null", O_RDONLY);
     dup2(null_fd, 0);
-    dup2(job->write_ends[0], 1);
-    dup2(job->write_ends[1], 2);
+    dup2(job->pipes[2 * rank].write_fd, 1);
+    dup2(job->pipes[2 * rank + 1].write_fd, 2);
     if (null_fd > 2) {
         close(null_fd);
     }
+    signal(SIGPIPE, job->old_sigpipe);
     set_number("RANK", rank);
     set_number("LOCAL_RANK", rank);
     execvp(job->program[0], job->program);
@@ -143,73 +158,127 @@ static void set_environment(const struct job *job) {
 
 /* Only what went wrong first; a signal needs no words. */
 static void say(void *arg, int rank, const char *text) {
-    const struct job *job = arg;
-    char others[48] = "";
-    if (rank < 0) {
-        snprintf(others, sizeof(others), "; ending all ranks");
-    } else if (job->crew.num_live > 0) {
-        snprintf(others, sizeof(others), "; ending the other %d", job->crew.num_live);
+    struct job *job = arg;
+    char line[SAY_BYTES], others[48] = "";
+    if (job->crew.status != 0 || job->crew.signal != 0) {
+        return;
     }
-    if (job->crew.status == 0 && job->crew.signal == 0) {
-        fprintf(stderr, "ep run: %s%s\n", text, others);
+    if (rank < 0 && job->crew.num_live > 0) {
+        epi_format(others, sizeof(others), "; ending all ranks");
+    } else if (job->crew.num_live > 0) {
+        epi_format(others, sizeof(others), "; ending the other %d", job->crew.num_live);
+    }
+    epi_format(line, sizeof(line), "ep run: %.400s%s\n", text, others);
+    output_add(job->to_err, line, strlen(line));
+    output_flush(job->to_err);
+}
+
+/* What nobody can read is not worth going on for; without stderr there is only the status. */
+static void look_at_output(struct job *job) {
+    char why[160];
+    if (job->out.error != 0 && !job->output_failed) {
+        job->output_failed = true;
+        epi_format(why, sizeof(why), "cannot write to standard output: %s",
+                   job->out.error == EBADF ? "it is closed" : strerror(job->out.error));
+        crew_fail(&job->crew, job->out.error == EPIPE ? 128 + SIGPIPE : 1, why);
     }
 }
 
-/* Polls pipes (and signals, unless signal_fd is -1) once. False: every pipe is at its end. */
-static bool poll_once(struct job *job, int signal_fd, int ms) {
-    int num = job->crew.num * 2;
-    bool open_pipes = false;
+/* Moves lines as far as they go, with which a pipe may be ready to be read again. */
+static void move_lines(struct job *job) {
+    const int num = 2 * job->crew.num;
     for (int i = 0; i < num; i++) {
-        job->polls[i] = (struct pollfd){.fd = job->pipes[i].fd, .events = POLLIN};
-        open_pipes = open_pipes || job->pipes[i].fd >= 0;
+        print_lines(job, &job->pipes[(job->first + i) % num]);
     }
-    job->polls[num] = (struct pollfd){.fd = signal_fd, .events = POLLIN};
-    if (!open_pipes && signal_fd < 0) {
-        return false;
+    job->first = (job->first + 1) % num;
+    output_flush(&job->out);
+    output_flush(&job->err);
+    look_at_output(job);
+}
+
+static void wait_once(void *arg, int watch_fd, int ms) {
+    struct job *job = arg;
+    const int num = 2 * job->crew.num;
+    struct output *const outputs[] = {&job->out, &job->err};
+    move_lines(job);
+    for (int i = 0; i < num; i++) {
+        const struct pipe_end *p = &job->pipes[i];
+        job->polls[i] = (struct pollfd){.fd = p->is_blocked ? -1 : p->fd, .events = POLLIN};
     }
-    if (poll(job->polls, (nfds_t)num + 1, ms) > 0) {
+    for (int i = 0; i < 2; i++) {
+        job->polls[num + i] =
+            (struct pollfd){.fd = outputs[i]->len > 0 ? outputs[i]->fd : -1, .events = POLLOUT};
+    }
+    job->polls[num + 2] = (struct pollfd){.fd = watch_fd, .events = POLLIN};
+    if (poll(job->polls, (nfds_t)num + 3, ms) > 0) {
         for (int i = 0; i < num; i++) {
             if (job->polls[i].revents != 0) {
                 read_pipe(&job->pipes[i]);
             }
         }
+        move_lines(job);
     }
-    return open_pipes;
 }
 
-static void wait_once(void *arg, int signal_fd, int ms) {
-    poll_once(arg, signal_fd, ms);
+/* Once all have ended: whether there is anything to print still. */
+static bool is_printing(void *arg) {
+    struct job *job = arg;
+    bool open_pipes = false, lines = job->out.len > 0 || job->err.len > 0;
+    if (job->drained.at_ns == INT64_MAX) {
+        job->drained = epi_deadline_after(DRAIN_NS);
+    }
+    for (int i = 0; i < 2 * job->crew.num; i++) {
+        open_pipes = open_pipes || job->pipes[i].fd >= 0;
+        lines = lines || job->pipes[i].is_blocked;
+    }
+    return lines || (open_pipes && !epi_deadline_expired(job->drained));
+}
+
+static void open_outputs(struct job *job) {
+    struct stat out, err;
+    output_open(&job->out, 1);
+    output_open(&job->err, 2);
+    const bool same = fstat(1, &out) == 0 && fstat(2, &err) == 0 && out.st_dev == err.st_dev &&
+                      out.st_ino == err.st_ino;
+    job->to_err = same ? &job->out : &job->err;
+    for (int i = 0; i < 2 * job->crew.num; i++) {
+        job->pipes[i].fd = job->pipes[i].write_fd = -1;
+        job->pipes[i].rank = i / 2;
+        job->pipes[i].to = i % 2 == 0 ? &job->out : job->to_err;
+    }
 }
 
 static int run(struct job *job) {
     struct rlimit files;
-    rlim_t needed = (rlim_t)job->crew.num * 2 + 64;
+    rlim_t needed = (rlim_t)job->crew.num * 4 + 64;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < needed) {
         files.rlim_cur = needed < files.rlim_max ? needed : files.rlim_max;
         setrlimit(RLIMIT_NOFILE, &files);
     }
     set_environment(job);
-    for (int i = 0; i < 2 * job->crew.num; i++) {
-        job->pipes[i].fd = -1;
-    }
+    open_outputs(job);
+    job->old_sigpipe = signal(SIGPIPE, SIG_IGN);
+    job->drained = epi_deadline_never();
     crew_run(&job->crew);
-    struct epi_deadline drained = epi_deadline_after(DRAIN_NS);
-    while (poll_once(job, -1, epi_deadline_left_ms(drained)) &&
-           !epi_deadline_expired(drained)) {
-    }
-    return job->crew.status;
+    move_lines(job);
+    output_close(&job->out);
+    output_close(&job->err);
+    const bool lost = job->out.lost > 0 || job->err.lost > 0;
+    return job->crew.status != 0 ? job->crew.status : lost;
 }
 
 int cmd_run(int argc, char **argv) {
     int64_t num_ranks = 4;
-    struct job job = {.crew = {.soft_signal = SIGTERM,
-                               .grace_ns = KILL_AFTER_NS,
-                               .prepare = open_pipes,
-                               .child = become_rank,
-                               .started = close_write_ends,
-                               .wait = wait_once,
-                               .say = say,
-                               .arg = &job}};
+    static struct job job;
+    job = (struct job){.crew = {.soft_signal = SIGTERM,
+                                .grace_ns = KILL_AFTER_NS,
+                                .prepare = open_pipes,
+                                .child = become_rank,
+                                .started = close_write_ends,
+                                .pending = is_printing,
+                                .wait = wait_once,
+                                .say = say,
+                                .arg = &job}};
     const struct opt opts[] = {
         {"ranks", 'n', OPT_INT, &num_ranks, 1, EP_MAX_RANKS, "N", "how many ranks"},
         {"port", 'p', OPT_INT, &job.port, 0, 65534, "P",
@@ -226,7 +295,8 @@ int cmd_run(int argc, char **argv) {
             "set, so that ep_group_create finds its peers. Every line of output is marked "
             "with its rank; standard input is empty. When one rank fails, the others are "
             "ended (SIGTERM, SIGKILL after 5 s) and its status, or 128 + signal, is the "
-            "result.",
+            "result. SIGINT, SIGTERM, SIGHUP and SIGQUIT end the ranks, twice by SIGKILL; "
+            "SIGUSR1, SIGUSR2 and Ctrl-Z reach them, too. What ranks leave running is ended.",
         .opts = opts,
         .num_opts = sizeof(opts) / sizeof(opts[0]),
     };
@@ -243,7 +313,7 @@ int cmd_run(int argc, char **argv) {
     job.crew.num = (int)num_ranks;
     size_t num = (size_t)num_ranks;
     job.pipes = calloc(2 * num, sizeof(*job.pipes));
-    job.polls = calloc(2 * num + 1, sizeof(*job.polls));
+    job.polls = calloc(2 * num + 3, sizeof(*job.polls));
     if (!job.pipes || !job.polls || job.port == 0) {
         fprintf(stderr, "ep run: %s\n", job.port == 0 ? "no free TCP port" : "no memory");
         return 1;

@@ -101,27 +101,56 @@ struct crew {
     int num;
     int soft_signal; /* asks all to end when one has failed; 0: nothing but SIGKILL is sent, which
                           does not wait where a signal has come or the time is over */
-    int64_t grace_ns;                  /* from there to SIGKILL */
-    int64_t timeout_s;                 /* 0: none */
-    bool (*prepare)(void *arg, int i); /* before child i is started; may be NULL */
-    void (*child)(void *arg, int i);   /* in it; does not return */
-    void (*started)(void *arg, int i); /* after it, or after its fork has failed; may be NULL */
-    /* Waits for a signal, for so long, or for what else there is to do. */
-    void (*wait)(void *arg, int signal_fd, int ms);
+    int64_t grace_ns;                /* from there to SIGKILL */
+    int64_t timeout_s;               /* 0: none */
+    bool (*prepare)(void *arg);      /* before the first child is started; may be NULL */
+    void (*child)(void *arg, int i); /* in it; does not return */
+    void (*started)(void *arg);      /* once all are, here and in their parent; may be NULL */
+    bool (*pending)(void *arg);      /* something is to be waited for still when all have ended;
+                                        may be NULL */
+    /* Waits until watch_fd can be read, for so long, or for what else there is to do. */
+    void (*wait)(void *arg, int watch_fd, int ms);
     /* What went wrong, with child i or (-1) with all. */
     void (*say)(void *arg, int i, const char *text);
     void *arg;
     /* crew.c's */
-    pid_t guard; /* also the process group */
-    pid_t *pids; /* 0: has ended */
+    pid_t guard; /* the children's parent, and their process group */
+    int control, reports;
     int num_live;
     int status; /* of the first that went wrong: as a shell has it, 124 for the time-out */
-    int signal; /* the last that came to this process */
-    bool ending, killed;
+    int signal; /* the last that came to this process to end it */
+    bool all_started, ending, killed;
     struct epi_deadline kill_at, timeout;
+    pid_t *spared; /* children that this process had before */
+    int num_spared, num_left;
+    char left[200];
 };
 
 void crew_run(struct crew *crew);
+/* From `wait`: something else went wrong, so all are ended. */
+void crew_fail(struct crew *crew, int status, const char *why);
+
+/* ---- output.c: lines to stdout and stderr, never waiting ----------------------------------- */
+
+enum { OUTPUT_BYTES = 1 << 16 };
+
+struct output {
+    int fd;
+    bool owned, is_socket, is_pipe;
+    int error;    /* errno of the write that failed: all after it is lost */
+    int64_t lost; /* lines */
+    size_t len;   /* not written yet */
+    char bytes[OUTPUT_BYTES];
+};
+
+void output_open(struct output *o, int fd);
+void output_close(struct output *o);
+/* Whether so many bytes can be added without losing them. */
+bool output_has_room(const struct output *o, size_t bytes);
+/* A whole line, or several. Without room they are lost. */
+void output_add(struct output *o, const char *bytes, size_t len);
+/* Writes what can be written at once. */
+void output_flush(struct output *o);
 
 /* ---- ranks.c: ranks of this program, as processes or as threads ------------------------- */
 
