@@ -56,6 +56,12 @@ int driver_queue(void *stream, struct op *op);
  * read or write it. */
 uint64_t *driver_capture_of(void *stream);
 bool driver_is_captured(void *stream);
+bool driver_is_legacy(const void *stream);
+/* What two handles of one stream have in common. */
+const void *driver_stream(void *stream);
+/* As some calls of the driver do: returns when no stream of the thread's device has work, and lets
+ * nobody queue any meanwhile. */
+void driver_stop_all(void);
 
 /* Whether capture `id` goes on. */
 bool driver_capture_open(uint64_t id);
@@ -64,7 +70,7 @@ bool driver_capture_add(void *stream, struct op *op);
 
 /* What an event of a capture stands for. */
 struct driver_point {
-    void *stream;
+    const void *stream;
     uint64_t capture, num_steps; /* how many the capture had before it */
 };
 struct driver_point driver_capture_point(void *stream);

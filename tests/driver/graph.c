@@ -20,7 +20,7 @@ enum { NODE_KERNEL = 0, NODE_MEMCPY = 1 };
 
 /* A stream that takes part in a capture. */
 struct member {
-    void *stream;
+    const void *stream;
     uint64_t newest; /* step of it: an operation or a join, counted through the capture */
     bool loose;      /* no other stream has waited for that */
     struct member *next;
@@ -33,8 +33,8 @@ struct graph {
     uint64_t num_steps;
     uint64_t id;
     int mode;
-    pthread_t thread; /* that began it */
-    void *stream;     /* on which it began */
+    pthread_t thread;   /* that began it */
+    const void *stream; /* on which it began */
     bool invalid;
     struct graph *next;
 };
@@ -92,7 +92,7 @@ static struct graph **find(uint64_t id) {
     return g;
 }
 
-static struct member *member_of(struct graph *g, void *stream) {
+static struct member *member_of(struct graph *g, const void *stream) {
     struct member *m = g->members;
     while (m && m->stream != stream) {
         m = m->next;
@@ -109,7 +109,7 @@ static struct member *member_of(struct graph *g, void *stream) {
     return m;
 }
 
-static void step(struct graph *g, void *stream) {
+static void step(struct graph *g, const void *stream) {
     struct member *m = member_of(g, stream);
     m->newest = ++g->num_steps;
     m->loose = true;
@@ -143,7 +143,7 @@ bool driver_capture_add(void *stream, struct op *op) {
     pthread_mutex_lock(&mutex);
     struct graph *g = *find(id);
     if (g) {
-        step(g, stream);
+        step(g, driver_stream(stream));
         append(g, op);
     }
     pthread_mutex_unlock(&mutex);
@@ -151,7 +151,8 @@ bool driver_capture_add(void *stream, struct op *op) {
 }
 
 struct driver_point driver_capture_point(void *stream) {
-    struct driver_point at = {.stream = stream, .capture = *driver_capture_of(stream)};
+    struct driver_point at = {.stream = driver_stream(stream),
+                              .capture = *driver_capture_of(stream)};
     pthread_mutex_lock(&mutex);
     const struct graph *g = *find(at.capture);
     at.num_steps = g ? g->num_steps : 0;
@@ -166,14 +167,14 @@ int driver_capture_join(void *stream, const struct driver_point *at) {
     struct graph *g = *find(at->capture), *other = *find(*ours);
     if (!g) {
         result = CAPTURED_EVENT;
-    } else if (!stream) {
+    } else if (driver_is_legacy(stream)) {
         result = CU_STREAM_CAPTURE_IMPLICIT;
     } else if (other && other != g) {
         result = CAPTURE_MERGE;
-    } else if (stream != at->stream) {
+    } else if (driver_stream(stream) != at->stream) {
         struct member *from = member_of(g, at->stream);
         from->loose = from->loose && from->newest > at->num_steps;
-        step(g, stream);
+        step(g, driver_stream(stream));
         *ours = at->capture;
     }
     pthread_mutex_unlock(&mutex);
@@ -219,13 +220,13 @@ DEFINE(cuThreadExchangeStreamCaptureMode, int *mode) {
 }
 DEFINE(cuStreamBeginCapture_v2, void *stream, int mode) {
     static uint64_t num_captures;
-    if (!stream || driver_is_captured(stream)) {
+    if (driver_is_legacy(stream) || driver_is_captured(stream)) {
         return CAPTURE_UNSUPPORTED;
     }
     struct graph *g = graph_new();
     g->mode = mode;
     g->thread = pthread_self();
-    g->stream = stream;
+    g->stream = driver_stream(stream);
     pthread_mutex_lock(&mutex);
     g->id = ++num_captures;
     g->next = captures;
@@ -239,7 +240,7 @@ DEFINE(cuStreamEndCapture, void *stream, void **graph) {
     *graph = NULL;
     pthread_mutex_lock(&mutex);
     struct graph **at = find(*driver_capture_of(stream)), *g = *at;
-    const bool ours = g && g->stream == stream;
+    const bool ours = g && g->stream == driver_stream(stream);
     if (ours) {
         *at = g->next;
         atomic_fetch_sub_explicit(&num_open, 1, memory_order_relaxed);

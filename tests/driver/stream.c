@@ -4,6 +4,9 @@
  * records. What is queued on a captured stream goes to its capture, which graph.c has. Functions
  * are called from any thread; what is queued runs on its stream's. Must not know what the
  * operations do.
+ *
+ * Destroying a stream does not wait for its work, and the next stream that is created gets the same
+ * handle. Handle 2 is another stream in every thread; 0 and 1 are the legacy default stream.
  */
 #include "tests/driver/driver.h"
 
@@ -23,22 +26,53 @@ struct event {
     atomic_int users;          /* the program, until it destroys it, and what is queued */
 };
 
-struct stream {
-    pthread_t thread;
+struct queue {
+    int device; /* -1: of all */
     pthread_mutex_t mutex;
     pthread_cond_t changed;
     struct op *first, **last;
     uint64_t added, ended;
     bool stop;
     uint64_t capture;
-    struct crew crew; /* of launches on this stream, one at a time */
+    struct crew crew;   /* of launches on this stream, one at a time */
+    struct queue *next; /* of all that have a thread */
 };
 
-static struct stream legacy;
-static pthread_once_t legacy_once = PTHREAD_ONCE_INIT;
+/* What a program holds. */
+struct stream {
+    struct queue *queue;
+    struct stream *next; /* of those that can be given out again */
+};
 
-static void *stream_main(void *arg) {
-    struct stream *s = arg;
+#define LEGACY ((void *)1)
+#define PER_THREAD ((void *)2)
+
+static struct queue *legacy;
+static pthread_once_t legacy_once = PTHREAD_ONCE_INIT;
+static _Thread_local struct queue *of_thread;
+static pthread_mutex_t list_mutex = PTHREAD_MUTEX_INITIALIZER; /* guards the next two */
+static struct queue *queues;
+static struct stream *handles;
+/* Calls under way that stop all work of a device. Where there are none no lock is taken, which
+ * would order threads that a driver does not order. */
+static atomic_int num_blocking;
+
+static void queue_end(struct queue *s) {
+    pthread_mutex_lock(&list_mutex);
+    struct queue **at = &queues;
+    while (*at != s) {
+        at = &(*at)->next;
+    }
+    *at = s->next;
+    pthread_mutex_unlock(&list_mutex);
+    driver_dismiss(&s->crew);
+    pthread_cond_destroy(&s->changed);
+    pthread_mutex_destroy(&s->mutex);
+    free(s);
+}
+
+static void *queue_main(void *arg) {
+    struct queue *s = arg;
     pthread_mutex_lock(&s->mutex);
     for (;;) {
         while (!s->first && !s->stop) {
@@ -59,28 +93,79 @@ static void *stream_main(void *arg) {
         pthread_cond_broadcast(&s->changed);
     }
     pthread_mutex_unlock(&s->mutex);
+    queue_end(s);
     return NULL;
 }
 
-static void stream_start(struct stream *s) {
+static struct queue *queue_start(int device) {
+    pthread_t thread;
+    struct queue *s = calloc(1, sizeof(*s));
+    if (!s) {
+        abort();
+    }
+    s->device = device;
     pthread_mutex_init(&s->mutex, NULL);
     pthread_cond_init(&s->changed, NULL);
     s->last = &s->first;
-    if (pthread_create(&s->thread, NULL, stream_main, s) != 0) {
+    pthread_mutex_lock(&list_mutex);
+    s->next = queues;
+    queues = s;
+    pthread_mutex_unlock(&list_mutex);
+    if (pthread_create(&thread, NULL, queue_main, s) != 0) {
         abort();
     }
+    pthread_detach(thread);
+    return s;
 }
 
 static void legacy_start(void) {
-    stream_start(&legacy);
+    legacy = queue_start(-1);
 }
 
-static struct stream *stream_of(void *stream) {
-    if (!stream) {
+bool driver_is_legacy(const void *stream) {
+    return !stream || stream == LEGACY;
+}
+
+static struct queue *queue_of(void *stream) {
+    if (driver_is_legacy(stream)) {
         pthread_once(&legacy_once, legacy_start);
-        return &legacy;
+        return legacy;
     }
-    return stream;
+    if (stream == PER_THREAD) {
+        of_thread = of_thread ? of_thread : queue_start(-1);
+        return of_thread;
+    }
+    return ((struct stream *)stream)->queue;
+}
+
+const void *driver_stream(void *stream) {
+    return queue_of(stream);
+}
+
+static bool is_busy(struct queue *s, int device) {
+    pthread_mutex_lock(&s->mutex);
+    const bool busy = (s->device < 0 || s->device == device) && s->ended < s->added;
+    pthread_mutex_unlock(&s->mutex);
+    return busy;
+}
+
+static bool any_busy(int device) {
+    bool busy = false;
+    pthread_mutex_lock(&list_mutex);
+    for (struct queue *s = queues; s && !busy; s = s->next) {
+        busy = is_busy(s, device);
+    }
+    pthread_mutex_unlock(&list_mutex);
+    return busy;
+}
+
+void driver_stop_all(void) {
+    const int device = driver_device();
+    atomic_fetch_add_explicit(&num_blocking, 1, memory_order_relaxed);
+    while (any_busy(device)) {
+        usleep(POLL_US);
+    }
+    atomic_fetch_sub_explicit(&num_blocking, 1, memory_order_relaxed);
 }
 
 struct op *driver_op(void (*run)(struct op *op)) {
@@ -93,7 +178,7 @@ struct op *driver_op(void (*run)(struct op *op)) {
 }
 
 uint64_t *driver_capture_of(void *stream) {
-    return &stream_of(stream)->capture;
+    return &queue_of(stream)->capture;
 }
 
 bool driver_is_captured(void *stream) {
@@ -101,9 +186,12 @@ bool driver_is_captured(void *stream) {
 }
 
 int driver_queue(void *stream, struct op *op) {
-    struct stream *s = stream_of(stream);
+    struct queue *s = queue_of(stream);
     if (driver_capture_add(stream, op)) {
         return 0;
+    }
+    while (atomic_load_explicit(&num_blocking, memory_order_relaxed) > 0) {
+        usleep(POLL_US);
     }
     pthread_mutex_lock(&s->mutex);
     *s->last = op;
@@ -115,13 +203,17 @@ int driver_queue(void *stream, struct op *op) {
 }
 
 DEFINE(cuStreamCreate, void **stream, unsigned flags) {
-    struct stream *s = calloc(1, sizeof(*s));
     (void)flags;
-    if (!s) {
+    pthread_mutex_lock(&list_mutex);
+    struct stream *h = handles;
+    handles = h ? h->next : NULL;
+    pthread_mutex_unlock(&list_mutex);
+    h = h ? h : calloc(1, sizeof(*h));
+    if (!h) {
         return CU_OUT_OF_MEMORY;
     }
-    stream_start(s);
-    *stream = s;
+    h->queue = queue_start(driver_device());
+    *stream = h;
     return 0;
 }
 DEFINE(cuStreamCreateWithPriority, void **stream, unsigned flags, int priority) {
@@ -129,22 +221,23 @@ DEFINE(cuStreamCreateWithPriority, void **stream, unsigned flags, int priority) 
     return cuStreamCreate(stream, flags);
 }
 DEFINE(cuStreamDestroy_v2, void *stream) {
-    struct stream *s = stream;
+    struct stream *h = stream;
+    struct queue *s = h->queue;
     pthread_mutex_lock(&s->mutex);
-    s->stop = true;
+    s->stop = true; /* its thread goes on to the end of the queue, and frees it */
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->mutex);
-    pthread_join(s->thread, NULL);
-    driver_dismiss(&s->crew);
-    pthread_cond_destroy(&s->changed);
-    pthread_mutex_destroy(&s->mutex);
-    free(s);
+    pthread_mutex_lock(&list_mutex);
+    h->next = handles;
+    handles = h;
+    pthread_mutex_unlock(&list_mutex);
     return 0;
 }
 DEFINE(cuStreamSynchronize, void *stream) {
-    struct stream *s = stream_of(stream);
-    if (driver_capture_spoil(s->capture)) {
-        return CAPTURE_UNSUPPORTED;
+    struct queue *s = queue_of(stream);
+    const int unsafe = driver_capture_spoil(s->capture) ? CAPTURE_UNSUPPORTED : driver_unsafe();
+    if (unsafe) {
+        return unsafe;
     }
     pthread_mutex_lock(&s->mutex);
     const uint64_t until = s->added;
