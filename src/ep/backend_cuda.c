@@ -252,7 +252,7 @@ static ep_status cuda_is_capturing(ep_group *g, void *stream, bool *capturing) {
 }
 
 /* A begun dispatch sends on the group's own stream, so that finish can receive on the caller's at
- * the same time; finish needs no order but that of its end. */
+ * the same time: neither before the operation that came before both. */
 static void *stream_of(const struct epi_op *op, void *stream) {
     return op->flags & EPI_OP_BEGIN ? epi_gpu_stream(op->h->group->cuda->gpu) : stream;
 }
@@ -261,12 +261,12 @@ static ep_status order(struct epi_op *op, void *stream) {
     struct epi_gpu *gpu = op->h->group->cuda->gpu;
     bool capturing = false;
     if (op->flags & EPI_OP_FINISH) {
-        return EP_OK;
+        return epi_gpu_beside(gpu, stream);
     }
     if (op->flags & EPI_OP_BEGIN) {
-        EPI_TRY(epi_gpu_fork(gpu, stream));
+        return epi_gpu_fork(gpu, stream);
     }
-    EPI_TRY(epi_gpu_begin(gpu, stream_of(op, stream), &capturing));
+    EPI_TRY(epi_gpu_begin(gpu, stream, &capturing));
     op->flags |= capturing ? EPI_OP_CAPTURED : 0;
     return EP_OK;
 }

@@ -2,10 +2,11 @@
 /*
  * Kernels on a CUDA device: the device of one rank, its streams, the compiled kernels and their
  * launches. Owns the order of a rank's launches: each waits for the one before it, whatever
- * streams they are on, through one event; within a capture, through another. Loaded kernels are
- * kept for the life of the process, once per device and shape, because loading some may wait
- * for kernels that wait for this thread. Must not look into a kernel's arguments, and never waits
- * for a device.
+ * streams they are on, through one event; within a capture, through one of that capture. Streams
+ * are never compared: one that was destroyed may give its handle to another, and the handle of a
+ * thread's default stream is the same in every thread. Loaded kernels are kept for the life of the
+ * process, once per device and shape, because loading some may wait for kernels that wait for this
+ * thread. Must not look into a kernel's arguments, and never waits for a device.
  */
 #include "src/cu/cu.h"
 #include "src/run/run.h"
@@ -34,6 +35,13 @@ struct loaded {
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct loaded *all_loaded;
 
+#define NUM_CAPTURES 4 /* that may go on at the same time */
+
+struct capture {
+    uint64_t id;
+    void *last; /* event: its newest launch */
+};
+
 struct epi_gpu {
     struct epi_cu_device device;
     const struct loaded *loaded[EPI_NUM_KERNEL_SETS];
@@ -43,12 +51,13 @@ struct epi_gpu {
     void *stream;  /* for overlap with the caller's work */
     void *control; /* copies and fills that must not wait for kernels */
     void *last;    /* event: the newest launch outside of captures ... */
-    void *last_stream;
-    bool launched;  /* ... of which there was one */
-    void *forked;   /* event: where the caller's stream was at the last fork */
-    void *captured; /* event: the newest launch within capture number `capture` */
-    void *captured_stream;
-    uint64_t capture;
+    bool launched; /* ... of which there was one */
+    void *forked; /* event: where the caller's stream was at the last fork; then what the launch
+                      after that waits for */
+    struct capture captures[NUM_CAPTURES];
+    int next_capture;        /* whose place is taken next */
+    struct capture *capture; /* of the launch under way, or NULL, and ... */
+    uint64_t capture_id;     /* ... its number */
 };
 
 /* ---- kernels ---------------------------------------------------------------------------- */
@@ -180,7 +189,9 @@ static ep_status open_all(struct epi_gpu *g, int device, int scratch_bytes, bool
     EPI_TRY(epi_cu_stream_create_high(&g->device, &g->stream));
     EPI_TRY(epi_cu_stream_create(&g->device, &g->control));
     EPI_TRY(epi_cu_event_create_plain(&g->device, &g->last));
-    EPI_TRY(epi_cu_event_create_plain(&g->device, &g->captured));
+    for (int i = 0; i < NUM_CAPTURES; i++) {
+        EPI_TRY(epi_cu_event_create_plain(&g->device, &g->captures[i].last));
+    }
     return epi_cu_event_create_plain(&g->device, &g->forked);
 }
 
@@ -203,7 +214,9 @@ void epi_gpu_destroy(struct epi_gpu **gpu) {
     *gpu = NULL;
     if (g) {
         epi_cu_event_destroy(&g->device, &g->forked);
-        epi_cu_event_destroy(&g->device, &g->captured);
+        for (int i = 0; i < NUM_CAPTURES; i++) {
+            epi_cu_event_destroy(&g->device, &g->captures[i].last);
+        }
         epi_cu_event_destroy(&g->device, &g->last);
         epi_cu_stream_destroy(&g->device, &g->control);
         epi_cu_stream_destroy(&g->device, &g->stream);
@@ -251,21 +264,32 @@ ep_status epi_gpu_out(struct epi_gpu *g, void *to, uint64_t from, size_t bytes) 
 
 /* ---- launches --------------------------------------------------------------------------- */
 
+/* A capture that is new takes the place of the one that has had its own for longest. */
+static ep_status begin_captured(struct epi_gpu *g, void *stream, uint64_t id) {
+    for (int i = 0; i < NUM_CAPTURES; i++) {
+        if (g->captures[i].id == id) {
+            g->capture = &g->captures[i];
+            return epi_cu_event_wait(&g->device, stream, g->capture->last);
+        }
+    }
+    g->capture = &g->captures[g->next_capture];
+    g->next_capture = (g->next_capture + 1) % NUM_CAPTURES;
+    g->capture->id = 0; /* until something was launched in it */
+    return EP_OK;
+}
+
 ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, bool *capturing) {
     uint64_t id = 0;
     EPI_TRY(epi_cu_capture_id(&g->device, stream, &id));
     if (capturing) {
         *capturing = id != 0;
     }
+    g->capture = NULL;
     if (id) {
-        const bool wait = g->capture == id && g->captured_stream != stream;
-        g->capture = id;
-        return wait ? epi_cu_event_wait(&g->device, stream, g->captured) : EP_OK;
+        g->capture_id = id;
+        return begin_captured(g, stream, id);
     }
-    g->capture = 0;
-    return g->launched && g->last_stream != stream
-               ? epi_cu_event_wait(&g->device, stream, g->last)
-               : EP_OK;
+    return g->launched ? epi_cu_event_wait(&g->device, stream, g->last) : EP_OK;
 }
 
 ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
@@ -278,11 +302,12 @@ ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *
 }
 
 ep_status epi_gpu_end(struct epi_gpu *g, void *stream) {
-    if (g->capture) {
-        g->captured_stream = stream;
-        return epi_cu_event_record(&g->device, g->captured, stream);
+    struct capture *c = g->capture;
+    g->capture = NULL;
+    if (c) {
+        c->id = g->capture_id;
+        return epi_cu_event_record(&g->device, c->last, stream);
     }
-    g->last_stream = stream;
     g->launched = true;
     return epi_cu_event_record(&g->device, g->last, stream);
 }
@@ -296,7 +321,14 @@ ep_status epi_gpu_is_capturing(struct epi_gpu *g, void *stream, bool *capturing)
 
 ep_status epi_gpu_fork(struct epi_gpu *g, void *stream) {
     EPI_TRY(epi_cu_event_record(&g->device, g->forked, stream));
-    return epi_cu_event_wait(&g->device, g->stream, g->forked);
+    EPI_TRY(epi_cu_event_wait(&g->device, g->stream, g->forked));
+    EPI_TRY(epi_gpu_begin(g, g->stream, NULL));
+    return epi_cu_event_record(&g->device, g->forked, g->stream);
+}
+
+ep_status epi_gpu_beside(struct epi_gpu *g, void *stream) {
+    g->capture = NULL;
+    return epi_cu_event_wait(&g->device, stream, g->forked);
 }
 
 ep_status epi_gpu_join(struct epi_gpu *g, void *stream) {

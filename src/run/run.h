@@ -80,8 +80,10 @@ ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *
                          int blocks, void *stream);
 ep_status epi_gpu_end(struct epi_gpu *g, void *stream);
 ep_status epi_gpu_is_capturing(struct epi_gpu *g, void *stream, bool *capturing);
-/* The device's own stream waits for what is on `stream` now. */
+/* Begin on the device's own stream, which waits for what is on `stream` now, too. */
 ep_status epi_gpu_fork(struct epi_gpu *g, void *stream);
+/* Begin beside the last launch on the device's own stream: after what that one waits for. */
+ep_status epi_gpu_beside(struct epi_gpu *g, void *stream);
 /* The stream waits for the last launch, outside of captures. */
 ep_status epi_gpu_join(struct epi_gpu *g, void *stream);
 /* EP_OK: all that was launched outside of captures has ended; EP_AGAIN. */

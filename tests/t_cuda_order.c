@@ -1,0 +1,228 @@
+/* SPDX-License-Identifier: MIT */
+/* class: rest */
+/*
+ * What orders the operations of a CUDA group is the order of the calls, whatever the streams are:
+ * also in two steps, on streams whose handles are alike, and behind work that waits. A host that
+ * waits for what such a stream holds is told so in time.
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/calls.h"
+#include "tests/tap.h"
+#include "tests/trial.h"
+
+#define RANKS 2
+#define PER_THREAD ((void *)2) /* CU_STREAM_PER_THREAD: another stream in each thread */
+#define SETTLE_MS 60           /* for kernels that run too early */
+
+/* Two micro-batches, routed and dispatched once, and a word that holds a stream. */
+struct two {
+    struct world *w;
+    const struct epi_cu_device *device;
+    struct run run[2];
+    ep_handle *handle[2];
+    void *stream[2];
+    struct gpu_piece piece;
+    uint32_t *word;
+};
+
+static void two_create(struct two *t, struct world *w, bool dispatched) {
+    struct gpu *gpu = call_gpu(w->group);
+
+    *t = (struct two){.w = w, .device = &gpu->device};
+    gpu_take(gpu, sizeof(*t->word), &t->piece);
+    t->word = (uint32_t *)(void *)t->piece.host;
+    __atomic_store_n(t->word, 0, __ATOMIC_SEQ_CST);
+    for (int i = 0; i < 2; i++) {
+        run_create(&t->run[i], w, w->ctx);
+        world_is(w, call_stream_create(&t->stream[i], w->group), EP_OK, "a stream");
+        world_is(w, ep_handle_create(&t->handle[i], w->group, NULL), EP_OK, "a handle");
+        world_is(w, run_route(&t->run[i], t->handle[i], t->stream[0]), EP_OK, "route");
+        if (dispatched) {
+            world_is(w, run_dispatch(&t->run[i], t->handle[i], t->stream[0]), EP_OK,
+                     "dispatch");
+        }
+    }
+    world_is(w, call_stream_sync(w->group, t->stream[0]), EP_OK, "what was found");
+}
+
+/* False where the driver cannot hold a stream. */
+static bool hold(struct two *t, void *stream) {
+    return epi_cu_stream_hold(t->device, stream, t->word, 1) == EP_OK;
+}
+
+static void release(struct two *t) {
+    tap_sleep_ms(SETTLE_MS);
+    __atomic_store_n(t->word, 1, __ATOMIC_SEQ_CST);
+}
+
+static void two_free(struct two *t) {
+    for (int i = 0; i < 2; i++) {
+        call_stream_destroy(t->w->group, &t->stream[i]);
+        ep_handle_destroy(&t->handle[i]);
+        run_free(&t->run[i]);
+    }
+    gpu_give(call_gpu(t->w->group), &t->piece);
+}
+
+/* ---- two steps ------------------------------------------------------------------------------ */
+
+/* Begin and finish of a handle whose counts are known, beside a combine that waits on another
+ * stream: neither half may overtake it. */
+static void cached_behind_another(struct world *w) {
+    struct two t;
+
+    two_create(&t, w, true);
+    if (hold(&t, t.stream[0])) {
+        world_is(w, run_combine(&t.run[0], t.handle[0], t.stream[0]), EP_OK, "combine");
+        world_is(w, run_dispatch(&t.run[1], t.handle[1], t.stream[1]), EP_OK, "in two steps");
+        release(&t);
+        for (int i = 0; i < 2; i++) {
+            world_is(w, call_stream_sync(w->group, t.stream[i]), EP_OK, "what was found");
+        }
+        run_check_combine(&t.run[0]);
+        run_check_dispatch(&t.run[1], t.handle[1]);
+        world_is(w, run_combine(&t.run[1], t.handle[1], t.stream[0]), EP_OK, "combine");
+        world_is(w, call_stream_sync(w->group, t.stream[0]), EP_OK, "what was found");
+        run_check_combine(&t.run[1]);
+    }
+    two_free(&t);
+}
+
+/* ---- streams that are alike ----------------------------------------------------------------- */
+
+static void check_both(struct two *t) {
+    for (int i = 0; i < 2; i++) {
+        run_check_dispatch(&t->run[i], t->handle[i]);
+    }
+}
+
+/* Rank 0 destroys a stream that still has work; the next one may have its handle. */
+static void handle_of_another(struct world *w) {
+    struct two t;
+
+    two_create(&t, w, false);
+    void *held = NULL, *next = NULL;
+    world_is(w, call_stream_create(&held, w->group), EP_OK, "a stream");
+    if (hold(&t, held)) {
+        world_is(w, run_dispatch(&t.run[0], t.handle[0], held), EP_OK, "dispatch");
+        if (w->rank == 0) {
+            void *gone = held;
+            epi_cu_stream_destroy(t.device, &gone);
+            world_is(w, call_stream_create(&next, w->group), EP_OK, "the next stream");
+        }
+        void *second = next ? next : held;
+        world_is(w, run_dispatch(&t.run[1], t.handle[1], second), EP_OK, "dispatch");
+        release(&t);
+        world_is(w, call_stream_sync(w->group, second), EP_OK, "what was found");
+        check_both(&t);
+        held = next ? next : held;
+    }
+    call_stream_destroy(w->group, &held);
+    two_free(&t);
+}
+
+static void *dispatch_second(void *arg) {
+    struct two *t = arg;
+
+    world_is(t->w, run_dispatch(&t->run[1], t->handle[1], PER_THREAD), EP_OK, "dispatch");
+    return NULL;
+}
+
+/* Two threads of rank 0, each on its own default stream, whose handles are the same. */
+static void default_of_threads(struct world *w) {
+    struct two t;
+    pthread_t thread;
+
+    two_create(&t, w, false);
+    void *first = w->rank == 0 ? PER_THREAD : t.stream[0];
+    if (hold(&t, first)) {
+        world_is(w, run_dispatch(&t.run[0], t.handle[0], first), EP_OK, "dispatch");
+        if (w->rank != 0) {
+            world_is(w, run_dispatch(&t.run[1], t.handle[1], t.stream[1]), EP_OK, "dispatch");
+        } else if (world_check(w, pthread_create(&thread, NULL, dispatch_second, &t) == 0,
+                               "a thread")) {
+            pthread_join(thread, NULL);
+        }
+        release(&t);
+        /* What is on the other thread's stream is done when this is. */
+        world_is(w, run_combine(&t.run[1], t.handle[1], NULL), EP_OK, "combine");
+        run_check_combine(&t.run[1]);
+        for (int i = 0; i < 2; i++) {
+            void *stream = w->rank == 0 ? PER_THREAD : t.stream[i];
+            world_is(w, call_stream_sync(w->group, stream), EP_OK, "what was found");
+        }
+        run_check_dispatch(&t.run[0], t.handle[0]);
+        if (w->rank != 0) {
+            run_check_dispatch(&t.run[1], t.handle[1]);
+        }
+    }
+    two_free(&t);
+}
+
+/* ---- waits of the host ---------------------------------------------------------------------- */
+
+/* The stream does not come to the dispatch: whoever asks for its counts is told after the timeout,
+ * and the group goes on when the stream does. */
+static void counts_of_a_held_stream(struct world *w) {
+    struct ep_fault fault = EP_FAULT_INIT;
+    struct two t;
+
+    two_create(&t, w, false);
+    if (hold(&t, t.stream[0])) {
+        world_is(w, run_dispatch(&t.run[0], t.handle[0], t.stream[0]), EP_OK, "dispatch");
+        world_fails(w, ep_handle_counts(t.handle[0], NULL, NULL, NULL), EP_ERR_TIMEOUT,
+                    "stream|ms", "counts of what has not run");
+        world_is(w, ep_group_fault(w->group, &fault), EP_OK, "ep_group_fault");
+        world_is(w, (ep_status)fault.status, EP_OK, "the group's fault");
+        world_barrier(w);
+        release(&t);
+        world_is(w, call_stream_sync(w->group, t.stream[0]), EP_OK, "what was found");
+        run_check_dispatch(&t.run[0], t.handle[0]);
+    }
+    two_free(&t);
+}
+
+/* ---- the test ------------------------------------------------------------------------------- */
+
+static void run(uint64_t seed, void (*body)(struct world *w), bool two_step, int timeout_ms,
+                bool processes, const char *name) {
+    const struct form form = {.id_dtype = EP_I64, .two_step = two_step, .num_bias = 1};
+    struct world_setup setup;
+    struct test_case c;
+    struct trial t;
+
+    case_default(&c, RANKS, seed);
+    case_build(&c);
+    trial_init(&t, &c);
+    trial_form(&t, &form);
+    trial_build(&t);
+    trial_setup(&setup, &t);
+    setup.config.timeout_ms = timeout_ms ? timeout_ms : setup.config.timeout_ms;
+    setup.body = body;
+    setup.processes = processes;
+    ok(world_run(&setup) == 0, "%s, %s", name,
+       gpu_processes(processes) ? "processes" : "threads");
+    trial_free(&t);
+    case_free(&c);
+}
+
+int main(void) {
+    gpu_only();
+    uint64_t seed = tap_seed();
+
+    tap_deadline(120);
+    for (int processes = 0; processes < 2; processes++) {
+        run(seed, cached_behind_another, true, 0, processes,
+            "begin and finish of known counts behind a combine on another stream");
+        run(seed + 1, handle_of_another, false, 0, processes,
+            "a stream with the handle of one that was destroyed");
+        run(seed + 2, default_of_threads, false, 0, processes,
+            "the default streams of two threads");
+    }
+    run(seed + 3, counts_of_a_held_stream, false, 1500, false,
+        "the counts of a stream that does not come to its dispatch");
+    return done_testing();
+}
