@@ -523,8 +523,9 @@ ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, vo
  *   rows             rows this rank receives: one per (source rank, token) that selected it
  *   rows_per_source  [R]
  *   rows_per_expert  [L] selections of each local expert, all sources
- * EP_ERR_STATE: the handle was not dispatched since it was routed, or captured. Errors as of
- * ep_handle_status.
+ * EP_ERR_STATE: the handle was not dispatched since it was routed, or captured. EP_ERR_TIMEOUT: its
+ * stream did not come to the dispatch within twice the group's timeout; the group has not faulted,
+ * and the call may be repeated. Errors as of ep_handle_status.
  */
 ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_source,
                            int32_t *rows_per_expert);

@@ -247,7 +247,7 @@ struct k_group {
 #define K_NEED_ROWS(need) ((k_i64)((need) >> 16))
 #define K_NEED_RANK(need) (0xffff - (k_i32)((need)&0xffff))
 
-/* Counts the host may wait for while the kernel runs. */
+/* Counts the host may wait for while the kernel runs. Tickets of calls never get smaller. */
 struct k_counts {
     k_u64 known; /* {ticket | 0}: rows and need hold */
     k_i64 rows;

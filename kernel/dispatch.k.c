@@ -209,14 +209,18 @@ static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args 
     return 1;
 }
 
-/* What has arrived, to a host that may be waiting for it. */
+/* What has arrived, to a host that may be waiting for it. A graph replays old tickets, which must
+ * not hide a newer one. */
 static K_INLINE void report_counts(const struct k_dispatch_args *a) {
-    struct k_counts *notice = a->h.notice;
-    if (notice != a->h.counts) {
-        notice->rows = a->h.counts->rows;
-        notice->need = a->h.counts->need;
+    struct k_counts *counts = a->h.counts, *notice = a->h.notice;
+    const k_u32 told = (k_u32)(k_load(&counts->known) >> 32);
+    const k_u32 ticket = told && (k_i32)(told - a->ticket) > 0 ? told : a->ticket;
+    if (notice != counts) {
+        k_store(&counts->known, K_WORD(ticket, 0));
+        notice->rows = counts->rows;
+        notice->need = counts->need;
     }
-    k_publish_local(&notice->known, K_WORD(a->ticket, 0));
+    k_publish_local(&notice->known, K_WORD(ticket, 0));
 }
 
 /*

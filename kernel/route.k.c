@@ -149,12 +149,17 @@ static K_FN void shift_share(struct k_thread *k, const struct k_route_args *a,
     }
 }
 
-/* To the host: the routing is done, and the first bad selection if there is one. */
+/* To the host: the routing is done, and the first bad selection if there is one. A graph replays
+ * old tickets, which must not hide a newer one. */
 static K_INLINE void report_routing(const struct k_route_args *a) {
     struct k_counts *notice = a->h.notice;
-    const k_u64 first = a->h.bad[0];
+    const k_u64 first = a->h.bad[0], told = k_load(&a->h.counts->routed);
+    const k_bool newer =
+        (k_u32)(told >> 32) == a->h.tag && (k_i32)((k_u32)told - a->ticket) > 0;
+    const k_u64 routed = newer ? told : K_WORD(a->h.tag, a->ticket);
+    k_store(&a->h.counts->routed, routed);
     if (first == ~0ull) { /* one word, which nothing has to come before */
-        k_store(&notice->routed, K_WORD(a->h.tag, a->ticket));
+        k_store(&notice->routed, routed);
         return;
     }
     const k_u64 at =
@@ -162,7 +167,7 @@ static K_INLINE void report_routing(const struct k_route_args *a) {
     notice->bad_id = a->id_bytes == 8 ? *(const k_i64 *)at : *(const k_i32 *)at;
     notice->bad = first;
     notice->bad_of = a->h.tag;
-    k_publish_local(&notice->routed, K_WORD(a->h.tag, a->ticket));
+    k_publish_local(&notice->routed, routed);
 }
 
 /* The warps of the last block: all there is, and, one of them, where each rank's answers land. */

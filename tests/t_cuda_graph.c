@@ -174,11 +174,18 @@ static void check_refusals(struct world *w, struct live *l, ep_handle *handle, v
                 "counts of a captured dispatch");
 }
 
-/* Dispatch is on a stream that joins the capture; the order of the calls joins the two again. */
-static bool capture(struct world *w, struct live *l, ep_handle *handle, void *stream,
-                    void *second, void **graph, void **exec) {
+/* A graph, the streams it is captured from, and what is called beside it. */
+struct taken {
+    void *stream, *second, *beside;
+    ep_handle *other;
+    void *graph, *exec;
+};
+
+/* Dispatch is on a stream that joins the capture; the order of the calls joins the two again, also
+ * where a call between them is in no capture. */
+static bool capture(struct world *w, struct live *l, ep_handle *handle, struct taken *g) {
     const struct epi_cu_device *d = &call_gpu(w->group)->device;
-    void *routed = NULL;
+    void *stream = g->stream, *second = g->second, *routed = NULL;
     gpu_must(epi_cu_event_create(d, &routed), "an event");
     if (!good(w, cu.begin(stream, CAPTURE_THREAD_LOCAL), "cuStreamBeginCapture")) {
         return false;
@@ -187,11 +194,15 @@ static bool capture(struct world *w, struct live *l, ep_handle *handle, void *st
     world_is(w, epi_cu_event_record(d, routed, stream), EP_OK, "record in a capture");
     world_is(w, epi_cu_event_wait(d, second, routed), EP_OK, "wait in a capture");
     world_is(w, ep_dispatch(handle, &l->dispatch, second), EP_OK, "dispatch in a capture");
+    world_is(w, ep_handle_route(g->other, &l->routing, g->beside), EP_OK,
+             "route, in no capture");
     check_refusals(w, l, handle, second);
     world_is(w, ep_combine(handle, &l->combine, stream), EP_OK, "combine in a capture");
-    const bool ended = good(w, cu.end(stream, graph), "cuStreamEndCapture");
+    const bool ended = good(w, cu.end(stream, &g->graph), "cuStreamEndCapture");
     epi_cu_event_destroy(d, &routed);
-    return ended && good(w, cu.instantiate(exec, *graph, 0), "cuGraphInstantiateWithFlags");
+    gpu_must(epi_cu_stream_sync(d, g->beside), "waiting");
+    return ended &&
+           good(w, cu.instantiate(&g->exec, g->graph, 0), "cuGraphInstantiateWithFlags");
 }
 
 static bool replay(struct world *w, struct live *l, ep_handle *handle, void *exec,
@@ -217,34 +228,53 @@ static bool replay(struct world *w, struct live *l, ep_handle *handle, void *exe
     return run_check_outputs(&l->run) && run_check_combine(&l->run);
 }
 
+/* A replay after newer calls on the same handle hides nothing of them. */
+static void newer_than_the_graph(struct world *w, struct live *l, ep_handle *handle,
+                                 const struct taken *g) {
+    const struct epi_cu_device *d = &call_gpu(w->group)->device;
+
+    world_is(w, ep_handle_route(handle, &l->routing, g->stream), EP_OK, "a newer route");
+    world_is(w, ep_dispatch(handle, &l->dispatch, g->stream), EP_OK, "a newer dispatch");
+    good(w, cu.launch(g->exec, g->stream), "cuGraphLaunch");
+    world_is(w, epi_cu_stream_sync(d, g->stream), EP_OK, "waiting");
+    world_is(w, ep_handle_counts(handle, NULL, NULL, NULL), EP_OK, "counts after a replay");
+    world_is(w, ep_handle_status(handle), EP_OK, "status after a replay");
+}
+
 static void replay_all(struct world *w, struct live *l, ep_handle *handle, void *stream) {
     const struct scene *s = w->ctx;
     struct run from[NUM_ROUTINGS_HERE];
-    void *graph = NULL, *exec = NULL, *second = NULL;
-    ep_handle *other = NULL;
+    struct taken g = {.stream = stream};
 
     for (int i = 0; i < NUM_ROUTINGS_HERE; i++) {
         run_create(&from[i], w, &s->t[i]);
         from[i].combine.x = from[i].form->arena ? &from[i].view : from[i].combine.x;
     }
-    world_is(w, ep_handle_create(&other, w->group, NULL), EP_OK, "ep_handle_create");
-    world_is(w, call_stream_create(&second, w->group), EP_OK, "a stream");
-    bool go = capture(w, l, handle, stream, second, &graph, &exec);
+    world_is(w, ep_handle_create(&g.other, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, call_stream_create(&g.second, w->group), EP_OK, "a stream");
+    world_is(w, call_stream_create(&g.beside, w->group), EP_OK, "a stream");
+    adopt(l, &from[0]);
+    stage_copy_in(&l->stage[0]);
+    bool go = capture(w, l, handle, &g);
     for (int i = 0; go && i < NUM_REPLAYS; i++) {
         adopt(l, &from[(3 * i) % NUM_ROUTINGS_HERE]);
-        go = world_check(w, replay(w, l, handle, exec, stream), "replay %d", i);
+        go = world_check(w, replay(w, l, handle, g.exec, stream), "replay %d", i);
         if (i == NUM_REPLAYS / 2) { /* operations that are in no graph count as well */
-            trial_pass(w, &s->t[1], other);
+            trial_pass(w, &s->t[1], g.other);
         }
     }
-    if (exec) {
-        good(w, cu.destroy_exec(exec), "cuGraphExecDestroy");
+    if (go) {
+        newer_than_the_graph(w, l, handle, &g);
     }
-    if (graph) {
-        good(w, cu.destroy(graph), "cuGraphDestroy");
+    if (g.exec) {
+        good(w, cu.destroy_exec(g.exec), "cuGraphExecDestroy");
     }
-    call_stream_destroy(w->group, &second);
-    ep_handle_destroy(&other);
+    if (g.graph) {
+        good(w, cu.destroy(g.graph), "cuGraphDestroy");
+    }
+    call_stream_destroy(w->group, &g.second);
+    call_stream_destroy(w->group, &g.beside);
+    ep_handle_destroy(&g.other);
     for (int i = 0; i < NUM_ROUTINGS_HERE; i++) {
         run_free(&from[i]);
     }

@@ -45,20 +45,31 @@ void epi_handle_destroy(ep_handle **handle) {
 
 /* ---- what arrived --------------------------------------------------------------------------- */
 
+/* A replay of a later dispatch knows at least as much; tickets are compared as they wrap. */
 bool epi_is_known(const k_u64 *word, uint64_t ticket) {
-    return (uint32_t)(atomic_load_explicit((const _Atomic k_u64 *)word, memory_order_acquire) >>
-                      32) == (uint32_t)ticket;
+    const k_u64 w = atomic_load_explicit((const _Atomic k_u64 *)word, memory_order_acquire);
+    return w != 0 && (int32_t)((uint32_t)(w >> 32) - (uint32_t)ticket) >= 0;
 }
 
-/* Waits for the exchange of operation `number` on this handle. */
+/* Waits for the exchange of operation `number` on this handle: as long as that may wait for peers,
+ * and its stream may take to come to it. */
 static ep_status await_counts(ep_handle *h) {
     ep_group *g = h->group;
+    const int64_t most = 2 * g->timeout_ns;
+    const struct epi_deadline d = epi_deadline_after(most);
     for (int turn = 0;; turn++) {
         if (epi_is_known(&h->notice->known, h->counted_by)) {
             return EP_OK;
         }
         if (epi_group_is_over(g, h->counted_by) && atomic_load(&h->pending) == 0) {
             return epi_group_check(g, h->counted_by);
+        }
+        if (epi_deadline_expired(d)) {
+            return epi_fail(
+                EP_ERR_TIMEOUT,
+                "the counts of the handle's dispatch are not known after %lld ms: its "
+                "stream has not come to it; ask again when it has",
+                (long long)(most / EPI_NS_PER_MS));
         }
         epi_sleep_ns(turn < 100 ? 2 * EPI_NS_PER_US : 50 * EPI_NS_PER_US);
     }
