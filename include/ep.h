@@ -367,15 +367,18 @@ ep_status ep_group_stats(ep_group *group, struct ep_group_stats *stats);
  * EP_ERR_UNSUPPORTED: the group is not a host group. EP_ERR_NOMEM, EP_ERR_SYSTEM. */
 ep_status ep_stream_create(ep_stream **out, ep_group *group);
 
-/* Waits for the queued work, then frees the stream. */
+/* Waits for the queued work, then frees the stream. Called by a function that the stream itself
+ * runs it does not wait: the stream goes when all that is queued has run. */
 void ep_stream_destroy(ep_stream **stream);
 
-/* Queues a call of fn(arg). Local, not blocking. */
+/* Queues a call of fn(arg). Local, not blocking: any number of calls, operations, records and
+ * waits may be queued. EP_ERR_NOMEM. */
 ep_status ep_stream_run(ep_stream *stream, void (*fn)(void *arg), void *arg);
 
 /*
  * Blocks until all that was queued so far has run. Returns the first error of the operations
- * queued since the last synchronisation, with its text in ep_last_error().
+ * queued since the last synchronisation, with its text in ep_last_error(). EP_ERR_STATE: called
+ * by a function that the stream itself runs.
  */
 ep_status ep_stream_sync(ep_stream *stream);
 
@@ -383,13 +386,16 @@ ep_status ep_stream_sync(ep_stream *stream);
  * EP_ERR_UNSUPPORTED: the group is not a host group. EP_ERR_NOMEM. */
 ep_status ep_event_create(ep_event **out, ep_group *group);
 void ep_event_destroy(ep_event **event);
-/* Marks the end of what is queued on `stream` now; may be called again. Not blocking. */
+/* Marks the end of what is queued on `stream` now; may be called again. Not blocking.
+ * EP_ERR_NOMEM. */
 ep_status ep_event_record(ep_event *event, ep_stream *stream);
 /* EP_OK: passed; EP_AGAIN: not yet. Not blocking. */
 ep_status ep_event_query(ep_event *event);
-/* Blocks the caller until the event has passed. */
+/* Blocks the caller until the event has passed. EP_ERR_STATE: called by a function of the very
+ * stream on which the event lies, before it. */
 ep_status ep_event_sync(ep_event *event);
-/* What is queued on `stream` after this call runs after the event has passed. Not blocking. */
+/* What is queued on `stream` after this call runs after the event has passed. Not blocking.
+ * EP_ERR_NOMEM. */
 ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
 
 /* ---------------------------------------------------------------------------------------------
@@ -443,8 +449,9 @@ struct ep_handle_config {
 ep_status ep_handle_create(ep_handle **out, ep_group *group,
                            const struct ep_handle_config *config);
 
-/* Waits for the operations that use the handle, then frees it; of a CUDA group the memory goes
- * when they have ended, and the call does not wait. Local. */
+/* Frees the handle. Local, not blocking: operations that were enqueued end as if it were still
+ * there, and its memory goes when they have. Only of a host group, and only where a dispatch has
+ * begun and not finished, it receives the rows first, as a finish would. */
 void ep_handle_destroy(ep_handle **handle);
 
 /*

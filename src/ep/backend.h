@@ -56,8 +56,8 @@ struct epi_backend {
     /* `asked` workers, 0: as many as the load wants. */
     struct epi_shape (*shape)(const ep_group *g, int asked, const struct epi_load *load);
     ep_status (*is_capturing)(ep_group *g, void *stream, bool *capturing);
-    /* Of a device, under the group's mutex: the stream waits for the operation before this one, and
-     * is known to take work; then the operation goes to it. */
+    /* Under the group's mutex: the stream is known to take work, and a device's waits for the
+     * operation before this one; then, of a device, the operation goes to it. */
     ep_status (*order)(struct epi_op *op, void *stream);
     ep_status (*launch)(struct epi_op *op, void *stream);
     /* Of the host, after the mutex: runs the operation or queues it. */

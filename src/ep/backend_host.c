@@ -48,10 +48,20 @@ static ep_status host_prepare(ep_group *g, const struct epi_exchange *x) {
     return EP_OK;
 }
 
-/* A queued operation has deadlines and ends before its handle goes. */
+/* Operations have deadlines, but what the caller queued before them may have none. */
 static bool host_settle(ep_group *g) {
-    (void)g;
-    return true;
+    const struct epi_deadline d = epi_deadline_after(g->timeout_ns);
+    while (atomic_load(&g->num_held) > 0 && !epi_deadline_expired(d)) {
+        epi_sleep_ns(50 * EPI_NS_PER_US);
+    }
+    const bool settled = atomic_load(&g->num_held) == 0;
+    if (!settled) {
+        epi_log(EPI_LOG_WARN,
+                "ep_group_destroy: operations of the group are still queued on a stream after "
+                "%lld ms; its memory is left mapped",
+                (long long)(g->timeout_ns / EPI_NS_PER_MS));
+    }
+    return settled;
 }
 
 static void host_stop(ep_group *g) {
@@ -141,7 +151,14 @@ static ep_status host_is_capturing(ep_group *g, void *stream, bool *capturing) {
     return EP_OK;
 }
 
+/* Before the operation has a number: what is numbered is sure to be queued. */
+static ep_status reserve(struct epi_op *op, void *stream) {
+    (void)op;
+    return epi_stream_reserve(stream);
+}
+
 static ep_status submit(struct epi_op *op, void *stream) {
+    epi_handle_hold(op->h);
     atomic_fetch_add(&op->h->pending, 1);
     return epi_stream_submit(stream, epi_op_run, op, sizeof(*op));
 }
@@ -166,5 +183,6 @@ const struct epi_backend epi_backend_host = {
     .stream = no_stream,
     .shape = host_shape,
     .is_capturing = host_is_capturing,
+    .order = reserve,
     .submit = submit,
 };

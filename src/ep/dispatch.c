@@ -263,6 +263,9 @@ void epi_dispatch_drop(ep_handle *h) {
     const bool open = g->open_handle == h;
     pthread_mutex_unlock(&g->mutex);
     if (open) {
+        while (!g->backend->on_device && atomic_load(&h->pending) > 0) {
+            epi_sleep_ns(50 * EPI_NS_PER_US); /* what began may be queued still */
+        }
         continue_op(&op, h);
         op.flags |= EPI_OP_DROPPED;
         op.args.op.flags |= K_DO_RECV | (g->backend->on_device ? K_DO_DROP : 0);

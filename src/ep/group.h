@@ -37,6 +37,7 @@ struct ep_group {
     uint64_t issued, ended; /* operations */
     ep_handle *open_handle; /* whose dispatch is between begin and finish */
     int next_slot, next_handle, num_handles;
+    atomic_int num_held; /* handles that the caller has destroyed and operations still use */
 
     atomic_ullong fault_told; /* the operation that returned the fault; 0: none has yet */
     uint64_t fault_last;      /* issued by then */
@@ -53,6 +54,7 @@ struct ep_handle {
     struct k_counts *notice; /* what kernels tell the host */
     int notice_slot;         /* of a CUDA group */
     atomic_int pending;      /* pieces of work queued and not ended */
+    atomic_int refs;         /* the caller's and one for each of those */
 
     /* As issued; the calling thread's view. */
     int tokens, topk;
@@ -114,6 +116,9 @@ void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waite
 ep_status epi_handle_create(ep_handle **out, ep_group *g,
                             const struct ep_handle_config *config);
 void epi_handle_destroy(ep_handle **handle);
+/* It stays until this is released, also if the caller destroys it. */
+void epi_handle_hold(ep_handle *h);
+void epi_handle_release(ep_handle *h);
 ep_status epi_handle_status(ep_handle *h);
 ep_status epi_handle_counts(ep_handle *h, int64_t *rows, int32_t *per_source,
                             int32_t *per_expert);

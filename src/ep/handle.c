@@ -15,6 +15,7 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
     }
     h->group = g;
     h->config = *config;
+    atomic_init(&h->refs, 1);
     ep_status st = g->backend->make_handle(h);
     if (st != EP_OK) {
         epi_free(h);
@@ -32,15 +33,25 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
 void epi_handle_destroy(ep_handle **handle) {
     ep_handle *h = *handle;
     *handle = NULL;
-    while (atomic_load(&h->pending) > 0) {
-        epi_sleep_ns(50 * EPI_NS_PER_US); /* queued work has deadlines */
-    }
     epi_dispatch_drop(h);
     pthread_mutex_lock(&h->group->mutex);
     h->group->num_handles--;
     pthread_mutex_unlock(&h->group->mutex);
-    h->group->backend->drop_handle(h);
-    epi_free(h);
+    atomic_fetch_add(&h->group->num_held, 1);
+    epi_handle_release(h);
+}
+
+void epi_handle_hold(ep_handle *h) {
+    atomic_fetch_add(&h->refs, 1);
+}
+
+void epi_handle_release(ep_handle *h) {
+    if (atomic_fetch_sub(&h->refs, 1) == 1) {
+        ep_group *g = h->group;
+        g->backend->drop_handle(h);
+        epi_free(h);
+        atomic_fetch_sub(&g->num_held, 1); /* the group may go now */
+    }
 }
 
 /* ---- what arrived --------------------------------------------------------------------------- */

@@ -72,11 +72,12 @@ ep_status epi_op_issue(struct epi_op *op, void *stream) {
     if (st != EP_OK && numbered && !(op->flags & EPI_OP_DROPPED)) {
         kind->faults->not_launched(op, st);
     }
-    if (g->backend->submit) {
+    const bool submits = st == EP_OK && g->backend->submit;
+    if (submits) {
         st = g->backend->submit(op, stream);
-        if (st != EP_OK && !stream && kind->failed) {
-            kind->failed(op);
-        }
+    }
+    if (st != EP_OK && kind->failed && g->backend->submit && (!stream || !submits)) {
+        kind->failed(op);
     }
     return st;
 }
@@ -139,5 +140,6 @@ ep_status epi_op_run(void *arg) {
         end_op(h->group, op->number, ran);
     }
     atomic_fetch_sub(&h->pending, 1);
+    epi_handle_release(h);
     return st;
 }

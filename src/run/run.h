@@ -100,8 +100,10 @@ typedef ep_status (*epi_task_fn)(void *arg);
 ep_status epi_stream_create(ep_stream **out);
 ep_status epi_event_create(ep_event **out);
 
-/* Queues fn on the stream, or with stream NULL calls it here and returns its status. Blocks only
- * while the queue is full. */
+/* Room for one task more, so that submit cannot fail. EP_ERR_NOMEM. Stream NULL needs none. */
+ep_status epi_stream_reserve(ep_stream *stream);
+/* Queues fn on the stream, which has room reserved for it, or with stream NULL calls it here and
+ * returns its status. Does not block. */
 ep_status epi_stream_submit(ep_stream *stream, epi_task_fn fn, const void *arg, size_t bytes);
 
 #endif

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Streams and events of host groups. A stream is a thread and a ring of tasks whose arguments are
- * copied in, so that queueing allocates nothing. An event is a counter of records: it has passed
- * when as many records have run as were queued. Must not know what the tasks do.
+ * copied in. The ring grows, because whoever queues must not wait for what is queued. An event is a
+ * counter of records: it has passed when as many records have run as were queued. Must not know what
+ * the tasks do.
  */
 #include "src/run/run.h"
 
 #include <string.h>
 
-#define QUEUE_LENGTH 64
+#define FIRST_LENGTH 64
 
 struct task {
     epi_task_fn fn;
@@ -20,21 +21,36 @@ struct ep_stream {
     pthread_mutex_t mutex;
     pthread_cond_t more, less; /* a task was added; a task has ended */
     uint64_t added, ended;     /* tasks since create; the ring holds the difference */
-    bool stop;
+    uint64_t reserved;         /* tasks that will be added and for which there is room */
+    uint64_t length;           /* of the ring */
+    struct task *ring;
+    bool stop, frees_itself;
     ep_status error; /* of the first task that failed since the last sync */
     char error_text[EPI_ERROR_TEXT_BYTES];
-    struct task ring[QUEUE_LENGTH];
 };
 
 struct ep_event {
     pthread_mutex_t mutex;
     pthread_cond_t passed_more;
     uint64_t recorded, passed;
-    int refs; /* the owner's and one per queued record or wait */
+    const ep_stream *stream; /* of the newest record; only compared */
+    int refs;                /* the owner's and one per queued record or wait */
 };
+
+/* Whose thread this is. */
+static _Thread_local const ep_stream *running;
+
+static void stream_free(ep_stream *s) {
+    pthread_cond_destroy(&s->more);
+    pthread_cond_destroy(&s->less);
+    pthread_mutex_destroy(&s->mutex);
+    epi_free(s->ring);
+    epi_free(s);
+}
 
 static void *stream_main(void *arg) {
     ep_stream *s = arg;
+    running = s;
     pthread_mutex_lock(&s->mutex);
     for (;;) {
         while (s->added == s->ended && !s->stop) {
@@ -43,10 +59,10 @@ static void *stream_main(void *arg) {
         if (s->added == s->ended) {
             break;
         }
-        struct task *t = &s->ring[s->ended % QUEUE_LENGTH];
+        struct task t = s->ring[s->ended % s->length]; /* the ring may grow while it runs */
         pthread_mutex_unlock(&s->mutex);
         epi_clear_error();
-        ep_status st = t->fn(t->arg);
+        ep_status st = t.fn(t.arg);
         pthread_mutex_lock(&s->mutex);
         if (st < 0 && s->error == EP_OK) {
             s->error = st;
@@ -55,8 +71,43 @@ static void *stream_main(void *arg) {
         s->ended++;
         pthread_cond_broadcast(&s->less);
     }
+    const bool mine = s->frees_itself;
     pthread_mutex_unlock(&s->mutex);
+    if (mine) {
+        stream_free(s);
+    }
     return NULL;
+}
+
+/* The mutex is held. */
+static ep_status lengthen(ep_stream *s) {
+    const uint64_t length = 2 * s->length;
+    struct task *ring = epi_alloc_array(length, sizeof(*ring));
+    if (!ring) {
+        return epi_fail(EP_ERR_NOMEM,
+                        "no memory to queue more on a stream that holds %llu tasks",
+                        (unsigned long long)(s->added - s->ended));
+    }
+    for (uint64_t i = s->ended; i < s->added; i++) {
+        ring[i % length] = s->ring[i % s->length];
+    }
+    epi_free(s->ring);
+    s->ring = ring;
+    s->length = length;
+    return EP_OK;
+}
+
+ep_status epi_stream_reserve(ep_stream *s) {
+    ep_status st = EP_OK;
+    if (s) {
+        pthread_mutex_lock(&s->mutex);
+        if (s->added - s->ended + s->reserved == s->length) {
+            st = lengthen(s);
+        }
+        s->reserved += st == EP_OK;
+        pthread_mutex_unlock(&s->mutex);
+    }
+    return st;
 }
 
 ep_status epi_stream_submit(ep_stream *s, epi_task_fn fn, const void *arg, size_t bytes) {
@@ -69,30 +120,27 @@ ep_status epi_stream_submit(ep_stream *s, epi_task_fn fn, const void *arg, size_
         return fn(copy);
     }
     pthread_mutex_lock(&s->mutex);
-    while (s->added - s->ended == QUEUE_LENGTH) {
-        pthread_cond_wait(&s->less, &s->mutex);
-    }
-    struct task *t = &s->ring[s->added % QUEUE_LENGTH];
+    struct task *t = &s->ring[s->added % s->length];
     t->fn = fn;
     memcpy(t->arg, arg, bytes);
     s->added++;
+    s->reserved--;
     pthread_cond_signal(&s->more);
     pthread_mutex_unlock(&s->mutex);
     return EP_OK;
 }
 
-static void stream_free(ep_stream *s) {
-    pthread_cond_destroy(&s->more);
-    pthread_cond_destroy(&s->less);
-    pthread_mutex_destroy(&s->mutex);
-    epi_free(s);
-}
-
 ep_status epi_stream_create(ep_stream **out) {
     ep_stream *s = epi_alloc(sizeof(*s));
-    if (!s) {
-        return epi_fail(EP_ERR_NOMEM, "no memory for a stream (%zu bytes)", sizeof(*s));
+    struct task *ring = epi_alloc_array(FIRST_LENGTH, sizeof(*ring));
+    if (!s || !ring) {
+        epi_free(ring);
+        epi_free(s);
+        return epi_fail(EP_ERR_NOMEM, "no memory for a stream (%zu bytes)",
+                        sizeof(*s) + FIRST_LENGTH * sizeof(*ring));
     }
+    s->ring = ring;
+    s->length = FIRST_LENGTH;
     pthread_mutex_init(&s->mutex, NULL);
     pthread_cond_init(&s->more, NULL);
     pthread_cond_init(&s->less, NULL);
@@ -111,16 +159,29 @@ void ep_stream_destroy(ep_stream **stream) {
         return;
     }
     *stream = NULL;
+    const bool own = running == s; /* a function that it runs cannot wait for its end */
+    if (own) {
+        pthread_detach(s->thread);
+    }
+    const pthread_t thread = s->thread;
     pthread_mutex_lock(&s->mutex);
     s->stop = true;
+    s->frees_itself = own;
     pthread_cond_signal(&s->more);
     pthread_mutex_unlock(&s->mutex);
-    pthread_join(s->thread, NULL);
-    stream_free(s);
+    if (!own) {
+        pthread_join(thread, NULL);
+        stream_free(s);
+    }
 }
 
 ep_status ep_stream_sync(ep_stream *stream) {
     EPI_NOT_NULL("ep_stream_sync", stream);
+    if (running == stream) {
+        return epi_fail(EP_ERR_STATE,
+                        "ep_stream_sync: called by a function that this stream runs, "
+                        "which would wait for itself");
+    }
     pthread_mutex_lock(&stream->mutex);
     uint64_t until = stream->added;
     while (stream->ended < until) {
@@ -151,6 +212,7 @@ ep_status ep_stream_run(ep_stream *stream, void (*fn)(void *), void *arg) {
     EPI_NOT_NULL("ep_stream_run", stream);
     EPI_NOT_NULL("ep_stream_run", fn);
     struct call c = {fn, arg};
+    EPI_TRY(epi_stream_reserve(stream));
     return epi_stream_submit(stream, run_call, &c, sizeof(c));
 }
 
@@ -220,8 +282,10 @@ static ep_status run_wait(void *arg) {
 
 /* Queues fn for the newest record of the event, which is counted here if it is `new`. */
 static ep_status submit_mark(ep_stream *stream, epi_task_fn fn, ep_event *event, bool new) {
+    EPI_TRY(epi_stream_reserve(stream));
     pthread_mutex_lock(&event->mutex);
     event->recorded += new;
+    event->stream = new ? stream : event->stream;
     struct mark m = {event, event->recorded};
     event->refs++;
     pthread_mutex_unlock(&event->mutex);
@@ -252,7 +316,13 @@ ep_status ep_event_sync(ep_event *event) {
     EPI_NOT_NULL("ep_event_sync", event);
     pthread_mutex_lock(&event->mutex);
     uint64_t number = event->recorded;
+    const bool is_later = running && running == event->stream && event->passed < number;
     pthread_mutex_unlock(&event->mutex);
+    if (is_later) {
+        return epi_fail(EP_ERR_STATE,
+                        "ep_event_sync: called by a function of the stream on which "
+                        "the event lies, before it: it would wait for itself");
+    }
     await_mark(event, number);
     return EP_OK;
 }
