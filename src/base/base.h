@@ -54,8 +54,21 @@ void epi_format(char *out, size_t out_bytes, const char *fmt, ...) EPI_PRINTF(3,
 
 enum epi_log_level { EPI_LOG_ERROR, EPI_LOG_WARN, EPI_LOG_INFO, EPI_LOG_DEBUG };
 
-/* One line, one write(2), to stderr. Control characters in the text become '?'. */
+/* One line, one write(2), to stderr. Control characters in the text become '?'. Neither waits nor
+ * raises a signal, whatever stderr is: a line that it does not take is lost, which the next says. */
 void epi_log(enum epi_log_level level, const char *fmt, ...) EPI_PRINTF(2, 3);
+
+/* The same for lines that a stranger can cause as often as he likes: so many of one kind in so much
+ * time; what is left out is counted, and the next line of the kind says how many. */
+#define EPI_LOG_SOME 10
+#define EPI_LOG_SOME_NS (10 * EPI_NS_PER_S)
+struct epi_log_kind { /* static, all 0 */
+    _Atomic int64_t window;
+    _Atomic uint32_t num, left_out;
+};
+void epi_log_some(struct epi_log_kind *kind, enum epi_log_level level, const char *fmt, ...)
+    EPI_PRINTF(3, 4);
+
 bool epi_log_enabled(enum epi_log_level level);
 void epi_log_set_rank(int rank); /* the calling thread's tag; -1 is none */
 int epi_log_rank(void);
@@ -106,8 +119,22 @@ struct epi_opt_info {
     bool valid;               /* false: it is set and malformed, so the default is in force */
 };
 
+/*
+ * Reads the knobs that are looked at for the rest of the process's life (EP_LOG,
+ * EP_TEST_ALLOC_FAIL), once; what creates a group or a world calls it on its caller's thread. All
+ * others are read by the caller's create, and nothing reads the environment later or on a thread of
+ * this library: the program may be changing it there.
+ */
+void epi_opt_begin(void);
+
+/* A copy of all variables that are read here, for threads that do a part of the caller's create: such
+ * a thread uses it, until it uses NULL, instead of the environment. NULL: no memory; epi_free it. */
+struct epi_environment *epi_environment_copy(void);
+void epi_environment_use(const struct epi_environment *e);
+
 /* Read the environment on every call. A malformed value is replaced by the default and logged
- * once per value. epi_opt_int is for INT and CHOICE (index). */
+ * once per value. epi_opt_int is for INT and CHOICE (index). In a program with rights that its user
+ * has not (setuid, file capabilities) the environment counts as empty. */
 int64_t epi_opt_int(enum epi_opt opt);
 const char *epi_opt_str(enum epi_opt opt); /* NULL when unset and without a default */
 
@@ -194,6 +221,8 @@ void epi_free(void *p);                               /* NULL is fine */
 /* Counts one allocation and says whether EP_TEST_ALLOC_FAIL wants it to fail. epi_alloc asks
  * by itself; call it before mmap, memfd_create, socket and the like. */
 bool epi_alloc_should_fail(void);
+void epi_alloc_fail_at(
+    uint64_t nth);              /* as EP_TEST_ALLOC_FAIL, which is read once; 0: none does */
 uint64_t epi_alloc_count(void); /* allocations asked for so far, the injected one included */
 int64_t epi_alloc_live(void);   /* epi_alloc'ed and not yet freed */
 
