@@ -46,6 +46,11 @@
  *   - "Enqueues": with a stream the call returns once the work is queued and the memory it
  *     names must stay valid until the stream has passed it; with stream NULL on a host group
  *     the work is done when the call returns.
+ *   - The environment is read by what creates a group or a world, on the caller's thread, and never
+ *     later, so that other threads may change it. A program with rights that its user has not
+ *     (setuid, file capabilities) reads none of it.
+ *   - The log (EP_LOG) goes to stderr. It neither waits for a reader nor raises a signal: lines
+ *     that stderr does not take are lost, and their number is said when it does again.
  *   - Every wait has a deadline (ep_group_config.timeout_ms). Nothing waits for ever.
  *   - A group may be used from several threads, one call at a time per handle; calls that are
  *     collective must be issued in the same order on every rank, so threads have to agree on

@@ -239,21 +239,18 @@ static void test_alloc(void) {
     epi_free(NULL);
     ok(epi_alloc_live() == live, "and what came back");
     ok(!epi_alloc(SIZE_MAX) && !epi_alloc_array(SIZE_MAX / 2, 3), "sizes that overflow fail");
-    char text[32];
-    snprintf(text, sizeof(text), "%llu", (unsigned long long)epi_alloc_count() + 2);
-    setenv("EP_TEST_ALLOC_FAIL", text, 1);
+    epi_alloc_fail_at(epi_alloc_count() + 2);
     void *first = epi_alloc(1);
     void *second = epi_alloc(1);
     void *third = epi_alloc(1);
-    unsetenv("EP_TEST_ALLOC_FAIL");
+    epi_alloc_fail_at(0);
     ok(first && !second && third != NULL, "exactly the n-th allocation fails");
     epi_free(first);
     epi_free(third);
-    snprintf(text, sizeof(text), "%llu", (unsigned long long)epi_alloc_count() + 1);
-    setenv("EP_TEST_ALLOC_FAIL", text, 1);
+    epi_alloc_fail_at(epi_alloc_count() + 1);
     pthread_t thread;
     ok(epi_thread_start(&thread, other_thread, NULL, "never") == EAGAIN, "threads too");
-    unsetenv("EP_TEST_ALLOC_FAIL");
+    epi_alloc_fail_at(0);
     ok(epi_alloc_live() == live, "a failed one is not out");
 }
 

@@ -26,12 +26,10 @@ static int sweep_rank(int rank, void *ctx) {
     for (int n = 1; !*s->done; n++) {
         char bytes[600] = {0};
         char all[1200];
-        char nth[32];
         struct rig_footprint was = rig_footprint();
         struct epi_boot *boot = NULL;
         if (rank == s->victim) {
-            snprintf(nth, sizeof(nth), "%llu", (unsigned long long)epi_alloc_count() + n);
-            setenv("EP_TEST_ALLOC_FAIL", nth, 1);
+            epi_alloc_fail_at(epi_alloc_count() + n);
         }
         uint64_t until = epi_alloc_count() + (uint64_t)n;
         ep_status st = meet_join(&boot, s->port, rank, 2, "sweep", 600 * EPI_NS_PER_MS);
@@ -43,7 +41,7 @@ static int sweep_rank(int rank, void *ctx) {
         num_failed += st != EP_OK;
         ok(st == EP_OK || ep_last_error()[0] != '\0', "a failure has a text");
         ok(rig_same_footprint(was), "%d: nothing is left after %s", n, ep_status_string(st));
-        unsetenv("EP_TEST_ALLOC_FAIL");
+        epi_alloc_fail_at(0);
         pthread_barrier_wait(s->barrier);
         if (rank == s->victim && epi_alloc_count() < until) {
             *s->done = 1; /* it had fewer than n allocations to make */

@@ -148,7 +148,6 @@ static int no_memory(int rank, void *ctx) {
     const struct epi_jit_key key = key_of("one");
     struct epi_cache c;
     struct epi_cubin got;
-    char nth[32];
     int version;
     (void)rank;
     (void)ctx;
@@ -156,10 +155,9 @@ static int no_memory(int rank, void *ctx) {
     epi_cache_open(&c);
     epi_cache_write(&c, &key, &kernel, 13020);
     const int64_t live = epi_alloc_live();
-    snprintf(nth, sizeof(nth), "%llu", (unsigned long long)epi_alloc_count() + 1);
-    setenv("EP_TEST_ALLOC_FAIL", nth, 1);
+    epi_alloc_fail_at(epi_alloc_count() + 1);
     ep_status st = epi_cache_read(&c, &key, false, &got, &version);
-    unsetenv("EP_TEST_ALLOC_FAIL");
+    epi_alloc_fail_at(0);
     ok(st == EP_ERR_NOMEM && epi_alloc_live() == live, "no memory is said, not hidden");
     ok(reads(&c, &key), "and is no harm to the entry");
     epi_cache_close(&c);

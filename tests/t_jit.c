@@ -347,17 +347,15 @@ static int dumped(int rank, void *ctx) {
  * that cannot be started is no failure, and what the others got stays. */
 static void walk(int num, const char *what) {
     struct epi_jit_kernel k[3];
-    char text[32];
     int failed = 0;
     for (uint64_t n = 1; n < 40; n++) {
         const bool opened = account().nvrtc_version != 0;
         const int64_t live = epi_alloc_live();
         const uint64_t nth = epi_alloc_count() + n;
-        snprintf(text, sizeof(text), "%llu", (unsigned long long)nth);
-        setenv("EP_TEST_ALLOC_FAIL", text, 1);
+        epi_alloc_fail_at(nth);
         ep_status st =
             num > 1 ? epi_jit_get_all(files, num, 90, defines, DRIVER, k) : get(ROUTE, k);
-        unsetenv("EP_TEST_ALLOC_FAIL");
+        epi_alloc_fail_at(0);
         if (epi_alloc_count() < nth) {
             ok(st == EP_OK && failed > 2, "%s: each of %d allocations may fail", what, failed);
             return;

@@ -362,12 +362,6 @@ static void test_warning(void) {
 
 /* ---- each allocation fails in turn ---------------------------------------------------------- */
 
-static void fail_allocation(uint64_t nth) {
-    char text[24];
-    snprintf(text, sizeof(text), "%llu", (unsigned long long)nth);
-    setenv("EP_TEST_ALLOC_FAIL", text, 1);
-}
-
 /* Create and destroy; whoever fails leaves. Returns whether it did. */
 static bool attempt(struct scene *s, int rank) {
     struct fake_seat seat = {&s->meeting, rank, 0, s->timeout_ms * EPI_NS_PER_MS};
@@ -397,9 +391,9 @@ static void walk_threads(void) {
         struct scene *s = new_scene(3, true);
         const struct rig_footprint was = rig_footprint();
         const uint64_t until = epi_alloc_count() + (uint64_t)n;
-        fail_allocation(until);
+        epi_alloc_fail_at(until);
         const int failed = tap_run_threads(3, attempt_thread, s);
-        unsetenv("EP_TEST_ALLOC_FAIL");
+        epi_alloc_fail_at(0);
         more = epi_alloc_count() >= until;
         num_failed += failed > 0;
         ok(failed == 0 || failed == 3, "allocation %d: %d ranks fail", n, failed);
@@ -424,11 +418,11 @@ static int walk_rank(int rank, void *ctx) {
         if (rank == s->victim) {
             memset(&s->meeting, 0, sizeof(s->meeting));
             s->meeting.num_ranks = s->num_ranks;
-            fail_allocation(until);
+            epi_alloc_fail_at(until);
         }
         meet(s, &meetings);
         const bool failed = attempt(s, rank);
-        unsetenv("EP_TEST_ALLOC_FAIL");
+        epi_alloc_fail_at(0);
         check_clean(was, "an allocation failed");
         meet(s, &meetings);
         atomic_fetch_add(&s->num_failed, failed);

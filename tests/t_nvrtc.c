@@ -211,13 +211,11 @@ static int loaded(int rank, void *ctx) {
 
 static int no_memory(int rank, void *ctx) {
     struct epi_nvrtc *n = NULL;
-    char nth[32];
     (void)rank;
     (void)ctx;
-    snprintf(nth, sizeof(nth), "%llu", (unsigned long long)epi_alloc_count() + 1);
-    setenv("EP_TEST_ALLOC_FAIL", nth, 1);
+    epi_alloc_fail_at(epi_alloc_count() + 1);
     ok(epi_nvrtc_open(&n, major) == EP_ERR_NOMEM && !n, "no memory for it");
-    unsetenv("EP_TEST_ALLOC_FAIL");
+    epi_alloc_fail_at(0);
     return 0;
 }
 

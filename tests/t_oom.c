@@ -34,12 +34,6 @@ struct walk {
     atomic_int num_nomem;
 };
 
-static void fail_allocation(uint64_t nth) {
-    char text[24];
-    snprintf(text, sizeof(text), "%llu", (unsigned long long)nth);
-    setenv("EP_TEST_ALLOC_FAIL", text, 1);
-}
-
 static void meet(struct walk *w, int *meetings) {
     const int all = ++*meetings * RANKS;
     atomic_fetch_add(&w->arrived, 1);
@@ -134,10 +128,10 @@ static int process_rank(int rank, void *ctx) {
         const struct rig_footprint was = rig_footprint();
         const uint64_t until = epi_alloc_count() + (uint64_t)n;
         if (mine) {
-            fail_allocation(until);
+            epi_alloc_fail_at(until);
         }
         attempt(w, rank, mine, &meetings);
-        unsetenv("EP_TEST_ALLOC_FAIL");
+        epi_alloc_fail_at(0);
         ok(rig_same_footprint(was), "allocation %d of rank %d: nothing is left", n, w->victim);
         if (mine) {
             const bool felt = atomic_load(&w->failed) > 0;
@@ -202,7 +196,7 @@ static void walk_threads(void) {
         ep_world *world = NULL;
         const uint64_t until = epi_alloc_count() + (uint64_t)n;
         *w = (struct walk){.meeting = {RANKS, 0, NULL, TIMEOUT_MS}};
-        fail_allocation(until);
+        epi_alloc_fail_at(until);
         ep_status st = ep_world_create(&world, RANKS);
         ok(st == EP_OK || (st == EP_ERR_NOMEM && !world && rig_is_sentence(ep_last_error())),
            "ep_world_create: %s (%s)", ep_status_string(st), ep_last_error());
@@ -210,7 +204,7 @@ static void walk_threads(void) {
         w->meeting.world = world && n % 2 ? world : kept;
         tap_run_threads(RANKS, thread_rank, w);
         ep_world_destroy(&world);
-        unsetenv("EP_TEST_ALLOC_FAIL");
+        epi_alloc_fail_at(0);
         more = epi_alloc_count() >= until;
         ok(rig_same_footprint(with), "threads: allocation %d: nothing is left", n);
         /* And the next one in it succeeds. */
@@ -232,9 +226,9 @@ static int count_rank(int rank, void *ctx) {
     int32_t per_source[1] = {-7}, per_expert[RIG_EXPERTS] = {-7, -7};
     ok(rig_create(&r, ctx, rank) == EP_OK && rig_dispatch(&r) == EP_OK, "a dispatch: %s",
        ep_last_error());
-    fail_allocation(epi_alloc_count() + 1);
+    epi_alloc_fail_at(epi_alloc_count() + 1);
     const ep_status st = ep_handle_counts(r.handle, &rows, per_source, per_expert);
-    unsetenv("EP_TEST_ALLOC_FAIL");
+    epi_alloc_fail_at(0);
     ok(st == EP_ERR_NOMEM && rows == -7 && per_source[0] == -7 && per_expert[0] == -7,
        "counts without memory are not told in part: %s, %d", ep_status_string(st),
        per_source[0]);

@@ -19,13 +19,25 @@
 
 static _Atomic uint64_t num_asked;
 static _Atomic int64_t num_live;
+static _Atomic uint64_t fails_at;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void read_knob(void) {
+    atomic_store(&fails_at, (uint64_t)epi_opt_int(EPI_OPT_TEST_ALLOC_FAIL));
+}
+
+void epi_alloc_fail_at(uint64_t nth) {
+    pthread_once(&once, read_knob);
+    atomic_store(&fails_at, nth);
+}
 
 bool epi_alloc_should_fail(void) {
-    uint64_t nth = atomic_fetch_add(&num_asked, 1) + 1;
-    return nth == (uint64_t)epi_opt_int(EPI_OPT_TEST_ALLOC_FAIL);
+    pthread_once(&once, read_knob);
+    return atomic_fetch_add(&num_asked, 1) + 1 == atomic_load(&fails_at);
 }
 
 uint64_t epi_alloc_count(void) {
+    pthread_once(&once, read_knob);
     return atomic_load(&num_asked);
 }
 

@@ -3,9 +3,11 @@
  * The environment: the knobs of EPI_OPTS, and the few variables of others that say who and where
  * we are.
  *
- * Owns the parsing rules and the memory of which malformed values were already reported. Runs
- * on any thread; values are read anew on every call, so a program (or a test) may change them
- * until the object that uses them is created. The only file that calls getenv.
+ * Owns the parsing rules and the memory of which malformed values were already reported. Values are
+ * read anew on every call, so a program (or a test) may change them until the object that uses them
+ * is created. Called by the threads that create objects: getenv beside another thread's setenv is
+ * not safe, so nothing may read the environment at a time that its caller has not chosen. The only
+ * file that reads it.
  * Must not silently ignore a value: a malformed one is named, with its rule, in one warning.
  */
 #include "src/base/base.h"
@@ -17,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/auxv.h>
 
 struct opt_row {
     const char *name;
@@ -150,9 +153,58 @@ static void describe_rule(const struct opt_row *row, char *out, size_t bytes) {
     }
 }
 
-static const char *env_text(const char *name) {
-    const char *text = getenv(name);
+#define NUM_VARIABLES (EPI_OPT_COUNT + NUM_FOREIGN)
+
+struct epi_environment {
+    const char *text[NUM_VARIABLES]; /* of the knobs, then of the others; they follow */
+};
+
+static _Thread_local const struct epi_environment *borrowed;
+
+static const char *variable_name(size_t variable) {
+    return variable < EPI_OPT_COUNT ? rows[variable].name
+                                    : foreign_rows[variable - EPI_OPT_COUNT].name;
+}
+
+/* Values name hosts, files and libraries: who has lent his rights to the program's user has not let
+ * him choose those. */
+static const char *read_variable(size_t variable) {
+    static _Atomic bool said;
+    const char *name = variable_name(variable);
+    const char *text = secure_getenv(name);
+    if (!text && getauxval(AT_SECURE) && getenv(name) && !atomic_exchange(&said, true)) {
+        epi_log(EPI_LOG_WARN,
+                "%s and all other variables are ignored: the program has rights that its user "
+                "has not (setuid, file capabilities)",
+                name);
+    }
     return text && text[0] != '\0' ? text : NULL;
+}
+
+static const char *env_text(size_t variable) {
+    return borrowed ? borrowed->text[variable] : read_variable(variable);
+}
+
+struct epi_environment *epi_environment_copy(void) {
+    size_t bytes = sizeof(struct epi_environment);
+    for (size_t i = 0; i < NUM_VARIABLES; i++) {
+        const char *text = env_text(i);
+        bytes += text ? strlen(text) + 1 : 0;
+    }
+    struct epi_environment *e = epi_alloc(bytes);
+    char *at = (char *)(e + 1), *end = (char *)e + bytes;
+    for (size_t i = 0; e && i < NUM_VARIABLES; i++) {
+        const char *text = env_text(i);
+        if (text && strlen(text) < (size_t)(end - at)) {
+            e->text[i] = strcpy(at, text);
+            at += strlen(text) + 1;
+        }
+    }
+    return e;
+}
+
+void epi_environment_use(const struct epi_environment *e) {
+    borrowed = e;
 }
 
 static void report_malformed(enum epi_opt opt, const char *text) {
@@ -172,7 +224,7 @@ static void report_malformed(enum epi_opt opt, const char *text) {
 static const char *effective(enum epi_opt opt, int64_t *number) {
     const struct opt_row *row = &rows[opt];
     *number = 0;
-    const char *text = env_text(row->name);
+    const char *text = env_text(opt);
     if (text) {
         if (parse(row, text, number)) {
             return text;
@@ -196,6 +248,11 @@ const char *epi_opt_str(enum epi_opt opt) {
     return effective(opt, &number);
 }
 
+void epi_opt_begin(void) {
+    epi_log_enabled(EPI_LOG_ERROR); /* who asks for the first time reads the knob */
+    epi_alloc_count();
+}
+
 size_t epi_opt_count(void) {
     return EPI_OPT_COUNT;
 }
@@ -206,7 +263,7 @@ const struct epi_opt_info *epi_opt_info(size_t index) {
         return NULL;
     }
     const struct opt_row *row = &rows[index];
-    const char *text = env_text(row->name);
+    const char *text = env_text(index);
     int64_t number = 0;
     info.name = row->name;
     info.doc = row->doc;
@@ -224,7 +281,7 @@ const struct epi_opt_info *epi_foreign_info(size_t index) {
     if (index >= NUM_FOREIGN) {
         return NULL;
     }
-    const char *text = env_text(foreign_rows[index].name);
+    const char *text = env_text(EPI_OPT_COUNT + index);
     info.name = foreign_rows[index].name;
     info.doc = foreign_rows[index].doc;
     info.default_text = "";
@@ -237,7 +294,7 @@ const struct epi_opt_info *epi_foreign_info(size_t index) {
 const char *epi_env(const char *name) {
     for (size_t i = 0; i < NUM_FOREIGN; i++) {
         if (strcmp(name, foreign_rows[i].name) == 0) {
-            return env_text(name);
+            return env_text(EPI_OPT_COUNT + i);
         }
     }
     epi_log(EPI_LOG_ERROR, "internal: variable %s is not in the list of opt.c", name);

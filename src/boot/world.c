@@ -41,6 +41,7 @@ struct ep_world {
 
 ep_status ep_world_create(ep_world **out, int num_ranks) {
     epi_clear_error();
+    epi_opt_begin();
     EPI_NOT_NULL("ep_world_create", out);
     if (num_ranks < 1 || num_ranks > EP_MAX_RANKS) {
         return epi_fail(EP_ERR_ARG, "num_ranks is %d, it must be in 1..%d", num_ranks,

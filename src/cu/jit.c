@@ -203,6 +203,7 @@ struct job {
     int arch;
     const char *const *defines;
     int driver_version, rank;
+    const struct epi_environment *environment; /* of who asked */
     struct epi_jit_kernel kernel;
     ep_status st;
     char text[EPI_ERROR_TEXT_BYTES];
@@ -213,7 +214,9 @@ struct job {
 static void *run_job(void *arg) {
     struct job *j = arg;
     epi_log_set_rank(j->rank);
+    epi_environment_use(j->environment);
     j->st = epi_jit_get(j->file, j->arch, j->defines, j->driver_version, &j->kernel);
+    epi_environment_use(NULL);
     epi_format(j->text, sizeof(j->text), "%s", epi_error_text());
     return NULL;
 }
@@ -223,7 +226,10 @@ ep_status epi_jit_get_all(const char *const *files, int num_files, int arch,
                           struct epi_jit_kernel *out) {
     ep_status st = EP_OK;
     struct job *jobs = epi_alloc_array((size_t)num_files, sizeof(*jobs));
-    if (!jobs) {
+    struct epi_environment *environment = epi_environment_copy();
+    if (!jobs || !environment) {
+        epi_free(jobs);
+        epi_free(environment);
         return epi_fail(EP_ERR_NOMEM, "no memory for %d kernels", num_files);
     }
     for (int i = 0; i < num_files; i++) {
@@ -233,6 +239,7 @@ ep_status epi_jit_get_all(const char *const *files, int num_files, int arch,
         j->defines = defines;
         j->driver_version = driver_version;
         j->rank = epi_log_rank();
+        j->environment = environment;
         j->started = i > 0 && epi_thread_start(&j->thread, run_job, j, "ep-compile") == 0;
     }
     for (int i = 0; i < num_files; i++) { /* the first, and those that got no thread */
@@ -252,6 +259,7 @@ ep_status epi_jit_get_all(const char *const *files, int num_files, int arch,
         out[i] = jobs[i].kernel;
     }
     epi_free(jobs);
+    epi_free(environment);
     return st;
 }
 

@@ -48,6 +48,7 @@ ep_status ep_group_create(ep_group **out, const struct ep_group_config *config) 
     EPI_NOT_NULL("ep_group_create", config);
     EPI_TAKE(ep_group_config, &c, config);
     epi_clear_error();
+    epi_opt_begin();
     ep_status st = check_known(&c);
     return st == EP_OK ? epi_group_create(out, &c) : epi_fail_before_meeting(&c, st);
 }
