@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # soak.sh: the plain tests again and again, each round with another seed and TAP_EFFORT=20, for
-# SOAK_SECONDS (600). Stops at the first round that fails and says how to repeat it.
+# SOAK_SECONDS (600), with hundreds of scenes of the fault storm (tests/storm.h) in each. Stops at
+# the first round that fails and says how to repeat it.
 cd "$(dirname "$0")/.." || exit 1
 limit=$(($(date +%s) + ${SOAK_SECONDS:-600}))
 TAP_EFFORT=${TAP_EFFORT:-20}

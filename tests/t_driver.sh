@@ -9,7 +9,7 @@ build=${TAP_BUILD:-build}
 logs=${TAP_LOGS:-$build/logs}/driver
 if [ "$1" = --one ]; then
     case $2 in
-    t_handoff | t_layout | t_mismatch) sms=64 ;; # whose groups ask for many, or may have them
+    t_handoff | t_layout | t_mismatch | t_storm) sms=64 ;; # whose groups ask for many, or may have them
     *) sms=16 ;;
     esac
     # shellcheck disable=SC2086
@@ -31,7 +31,8 @@ export EP_JIT_CACHE EP_NVRTC_PATH
 
 programs="t_handoff t_layout t_dispatch_compact t_dispatch_expanded t_combine t_rowtypes t_cached
     t_capacity t_mismatch t_begin_finish t_stats t_args t_args_operations t_abort t_cuda_pointers
-    t_cuda_streams t_cuda_order t_cuda_memory t_cuda_graph t_cuda_device_end t_cuda_soak"
+    t_cuda_streams t_cuda_order t_cuda_memory t_cuda_graph t_cuda_device_end t_cuda_soak
+    t_storm"
 case $build in
 */san) programs="t_handoff t_capacity t_begin_finish t_stats t_args_operations t_abort t_cuda_pointers
     t_cuda_streams t_cuda_order t_cuda_memory t_cuda_soak" ;;
