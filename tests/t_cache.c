@@ -144,6 +144,93 @@ static int odd_entries(int rank, void *ctx) {
     return 0;
 }
 
+/* Each of these could be the work of somebody else, though what it holds is right. */
+static int entries_of_others(int rank, void *ctx) {
+    const char *folder = scratch_path(scratch_folder(), "others");
+    const struct epi_jit_key key = key_of("one");
+    struct epi_cache c;
+    struct stat st;
+    (void)rank;
+    (void)ctx;
+    set_folder(folder);
+    epi_cache_open(&c);
+    epi_cache_write(&c, &key, &kernel, 13020);
+    const char *path = scratch_find(folder, ".cubin");
+    ok(stat(path, &st) == 0 && (st.st_mode & 07777) == 0600, "only its user can read an entry");
+    chmod(path, 0620);
+    ok(!reads(&c, &key), "one that the group can write to is not run");
+    chmod(path, 0602);
+    ok(!reads(&c, &key), "nor one that strangers can write to");
+    ok(scratch_logged("is not run: others can write to it; remove it") == 2, "which is said");
+    chmod(path, 0644);
+    ok(reads(&c, &key), "one that others can read is");
+    ok(link(path, scratch_path(folder, "second")) == 0 && !reads(&c, &key) &&
+           scratch_logged("it has another name, too; remove it") == 1,
+       "one with two names is not run");
+    ok(epi_cache_write(&c, &key, &kernel, 13020) && reads(&c, &key), "but replaced");
+    if (geteuid() == 0 && chown(path, 12345, 12345) == 0) {
+        ok(!reads(&c, &key) && scratch_logged("it belongs to another user; remove it") == 1,
+           "nor one of another user, in a folder that is now ours");
+        ok(epi_cache_write(&c, &key, &kernel, 13020) && reads(&c, &key), "it is replaced, too");
+    }
+    epi_cache_close(&c);
+    return 0;
+}
+
+/* A file of our names, last used so many days ago. */
+static void leave(const char *folder, const char *name, int days) {
+    const char *path = scratch_path(folder, name);
+    struct timespec times[2];
+    struct stat st;
+    scratch_write(path, "x", 1);
+    stat(path, &st);
+    times[0] = times[1] = st.st_mtim;
+    times[1].tv_sec -= (time_t)days * 86400;
+    utimensat(AT_FDCWD, path, times, 0);
+}
+
+static int old_files(int rank, void *ctx) {
+    const char *folder = scratch_path(scratch_folder(), "old");
+    const struct epi_jit_key key = key_of("one"), other = key_of("two");
+    struct epi_cache c;
+    struct stat st;
+    char name[64];
+    (void)rank;
+    (void)ctx;
+    set_folder(folder);
+    epi_cache_open(&c);
+    epi_cache_write(&c, &key, &kernel, 13020);
+    const char *mine = scratch_find(folder, ".cubin");
+    struct timespec times[2] = {{0, UTIME_OMIT}, {.tv_sec = 1000000000}};
+    utimensat(AT_FDCWD, mine, times, 0);
+    ok(reads(&c, &key) && stat(mine, &st) == 0 && st.st_mtime > 1000000000,
+       "an entry that is read is young again");
+    leave(folder, "0123456789abcdef.cubin", 100);
+    leave(folder, "0123456789abcde0.cubin", 50);
+    leave(folder, "0123456789abcdef.cubin.77-1f.tmp", 1);
+    leave(folder, "0123456789abcde0.cubin.77-1f.tmp", 0);
+    leave(folder, "0123456789abcdef.lock", 1);
+    leave(folder, "notes.txt", 1000);
+    leave(folder, "0123456789abcdef.cubin.old", 1000);
+    epi_cache_write(&c, &other, &kernel, 13020);
+    ok(scratch_count(folder, "") == 6 && scratch_count(folder, "def.cubin") == 0 &&
+           scratch_count(folder, "de0.cubin") == 1 && scratch_count(folder, ".tmp") == 1,
+       "entries that nobody has used for months go, with what writers left; the rest stays");
+    for (int i = 0; i < 300; i++) {
+        snprintf(name, sizeof(name), "%016x.cubin", i);
+        leave(folder, name, 20);
+    }
+    epi_cache_write(&c, &other, &kernel, 13020);
+    ok(scratch_count(folder, ".cubin") == 256, "more than 256 are not kept (%d)",
+       scratch_count(folder, ".cubin"));
+    ok(reads(&c, &key) && reads(&c, &other) && scratch_count(folder, "de0.cubin") == 0,
+       "those that were used last");
+    ok(scratch_count(folder, ".txt") == 1 && scratch_count(folder, ".old") == 1,
+       "files that are not ours are left alone");
+    epi_cache_close(&c);
+    return 0;
+}
+
 static int no_memory(int rank, void *ctx) {
     const struct epi_jit_key key = key_of("one");
     struct epi_cache c;
@@ -223,7 +310,9 @@ static int others_folders(int rank, void *ctx) {
     set_folder(wide);
     chmod(wide, 0777);
     ok(!opens() && !opens(), "a folder that all can write to is not used");
-    ok(scratch_logged("warn") == 1 && scratch_logged(wide) == 1, "one warning names it");
+    ok(scratch_logged("warn") == 1 && scratch_logged(wide) == 1 &&
+           scratch_logged("remove it and let libep make it") == 1,
+       "one warning names it, and does not ask to trust what lies in it");
     chmod(wide, 0720);
     ok(!opens(), "nor one that the group can write to");
     chmod(wide, 0702);
@@ -258,6 +347,60 @@ static int read_only(int rank, void *ctx) {
     set_folder(scratch_path(folder, "below"));
     ok(!opens() && scratch_logged("below") == 1, "nor can one be made in it");
     chmod(folder, 0700);
+    return 0;
+}
+
+/* ---- dumps -------------------------------------------------------------------------------- */
+
+static void dump_to(const char *folder) {
+    static const struct epi_cubin all = {bytes_of_kernel, CUBIN_BYTES, "ptx", "log"};
+    struct epi_jit_request r = {
+        .file = "kernel/route.k.c", .arch = 90, .dump = folder, .key = key_of("one")};
+    epi_jit_dump(&r, &all, 13020);
+}
+
+/* Whoever can name a file in the folder must not choose by it what is written to. */
+static int dumps(int rank, void *ctx) {
+    const char *top = scratch_make(scratch_path(scratch_folder(), "dumps"));
+    const char *good = scratch_path(top, "good/"), *victim = scratch_path(top, "victim");
+    const char *wide = scratch_make(scratch_path(top, "wide"));
+    const char *below = scratch_make(scratch_path(top, "below"));
+    char name[128];
+    struct stat st;
+    size_t bytes = 0;
+    (void)rank;
+    (void)ctx;
+    dump_to(good);
+    ok(scratch_count(good, ".ptx") == 1 && scratch_count(scratch_path(good, "kernel"), "") > 4,
+       "a dump is made");
+    const char *ptx = scratch_find(good, ".ptx");
+    ok(stat(ptx, &st) == 0 && (st.st_mode & 07777) == 0600 && stat(good, &st) == 0 &&
+           (st.st_mode & 07777) == 0700,
+       "for its user alone");
+    unlink(ptx);
+    scratch_write(victim, "precious", 8);
+    ok(symlink(victim, ptx) == 0, "a link where a file will be");
+    dump_to(good);
+    char *text = scratch_read(victim, &bytes);
+    ok(bytes == 8 && memcmp(text, "precious", 8) == 0 && lstat(ptx, &st) == 0 &&
+           S_ISREG(st.st_mode),
+       "is replaced, not followed");
+    free(text);
+    snprintf(name, sizeof(name), "%s/", scratch_path(top, "link"));
+    ok(symlink("below", scratch_path(top, "link")) == 0, "a link where the folder should be");
+    dump_to(scratch_path(top, "link"));
+    dump_to(name);
+    ok(scratch_count(below, "") == 0 && scratch_logged("it is no folder, or a link") == 2,
+       "is not followed");
+    scratch_make(scratch_path(top, "half"));
+    ok(symlink("../below", scratch_path(top, "half/kernel")) == 0, "nor one below it");
+    dump_to(scratch_path(top, "half"));
+    ok(scratch_count(below, "") == 0 && scratch_count(scratch_path(top, "half"), ".ptx") == 1,
+       "while the rest is dumped");
+    chmod(wide, 0777);
+    dump_to(wide);
+    ok(scratch_count(wide, "") == 0 && scratch_logged("others can write to it") == 1,
+       "a folder that others can write to gets nothing");
     return 0;
 }
 
@@ -335,11 +478,16 @@ int main(void) {
     test_key();
     in_process(entries, "entries");
     in_process(odd_entries, "what else may lie where an entry should");
+    tap_expect_log("is not run: ");
+    in_process(entries_of_others, "entries of others");
+    in_process(old_files, "what nobody needs");
     in_process(no_memory, "no memory");
     in_process(folders, "which folder");
     tap_expect_log("compiled kernels are not kept in");
     in_process(others_folders, "folders of others");
     in_process(read_only, "a folder to be read only");
+    tap_expect_log("nothing is written to it");
+    in_process(dumps, "dumps");
     test_locks();
     return done_testing();
 }

@@ -3,8 +3,8 @@
  * Compiled kernels on disk: one file per kernel, architecture and library, named by the hash of
  * all that decides what it holds. Owns the format of an entry and the rules for the folder. Any
  * thread and any process; a folder may be deleted at any time. Must not use a folder into which
- * others can write, because what lies there runs on the GPU; must not fail because of the disk:
- * without it kernels are compiled by every process.
+ * others can write, nor an entry that others may have written, even earlier: what lies there runs on
+ * the GPU. Must not fail because of the disk: without it kernels are compiled by every process.
  */
 #include "src/cu/jit.h"
 
@@ -63,17 +63,43 @@ static void report_unkept(enum epi_log_level level, const char *path, const char
     }
 }
 
-int epi_open_folder(const char *path, size_t given, unsigned mode) {
+int epi_open_at(int dir, const char *name, int flags) {
+    epi_fd_begin();
+    const int fd = epi_fd_keep(openat(dir, name, flags | O_CLOEXEC, 0600));
+    errno = fd < 0 ? -fd : 0;
+    return fd < 0 ? -1 : fd;
+}
+
+int epi_open_folder(const char *path, size_t given, int flags) {
     char part[EPI_CACHE_PATH_BYTES];
     for (size_t n = given + 1; n <= strlen(path); n++) {
         if (path[n] == '/' || path[n] == '\0') {
             epi_format(part, sizeof(part), "%.*s", (int)n, path);
-            if (mkdir(part, mode) != 0 && errno != EEXIST) {
+            if (mkdir(part, 0700) != 0 && errno != EEXIST) {
                 return -1;
             }
         }
     }
-    return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    size_t len = strlen(path);
+    while (len > 1 && path[len - 1] == '/') { /* with which a link would be followed */
+        len--;
+    }
+    epi_format(part, sizeof(part), "%.*s", (int)len, path);
+    return epi_open_at(AT_FDCWD, part, O_RDONLY | O_DIRECTORY | flags);
+}
+
+const char *epi_not_ours_alone(int fd) {
+    struct stat st;
+    if (fstat(fd, &st) != 0) {
+        return strerror(errno);
+    }
+    if (st.st_uid != geteuid()) {
+        return "it belongs to another user";
+    }
+    if (st.st_mode & (S_IWGRP | S_IWOTH)) {
+        return "others can write to it";
+    }
+    return S_ISREG(st.st_mode) && st.st_nlink > 1 ? "it has another name, too" : NULL;
 }
 
 /* "" when there is none. Returns how many characters of it the user gave: HOME must be there. */
@@ -100,32 +126,22 @@ static size_t choose_folder(char path[EPI_CACHE_PATH_BYTES]) {
     return 0;
 }
 
-static bool is_ours_alone(const struct epi_cache *c) {
-    struct stat st;
-    const char *why = NULL;
-    if (fstat(c->dir, &st) != 0) {
-        why = strerror(errno);
-    } else if (st.st_uid != geteuid()) {
-        why = "it belongs to another user; remove it or set EP_JIT_CACHE";
-    } else if (st.st_mode & (S_IWGRP | S_IWOTH)) {
-        why = "others can write to it; chmod go-w it or set EP_JIT_CACHE";
-    }
-    if (why) {
-        report_unkept(EPI_LOG_WARN, c->path, why);
-    }
-    return !why;
-}
-
 bool epi_cache_open(struct epi_cache *c) {
     const size_t given = choose_folder(c->path);
+    const char *not_ours;
     c->dir = -1;
     if (!*c->path) {
         return false;
     }
-    c->dir = epi_open_folder(c->path, given, 0700);
+    c->dir = epi_open_folder(c->path, given, 0);
     if (c->dir < 0) {
         report_unkept(EPI_LOG_INFO, c->path, strerror(errno));
-    } else if (is_ours_alone(c)) {
+    } else if ((not_ours = epi_not_ours_alone(c->dir)) != NULL) {
+        char why[128];
+        epi_format(why, sizeof(why), "%s; remove it and let libep make it, or set EP_JIT_CACHE",
+                   not_ours);
+        report_unkept(EPI_LOG_WARN, c->path, why);
+    } else {
         return true;
     }
     epi_cache_close(c);
@@ -133,10 +149,7 @@ bool epi_cache_open(struct epi_cache *c) {
 }
 
 void epi_cache_close(struct epi_cache *c) {
-    if (c->dir >= 0) {
-        close(c->dir);
-    }
-    c->dir = -1;
+    epi_fd_close(&c->dir);
     c->path[0] = '\0';
 }
 
@@ -171,16 +184,17 @@ int epi_put_file(int dir, const char *name, const struct epi_piece *pieces, int 
     int err = 0;
     epi_format(temporary, sizeof(temporary), "%s.%d-%" PRIx64 ".tmp", name, (int)getpid(),
                (uint64_t)epi_now_ns());
-    const int fd = openat(dir, temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    int fd = epi_open_at(dir, temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW);
     if (fd < 0) {
         return errno;
     }
     for (int i = 0; err == 0 && i < num_pieces; i++) {
         err = write_all(fd, pieces[i].data, pieces[i].bytes);
     }
-    if (close(fd) != 0 && err == 0) {
-        err = errno;
+    if (err == 0 && fdatasync(fd) != 0 && errno != EINVAL && errno != EROFS) {
+        err = errno; /* some disks say only now that they are full */
     }
+    epi_fd_close(&fd);
     if (err == 0 && renameat(dir, temporary, dir, name) != 0) {
         err = errno;
     }
@@ -196,51 +210,59 @@ static uint64_t hash_of_head(const struct entry_head *h) {
     return epi_hash(EPI_HASH_BEGIN, h, offsetof(struct entry_head, head_hash));
 }
 
-/* What is wrong with the head of a file of `bytes`; NULL: nothing. */
-static const char *wrong_with_head(const struct entry_head *h, const struct epi_jit_key *key,
-                                   uint64_t bytes) {
-    if (memcmp(h->magic, MAGIC, sizeof(h->magic)) != 0 || h->format != FORMAT) {
+const char *epi_cache_parse(const void *data, size_t bytes, const struct epi_jit_key *key,
+                            struct epi_cache_entry *out) {
+    struct entry_head h;
+    if (bytes < sizeof(h) || bytes > MAX_ENTRY_BYTES) {
+        return "it is no entry";
+    }
+    memcpy(&h, data, sizeof(h));
+    if (memcmp(h.magic, MAGIC, sizeof(h.magic)) != 0 || h.format != FORMAT) {
         return "it is not of this format";
     }
-    if (h->head_hash != hash_of_head(h)) {
+    if (h.head_hash != hash_of_head(&h)) {
         return "its head is damaged";
     }
-    if (memcmp(&h->key, key, sizeof(*key)) != 0) {
+    if (memcmp(&h.key, key, sizeof(*key)) != 0) {
         return "it is of another kernel";
     }
-    if (bytes != sizeof(*h) + h->cubin_bytes) {
+    if (h.cubin_bytes != bytes - sizeof(h)) {
         return "it is cut short";
     }
-    return NULL;
+    out->cubin = (const char *)data + sizeof(h);
+    out->cubin_bytes = h.cubin_bytes;
+    out->nvrtc_version = (int)h.nvrtc_version;
+    return epi_hash(EPI_HASH_BEGIN, out->cubin, out->cubin_bytes) == h.cubin_hash
+               ? NULL
+               : "its kernel is damaged";
 }
 
 /* As epi_cache_read, of an open file; *why when it is bad. */
 static ep_status read_entry(int fd, const struct epi_jit_key *key, struct epi_cubin *out,
                             int *nvrtc_version, const char **why) {
+    struct epi_cache_entry entry;
     struct stat st;
-    struct entry_head h;
-    struct epi_cubin c = {0};
-    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || (uint64_t)st.st_size > MAX_ENTRY_BYTES ||
-        !read_all(fd, (char *)&h, sizeof(h))) {
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size <= 0 ||
+        (uint64_t)st.st_size > MAX_ENTRY_BYTES) {
         *why = "it is no entry";
         return EP_AGAIN;
     }
-    if ((*why = wrong_with_head(&h, key, (uint64_t)st.st_size)) != NULL) {
-        return EP_AGAIN;
-    }
-    c.bytes = h.cubin_bytes;
-    c.data = epi_alloc(c.bytes);
+    const size_t bytes = (size_t)st.st_size;
+    struct epi_cubin c = {.data = epi_alloc(bytes)};
     if (!c.data) {
-        return epi_fail(EP_ERR_NOMEM, "no memory for a kernel of %zu bytes", c.bytes);
+        return epi_fail(EP_ERR_NOMEM, "no memory for a kernel of %zu bytes", bytes);
     }
-    if (!read_all(fd, c.data, c.bytes) ||
-        epi_hash(EPI_HASH_BEGIN, c.data, c.bytes) != h.cubin_hash) {
-        *why = "its kernel is damaged";
+    *why = read_all(fd, c.data, bytes) ? epi_cache_parse(c.data, bytes, key, &entry)
+                                       : "it cannot be read";
+    if (*why) {
         epi_cubin_free(&c);
         return EP_AGAIN;
     }
-    *nvrtc_version = (int)h.nvrtc_version;
+    c.bytes = entry.cubin_bytes;
+    memmove(c.data, entry.cubin, c.bytes);
+    *nvrtc_version = entry.nvrtc_version;
     *out = c;
+    epi_cache_used(fd);
     return EP_OK;
 }
 
@@ -251,10 +273,15 @@ ep_status epi_cache_read(const struct epi_cache *c, const struct epi_jit_key *ke
     ep_status st = EP_AGAIN;
     name_of(name, key, ".cubin");
     /* Not to hang on a pipe that somebody put there. */
-    const int fd = openat(c->dir, name, O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOFOLLOW);
+    int fd = epi_open_at(c->dir, name, O_RDONLY | O_NONBLOCK | O_NOFOLLOW);
     if (fd >= 0) {
-        st = read_entry(fd, key, out, nvrtc_version, &why);
-        close(fd);
+        const char *not_ours = epi_not_ours_alone(fd);
+        if (not_ours) { /* whatever it holds: worth more than a line of the log's */
+            epi_log(EPI_LOG_WARN, "%s/%s is not run: %s; remove it", c->path, name, not_ours);
+        } else {
+            st = read_entry(fd, key, out, nvrtc_version, &why);
+        }
+        epi_fd_close(&fd);
     } else if (errno != ENOENT) {
         why = strerror(errno);
     }
@@ -281,6 +308,8 @@ bool epi_cache_write(const struct epi_cache *c, const struct epi_jit_key *key,
     const int err = epi_put_file(c->dir, name, pieces, 2);
     if (err != 0) {
         report_unkept(EPI_LOG_INFO, c->path, strerror(err));
+    } else {
+        epi_cache_tidy(c, name);
     }
     return err == 0;
 }
@@ -288,7 +317,7 @@ bool epi_cache_write(const struct epi_cache *c, const struct epi_jit_key *key,
 int epi_cache_lock(const struct epi_cache *c, const struct epi_jit_key *key) {
     char name[NAME_BYTES];
     name_of(name, key, ".lock");
-    const int fd = openat(c->dir, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    int fd = epi_open_at(c->dir, name, O_RDWR | O_CREAT | O_NOFOLLOW);
     if (fd < 0) {
         report_unkept(EPI_LOG_INFO, c->path, strerror(errno));
         return -1;
@@ -302,7 +331,7 @@ int epi_cache_lock(const struct epi_cache *c, const struct epi_jit_key *key) {
         if (errno != EWOULDBLOCK || epi_deadline_expired(limit)) {
             epi_log(EPI_LOG_INFO, "%s/%s is not waited for any longer: %s", c->path, name,
                     errno == EWOULDBLOCK ? "another process holds it" : strerror(errno));
-            close(fd);
+            epi_fd_close(&fd);
             return -1;
         }
         epi_sleep_ns(LOCK_POLL_NS);
@@ -321,5 +350,5 @@ void epi_cache_unlock(const struct epi_cache *c, const struct epi_jit_key *key, 
     name_of(name, key, ".lock");
     unlinkat(c->dir, name, 0);
     flock(lock, LOCK_UN); /* a forked child may hold the file open still */
-    close(lock);
+    epi_fd_close(&lock);
 }

@@ -4,12 +4,14 @@
  * KERNEL.sm_ARCH.KEY.cu, .ptx, .cubin and .log (what the compiler and ptxas said: registers,
  * local memory), and the texts that the .cu includes under their own names, so that it compiles
  * again with -I FOLDER. The machine code is what `nvdisasm -c KERNEL.sm_ARCH.KEY.cubin` says. Any
- * thread; processes may dump to one folder at a time. Must not make a compilation fail.
+ * thread; processes may dump to one folder at a time. Must not make a compilation fail, nor write to
+ * where a link leads or into a folder of others.
  */
 #include "src/cu/jit.h"
 #include "src/cu/nvrtc.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -42,34 +44,46 @@ static void describe(const struct epi_jit_request *r, int nvrtc_version, char *o
     epi_format(out + n, bytes - n, "\n");
 }
 
+/* -1, and the log says why. */
+static int open_ours(const char *path, size_t given) {
+    int dir = epi_open_folder(path, given, O_NOFOLLOW);
+    const char *why = dir >= 0                             ? epi_not_ours_alone(dir)
+                      : errno == ELOOP || errno == ENOTDIR ? "it is no folder, or a link"
+                                                           : strerror(errno);
+    if (!why) {
+        return dir;
+    }
+    epi_log(EPI_LOG_WARN, "EP_JIT_DUMP=%s: nothing is written to it: %s", path, why);
+    epi_fd_close(&dir);
+    return -1;
+}
+
 /* All texts, kernel/NAME below the folder; returns that of the kernel. */
-static const char *put_texts(const struct epi_jit_request *r, int dir) {
+static const char *put_texts(const struct epi_jit_request *r) {
     char folder[EPI_CACHE_PATH_BYTES + 16];
     const char *source = "";
     epi_format(folder, sizeof(folder), "%s/kernel", r->dump);
-    const int below = epi_open_folder(folder, strlen(r->dump), 0777);
+    int below = open_ours(folder, strlen(r->dump));
     for (const struct epi_kernel_text *t = epi_kernel_texts; t->name; t++) {
         const struct epi_piece text = {t->text, strlen(t->text)};
-        put(r, dir, t->name, &text, 1);
+        if (below >= 0) {
+            put(r, below, t->name + strlen("kernel/"), &text, 1);
+        }
         source = strcmp(t->name, r->file) == 0 ? t->text : source;
     }
-    if (below >= 0) {
-        close(below);
-    }
+    epi_fd_close(&below);
     return source;
 }
 
 void epi_jit_dump(const struct epi_jit_request *r, const struct epi_cubin *cubin,
                   int nvrtc_version) {
-    const int dir = epi_open_folder(r->dump, 0, 0777);
+    int dir = open_ours(r->dump, 0);
     if (dir < 0) {
-        epi_log(EPI_LOG_WARN, "EP_JIT_DUMP=%s cannot be written to: %s", r->dump,
-                strerror(errno));
         return;
     }
     char head[2048], stem[128], name[160];
     const char *base = strrchr(r->file, '/');
-    const char *source = put_texts(r, dir);
+    const char *source = put_texts(r);
     base = base ? base + 1 : r->file;
     describe(r, nvrtc_version, head, sizeof(head));
     epi_format(stem, sizeof(stem), "%.*s.sm_%d.%08" PRIx32, (int)strcspn(base, "."), base,
@@ -85,5 +99,5 @@ void epi_jit_dump(const struct epi_jit_request *r, const struct epi_cubin *cubin
         epi_format(name, sizeof(name), "%s.%s", stem, files[i].tail);
         put(r, dir, name, files[i].pieces, 2);
     }
-    close(dir);
+    epi_fd_close(&dir);
 }

@@ -29,7 +29,17 @@ struct epi_cache {
 bool epi_cache_open(struct epi_cache *c);
 void epi_cache_close(struct epi_cache *c);
 
-/* EP_AGAIN: there is no entry, or a bad one, which is logged unless `quiet`. */
+/* What a file holds; points into it. NULL, or what is wrong with it. */
+struct epi_cache_entry {
+    const char *cubin;
+    size_t cubin_bytes;
+    int nvrtc_version;
+};
+const char *epi_cache_parse(const void *data, size_t bytes, const struct epi_jit_key *key,
+                            struct epi_cache_entry *out);
+
+/* EP_AGAIN: there is no entry, or a bad one, which is logged unless `quiet`, or one that others may
+ * have written, which is always logged. */
 ep_status epi_cache_read(const struct epi_cache *c, const struct epi_jit_key *key, bool quiet,
                          struct epi_cubin *out, int *nvrtc_version);
 /* False: it could not be kept, and the log says why. */
@@ -45,10 +55,22 @@ struct epi_piece {
     const void *data;
     size_t bytes;
 };
-/* Makes the file under another name and renames it. 0 or an errno value. */
+/* Makes the file under another name and renames it; only its user can read it. 0 or an errno value. */
 int epi_put_file(int dir, const char *name, const struct epi_piece *pieces, int num_pieces);
-/* Opens a folder; makes what is missing of it below the first `given` characters. -1, errno. */
-int epi_open_folder(const char *path, size_t given, unsigned mode);
+/* openat by the rules of base.h, with close-on-exec; what it makes is for its user alone. -1, errno. */
+int epi_open_at(int dir, const char *name, int flags);
+/* Opens a folder; makes what is missing of it below the first `given` characters, for its user
+ * alone. `flags` may be O_NOFOLLOW: the folder itself is no link. -1, errno. */
+int epi_open_folder(const char *path, size_t given, int flags);
+/* Why others may have changed what an open folder or file holds; NULL: they cannot. */
+const char *epi_not_ours_alone(int fd);
+
+/* ---- tidy.c ------------------------------------------------------------------------------- */
+
+/* Removes what nobody has used for long, and what a writer that was killed has left. Entry `written`
+ * has just been made. Never waits. */
+void epi_cache_tidy(const struct epi_cache *c, const char *written);
+void epi_cache_used(int fd); /* an entry that was read is young again */
 
 /* ---- dump.c ------------------------------------------------------------------------------- */
 
