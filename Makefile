@@ -115,7 +115,7 @@ SUBMAKE = +$(Q)$(MAKE) --no-print-directory $(JOBS)
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: all demo test check check-gpu soak asan ubsan tsan gate fuzz bench fmt install uninstall \
-    clean help cov law exports headers lib tests build-all FORCE
+    clean help cov law model exports headers lib tests build-all FORCE
 
 # ---- what people call -------------------------------------------------------------------
 
@@ -135,6 +135,7 @@ help:
 	@echo 'make fuzz       each fuzzer for FUZZ_SECONDS=60'
 	@echo 'make bench      build/ep bench'
 	@echo 'make cov        line coverage'
+	@echo 'make model      the protocol of low-latency mode, every order of events; needs spin'
 	@echo 'make fmt law exports headers   format; layer law; exported symbols; ep.h alone'
 	@echo 'make install uninstall   honour DESTDIR, PREFIX ($(PREFIX)), LIBDIR, ...'
 	@echo 'make clean'
@@ -201,6 +202,9 @@ fmt-check:
 law:
 	$(Q)scripts/law.sh
 	$(Q)scripts/law.sh --self-test
+
+model:
+	$(Q)scripts/model.sh
 
 exports: $(B)/libep.so
 	$(Q)scripts/exports.sh $(B)/libep.so

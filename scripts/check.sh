@@ -125,6 +125,7 @@ step coverage 'line coverage of these' scripts/cov.sh san
 step build-tsan 'build with ThreadSanitizer and late movers' build VARIANT=tsan tests
 counted tsan 'tests under ThreadSanitizer' scripts/run_tests.sh tsan
 counted must-fail 'tests that must fail' scripts/must_fail.sh
+counted model 'the protocol of low-latency mode, every order of events' scripts/model.sh
 counted fuzz 'fuzzers: corpus and seeded mutants' scripts/fuzz.sh replay
 step build-gate 'build the gate' build build/gate
 counted gate 'gate: kernels for every GPU generation, aarch64' \

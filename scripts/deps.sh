@@ -64,6 +64,7 @@ check_needs() {
     need clang-format-14 has_clang_format
     need "$(clang_rt_package)" has_clang_rt
     need perl has prove
+    need spin has spin
     need pkg-config has pkg-config
     need binutils has nm
     need python3 has python3
