@@ -21,19 +21,41 @@ static void must(bool cond) {
     }
 }
 
+/* What is read from a frame's data is all that is in it. */
+static void check_data(const struct epi_frame *frame) {
+    uint8_t body[EPI_WIRE_PROOF_BYTES];
+    struct epi_hello hello;
+    struct epi_proof proof;
+    struct epi_claim claim;
+    switch (frame->type) {
+    case EPI_FRAME_HELLO:
+        epi_wire_get_hello(frame->data, &hello);
+        epi_wire_put_hello(body, &hello);
+        must(memcmp(body, frame->data, EPI_WIRE_HELLO_BYTES) == 0);
+        return;
+    case EPI_FRAME_PROOF:
+        epi_wire_get_proof(frame->data, &proof);
+        epi_wire_put_proof(body, &proof);
+        must(memcmp(body, frame->data, EPI_WIRE_PROOF_BYTES) == 0);
+        return;
+    case EPI_FRAME_CLAIM:
+        epi_wire_get_claim(frame->data, &claim);
+        epi_wire_put_claim(body, &claim);
+        must(memcmp(body + EPI_WIRE_PROOF_TAG_BYTES, frame->data + EPI_WIRE_PROOF_TAG_BYTES,
+                    EPI_WIRE_CLAIM_BYTES - EPI_WIRE_PROOF_TAG_BYTES) == 0);
+        return;
+    default:
+        return;
+    }
+}
+
 static void check_frame(const uint8_t *buf, int used, const struct epi_frame *frame) {
     uint8_t header[EPI_WIRE_HEADER_BYTES];
     must((size_t)used == EPI_WIRE_HEADER_BYTES + frame->data_bytes);
     must(frame->data == buf + EPI_WIRE_HEADER_BYTES);
     epi_wire_header(header, frame);
     must(memcmp(header, buf, sizeof(header)) == 0);
-    if (frame->type == EPI_FRAME_HELLO) {
-        uint8_t body[EPI_WIRE_HELLO_BYTES];
-        struct epi_hello hello;
-        epi_wire_get_hello(frame->data, &hello);
-        epi_wire_put_hello(body, &hello);
-        must(memcmp(body, frame->data, sizeof(body)) == 0);
-    }
+    check_data(frame);
     for (int len = 0; len < used && len < 2 * EPI_WIRE_HEADER_BYTES; len++) {
         struct epi_frame part;
         must(epi_wire_parse(buf, (size_t)len, &part) == 0);
@@ -60,7 +82,7 @@ static void parse_repaired(const uint8_t *data, size_t bytes) {
     uint8_t *copy = malloc(bytes);
     must(copy != NULL);
     memcpy(copy, data, bytes);
-    struct epi_frame frame = {.type = (enum epi_frame_type)(data[4] % 14),
+    struct epi_frame frame = {.type = (enum epi_frame_type)(data[4] % 17),
                               .seq = epi_get_u64(data + 8),
                               .status = (int32_t)epi_get_u32(data + 16),
                               .rank = epi_get_u32(data + 20),

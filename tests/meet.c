@@ -4,6 +4,8 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "tests/tap.h"
 
@@ -32,6 +34,36 @@ ep_status meet_join(struct epi_boot **boot, int port, int rank, int num_ranks, c
     config.job = job;
     config.timeout_ns = timeout_ns;
     return epi_boot_create(boot, &config);
+}
+
+void meet_of(struct epi_meet *m, int port, int rank, int num_ranks, const char *job) {
+    struct epi_job id;
+    memset(m, 0, sizeof(*m));
+    m->rank = rank;
+    m->num_ranks = num_ranks;
+    m->timeout_ns = MEET_LONG_NS;
+    m->deadline = epi_deadline_after(MEET_LONG_NS);
+    m->port = port;
+    snprintf(m->host, sizeof(m->host), "127.0.0.1");
+    epi_launch_job(job, &id);
+    m->is_job_named = id.is_named;
+    ok(epi_meet_choose(m, id.name, false) == EP_OK, "where to meet: %s", ep_last_error());
+}
+
+int meet_dial(const struct epi_meet *m, int place) {
+    struct epi_addr places[EPI_MEET_MAX_ADDRS];
+    int num = 0;
+    epi_meet_places(m, places, &num);
+    for (int i = 0; i < 4000 && place < num; i++) {
+        int fd = socket(places[place].ss.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (fd >= 0 &&
+            connect(fd, (struct sockaddr *)&places[place].ss, places[place].len) == 0) {
+            return fd;
+        }
+        close(fd);
+        tap_sleep_ms(5);
+    }
+    return -1;
 }
 
 void meet_check_group(struct epi_boot *boot, int rank, int num_ranks) {

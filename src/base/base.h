@@ -80,6 +80,7 @@ void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per 
  * The one table of knobs: X(id, kind, default, min, max, choices, doc), variable EP_<id>.
  *   INT     min <= value <= max, decimal or 0x
  *   STR     min <= strlen(value) <= max
+ *   SECRET  likewise; never shown
  *   CHOICE  one of `choices`; epi_opt_int gives its index
  * An empty variable counts as unset. A default of NULL (STR only) means "no value".
  */
@@ -89,6 +90,12 @@ void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per 
       "how long a wait for a living peer may last, in milliseconds")                           \
     X(PORT, INT, "0", 0, 65535, NULL, "rendezvous port of rank 0; 0 means MASTER_PORT + 1")    \
     X(JOB, STR, NULL, 1, 200, NULL, "name of the job; two jobs of different names never meet") \
+    X(JOB_KEY, SECRET, NULL, 16, 200, NULL,                                                    \
+      "the job's secret, the same on all ranks: who has it is believed to be one of them. "    \
+      "`ep run` makes one; needed where ranks meet over a network")                            \
+    X(IFNAME, STR, NULL, 1, 200, NULL,                                                         \
+      "interfaces on which rank 0 listens over TCP: beginnings of names, as in "               \
+      "NCCL_SOCKET_IFNAME, which is taken where this is not set")                              \
     X(WORKERS, INT, "0", 0, 1024, NULL, "host worker threads per rank; 0 chooses")             \
     X(NVRTC_PATH, STR, NULL, 1, 1000, NULL,                                                    \
       "the libnvrtc.so that compiles kernels, or its folder; no other is looked for")          \
@@ -107,7 +114,12 @@ void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per 
 enum epi_opt { EPI_OPTS(EPI_OPT_ENUM) EPI_OPT_COUNT };
 #undef EPI_OPT_ENUM
 
-enum epi_opt_kind { EPI_OPT_KIND_INT, EPI_OPT_KIND_STR, EPI_OPT_KIND_CHOICE };
+enum epi_opt_kind {
+    EPI_OPT_KIND_INT,
+    EPI_OPT_KIND_STR,
+    EPI_OPT_KIND_SECRET,
+    EPI_OPT_KIND_CHOICE
+};
 
 struct epi_opt_info {
     const char *name;
@@ -137,6 +149,8 @@ void epi_environment_use(const struct epi_environment *e);
  * has not (setuid, file capabilities) the environment counts as empty. */
 int64_t epi_opt_int(enum epi_opt opt);
 const char *epi_opt_str(enum epi_opt opt); /* NULL when unset and without a default */
+/* It is set, but malformed: for those that cannot do without what was meant. */
+bool epi_opt_is_malformed(enum epi_opt opt);
 
 /* For `ep env`. The result belongs to the calling thread and lasts until its next call;
  * NULL when `index` is out of range. */
@@ -182,6 +196,16 @@ bool epi_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, struct epi_dead
 
 /* Goes on with a hash, so that data can be hashed in pieces; EPI_HASH_BEGIN is that of no bytes. */
 uint64_t epi_hash(uint64_t hash, const void *data, size_t bytes);
+
+/* ---- host.c ------------------------------------------------------------------------------ */
+
+/* What says that two processes may share a host: kernel boot and network namespace. A hint that
+ * saves waiting; the proof is the descriptor that arrives. */
+struct epi_host_hint {
+    uint64_t boot;
+    uint64_t net_inode;
+};
+void epi_host_hint(struct epi_host_hint *out);
 
 /* ---- sha256.c ---------------------------------------------------------------------------- */
 

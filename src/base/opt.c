@@ -72,6 +72,7 @@ static const struct foreign_row {
     {"PMI_SIZE", SIZE_DOC},
     {"PMI_JOBID", JOB_DOC},
     {"MPI_LOCALNRANKS", HERE_DOC},
+    {"NCCL_SOCKET_IFNAME", "taken where EP_IFNAME is not set"},
     {"SLURM_PROCID", RANK_DOC},
     {"SLURM_NTASKS", SIZE_DOC},
     {"SLURM_STEP_NUM_TASKS", SIZE_DOC},
@@ -130,6 +131,7 @@ static bool parse(const struct opt_row *row, const char *text, int64_t *out) {
     case EPI_OPT_KIND_CHOICE:
         return parse_choice(row->choices, text, out);
     case EPI_OPT_KIND_STR:
+    case EPI_OPT_KIND_SECRET:
         return (int64_t)strlen(text) >= row->min && (int64_t)strlen(text) <= row->max;
     }
     return false;
@@ -148,9 +150,15 @@ static void describe_rule(const struct opt_row *row, char *out, size_t bytes) {
         snprintf(out, bytes, "one of %s", row->choices);
         break;
     case EPI_OPT_KIND_STR:
+    case EPI_OPT_KIND_SECRET:
         snprintf(out, bytes, "%" PRId64 "..%" PRId64 " characters", row->min, row->max);
         break;
     }
+}
+
+/* A value as it may be shown. */
+static const char *shown(const struct opt_row *row, const char *text) {
+    return row->kind == EPI_OPT_KIND_SECRET && text[0] != '\0' ? "(secret)" : text;
 }
 
 #define NUM_VARIABLES (EPI_OPT_COUNT + NUM_FOREIGN)
@@ -216,8 +224,8 @@ static void report_malformed(enum epi_opt opt, const char *text) {
     }
     char rule[128];
     describe_rule(row, rule, sizeof(rule));
-    epi_log(EPI_LOG_WARN, "%s=\"%.64s\" is ignored: it must be %s; using %s", row->name, text,
-            rule, row->def ? row->def : "no value");
+    epi_log(EPI_LOG_WARN, "%s=\"%.64s\" is ignored: it must be %s; using %s", row->name,
+            shown(row, text), rule, row->def ? row->def : "no value");
 }
 
 /* The text in force and its number; NULL when there is neither a value nor a default. */
@@ -253,6 +261,12 @@ void epi_opt_begin(void) {
     epi_alloc_count();
 }
 
+bool epi_opt_is_malformed(enum epi_opt opt) {
+    int64_t number = 0;
+    const char *text = env_text(opt);
+    return text && !parse(&rows[opt], text, &number);
+}
+
 size_t epi_opt_count(void) {
     return EPI_OPT_COUNT;
 }
@@ -272,7 +286,7 @@ const struct epi_opt_info *epi_opt_info(size_t index) {
     info.set = text != NULL;
     info.valid = !text || parse(row, text, &number);
     const char *value = info.set && info.valid ? text : info.default_text;
-    snprintf(info.value, sizeof(info.value), "%s", value);
+    snprintf(info.value, sizeof(info.value), "%s", shown(row, value));
     return &info;
 }
 

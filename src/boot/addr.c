@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Addresses: read from text, resolved from a name, those of this host.
+ * Addresses: read from text, resolved from a name.
  *
  * Owns nothing. Runs on any thread. Only epi_addr_resolve may block, when a name server is slow.
  */
@@ -8,8 +8,6 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
-#include <ifaddrs.h>
-#include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <string.h>
@@ -78,45 +76,6 @@ const char *epi_addr_resolve(const char *host, int port, struct epi_addr *out, i
     }
     freeaddrinfo(list);
     return *num > 0 ? NULL : "the name has no IPv4 or IPv6 address";
-}
-
-int epi_addr_local(int port, struct epi_addr *out, int max) {
-    struct ifaddrs *list = NULL;
-    if (epi_alloc_should_fail() || getifaddrs(&list) != 0) {
-        return -ENOMEM;
-    }
-    int num = 0;
-    for (int loopback = 0; loopback < 2; loopback++) {
-        for (struct ifaddrs *ifa = list; ifa && num < max; ifa = ifa->ifa_next) {
-            if (!ifa->ifa_addr || !(ifa->ifa_flags & IFF_UP) ||
-                ((ifa->ifa_flags & IFF_LOOPBACK) != 0) != (loopback == 1)) {
-                continue;
-            }
-            int family = ifa->ifa_addr->sa_family;
-            if (family != AF_INET && family != AF_INET6) {
-                continue;
-            }
-            struct epi_addr addr = {0};
-            addr.len =
-                family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
-            memcpy(&addr.ss, ifa->ifa_addr, addr.len);
-            const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)&addr.ss;
-            if (family == AF_INET6 && IN6_IS_ADDR_LINKLOCAL(&v6->sin6_addr)) {
-                continue; /* means nothing without the name of an interface */
-            }
-            set_port(&addr, port);
-            out[num++] = addr;
-        }
-    }
-    freeifaddrs(list);
-    return num;
-}
-
-void epi_addr_any(int port, bool v6, struct epi_addr *out) {
-    memset(out, 0, sizeof(*out));
-    out->ss.ss_family = v6 ? AF_INET6 : AF_INET; /* all zero bytes is the wildcard of both */
-    out->len = v6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in);
-    set_port(out, port);
 }
 
 void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]) {

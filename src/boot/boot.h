@@ -3,7 +3,7 @@
  * Who is here: ranks meet, exchange small data, and learn of each other's deaths.
  *
  * A boot is made by one thread per rank; afterwards its collectives are called by one thread at
- * a time. Ranks are processes joined by a star of TCP connections to rank 0, which one control
+ * a time. Ranks are processes joined by a star of connections to rank 0, which one control
  * thread per process serves for the life of the boot, or threads of one process (an ep_world),
  * where there is no thread and no socket.
  * Must not know what a group does with what it exchanges; carries kilobytes, not payload.
@@ -64,9 +64,12 @@ ep_status epi_boot_allgather(struct epi_boot *boot, const void *in, size_t bytes
 ep_status epi_boot_barrier(struct epi_boot *boot, struct epi_deadline deadline);
 
 /*
- * A rank of a world that fails before it can call epi_boot_create says so here, so that the
- * others, who wait for it in theirs, get EP_ERR_PEER with this reason at once.
+ * A rank that fails before it can call epi_boot_create says so here, so that the others, who wait
+ * for it in theirs, get EP_ERR_PEER with its sentence at once: as a thread, by the allgather, or
+ * at the address, where it tries for two seconds at most. Of the configuration only the ways to
+ * meet, rank and num_ranks are looked at, and they may be wrong. Returns st, with the text that
+ * epi_error_text() had.
  */
-void epi_boot_world_fail(ep_world *world, int rank, const char *why);
+ep_status epi_boot_say_failed(const struct epi_boot_config *config, ep_status st);
 
 #endif

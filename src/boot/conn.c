@@ -17,6 +17,9 @@
 #define MIN_IN_BYTES ((size_t)256)
 #define MAX_READ_BYTES ((size_t)256 << 10) /* per call, so that no peer starves the others */
 
+/* A rank may have two results to read, and what is said of others. */
+#define MAX_OUT_BYTES (2 * EPI_BOOT_MAX_TOTAL_BYTES + ((size_t)4 << 20))
+
 struct epi_conn_item {
     struct epi_conn_item *next;
     struct epi_packet *packet;
@@ -35,6 +38,8 @@ void epi_conn_drop_queue(struct epi_conn *conn) {
         epi_free(item);
     }
     conn->out_last = NULL;
+    conn->out_count = 0;
+    conn->out_bytes = 0;
 }
 
 void epi_conn_close(struct epi_conn *conn) {
@@ -70,6 +75,12 @@ void epi_conn_send_packet(struct epi_conn *conn, struct epi_packet *packet) {
     if (conn->fd < 0 || conn->doomed) {
         return;
     }
+    const size_t bytes = packet ? packet->bytes : 0;
+    if (conn->out_limit > 0 &&
+        (conn->out_count >= conn->out_limit || conn->out_bytes + bytes > MAX_OUT_BYTES)) {
+        conn->doomed = "it does not read what it is told";
+        return;
+    }
     struct epi_conn_item *item = packet ? epi_alloc(sizeof(*item)) : NULL;
     if (!item) {
         conn->doomed = "no memory to send to it";
@@ -83,6 +94,8 @@ void epi_conn_send_packet(struct epi_conn *conn, struct epi_packet *packet) {
         conn->out_first = item;
     }
     conn->out_last = item;
+    conn->out_count++;
+    conn->out_bytes += bytes;
 }
 
 void epi_conn_send(struct epi_conn *conn, const struct epi_frame *frame) {
@@ -117,6 +130,8 @@ bool epi_conn_flush(struct epi_conn *conn) {
         item->sent_bytes += (size_t)n;
         if (item->sent_bytes == item->packet->bytes) {
             conn->out_first = item->next;
+            conn->out_count--;
+            conn->out_bytes -= item->packet->bytes;
             if (!conn->out_first) {
                 conn->out_last = NULL;
             }
@@ -205,4 +220,10 @@ void epi_frame_text(const struct epi_frame *frame, char out[EPI_WIRE_TEXT_BYTES 
         memcpy(out, frame->data, bytes);
     }
     out[bytes] = '\0';
+    for (size_t i = 0; i < bytes;
+         i++) { /* it goes to logs and terminals, and ends at its first 0 */
+        if ((unsigned char)out[i] < 0x20 || out[i] == 0x7f) {
+            out[i] = '?';
+        }
+    }
 }

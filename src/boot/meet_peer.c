@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The other ranks' side of the rendezvous: find rank 0, say HELLO, wait for START.
+ * The other ranks' side of the rendezvous: find rank 0, prove who one is, wait for START.
  *
  * Owns the one connection until it is handed over. Runs on the creating thread. Rank 0 may
- * start later, and the address may belong to someone else until then, so everything short of an
- * answer by libep is tried again until the deadline.
- * Must not try again once rank 0 has said WELCOME: from there on a loss is a failure.
+ * start later, and the place may belong to someone else until then, so everything short of an
+ * answer by one who holds the job's key is tried again until the deadline.
+ * Must not believe, nor tell anything to, who has not proved that he holds the key; must not try
+ * again once rank 0 has said WELCOME: from there on a loss is a failure.
  */
 #include "src/boot/parts.h"
 
@@ -15,51 +16,72 @@
 
 #define FIRST_PAUSE_NS (5 * EPI_NS_PER_MS)
 #define LONGEST_PAUSE_NS (200 * EPI_NS_PER_MS)
+#define LONGEST_LOCAL_PAUSE_NS (20 * EPI_NS_PER_MS) /* where a try costs next to nothing */
 #define CONNECT_NS (3 * EPI_NS_PER_S)
-/* With several addresses to try, one that answers with silence must not use up the time. */
+/* One that answers with silence must not use up the time for the other places. */
 #define SILENCE_NS (10 * EPI_NS_PER_S)
+/* After that long in vain it is asked whether the address is this host's at all. */
+#define DOUBT_AFTER_NS EPI_NS_PER_S
 
 enum outcome { OUTCOME_DONE, OUTCOME_RETRY, OUTCOME_FAILED };
 
 struct visit {
     const struct epi_meet *meet;
     struct epi_conn *conn;
+    struct epi_shake shake;
     bool is_welcome;
     bool has_asked;
     ep_status status;
-    char last[300]; /* why the last attempt came to nothing */
+    char last[300];    /* why the last attempt came to nothing */
+    const char *doubt; /* why none may ever come to anything */
 };
-
-static void say_hello(struct visit *v, int fd) {
-    uint8_t body[EPI_WIRE_HELLO_BYTES];
-    struct epi_hello hello = {.protocol = EPI_WIRE_PROTOCOL,
-                              .version = epi_meet_version(),
-                              .num_ranks = (uint32_t)v->meet->num_ranks,
-                              .rank = (uint32_t)v->meet->rank,
-                              .job = v->meet->job};
-    epi_wire_put_hello(body, &hello);
-    epi_conn_init(v->conn, fd, 0, EPI_WIRE_HEADER_BYTES + EPI_BOOT_MAX_TOTAL_BYTES);
-    epi_conn_send(
-        v->conn,
-        &(struct epi_frame){.type = EPI_FRAME_HELLO, .data = body, .data_bytes = sizeof(body)});
-}
 
 static enum outcome fail(struct visit *v, ep_status status, const char *text) {
     v->status = epi_fail(status, "rendezvous: %s", text);
     return OUTCOME_FAILED;
 }
 
-/* OUTCOME_RETRY here: go on listening. */
+static enum outcome retry(struct visit *v, const char *why) {
+    epi_format(v->last, sizeof(v->last), "%s", why);
+    return OUTCOME_RETRY;
+}
+
+static void claim(struct visit *v) {
+    const struct epi_meet *m = v->meet;
+    struct epi_claim c = {.version = epi_meet_version(),
+                          .num_ranks = (uint32_t)m->num_ranks,
+                          .rank = (uint32_t)m->rank,
+                          .status = m->has_failed ? EP_ERR_PEER : EP_OK,
+                          .process = epi_this_process(),
+                          .host = epi_this_host()};
+    epi_shake_claim(&v->shake, v->conn, &c, m->failed);
+}
+
+/* What has a verdict comes from rank 0, proved. OUTCOME_RETRY: go on listening. */
 static enum outcome on_frame(struct visit *v, const struct epi_frame *frame) {
     char text[EPI_WIRE_TEXT_BYTES + 1];
     const char *bare = text;
+    if (!v->shake.is_proved) {
+        v->conn->doomed = epi_shake_check_root(&v->shake, frame);
+        if (!v->conn->doomed) {
+            claim(v);
+        }
+        return OUTCOME_RETRY;
+    }
     epi_frame_text(frame, text);
     switch (frame->type) {
     case EPI_FRAME_WELCOME:
         v->is_welcome = true;
-        return OUTCOME_RETRY;
+        return v->meet->has_failed ? OUTCOME_DONE : OUTCOME_RETRY;
     case EPI_FRAME_START:
+        if (!v->is_welcome) {
+            break;
+        }
+        v->conn->in_limit = EPI_WIRE_HEADER_BYTES + EPI_BOOT_MAX_TOTAL_BYTES;
         return OUTCOME_DONE;
+    case EPI_FRAME_BUSY:
+        v->conn->doomed = "another group of this process is forming there, and still is";
+        return OUTCOME_RETRY;
     case EPI_FRAME_REJECT:
         if (strncmp(bare, "rendezvous: ", 12) == 0) {
             bare += 12;
@@ -68,9 +90,10 @@ static enum outcome on_frame(struct visit *v, const struct epi_frame *frame) {
     case EPI_FRAME_TELL:
         return fail(v, EP_ERR_TIMEOUT, text);
     default:
-        v->conn->doomed = "it sent a wrong frame";
-        return OUTCOME_RETRY;
+        break;
     }
+    v->conn->doomed = "it sent a wrong frame";
+    return OUTCOME_RETRY;
 }
 
 static enum outcome on_deadline(struct visit *v, struct epi_deadline *until) {
@@ -80,7 +103,7 @@ static enum outcome on_deadline(struct visit *v, struct epi_deadline *until) {
                    "something at %s accepts connections, but does not answer "
                    "as rank 0 of libep",
                    v->meet->where);
-        epi_format(v->last, sizeof(v->last), "%s", text);
+        retry(v, text);
         return epi_deadline_expired(v->meet->deadline) ? fail(v, EP_ERR_TIMEOUT, text)
                                                        : OUTCOME_RETRY;
     }
@@ -97,10 +120,8 @@ static enum outcome on_deadline(struct visit *v, struct epi_deadline *until) {
 }
 
 static enum outcome talk(struct visit *v) {
-    struct epi_deadline until = v->meet->deadline;
-    if (v->meet->num_addrs > 1) {
-        until = epi_deadline_min(until, epi_deadline_after(SILENCE_NS));
-    }
+    struct epi_deadline until =
+        epi_deadline_min(v->meet->deadline, epi_deadline_after(SILENCE_NS));
     for (;;) {
         epi_conn_flush(v->conn);
         epi_conn_fill(v->conn);
@@ -110,13 +131,15 @@ static enum outcome talk(struct visit *v) {
             if (outcome != OUTCOME_RETRY) {
                 return outcome;
             }
-            until = v->has_asked ? until : v->meet->deadline;
+            if (v->is_welcome && !v->has_asked) {
+                until = v->meet->deadline;
+            }
         }
         if (v->conn->doomed) {
-            char text[200];
-            epi_format(text, sizeof(text), "lost rank 0: %s", v->conn->doomed);
-            epi_format(v->last, sizeof(v->last), "%s", text);
-            return v->is_welcome ? fail(v, EP_ERR_PEER, text) : OUTCOME_RETRY;
+            char text[300];
+            epi_format(text, sizeof(text), v->shake.is_proved ? "lost rank 0: %s" : "%s",
+                       v->conn->doomed);
+            return v->is_welcome ? fail(v, EP_ERR_PEER, text) : retry(v, text);
         }
         if (epi_deadline_expired(until)) {
             enum outcome outcome = on_deadline(v, &until);
@@ -132,52 +155,69 @@ static enum outcome talk(struct visit *v) {
     }
 }
 
-static enum outcome try_address(struct visit *v, const struct epi_addr *addr) {
-    struct epi_deadline soon =
-        epi_deadline_min(v->meet->deadline, epi_deadline_after(CONNECT_NS));
-    int fd = epi_sock_connect(addr, soon);
-    if (fd == -EMFILE || fd == -ENFILE) {
-        v->status =
-            epi_fail(EP_ERR_SYSTEM, "rendezvous: cannot open a socket: %s", strerror(-fd));
-        return OUTCOME_FAILED;
-    }
-    if (fd < 0) {
-        epi_format(v->last, sizeof(v->last), "%s", strerror(-fd));
-        return OUTCOME_RETRY;
-    }
-    say_hello(v, fd);
-    enum outcome outcome = talk(v);
-    if (outcome != OUTCOME_DONE) {
+static enum outcome talk_over(struct visit *v, int fd) {
+    epi_conn_init(v->conn, fd, 0, EPI_CONN_STRANGER_BYTES);
+    enum outcome outcome = epi_shake_hello(&v->shake, &v->meet->key, v->conn)
+                               ? talk(v)
+                               : fail(v, EP_ERR_SYSTEM, "this host gives no random numbers");
+    if (outcome != OUTCOME_DONE || v->meet->has_failed) {
         epi_conn_close(v->conn);
     }
     return outcome;
 }
 
-static enum outcome try_all(struct visit *v) {
-    const struct epi_meet *m = v->meet;
-    struct epi_addr resolved[EPI_MEET_MAX_ADDRS];
-    const struct epi_addr *addrs = m->addrs;
-    int num = m->num_addrs;
-    if (m->host[0] != '\0') {
-        bool is_name;
-        const char *why =
-            epi_addr_resolve(m->host, m->port, resolved, EPI_MEET_MAX_ADDRS, &num, &is_name);
-        if (why) {
-            epi_format(v->last, sizeof(v->last), "%s", why);
-            return OUTCOME_RETRY;
-        }
-        addrs = resolved;
+static enum outcome try_address(struct visit *v, const struct epi_addr *addr) {
+    struct epi_deadline soon =
+        epi_deadline_min(v->meet->deadline, epi_deadline_after(CONNECT_NS));
+    int uid = -1;
+    int pid = -1;
+    int fd = epi_sock_connect(addr, soon);
+    if (fd == -EMFILE || fd == -ENFILE) {
+        return fail(v, EP_ERR_SYSTEM,
+                    "cannot open a socket: too many open files; raise the limit (ulimit -n)");
     }
+    if (fd < 0) {
+        const bool is_nobody = fd == -ECONNREFUSED && !v->meet->over_tcp;
+        return is_nobody ? OUTCOME_RETRY : retry(v, strerror(-fd));
+    }
+    if (addr->ss.ss_family == AF_UNIX && !epi_sock_is_same_user(fd, &uid, &pid)) {
+        epi_sock_close(&fd);
+        epi_format(v->last, sizeof(v->last),
+                   "process %d of user %d listens there, who is not this user", pid, uid);
+        return OUTCOME_RETRY;
+    }
+    return talk_over(v, fd);
+}
+
+static enum outcome try_all(struct visit *v) {
+    struct epi_addr places[EPI_MEET_MAX_ADDRS];
+    int num = 0;
+    const char *why = epi_meet_places(v->meet, places, &num);
     enum outcome outcome = OUTCOME_RETRY;
+    if (why) {
+        return retry(v, why);
+    }
     for (int i = 0; i < num && outcome == OUTCOME_RETRY; i++) {
-        outcome = try_address(v, &addrs[i]);
+        outcome = try_address(v, &places[i]);
     }
     return outcome;
 }
 
+static ep_status fail_alone(struct visit *v) {
+    const struct epi_meet *m = v->meet;
+    return epi_fail(EP_ERR_TIMEOUT,
+                    "rendezvous: rank %d found no rank 0 at %s within %.1f s (%s%s%s)", m->rank,
+                    m->where, (double)m->timeout_ns / 1e9, v->last, v->doubt ? "; " : "",
+                    v->doubt ? v->doubt : "");
+}
+
 ep_status epi_meet_peer(const struct epi_meet *meet, struct epi_conn *conn) {
-    struct visit v = {.meet = meet, .conn = conn, .last = "no answer"};
+    struct visit v = {
+        .meet = meet, .conn = conn, .last = "nobody of this job and user is there"};
     int64_t pause_ns = FIRST_PAUSE_NS;
+    const int64_t longest_ns = meet->over_tcp ? LONGEST_PAUSE_NS : LONGEST_LOCAL_PAUSE_NS;
+    const struct epi_deadline doubt_at = epi_deadline_after(DOUBT_AFTER_NS);
+    bool has_doubted = false;
     for (;;) {
         enum outcome outcome = try_all(&v);
         if (outcome == OUTCOME_DONE) {
@@ -187,12 +227,27 @@ ep_status epi_meet_peer(const struct epi_meet *meet, struct epi_conn *conn) {
             return v.status;
         }
         if (epi_deadline_expired(meet->deadline)) {
-            return epi_fail(EP_ERR_TIMEOUT,
-                            "rendezvous: rank %d found no rank 0 at %s within %.1f s (%s)",
-                            meet->rank, meet->where, (double)meet->timeout_ns / 1e9, v.last);
+            return fail_alone(&v);
+        }
+        if (!has_doubted && epi_deadline_expired(doubt_at)) {
+            has_doubted = true;
+            v.doubt = epi_meet_doubt(meet);
         }
         int64_t left_ns = epi_deadline_left_ns(meet->deadline);
         epi_sleep_ns(pause_ns < left_ns ? pause_ns : left_ns);
-        pause_ns = pause_ns * 2 < LONGEST_PAUSE_NS ? pause_ns * 2 : LONGEST_PAUSE_NS;
+        pause_ns = pause_ns * 2 < longest_ns ? pause_ns * 2 : longest_ns;
     }
+}
+
+ep_status epi_meet_peer_over(const struct epi_meet *meet, int fd, struct epi_conn *conn) {
+    struct visit v = {.meet = meet, .conn = conn};
+    switch (talk_over(&v, fd)) {
+    case OUTCOME_DONE:
+        return EP_OK;
+    case OUTCOME_FAILED:
+        return v.status;
+    case OUTCOME_RETRY:
+        break;
+    }
+    return epi_fail(EP_ERR_PEER, "rendezvous: %s", v.last);
 }

@@ -30,10 +30,6 @@ bool epi_addr_split(const char *text, char host[256], int *port);
 /* Fills up to max addresses; 0, or why not in words. is_name: the host is not a literal. */
 const char *epi_addr_resolve(const char *host, int port, struct epi_addr *out, int max,
                              int *num, bool *is_name);
-/* This host's addresses, loopback last; the number filled in, -errno on failure. */
-int epi_addr_local(int port, struct epi_addr *out, int max);
-/* The wildcard of both families, for a listener. */
-void epi_addr_any(int port, bool v6, struct epi_addr *out);
 void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]);
 
 /* ---- sock.c: sockets --------------------------------------------------------------------- */
@@ -45,7 +41,10 @@ void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]);
 int epi_sock_listen(const struct epi_addr *addr);
 int epi_sock_accept(int listen_fd, struct epi_addr *from);
 int epi_sock_connect(const struct epi_addr *addr, struct epi_deadline deadline);
-int epi_sock_port(int fd);
+/* An abstract Unix address. */
+void epi_addr_unix(const char *name, struct epi_addr *out);
+/* Whether the process at the other end of a Unix socket is this user's; who it is, for people. */
+bool epi_sock_is_same_user(int fd, int *uid, int *pid);
 /* An eventfd that is, as the sockets are, closed in forked children. */
 int epi_sock_kicker(void);
 void epi_sock_close(int *fd); /* -1 is fine; sets *fd to -1 */
@@ -79,13 +78,20 @@ struct epi_conn {
     size_t in_limit; /* bytes we are ready to hold for this peer */
     struct epi_conn_item *out_first;
     struct epi_conn_item *out_last;
+    int out_count;      /* packets in the queue */
+    int out_limit;      /* of them; more: the peer does not read. 0: no limit */
+    size_t out_bytes;   /* in the queue */
     bool is_ready;      /* poll says there is something to read; for the loop's use */
     bool has_unacked;   /* bytes went out that the peer's kernel may not have yet */
     uint64_t last_seq;  /* the peer's last contribution; for rank 0's use */
+    uint64_t last_ask;  /* and its last question; */
+    bool has_asked;     /* one during the rendezvous */
     const char *doomed; /* why this connection must be closed; NULL: it is fine */
 };
 
-#define EPI_CONN_STRANGER_BYTES 256
+/* Packets that may wait for a rank beside what one rank can say of each other rank. */
+#define EPI_CONN_MAX_OUT 16
+#define EPI_CONN_STRANGER_BYTES 512 /* what a connection may send before its rank is proved */
 
 void epi_conn_init(struct epi_conn *conn, int fd, int rank, size_t in_limit);
 void epi_conn_close(struct epi_conn *conn); /* and drop what is queued */
@@ -178,30 +184,99 @@ ep_status epi_launch_read(struct epi_job *job, struct epi_launch *out);
 /* The first host of a Slurm node list: "node[03-07,9]" is "node03". False: not understood. */
 bool epi_launch_first_host(const char *list, char *out, size_t out_bytes);
 
-/* ---- meet_root.c, meet_peer.c: from addresses to open connections ------------------------ */
+/* ---- shake.c: both sides prove that they hold the job's key -------------------------------- */
 
-#define EPI_MEET_MAX_ADDRS 8
+/* docs/decisions/0009-rendezvous.md has the messages. Functions that check return NULL, or what was
+ * wrong in words. */
+
+struct epi_key {
+    uint8_t bytes[EPI_SHA256_BYTES];
+};
+
+/* Of one connection, at one of its ends. */
+struct epi_shake {
+    const struct epi_key *key;
+    uint8_t peer_nonce[EPI_WIRE_NONCE_BYTES];
+    uint8_t root_nonce[EPI_WIRE_NONCE_BYTES];
+    bool has_answered; /* rank 0 has answered HELLO */
+    bool is_proved;    /* the other end has proved itself */
+};
+
+/* `secret` may be of no bytes, where something else says who is at the other end. */
+void epi_key_make(struct epi_key *key, const void *secret, size_t bytes, const char *job);
+bool epi_random(void *out, size_t bytes);
+
+/* The peer's side, in this order. False: this host gives no random numbers. */
+bool epi_shake_hello(struct epi_shake *s, const struct epi_key *key, struct epi_conn *conn);
+const char *epi_shake_check_root(struct epi_shake *s, const struct epi_frame *frame);
+void epi_shake_claim(struct epi_shake *s, struct epi_conn *conn, const struct epi_claim *claim,
+                     const char *text);
+
+/* Rank 0's side, in this order; *s is zeroed before. */
+const char *epi_shake_answer(struct epi_shake *s, const struct epi_key *key,
+                             const struct epi_frame *frame, struct epi_conn *conn);
+const char *epi_shake_check_claim(struct epi_shake *s, const struct epi_frame *frame,
+                                  struct epi_claim *claim);
+
+uint64_t epi_this_process(void);
+uint64_t epi_this_host(void); /* 0: unknown */
+
+/* ---- way.c: where the ranks meet, and what they need to hold ------------------------------- */
+
+#define EPI_MEET_MAX_ADDRS 16
 /* An answer that is owed after the deadline: who is missing, or why one was turned away. */
 #define EPI_MEET_GRACE_NS (EPI_NS_PER_S / 2)
+/* How long a rank that has failed tries to say so. */
+#define EPI_MEET_SAY_FAILED_NS (2 * EPI_NS_PER_S)
 
 struct epi_meet {
     int rank;
     int num_ranks;
-    uint64_t job;
+    struct epi_key key;
     bool is_job_named; /* a rank of this job with another idea of it makes all ranks fail */
-    struct epi_addr addrs[EPI_MEET_MAX_ADDRS]; /* of rank 0, in the order to be tried */
-    int num_addrs;
-    char host[256]; /* instead of addrs, when not empty: a name, resolved while waiting */
+    bool over_tcp;     /* else over an abstract Unix socket: all ranks are on this host */
+    bool may_be_far;   /* the address does not say that: for the text of a timeout */
+    char host[256];    /* of rank 0; empty: the ranks have their key from an allgather */
     int port;
     char where[300]; /* rank 0's address, for people */
+    bool has_failed; /* this rank comes only to say why */
+    char failed[EPI_WIRE_TEXT_BYTES];
     int64_t timeout_ns;
     struct epi_deadline deadline;
 };
 
-/* Where rank 0 listens; *fd is the listener. */
-ep_status epi_meet_listen(const struct epi_meet *meet, int *fd);
+/* Where rank 0 listens: one Unix socket, or an address of this host each. */
+struct epi_listeners {
+    int num;
+    int fds[EPI_MEET_MAX_ADDRS];
+    int guest; /* 0, or a Unix connection that has been made already: fuzzers come so */
+};
+
+/* Host, port and the job's name are known: makes the key, chooses between TCP and Unix, says where. */
+ep_status epi_meet_choose(struct epi_meet *meet, const char *job, bool is_all_local);
+/* The same where the ranks have a secret from an allgather. */
+void epi_meet_choose_shared(struct epi_meet *meet, const void *secret, size_t bytes);
+/* The addresses to be tried, in this order; NULL, or why there are none. */
+const char *epi_meet_places(const struct epi_meet *meet,
+                            struct epi_addr out[EPI_MEET_MAX_ADDRS], int *num);
+/* NULL, or why, after what has been tried, no rank 0 can come from where the address says. */
+const char *epi_meet_doubt(const struct epi_meet *meet);
+
+ep_status epi_meet_listen(const struct epi_meet *meet, struct epi_listeners *out);
+void epi_listeners_close(struct epi_listeners *listeners);
+
+/* ---- cards.c: what ranks tell each other by the caller's allgather -------------------------- */
+
+/* Every rank takes part, one that has failed with `own` and its text in epi_error_text(): the
+ * others are in it. Then *meet knows the key; rank 0 listens. */
+ep_status epi_cards_exchange(const struct epi_boot_config *config, struct epi_meet *meet,
+                             ep_status own, struct epi_listeners *listeners);
+
+/* ---- meet_root.c, meet_peer.c: from addresses to open connections ------------------------ */
+
 /* Rank 0: fills conns[1..num_ranks-1]; on failure all are closed, and told why. */
-ep_status epi_meet_root(const struct epi_meet *meet, int listen_fd, struct epi_conn *conns);
+ep_status epi_meet_root(const struct epi_meet *meet, const struct epi_listeners *listeners,
+                        struct epi_conn *conns);
 /* Rank 0: all are here; queued, sent by whoever flushes the connections next. */
 void epi_meet_start(struct epi_conn *conns, int num_ranks);
 /* Rank 0: gives up; tells every open connection and closes it. */
@@ -209,12 +284,17 @@ void epi_meet_reject_all(struct epi_conn *conns, int num_ranks, ep_status status
                          const char *text);
 /* Others: a connection to rank 0, after its START. */
 ep_status epi_meet_peer(const struct epi_meet *meet, struct epi_conn *conn);
+/* The same over a connection that has been made, and without a second try. */
+ep_status epi_meet_peer_over(const struct epi_meet *meet, int fd, struct epi_conn *conn);
 
 uint32_t epi_meet_version(void);
 
 /* ---- star.c, star_call.c: the control star after the rendezvous -------------------------- */
 
 /* star.c is the control thread, star_call.c what the caller's thread does. */
+
+/* Calls of a rank that may be unanswered at a time. */
+#define EPI_STAR_MAX_OPEN 2
 
 enum epi_rank_state { EPI_RANK_ALIVE, EPI_RANK_DEAD, EPI_RANK_LEFT };
 
@@ -253,8 +333,9 @@ struct epi_star {
     struct epi_request req;
     struct epi_packet *posted; /* a contribution the control thread has not taken yet */
     uint64_t num_calls;
-    uint8_t *state;   /* [num_ranks] enum epi_rank_state */
-    ep_status broken; /* not EP_OK: no collective can succeed any more */
+    uint64_t num_ended; /* calls that all have made and that have their result */
+    uint8_t *state;     /* [num_ranks] enum epi_rank_state */
+    ep_status broken;   /* not EP_OK: no collective can succeed any more */
     char broken_text[EPI_WIRE_TEXT_BYTES + 1];
     struct epi_rounds rounds; /* rank 0's */
 };
@@ -282,5 +363,7 @@ ep_status epi_world_join(ep_world *world, int rank, int64_t timeout_ns,
 ep_status epi_world_allgather(struct epi_session *session, int rank, const void *in,
                               size_t bytes, void *out, struct epi_deadline deadline);
 void epi_world_leave(struct epi_session *session, int rank);
+/* A rank that cannot come: the others, who wait for it, get EP_ERR_PEER with this reason. */
+void epi_world_fail(ep_world *world, int rank, const char *why);
 
 #endif

@@ -75,10 +75,21 @@ int epi_sock_accept(int listen_fd, struct epi_addr *from) {
     epi_fd_begin();
     int fd = epi_fd_keep(accept4(listen_fd, (struct sockaddr *)&from->ss, &from->len,
                                  SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (fd >= 0) {
+    if (fd >= 0 && from->ss.ss_family != AF_UNIX) {
         set_options(fd);
     }
     return fd;
+}
+
+bool epi_sock_is_same_user(int fd, int *uid, int *pid) {
+    struct ucred who = {.uid = (uid_t)-1};
+    socklen_t len = sizeof(who);
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &len) != 0) {
+        return false;
+    }
+    *uid = (int)who.uid;
+    *pid = (int)who.pid;
+    return who.uid == geteuid();
 }
 
 /* Both ends the same socket: TCP does that when one dials a free port of the own host that the
@@ -127,19 +138,10 @@ int epi_sock_connect(const struct epi_addr *addr, struct epi_deadline deadline) 
         epi_sock_close(&fd);
         return -err;
     }
-    set_options(fd);
+    if (addr->ss.ss_family != AF_UNIX) {
+        set_options(fd);
+    }
     return fd;
-}
-
-int epi_sock_port(int fd) {
-    struct epi_addr addr = {.len = sizeof(addr.ss)};
-    if (getsockname(fd, (struct sockaddr *)&addr.ss, &addr.len) != 0) {
-        return -errno;
-    }
-    if (addr.ss.ss_family == AF_INET6) {
-        return ntohs(((const struct sockaddr_in6 *)&addr.ss)->sin6_port);
-    }
-    return ntohs(((const struct sockaddr_in *)&addr.ss)->sin_port);
 }
 
 int epi_sock_kicker(void) {

@@ -117,6 +117,7 @@ static void end_round(struct epi_star *star, struct epi_round *round) {
     }
     struct epi_packet *packet = epi_packet_make(&frame);
     struct epi_request *req = &star->req;
+    star->num_ended = round->seq;
     if (!packet) {
         fault_no_memory(star, round->bytes);
     } else {
@@ -161,21 +162,36 @@ static void text_of_missing_calls(struct epi_star *star, uint64_t seq, char *out
 
 /* ---- frames ------------------------------------------------------------------------------ */
 
+/* A rank holds itself back (star_call.c), so one that does not is no rank of ours any more. */
+static void on_gather(struct epi_star *star, struct epi_conn *conn,
+                      const struct epi_frame *frame) {
+    if (frame->seq != conn->last_seq + 1) {
+        conn->doomed = "it counts its calls wrongly";
+        return;
+    }
+    conn->last_seq = frame->seq;
+    pthread_mutex_lock(&star->lock);
+    if (star->broken == EP_OK && frame->seq > star->num_ended + EPI_STAR_MAX_OPEN) {
+        conn->doomed = "it calls without waiting for the others";
+    } else {
+        contribute(star, conn->rank, frame->seq, frame->data, frame->data_bytes);
+    }
+    pthread_mutex_unlock(&star->lock);
+}
+
 static void on_frame_at_root(struct epi_star *star, struct epi_conn *conn,
                              const struct epi_frame *frame) {
     switch (frame->type) {
     case EPI_FRAME_GATHER:
-        if (frame->seq != conn->last_seq + 1) {
-            conn->doomed = "it counts its calls wrongly";
-            return;
-        }
-        conn->last_seq = frame->seq;
-        pthread_mutex_lock(&star->lock);
-        contribute(star, conn->rank, frame->seq, frame->data, frame->data_bytes);
-        pthread_mutex_unlock(&star->lock);
+        on_gather(star, conn, frame);
         return;
     case EPI_FRAME_ASK: {
         char text[EPI_WIRE_TEXT_BYTES + 1];
+        if (frame->seq <= conn->last_ask || frame->seq > conn->last_seq) {
+            conn->doomed = "it asks for the same call again, or for one it has not made";
+            return;
+        }
+        conn->last_ask = frame->seq;
         pthread_mutex_lock(&star->lock);
         text_of_missing_calls(star, frame->seq, text, sizeof(text));
         pthread_mutex_unlock(&star->lock);
@@ -200,7 +216,13 @@ static void on_result(struct epi_star *star, struct epi_conn *conn,
     }
     pthread_mutex_lock(&star->lock);
     struct epi_request *req = &star->req;
-    if (req->active && !req->done && req->seq == frame->seq) {
+    const bool is_next = frame->seq == star->num_ended + 1 && frame->seq <= star->num_calls;
+    if (!is_next) {
+        conn->doomed = "it sent a result that nobody waits for";
+    } else {
+        star->num_ended = frame->seq;
+    }
+    if (is_next && req->active && !req->done && req->seq == frame->seq) {
         size_t total_bytes = req->bytes * (size_t)star->num_ranks;
         if (frame->status == EP_OK && frame->data_bytes != total_bytes) {
             conn->doomed = "it sent a result of the wrong size";

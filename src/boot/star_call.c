@@ -128,6 +128,12 @@ static ep_status post(struct epi_star *star, const void *in, size_t bytes, void 
         return epi_fail(EP_ERR_TIMEOUT, "allgather: the control thread of this rank is busy");
     }
     uint64_t seq = star->num_calls + 1;
+    if (seq > star->num_ended + EPI_STAR_MAX_OPEN) {
+        return epi_fail(EP_ERR_TIMEOUT,
+                        "allgather: the last %d calls of this rank, which ran out of time, are "
+                        "unanswered still",
+                        EPI_STAR_MAX_OPEN);
+    }
     struct epi_frame frame = {
         .type = EPI_FRAME_GATHER, .seq = seq, .data = in, .data_bytes = bytes};
     star->posted = epi_packet_make(&frame);

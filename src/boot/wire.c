@@ -24,18 +24,32 @@ enum header_at {
     AT_END = 32
 };
 
-enum hello_at {
-    HELLO_AT_PROTOCOL = 0,
-    HELLO_AT_VERSION = 4,
-    HELLO_AT_NUM_RANKS = 8,
-    HELLO_AT_RANK = 12,
-    HELLO_AT_JOB = 16,
-    HELLO_AT_END = 24
+enum hello_at { HELLO_AT_PROTOCOL = 0, HELLO_AT_NONCE = 4, HELLO_AT_END = 36 };
+
+enum proof_at {
+    PROOF_AT_PROTOCOL = 0,
+    PROOF_AT_NONCE = 4,
+    PROOF_AT_TAG = 36,
+    PROOF_AT_END = 68
+};
+
+enum claim_at {
+    CLAIM_AT_TAG = 0,
+    CLAIM_AT_VERSION = 32,
+    CLAIM_AT_NUM_RANKS = 36,
+    CLAIM_AT_RANK = 40,
+    CLAIM_AT_STATUS = 44,
+    CLAIM_AT_PROCESS = 48,
+    CLAIM_AT_HOST = 56,
+    CLAIM_AT_END = 64
 };
 
 _Static_assert(AT_END == EPI_WIRE_HEADER_BYTES, "the header is as wire.h draws it");
-_Static_assert(HELLO_AT_END == EPI_WIRE_HELLO_BYTES, "HELLO is as long as wire.h says");
-_Static_assert(sizeof(struct epi_hello) == EPI_WIRE_HELLO_BYTES, "every field is encoded");
+_Static_assert(HELLO_AT_END == EPI_WIRE_HELLO_BYTES && PROOF_AT_END == EPI_WIRE_PROOF_BYTES &&
+                   CLAIM_AT_END == EPI_WIRE_CLAIM_BYTES,
+               "the handshake is as long as wire.h says");
+_Static_assert(sizeof(struct epi_claim) + EPI_WIRE_PROOF_TAG_BYTES == EPI_WIRE_CLAIM_BYTES,
+               "every field is encoded");
 _Static_assert(EPI_BOOT_MAX_TOTAL_BYTES + EPI_WIRE_HEADER_BYTES <= INT32_MAX,
                "epi_wire_parse returns the size of a frame as an int");
 
@@ -65,6 +79,11 @@ static const struct frame_rule rules[] = {
     [EPI_FRAME_ASK] = {0, 0, true, false, false, false},
     [EPI_FRAME_TELL] = {0, EPI_WIRE_TEXT_BYTES, true, false, false, false},
     [EPI_FRAME_FAULT] = {0, EPI_WIRE_TEXT_BYTES, false, false, true, true},
+    [EPI_FRAME_PROOF] = {EPI_WIRE_PROOF_BYTES, EPI_WIRE_PROOF_BYTES, false, false, false,
+                         false},
+    [EPI_FRAME_CLAIM] = {EPI_WIRE_CLAIM_BYTES, EPI_WIRE_CLAIM_BYTES + EPI_WIRE_TEXT_BYTES,
+                         false, false, false, false},
+    [EPI_FRAME_BUSY] = {0, 0, false, false, false, false},
 };
 
 static void put_u16(uint8_t *p, uint16_t v) {
@@ -128,7 +147,7 @@ int epi_wire_parse(const uint8_t *buf, size_t len, struct epi_frame *out) {
     }
     uint16_t type = get_u16(buf + AT_TYPE);
     if (epi_get_u32(buf + AT_CHECK) != header_check(buf) || get_u16(buf + AT_ZERO) != 0 ||
-        type < EPI_FRAME_HELLO || type > EPI_FRAME_FAULT) {
+        type < EPI_FRAME_HELLO || type > EPI_FRAME_BUSY) {
         return -1;
     }
     struct epi_frame frame = {
@@ -162,18 +181,43 @@ void epi_wire_header(uint8_t out[EPI_WIRE_HEADER_BYTES], const struct epi_frame 
 
 void epi_wire_put_hello(uint8_t out[EPI_WIRE_HELLO_BYTES], const struct epi_hello *hello) {
     epi_put_u32(out + HELLO_AT_PROTOCOL, hello->protocol);
-    epi_put_u32(out + HELLO_AT_VERSION, hello->version);
-    epi_put_u32(out + HELLO_AT_NUM_RANKS, hello->num_ranks);
-    epi_put_u32(out + HELLO_AT_RANK, hello->rank);
-    epi_put_u64(out + HELLO_AT_JOB, hello->job);
+    memcpy(out + HELLO_AT_NONCE, hello->nonce, sizeof(hello->nonce));
 }
 
 void epi_wire_get_hello(const uint8_t *data, struct epi_hello *out) {
     out->protocol = epi_get_u32(data + HELLO_AT_PROTOCOL);
-    out->version = epi_get_u32(data + HELLO_AT_VERSION);
-    out->num_ranks = epi_get_u32(data + HELLO_AT_NUM_RANKS);
-    out->rank = epi_get_u32(data + HELLO_AT_RANK);
-    out->job = epi_get_u64(data + HELLO_AT_JOB);
+    memcpy(out->nonce, data + HELLO_AT_NONCE, sizeof(out->nonce));
+}
+
+void epi_wire_put_proof(uint8_t out[EPI_WIRE_PROOF_BYTES], const struct epi_proof *proof) {
+    epi_put_u32(out + PROOF_AT_PROTOCOL, proof->protocol);
+    memcpy(out + PROOF_AT_NONCE, proof->nonce, sizeof(proof->nonce));
+    memcpy(out + PROOF_AT_TAG, proof->tag, sizeof(proof->tag));
+}
+
+void epi_wire_get_proof(const uint8_t *data, struct epi_proof *out) {
+    out->protocol = epi_get_u32(data + PROOF_AT_PROTOCOL);
+    memcpy(out->nonce, data + PROOF_AT_NONCE, sizeof(out->nonce));
+    memcpy(out->tag, data + PROOF_AT_TAG, sizeof(out->tag));
+}
+
+void epi_wire_put_claim(uint8_t out[EPI_WIRE_CLAIM_BYTES], const struct epi_claim *claim) {
+    memset(out + CLAIM_AT_TAG, 0, EPI_WIRE_PROOF_TAG_BYTES);
+    epi_put_u32(out + CLAIM_AT_VERSION, claim->version);
+    epi_put_u32(out + CLAIM_AT_NUM_RANKS, claim->num_ranks);
+    epi_put_u32(out + CLAIM_AT_RANK, claim->rank);
+    epi_put_u32(out + CLAIM_AT_STATUS, (uint32_t)claim->status);
+    epi_put_u64(out + CLAIM_AT_PROCESS, claim->process);
+    epi_put_u64(out + CLAIM_AT_HOST, claim->host);
+}
+
+void epi_wire_get_claim(const uint8_t *data, struct epi_claim *out) {
+    out->version = epi_get_u32(data + CLAIM_AT_VERSION);
+    out->num_ranks = epi_get_u32(data + CLAIM_AT_NUM_RANKS);
+    out->rank = epi_get_u32(data + CLAIM_AT_RANK);
+    out->status = (int32_t)epi_get_u32(data + CLAIM_AT_STATUS);
+    out->process = epi_get_u64(data + CLAIM_AT_PROCESS);
+    out->host = epi_get_u64(data + CLAIM_AT_HOST);
 }
 
 size_t epi_wire_text_bytes(const char *text) {

@@ -189,7 +189,7 @@ void epi_world_leave(struct epi_session *session, int rank) {
     pthread_mutex_unlock(lock);
 }
 
-void epi_boot_world_fail(ep_world *world, int rank, const char *why) {
+void epi_world_fail(ep_world *world, int rank, const char *why) {
     if (rank < 0 || rank >= world->num_ranks) {
         return;
     }
@@ -271,7 +271,7 @@ ep_status epi_world_join(ep_world *world, int rank, int64_t timeout_ns,
     if (st != EP_OK) {
         /* This rank does not come; the others are told, if there is memory for that now. */
         if (st == EP_ERR_NOMEM) {
-            epi_boot_world_fail(world, rank, "rendezvous: no memory");
+            epi_world_fail(world, rank, "rendezvous: no memory");
             epi_fail(st, "rendezvous: no memory");
         }
         return st;

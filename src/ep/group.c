@@ -174,16 +174,18 @@ static void on_dead(void *ctx, int rank, const char *why) {
     }
 }
 
+static struct epi_boot_config meeting_of(const struct ep_group_config *config) {
+    return (struct epi_boot_config){.rank = config->rank,
+                                    .num_ranks = config->num_ranks,
+                                    .address = config->address,
+                                    .allgather = config->allgather,
+                                    .allgather_ctx = config->allgather_ctx,
+                                    .world = config->world,
+                                    .job = config->job};
+}
+
 static ep_status meet(ep_group *g) {
-    struct epi_boot_config b;
-    memset(&b, 0, sizeof(b));
-    b.rank = g->config.rank;
-    b.num_ranks = g->config.num_ranks;
-    b.address = g->config.address;
-    b.allgather = g->config.allgather;
-    b.allgather_ctx = g->config.allgather_ctx;
-    b.world = g->config.world;
-    b.job = g->config.job;
+    struct epi_boot_config b = meeting_of(&g->config);
     b.timeout_ns = g->timeout_ns;
     b.on_dead = on_dead;
     b.on_dead_ctx = g;
@@ -249,13 +251,8 @@ static void free_group(ep_group *g) {
 }
 
 ep_status epi_fail_before_meeting(const struct ep_group_config *config, ep_status st) {
-    if (config->world) {
-        char text[EPI_ERROR_TEXT_BYTES];
-        epi_format(text, sizeof(text), "%s", epi_error_text());
-        epi_boot_world_fail(config->world, config->rank, text);
-        epi_fail(st, "%s", text);
-    }
-    return st;
+    const struct epi_boot_config b = meeting_of(config);
+    return epi_boot_say_failed(&b, st);
 }
 
 ep_status epi_group_create(ep_group **out, const struct ep_group_config *config) {

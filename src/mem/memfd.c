@@ -8,10 +8,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 int epi_memfd_create(size_t bytes, ep_status *st) {
@@ -46,20 +44,4 @@ int epi_memfd_create(size_t bytes, ep_status *st) {
     }
     close(fd);
     return -1;
-}
-
-void epi_host_hint(struct epi_host_hint *out) {
-    memset(out, 0, sizeof(*out));
-    FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re");
-    if (f) {
-        char text[40];
-        if (fgets(text, sizeof(text), f)) {
-            out->boot = epi_hash(EPI_HASH_BEGIN, text, strlen(text));
-        }
-        fclose(f);
-    }
-    struct stat s;
-    if (stat("/proc/self/ns/net", &s) == 0) {
-        out->net_inode = (uint64_t)s.st_ino;
-    }
 }

@@ -25,14 +25,6 @@ ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const ch
 
 /* ---- memfd.c ------------------------------------------------------------------------------ */
 
-/* What says that two processes may share a host: kernel boot and network namespace. A hint that
- * saves waiting; the proof is the descriptor that arrives. */
-struct epi_host_hint {
-    uint64_t boot;
-    uint64_t net_inode;
-};
-void epi_host_hint(struct epi_host_hint *out);
-
 /* A sealed memfd of `bytes`, fully allocated, or -1 with the error told in *st. */
 int epi_memfd_create(size_t bytes, ep_status *st);
 

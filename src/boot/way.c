@@ -1,0 +1,384 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Where the ranks meet: over an abstract Unix socket of this host, or over TCP with the job's key.
+ *
+ * Owns the choice between the two, the key, the sockets' names, and listening.
+ * docs/decisions/0009-rendezvous.md says why. Runs on the creating thread.
+ * Must not listen on an address that nobody named, nor go by a place that this user holds already.
+ */
+#include "src/boot/parts.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define NUM_NAMES 16 /* that are tried where other users hold some */
+#define MAX_LOCAL_ADDRS 64
+#define HELD_PAUSE_NS (5 * EPI_NS_PER_MS)
+#define RESOLVE_NS (2 * EPI_NS_PER_S)
+
+static const char name_label[] = "libep name";
+
+/* ---- addresses of this host -------------------------------------------------------------- */
+
+static bool is_same_host(const struct epi_addr *a, const struct epi_addr *b) {
+    if (a->ss.ss_family != b->ss.ss_family) {
+        return false;
+    }
+    if (a->ss.ss_family == AF_INET6) {
+        return memcmp(&((const struct sockaddr_in6 *)&a->ss)->sin6_addr,
+                      &((const struct sockaddr_in6 *)&b->ss)->sin6_addr,
+                      sizeof(struct in6_addr)) == 0;
+    }
+    return ((const struct sockaddr_in *)&a->ss)->sin_addr.s_addr ==
+           ((const struct sockaddr_in *)&b->ss)->sin_addr.s_addr;
+}
+
+static bool is_loopback(const struct epi_addr *a) {
+    if (a->ss.ss_family == AF_INET6) {
+        const struct in6_addr *v6 = &((const struct sockaddr_in6 *)&a->ss)->sin6_addr;
+        return IN6_IS_ADDR_LOOPBACK(v6) || (IN6_IS_ADDR_V4MAPPED(v6) && v6->s6_addr[12] == 127);
+    }
+    return ntohl(((const struct sockaddr_in *)&a->ss)->sin_addr.s_addr) >> 24 == 127;
+}
+
+static bool read_literal(const char *host, struct epi_addr *out) {
+    memset(out, 0, sizeof(*out));
+    struct sockaddr_in *v4 = (struct sockaddr_in *)&out->ss;
+    struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)&out->ss;
+    if (inet_pton(AF_INET, host, &v4->sin_addr) == 1) {
+        out->ss.ss_family = AF_INET;
+        out->len = sizeof(*v4);
+        return true;
+    }
+    if (inet_pton(AF_INET6, host, &v6->sin6_addr) == 1) {
+        out->ss.ss_family = AF_INET6;
+        out->len = sizeof(*v6);
+        return true;
+    }
+    return false;
+}
+
+/* NCCL's way to name interfaces: beginnings of names with commas between, or, behind '=', whole
+ * names; '^' in front means all others. */
+static bool is_named(const char *rule, const char *name) {
+    const bool others = rule[0] == '^';
+    rule += others;
+    const bool whole = rule[0] == '=';
+    rule += whole;
+    bool found = false;
+    while (*rule != '\0' && !found) {
+        size_t len = strcspn(rule, ",");
+        found = len > 0 && strncmp(rule, name, len) == 0 && (!whole || name[len] == '\0');
+        rule += len;
+        rule += *rule == ',';
+    }
+    return found != others;
+}
+
+static const char *interface_rule(const char **from) {
+    const char *rule = epi_opt_str(EPI_OPT_IFNAME);
+    *from = rule ? "EP_IFNAME" : "NCCL_SOCKET_IFNAME";
+    return rule ? rule : epi_env("NCCL_SOCKET_IFNAME");
+}
+
+/* This host's addresses, of the interfaces that `rule` names, or all; -errno on failure. */
+static int list_local(const char *rule, struct epi_addr *out, int max) {
+    struct ifaddrs *list = NULL;
+    if (epi_alloc_should_fail() || getifaddrs(&list) != 0) {
+        return -ENOMEM;
+    }
+    int num = 0;
+    for (struct ifaddrs *ifa = list; ifa && num < max; ifa = ifa->ifa_next) {
+        int family = ifa->ifa_addr ? ifa->ifa_addr->sa_family : AF_UNSPEC;
+        if ((family == AF_INET || family == AF_INET6) && (ifa->ifa_flags & IFF_UP) &&
+            (!rule || is_named(rule, ifa->ifa_name))) {
+            memset(&out[num], 0, sizeof(out[num]));
+            out[num].len =
+                family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
+            memcpy(&out[num].ss, ifa->ifa_addr, out[num].len);
+            num++;
+        }
+    }
+    freeifaddrs(list);
+    return num;
+}
+
+/* Of addrs[0..*num-1] keeps those of this host (and of the named interfaces). 0 or -errno. */
+static int keep_local(const char *rule, struct epi_addr *addrs, int *num) {
+    struct epi_addr local[MAX_LOCAL_ADDRS];
+    int num_local = list_local(rule, local, MAX_LOCAL_ADDRS);
+    int kept = 0;
+    for (int i = 0; i < *num; i++) {
+        bool is_here = !rule && is_loopback(&addrs[i]);
+        for (int j = 0; j < num_local && !is_here; j++) {
+            is_here = is_same_host(&addrs[i], &local[j]);
+        }
+        for (int j = 0; j < kept && is_here; j++) { /* names are listed twice, too */
+            is_here = !is_same_host(&addrs[i], &addrs[j]);
+        }
+        if (is_here) {
+            addrs[kept++] = addrs[i];
+        }
+    }
+    *num = kept;
+    return num_local < 0 ? num_local : 0;
+}
+
+/* ---- the choice -------------------------------------------------------------------------- */
+
+void epi_addr_unix(const char *name, struct epi_addr *out) {
+    struct sockaddr_un *un = (struct sockaddr_un *)&out->ss;
+    memset(out, 0, sizeof(*out));
+    un->sun_family = AF_UNIX;
+    size_t bytes = strlen(name);
+    bytes = bytes < sizeof(un->sun_path) - 1 ? bytes : sizeof(un->sun_path) - 1;
+    memcpy(un->sun_path + 1, name, bytes); /* a leading 0 makes it abstract */
+    out->len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + bytes);
+}
+
+/* The name's number k; those who do not hold the key cannot know it. */
+static void unix_name(const struct epi_meet *meet, int k, char out[64]) {
+    struct epi_hmac h;
+    uint8_t port[4];
+    uint8_t hash[EPI_SHA256_BYTES];
+    epi_put_u32(port, (uint32_t)meet->port);
+    epi_hmac_begin(&h, meet->key.bytes, sizeof(meet->key.bytes));
+    epi_hmac_add(&h, name_label, sizeof(name_label));
+    epi_hmac_add(&h, port, sizeof(port));
+    epi_hmac_end(&h, hash);
+    epi_format(out, 64, "libep-%u-%016llx-%d", (unsigned)geteuid(),
+               (unsigned long long)epi_get_u64(hash), k);
+}
+
+static void say_where(struct epi_meet *meet) {
+    char name[64];
+    const bool is_v6 = strchr(meet->host, ':') != NULL;
+    if (meet->over_tcp) {
+        epi_format(meet->where, sizeof(meet->where), is_v6 ? "[%s]:%d" : "%s:%d", meet->host,
+                   meet->port);
+        return;
+    }
+    unix_name(meet, 0, name);
+    if (meet->host[0] == '\0') {
+        epi_format(meet->where, sizeof(meet->where), "the Unix socket @%s", name);
+    } else {
+        epi_format(meet->where, sizeof(meet->where),
+                   is_v6 ? "[%s]:%d (the Unix socket @%s)" : "%s:%d (the Unix socket @%s)",
+                   meet->host, meet->port, name);
+    }
+}
+
+static ep_status check_is_here(const struct epi_meet *meet, const struct epi_addr *literal) {
+    struct epi_addr addr = *literal;
+    int num = 1;
+    if (keep_local(NULL, &addr, &num) < 0 || num == 1) {
+        return EP_OK; /* or it is not known */
+    }
+    if (meet->rank == 0) {
+        return epi_fail(EP_ERR_ARG,
+                        "rank 0 runs here, but %s, which is to be the address of its host, is "
+                        "not one of this host's",
+                        meet->host);
+    }
+    return epi_fail(
+        EP_ERR_ARG,
+        "rank 0 is at %s, which is not this host. This version joins ranks of one "
+        "host, and over a network only ranks that hold a key meet: set EP_JOB_KEY to "
+        "the same secret of 16 or more characters on all ranks",
+        meet->host);
+}
+
+ep_status epi_meet_choose(struct epi_meet *meet, const char *job, bool is_all_local) {
+    struct epi_addr literal;
+    const char *secret = epi_opt_str(EPI_OPT_JOB_KEY);
+    if (!secret && epi_opt_is_malformed(EPI_OPT_JOB_KEY)) {
+        return epi_fail(EP_ERR_ARG, "EP_JOB_KEY is set, but it must have 16..200 characters");
+    }
+    epi_key_make(&meet->key, secret, secret ? strlen(secret) : 0, job);
+    const bool is_literal = read_literal(meet->host, &literal);
+    const bool is_near = is_all_local || strcmp(meet->host, "localhost") == 0 ||
+                         (is_literal && is_loopback(&literal));
+    meet->over_tcp = secret && !is_near;
+    meet->may_be_far = !secret && !is_near;
+    say_where(meet);
+    return meet->may_be_far && is_literal ? check_is_here(meet, &literal) : EP_OK;
+}
+
+void epi_meet_choose_shared(struct epi_meet *meet, const void *secret, size_t bytes) {
+    epi_key_make(&meet->key, secret, bytes, "");
+    say_where(meet);
+}
+
+const char *epi_meet_places(const struct epi_meet *meet,
+                            struct epi_addr out[EPI_MEET_MAX_ADDRS], int *num) {
+    bool is_name;
+    if (meet->over_tcp) {
+        return epi_addr_resolve(meet->host, meet->port, out, EPI_MEET_MAX_ADDRS, num, &is_name);
+    }
+    for (*num = 0; *num < NUM_NAMES; *num += 1) {
+        char name[64];
+        unix_name(meet, *num, name);
+        epi_addr_unix(name, &out[*num]);
+    }
+    return NULL;
+}
+
+const char *epi_meet_doubt(const struct epi_meet *meet) {
+    struct epi_addr addrs[EPI_MEET_MAX_ADDRS];
+    bool is_name;
+    int num = 0;
+    if (!meet->may_be_far) {
+        return NULL;
+    }
+    const char *why =
+        epi_addr_resolve(meet->host, meet->port, addrs, EPI_MEET_MAX_ADDRS, &num, &is_name);
+    if (why) {
+        return "its name cannot be resolved";
+    }
+    if (keep_local(NULL, addrs, &num) == 0 && num == 0) {
+        return "that is not this host: ranks of several hosts need EP_JOB_KEY, the same "
+               "secret on all, and this version joins those of one host only";
+    }
+    return NULL;
+}
+
+/* ---- listening --------------------------------------------------------------------------- */
+
+static ep_status fail_to_listen(const struct epi_meet *meet, const char *where, int err) {
+    const char *advice = "";
+    if (err == EADDRINUSE) {
+        advice = ": a program listens there, or has a connection from there; choose another "
+                 "port (EP_PORT, or the address)";
+    } else if (err == EACCES) {
+        advice = "; choose a port of 1024 or above (EP_PORT, or the address)";
+    } else if (err == EMFILE) {
+        advice = "; raise the limit of open files (ulimit -n)";
+    }
+    return epi_fail(EP_ERR_SYSTEM, "rendezvous: rank %d cannot listen on %s: %s%s", meet->rank,
+                    where, strerror(err), advice);
+}
+
+enum holder { HOLDER_NOBODY, HOLDER_OTHER_USER, HOLDER_THIS_PROCESS, HOLDER_OTHER_PROCESS };
+
+/* Who holds a name that cannot be had. */
+static enum holder find_holder(const struct epi_addr *addr, int *pid) {
+    int uid = -1;
+    int fd = epi_sock_connect(addr, epi_deadline_after(0));
+    if (fd == -ECONNREFUSED) {
+        return HOLDER_NOBODY;
+    }
+    bool is_ours = fd >= 0 && epi_sock_is_same_user(fd, &uid, pid);
+    epi_sock_close(&fd);
+    if (!is_ours) {
+        return HOLDER_OTHER_USER;
+    }
+    return *pid == (int)getpid() ? HOLDER_THIS_PROCESS : HOLDER_OTHER_PROCESS;
+}
+
+static ep_status listen_on_name(const struct epi_meet *meet, const struct epi_addr *addr,
+                                struct epi_listeners *out, bool *is_taken) {
+    int pid = 0;
+    for (;;) {
+        int fd = epi_sock_listen(addr);
+        if (fd >= 0) {
+            out->fds[out->num++] = fd;
+            return EP_OK;
+        }
+        if (fd != -EADDRINUSE) {
+            return fail_to_listen(meet, meet->where, -fd);
+        }
+        enum holder holder = find_holder(addr, &pid);
+        if (holder == HOLDER_OTHER_USER) {
+            *is_taken = true;
+            return EP_OK;
+        }
+        if (holder == HOLDER_OTHER_PROCESS) {
+            return epi_fail(
+                EP_ERR_SYSTEM,
+                "rendezvous: process %d waits at %s already, as rank 0 of this job; "
+                "end it, or give the jobs different names (EP_JOB) or addresses",
+                pid, meet->where);
+        }
+        if (epi_deadline_expired(meet->deadline)) {
+            return epi_fail(EP_ERR_TIMEOUT,
+                            "rendezvous: another group of this process has been forming at %s "
+                            "for %.1f s; groups that are made at the same time need different "
+                            "names (ep_group_config.job)",
+                            meet->where, (double)meet->timeout_ns / 1e9);
+        }
+        epi_sleep_ns(HELD_PAUSE_NS); /* nobody: it has just been given back */
+    }
+}
+
+static ep_status listen_on_unix(const struct epi_meet *meet, struct epi_listeners *out) {
+    struct epi_addr addrs[EPI_MEET_MAX_ADDRS];
+    int num = 0;
+    epi_meet_places(meet, addrs, &num);
+    for (int k = 0; k < num; k++) {
+        bool is_taken = false;
+        EPI_TRY(listen_on_name(meet, &addrs[k], out, &is_taken));
+        if (!is_taken) {
+            return EP_OK;
+        }
+        epi_log(EPI_LOG_WARN, "rendezvous: another user holds name %d of %d of %s", k + 1, num,
+                meet->where);
+    }
+    return epi_fail(
+        EP_ERR_SYSTEM,
+        "rendezvous: another user of this host holds %s and its %d like; set EP_JOB "
+        "to another name, or EP_JOB_KEY to the same secret on all ranks",
+        meet->where, num - 1);
+}
+
+static ep_status listen_on_tcp(const struct epi_meet *meet, struct epi_listeners *out) {
+    struct epi_addr addrs[EPI_MEET_MAX_ADDRS];
+    int num = 0;
+    const char *rule_from = NULL;
+    const char *rule = interface_rule(&rule_from);
+    const char *why = epi_meet_places(meet, addrs, &num);
+    if (why) {
+        return epi_fail(EP_ERR_SYSTEM, "rendezvous: rank 0 cannot resolve %s: %s", meet->host,
+                        why);
+    }
+    int err = keep_local(rule, addrs, &num);
+    if (err < 0) {
+        return epi_fail(EP_ERR_SYSTEM, "rendezvous: cannot list this host's addresses: %s",
+                        strerror(-err));
+    }
+    if (num == 0) {
+        return epi_fail(EP_ERR_ARG,
+                        "rank 0 runs here, but %s is not an address of this host%s%s%s%s",
+                        meet->host, rule ? " on the interfaces that " : "",
+                        rule ? rule_from : "", rule ? " names: " : "", rule ? rule : "");
+    }
+    /* All or none: an address left to somebody else is one at which ranks would find him. */
+    for (int i = 0; i < num; i++) {
+        char text[EPI_ADDR_TEXT_BYTES];
+        int fd = epi_sock_listen(&addrs[i]);
+        if (fd < 0) {
+            epi_addr_text(&addrs[i], text);
+            epi_listeners_close(out);
+            return fail_to_listen(meet, text, -fd);
+        }
+        out->fds[out->num++] = fd;
+    }
+    return EP_OK;
+}
+
+ep_status epi_meet_listen(const struct epi_meet *meet, struct epi_listeners *out) {
+    out->num = 0;
+    return meet->over_tcp ? listen_on_tcp(meet, out) : listen_on_unix(meet, out);
+}
+
+void epi_listeners_close(struct epi_listeners *listeners) {
+    while (listeners->num > 0) {
+        epi_sock_close(&listeners->fds[--listeners->num]);
+    }
+}
