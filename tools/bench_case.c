@@ -48,6 +48,7 @@ void bench_config(const struct bench_case *c, struct ep_group_config *config) {
     config->device = p->device == BENCH_CUDA ? EP_DEVICE_CUDA : EP_DEVICE_HOST;
     bool view = p->device == BENCH_HOST && p->expanded && !p->memory_only;
     config->flags = view ? EP_GROUP_EXPANDED_VIEW : 0;
+    config->max_expanded_rows = view; /* 0 would be the worst case */
     for (int r = 0; r < p->ranks && view; r++) {
         config->max_expanded_rows =
             (int32_t)larger(config->max_expanded_rows, bench_output_rows(c, r, true));
@@ -80,11 +81,21 @@ static int choose_devices(struct bench_case *c, const struct gpu_look *look, boo
     return -1;
 }
 
-/* The plan and the ranks' own buffers, on GPUs and here. `look` is NULL for host ranks. */
+/* Ids and samples, which are here once. */
+static int64_t shared_bytes(const struct bench_case *c) {
+    const struct bench_params *p = &c->p;
+    return p->ranks * p->tokens * p->topk * (int64_t)sizeof(*c->ids) +
+           c->num_items * BENCH_NUM_MODES * p->iters * p->ranks * (int64_t)sizeof(*c->samples);
+}
+
+/* The plan and the ranks' own buffers, on GPUs and here. Before there is a routing: without what is
+ * received. `look` is
+ * NULL for host ranks. */
 static int refuse_memory(struct bench_case *c, const struct gpu_look *look, bool quiet) {
     struct ep_group_config config = EP_GROUP_CONFIG_INIT;
     struct ep_plan_info plan = EP_PLAN_INFO_INIT;
-    int64_t on_device[GPU_MAX] = {0}, here = 0, have = epi_available_bytes();
+    const int64_t have = epi_available_bytes();
+    int64_t on_device[GPU_MAX] = {0}, here = shared_bytes(c);
     bench_config(c, &config);
     ep_status st = ep_plan(&config, &plan);
     if (st != EP_OK) {
@@ -226,14 +237,8 @@ static int run_ranks(struct bench_case *c, bool quiet) {
     return reduce(c) ? 0 : refuse(c, quiet, "no memory for the samples");
 }
 
-int bench_case(const struct bench_params *p, bool quiet, struct bench_case **out) {
-    const struct gpu_look *look = p->device == BENCH_CUDA ? gpu_look("ep bench") : NULL;
-    struct bench_case *c = ranks_memory(sizeof(*c));
-    size_t num_ids = (size_t)(p->ranks * p->tokens * p->topk);
-    if (!c || !(c->ids = ranks_memory(num_ids * sizeof(*c->ids)))) {
-        fprintf(stderr, "ep bench: no memory for the ids\n");
-        return 1;
-    }
+/* Whatever depends on the parameters alone. */
+static void set_up(struct bench_case *c, const struct bench_params *p) {
     c->p = *p;
     c->clock = &bench_clocks[p->device];
     c->num_items = bench_items(p, c->items);
@@ -243,18 +248,34 @@ int bench_case(const struct bench_params *p, bool quiet, struct bench_case **out
     }
     int64_t pass_bytes = 2 * p->tokens * bench_row_bytes(p, c->items[0].dtype);
     c->memcpy_bytes = pass_bytes * larger(((int64_t)32 << 20) / pass_bytes, 1);
-    int status = bench_routing(c);
+}
+
+int bench_case(const struct bench_params *p, bool quiet, struct bench_case **out) {
+    const struct gpu_look *look = p->device == BENCH_CUDA ? gpu_look("ep bench") : NULL;
+    struct bench_case *c = ranks_memory(sizeof(*c));
+    if (!c) {
+        fprintf(stderr, "ep bench: no memory\n");
+        return 1;
+    }
+    *out = c;
+    set_up(c, p);
+    int status = look ? choose_devices(c, look, quiet) : -1;
+    status = status < 0 ? refuse_memory(c, look, quiet) : status;
+    if (status >= 0) {
+        return status;
+    }
+    const size_t num_ids = (size_t)(p->ranks * p->tokens * p->topk);
+    const size_t num = (size_t)(c->num_items * BENCH_NUM_MODES * p->iters * p->ranks);
+    c->ids = ranks_memory(num_ids * sizeof(*c->ids));
+    c->samples = ranks_memory(num * sizeof(*c->samples));
+    if (!c->ids || !c->samples) {
+        return refuse(c, quiet, "no memory for the ids and the samples");
+    }
+    status = bench_routing(c);
     if (status != 0) {
         return status;
     }
-    *out = c;
-    size_t num = (size_t)(c->num_items * BENCH_NUM_MODES * p->iters * p->ranks);
-    c->samples = ranks_memory(num * sizeof(*c->samples));
-    if (!c->samples) {
-        return refuse(c, quiet, "no memory for the samples");
-    }
-    status = look ? choose_devices(c, look, quiet) : -1;
-    status = status < 0 ? refuse_memory(c, look, quiet) : status;
+    status = refuse_memory(c, look, quiet);
     count_crossing(c);
     return status < 0 ? run_ranks(c, quiet) : status;
 }

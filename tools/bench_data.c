@@ -191,7 +191,7 @@ bool bench_data_create(struct bench_data *d, struct rank *rank, const struct ben
     for (int i = 0; i < c->num_items; i++) {
         elements[bench_row_bytes(p, c->items[i].dtype) / p->hidden] = true;
     }
-    while (owner_of(d, d->first_expert) < rank->rank && d->first_expert < p->experts) {
+    while (d->first_expert < p->experts && owner_of(d, d->first_expert) < rank->rank) {
         d->first_expert++;
     }
     d->at.ids = c->ids + rank->rank * p->tokens * p->topk;

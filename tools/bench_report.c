@@ -38,7 +38,7 @@ static double imbalance(const struct bench_case *c, bool expanded) {
         most = rows > most ? rows : most;
         sum += rows;
     }
-    return (double)(most * c->p.ranks) / (double)sum;
+    return sum > 0 ? (double)(most * c->p.ranks) / (double)sum : 1;
 }
 
 /* The sum of the rows that a formula names by their capital letters. */
