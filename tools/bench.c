@@ -59,78 +59,25 @@ static int refuse_params(const struct bench_params *p) {
     return -1;
 }
 
-/* ---- the sweep --------------------------------------------------------------------------- */
-
-enum { MAX_AXES = 5, MAX_VALUES = 16, MAX_CASES = 256 };
-
-struct axis {
-    int64_t *target;
-    int64_t values[MAX_VALUES];
-    int num;
-};
-
-/* "tokens=128,4096;hidden=2048,7168" into axes over fields of p. -1, or 2 after a complaint. */
-static int parse_sweep(const char *text, struct bench_params *p, struct axis *axes, int *num) {
-    const struct {
-        const char *name;
-        int64_t *target;
-        int64_t max;
-    } fields[] = {{"tokens", &p->tokens, 1 << 20},
-                  {"hidden", &p->hidden, 1 << 20},
-                  {"topk", &p->topk, EP_MAX_TOPK},
-                  {"experts", &p->experts, 1 << 16},
-                  {"ranks", &p->ranks, BENCH_MAX_RANKS}};
-    for (const char *s = text; s && *s != '\0';) {
-        struct axis *axis = &axes[*num];
-        size_t len = strcspn(s, "=");
-        int64_t max = 0;
-        for (size_t i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
-            if (strlen(fields[i].name) == len && strncmp(s, fields[i].name, len) == 0) {
-                axis->target = fields[i].target;
-                max = fields[i].max;
-            }
-        }
-        s += len;
-        while (max > 0 && (*s == '=' || *s == ',') && axis->num < MAX_VALUES) {
-            char *end = NULL;
-            int64_t value = strtoll(s + 1, &end, 10);
-            if (end == s + 1 || value < 1 || value > max) {
-                break;
-            }
-            axis->values[axis->num++] = value;
-            s = end;
-        }
-        if (axis->num == 0 || (*s != ';' && *s != '\0') || ++*num > MAX_AXES) {
-            return args_refuse("ep bench",
-                               "--sweep: cannot read \"%s\"; write for example "
-                               "tokens=128,4096;hidden=2048,7168",
-                               text);
-        }
-        s += *s == ';';
-    }
-    return -1;
-}
-
 static int bench(struct bench_params *p, const struct outputs *to) {
-    static struct bench_case *cases[MAX_CASES];
-    struct axis axes[MAX_AXES + 1] = {{0}};
-    int num_axes = 0;
-    int num_cases = 1;
-    int status = parse_sweep(to->sweep, p, axes, &num_axes);
-    for (int i = 0; i < num_axes; i++) {
-        num_cases *= axes[i].num;
+    static struct bench_case *cases[SWEEP_MAX_CASES];
+    struct sweep sweep = {0};
+    char why[160];
+    const int num_cases = to->sweep ? sweep_parse(to->sweep, &sweep, why, sizeof(why)) : 1;
+    int status = -1;
+    if (num_cases < 0) {
+        return args_refuse("ep bench",
+                           "--sweep: cannot read \"%s\": %s; write for example "
+                           "tokens=128,4096;hidden=2048,7168",
+                           to->sweep, why);
     }
-    if (status < 0 && num_cases > MAX_CASES) {
-        status =
-            args_refuse("ep bench", "--sweep has %d cases, at most %d", num_cases, MAX_CASES);
+    for (int i = 0; i < num_cases && status < 0; i++) { /* before any of them is measured */
+        sweep_set(&sweep, i, p);
+        status = refuse_params(p);
     }
     for (int i = 0; i < num_cases && status <= 0; i++) {
-        for (int a = num_axes - 1, rest = i; a >= 0; a--) {
-            *axes[a].target = axes[a].values[rest % axes[a].num];
-            rest /= axes[a].num;
-        }
-        status = refuse_params(p);
-        status = status < 0 ? bench_case(p, false, &cases[i]) : status;
+        sweep_set(&sweep, i, p);
+        status = bench_case(p, false, &cases[i]);
         if (status == 0 && to->csv) {
             bench_report_csv(stdout, cases[i], i == 0);
         } else if (status == 0 && !to->json) {

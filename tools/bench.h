@@ -29,6 +29,29 @@ struct bench_params {
     bool threads, expanded, uncached, arena_only, memory_only, no_check, no_graph;
 };
 
+/* ---- routing_file.c: what people write ----------------------------------------------------- */
+
+/* Expert ids, apart from each other by spaces, commas, semicolons or lines. Returns how many there are,
+ * of which the first `room` are in ids; -1, and why, when there is anything else in the text. */
+int64_t routing_parse(const char *text, size_t bytes, int64_t num_experts, int32_t *ids,
+                      int64_t room, char *why, size_t why_bytes);
+
+enum { SWEEP_MAX_AXES = 5, SWEEP_MAX_VALUES = 16, SWEEP_MAX_CASES = 256 };
+
+struct sweep_axis {
+    size_t at; /* the field of struct bench_params */
+    int64_t values[SWEEP_MAX_VALUES];
+    int num;
+};
+struct sweep {
+    struct sweep_axis axes[SWEEP_MAX_AXES];
+    int num;
+};
+/* "tokens=128,4096;hidden=2048,7168". Returns the number of cases; -1, and why. */
+int sweep_parse(const char *text, struct sweep *out, char *why, size_t why_bytes);
+/* The fields of case `index`. */
+void sweep_set(const struct sweep *sweep, int index, struct bench_params *p);
+
 /* Bytes of a row, of its scales, and of a row of combine. */
 int64_t bench_row_bytes(const struct bench_params *p, int dtype);
 int64_t bench_scale_bytes(const struct bench_params *p, int dtype);

@@ -11,6 +11,8 @@
 
 #include "tools/bench.h"
 
+#define MAX_FILE_BYTES (256 << 20)
+
 const char *const bench_routing_names[] = {"uniform", "grouped", "skewed", "half", "file"};
 
 static int32_t best_of(const double *score, int64_t n) {
@@ -103,24 +105,27 @@ static int make_half(struct bench_case *c) {
 /* Ids as numbers, K to a token, rank after rank; begins again when the file is short. */
 static int read_file(struct bench_case *c) {
     const struct bench_params *p = &c->p;
-    FILE *file = fopen(p->routing_file, "r");
-    int64_t num = p->ranks * p->tokens * p->topk;
-    int64_t num_read = 0;
-    int id = 0;
-    while (file && num_read < num && fscanf(file, "%d%*[ ,;\t\r\n]", &id) == 1 && id >= -1 &&
-           id < p->experts) {
-        c->ids[num_read++] = id;
+    const int64_t num = p->ranks * p->tokens * p->topk;
+    char why[200];
+    size_t bytes = 0;
+    char *text = tool_read_file(p->routing_file, MAX_FILE_BYTES, &bytes, why, sizeof(why));
+    int64_t num_read = -1;
+    if (text && bytes == MAX_FILE_BYTES) {
+        epi_format(why, sizeof(why), "it is larger than %d MB", MAX_FILE_BYTES >> 20);
+    } else if (text) {
+        num_read = routing_parse(text, bytes, p->experts, c->ids, num, why, sizeof(why));
     }
-    if (file) {
-        fclose(file);
+    free(text);
+    if (num_read == 0 || num_read % p->topk > 0) {
+        epi_format(why, sizeof(why),
+                   "%lld expert ids are no multiple of --topk %d, one or more",
+                   (long long)num_read, (int)p->topk);
+        num_read = -1;
     }
-    if (id < -1 || id >= p->experts || num_read < p->topk) {
-        fprintf(stderr,
-                "ep bench: %s: not %d or more expert ids in -1..%d (the last read: %d)\n",
-                p->routing_file, (int)p->topk, (int)p->experts - 1, id);
+    if (num_read < 0) {
+        fprintf(stderr, "ep bench: --routing file:%s: %s\n", p->routing_file, why);
         return 1;
     }
-    num_read -= num_read % p->topk;
     for (int64_t i = num_read; i < num; i++) {
         c->ids[i] = c->ids[i - num_read];
     }

@@ -95,6 +95,13 @@ static inline uint16_t bf16_from_float(float f) {
     return (uint16_t)((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
+/* ---- file.c ---------------------------------------------------------------------------------- */
+
+/* The first max_bytes of a file or a pipe, to be freed. NULL, and why: it cannot be read, or holds
+ * nothing. */
+char *tool_read_file(const char *path, size_t max_bytes, size_t *bytes, char *why,
+                     size_t why_bytes);
+
 /* ---- crew.c: child processes, watched until the last has ended --------------------------- */
 
 struct crew {

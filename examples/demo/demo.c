@@ -12,23 +12,13 @@
 
 #include "examples/demo/demo.h"
 
-#define TOLERANCE 0.02 /* of the largest value, against float64 */
+#define MAX_TEXT_BYTES ((size_t)4 << 20) /* of a longer one, so much is used */
+#define TOLERANCE 0.02                   /* of the largest value, against float64 */
 
 static const char *const phase_names[NUM_PHASES] = {"router (arithmetic)", "route", "dispatch",
                                                     "experts (arithmetic)", "combine"};
 
 /* ---- the text ---------------------------------------------------------------------------- */
-
-static char *read_text(const char *path, size_t *num_bytes) {
-    FILE *file = fopen(path, "rb");
-    size_t room = (size_t)4 << 20;
-    char *text = file ? malloc(room) : NULL;
-    *num_bytes = text ? fread(text, 1, room, file) : 0;
-    if (file) {
-        fclose(file);
-    }
-    return text;
-}
 
 /* The next word, number or punctuation mark as a hash; 0 at the end. */
 static uint64_t next_word(const char *text, size_t num_bytes, size_t *at) {
@@ -44,8 +34,8 @@ static uint64_t next_word(const char *text, size_t num_bytes, size_t *at) {
     return hash;
 }
 
-/* Fills in x from the first file that can be read; a short text is read again. */
-static bool load_text(struct demo *demo) {
+/* Fills in x from the first file that can be read; a short text is read again. False, and why. */
+static bool load_text(struct demo *demo, char *why, size_t why_bytes) {
     static const char *const files[] = {
         "/usr/share/common-licenses/GPL-3",  "/usr/share/common-licenses/Apache-2.0",
         "/usr/share/doc/base-files/README",  "/usr/share/doc/bash/copyright",
@@ -55,17 +45,22 @@ static bool load_text(struct demo *demo) {
     for (size_t i = 0; i < sizeof(files) / sizeof(files[0]) && num_bytes == 0; i++) {
         const char *path = demo->file ? demo->file : files[i];
         free(text);
-        text = read_text(path, &num_bytes);
-        if (num_bytes > 0 || demo->file) {
+        text = tool_read_file(path, MAX_TEXT_BYTES, &num_bytes, why, why_bytes);
+        if (text || demo->file) {
             demo->file = path;
             break;
         }
     }
+    if (!text) {
+        return false;
+    }
+    demo->is_cut = num_bytes == MAX_TEXT_BYTES;
     size_t at = 0;
     int64_t num_words = 0;
     while (next_word(text, num_bytes, &at) != 0) {
         num_words++;
     }
+    epi_format(why, why_bytes, num_words > 0 ? "no memory" : "there is no word in it");
     if (num_words > 0) {
         demo->num_tokens = demo->num_tokens > 0 ? demo->num_tokens : num_words;
         demo->x = malloc((size_t)demo->num_tokens * ROW_BYTES);
@@ -192,8 +187,8 @@ static void print_heading(const struct demo *demo) {
     printf(
         "ep demo: a Mixture-of-Experts layer of DeepSeek-V3's shape across %d processes%s\n\n",
         (int)demo->num_ranks, gpus);
-    printf("  text   %s: %s tokens (words and punctuation)\n", demo->file,
-           text_count(demo->num_tokens).s);
+    printf("  text   %s%s: %s tokens (words and punctuation)\n", demo->file,
+           demo->is_cut ? ", its first 4 MB" : "", text_count(demo->num_tokens).s);
     printf(
         "  layer  %d experts and a shared one; a token goes to the best %d in the best %d of "
         "%d groups\n",
@@ -296,9 +291,10 @@ int cmd_demo(int argc, char **argv) {
         }
         demo.gpus = demo.gpus->why[0] == '\0' ? demo.gpus : NULL;
     }
-    if (!load_text(&demo)) {
-        fprintf(stderr, "ep demo: no words in %s; name a text with --file\n",
-                demo.file ? demo.file : "any file tried");
+    char why[160];
+    if (!load_text(&demo, why, sizeof(why))) {
+        fprintf(stderr, "ep demo: %s: %s; name a text with --file\n",
+                demo.file ? demo.file : "none of the files tried can be read", why);
         return 1;
     }
     status = demo_run(&demo, device == AUTO);

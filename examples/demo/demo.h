@@ -33,6 +33,7 @@ struct demo {
     int64_t num_ranks;
     int64_t num_tokens; /* 0: the whole text */
     int64_t batch;      /* tokens per rank and step */
+    bool is_cut;        /* the file is longer than what is used of it */
     const char *file;
     const struct gpu_look *gpus; /* NULL: host ranks */
     uint16_t *x;                 /* [tokens][hidden] */
