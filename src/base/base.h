@@ -27,7 +27,7 @@
 #define EPI_ERROR_TEXT_BYTES 512
 
 /* Stores the text for ep_last_error() and returns `st`, so that `return epi_fail(...)` reads
- * well. Never allocates. An argument may be epi_error_text() itself: text can be wrapped. */
+ * well. Control characters in it become '?'. Never allocates. An argument may be epi_error_text() itself: text can be wrapped. */
 ep_status epi_fail(ep_status st, const char *fmt, ...) EPI_PRINTF(2, 3);
 void epi_clear_error(void);
 const char *epi_error_text(void); /* "" when there is none; the calling thread's own buffer */

@@ -67,8 +67,11 @@ static ep_status agree(const struct epi_exchange *x, ep_status mine, const char 
     if (worse >= 0 && (mine == EP_OK || (optional && mine == EP_ERR_UNSUPPORTED))) {
         st = blame(all, worse, step);
     } else if (worse < 0 && without >= 0) {
+        const char *why = all[without].text;
         all[without].text[VERDICT_TEXT - 1] = 0;
-        st = epi_fail(EP_ERR_UNSUPPORTED, "%s", all[without].text);
+        st = *why
+                 ? epi_fail(EP_ERR_UNSUPPORTED, "%s", why)
+                 : epi_fail(EP_ERR_UNSUPPORTED, "%s is not possible on rank %d", step, without);
     }
     epi_free(all);
     return st;

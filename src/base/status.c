@@ -37,6 +37,12 @@ ep_status epi_fail(ep_status st, const char *fmt, ...) {
     format(text, sizeof(text), fmt, args);
     va_end(args);
     memcpy(error_text, text, sizeof(text));
+    /* Arguments are also what a peer or the environment has said; the text is for a terminal. */
+    for (char *at = error_text; *at; at++) {
+        if ((unsigned char)*at < 0x20 || *at == 0x7f) {
+            *at = '?';
+        }
+    }
     return st;
 }
 

@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Fuzzes the agreement of ranks: the verdicts that come from the other ranks by whatever gathers
+ * them, which may be the caller's own allgather. The input is how many ranks there are, which one
+ * this is and how it fared; then, for each call of the allgather, whether it succeeds, and the
+ * verdicts of the ranks: a byte that says how it begins, a status, a text.
+ *
+ * Checked: no verdict but EP_OK of all is EP_OK; a rank that failed gets its own status; a step
+ * that can be done without is so for all ranks or for none; every failure is printable.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "src/base/base.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+
+#define MAX_RANKS 17
+#define MAX_BYTES 512 /* of one rank's contribution */
+
+struct input {
+    const uint8_t *at;
+    size_t left;
+};
+
+struct call {
+    struct input *in;
+    int rank, num_ranks, num;
+    bool failed;
+    int32_t status[MAX_RANKS]; /* what each contribution begins with, as exchange.c reads it */
+};
+
+static void must(bool cond) {
+    if (!cond) {
+        abort();
+    }
+}
+
+static uint8_t next(struct input *in) {
+    const uint8_t byte = in->left ? *in->at : 0;
+    in->at += in->left > 0;
+    in->left -= in->left > 0;
+    return byte;
+}
+
+/* Another rank's contribution: mostly a sound one with some text, sometimes any bytes. */
+static void contribute(struct input *in, uint8_t *out, size_t bytes) {
+    const uint8_t how = next(in);
+    const size_t len = how & 1 ? bytes : next(in);
+    int32_t status = -(int32_t)(how >> 1 & 15);
+    memset(out, how & 0x20 ? 0xff : 0, bytes);
+    for (size_t i = 0; i < len && i < bytes; i++) {
+        out[i] = next(in);
+    }
+    if (!(how & 0x40) && bytes >= sizeof(status)) {
+        memmove(out + sizeof(status), out, bytes - sizeof(status));
+        memcpy(out, &status, sizeof(status));
+    }
+}
+
+static ep_status gather(void *ctx, const void *mine, size_t bytes, void *out) {
+    struct call *c = ctx;
+    must(bytes >= sizeof(int32_t) && bytes <= MAX_BYTES);
+    c->num++;
+    if (next(c->in) % 8 == 7) {
+        c->failed = true;
+        return epi_fail(EP_ERR_TIMEOUT, "not all ranks came");
+    }
+    for (int r = 0; r < c->num_ranks; r++) {
+        uint8_t *at = (uint8_t *)out + (size_t)r * bytes;
+        if (r == c->rank) {
+            memcpy(at, mine, bytes);
+        } else {
+            contribute(c->in, at, bytes);
+        }
+        memcpy(&c->status[r], at, sizeof(c->status[r]));
+    }
+    return EP_OK;
+}
+
+static void check(const struct call *c, ep_status mine, ep_status st, bool optional) {
+    int num_bad = 0, num_without = 0;
+    for (int r = 0; r < c->num_ranks; r++) {
+        num_bad += c->status[r] != EP_OK;
+        num_without += c->status[r] == EP_ERR_UNSUPPORTED;
+    }
+    for (const char *text = epi_error_text(); *text; text++) {
+        must((unsigned char)*text >= ' ' && *text != 127);
+    }
+    must((st == EP_OK) == (epi_error_text()[0] == '\0'));
+    must(c->num == 1);
+    if (c->failed) {
+        must(st != EP_OK);
+        return;
+    }
+    must((st == EP_OK) == (num_bad == 0));
+    if (optional) {
+        must((st == EP_ERR_UNSUPPORTED) == (num_without > 0 && num_without == num_bad));
+    } else {
+        must(mine == EP_OK || st == mine);
+    }
+}
+
+static void agree(struct input *in, bool optional) {
+    const uint8_t head = next(in), how = next(in);
+    struct call c = {.in = in, .num_ranks = 1 + head % MAX_RANKS};
+    c.rank = (head / MAX_RANKS) % c.num_ranks;
+    const struct epi_exchange x = {gather, &c, c.rank, c.num_ranks};
+    const ep_status mine = (ep_status) - (how % 14);
+    epi_clear_error();
+    if (mine != EP_OK) {
+        epi_fail(mine, how & 0x80 ? "%s" : "this rank: %s", "no memory for 7 bytes");
+    }
+    check(&c, mine,
+          optional ? epi_agree_optional(&x, mine, "the step") : epi_agree(&x, mine, "the step"),
+          optional);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
+    struct input in = {data, bytes};
+    for (int i = 0; i < 4; i++) {
+        agree(&in, i % 2);
+    }
+    return 0;
+}
