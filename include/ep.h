@@ -424,8 +424,9 @@ ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
  *     replayed; routing and data may change between replays, shapes and addresses not. Every rank
  *     replays alike. A replay is ordered with the group's other operations by its stream only, and
  *     two operations of a group must not run at the same time on one rank. The handle and the
- *     group must outlive the graph. ep_dispatch_begin and _finish, ep_handle_counts and create
- *     and destroy functions are refused in a capture, or must not be called.
+ *     group must outlive the graph. Handles may be created and destroyed meanwhile, which is no
+ *     part of the graph; ep_dispatch_begin and _finish and ep_handle_counts are refused in a
+ *     capture; groups must not be created or destroyed.
  *   - Rows move by bulk copies on sm_90 and later, through registers on older GPUs, or on any with
  *     DISABLE_SM90_FEATURES=1 in the environment when the group is created.
  *   - After a fault of the group the process can use its GPU as before.
@@ -448,7 +449,7 @@ struct ep_handle_config {
  * Creates a handle: memory for the routing of one micro-batch, allocated here and never later.
  * Local, but handles must be created in the same order on every rank (an operation names its
  * handle by number, and ranks that name different handles are told so). config may be NULL. Any
- * number of handles may be alive, of a CUDA group 960. The group must outlive the handle.
+ * number of handles may be alive. Does not wait for a device. The group must outlive the handle.
  * EP_ERR_ARG, EP_ERR_VERSION: the configuration. EP_ERR_NOMEM.
  */
 ep_status ep_handle_create(ep_handle **out, ep_group *group,

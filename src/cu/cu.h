@@ -59,14 +59,20 @@ int epi_cu_current_device(void);
 
 ep_status epi_cu_alloc(const struct epi_cu_device *d, uint64_t *at, size_t bytes);
 void epi_cu_free(const struct epi_cu_device *d, uint64_t *at);
-/* Host memory that all devices reach at the same address. */
+/* Host memory that all devices reach at the same address. Does not wait; freeing does, for all that
+ * the device has to do, and stops all launches meanwhile. So does epi_cu_free. */
 ep_status epi_cu_alloc_host(const struct epi_cu_device *d, void **p, size_t bytes);
 void epi_cu_free_host(const struct epi_cu_device *d, void **p);
 
-/* From the device's pool, in the order of the stream, which must not be under capture; neither
- * call waits for anything. EP_ERR_UNSUPPORTED: the device has no pool. */
-ep_status epi_cu_pool_alloc(const struct epi_cu_device *d, void *stream, uint64_t *at,
-                            size_t bytes);
+/* A pool of its own, never destroyed: it keeps what is freed until it is trimmed, and no stream waits
+ * for another because of it. EP_ERR_UNSUPPORTED: the device has none. */
+ep_status epi_cu_pool_create(const struct epi_cu_device *d, void **pool);
+/* What is free goes back to the device. */
+void epi_cu_pool_trim(const struct epi_cu_device *d, void *pool);
+/* In the order of the stream, which must not be under capture; others may be. Neither call waits
+ * for anything. */
+ep_status epi_cu_pool_alloc(const struct epi_cu_device *d, void *pool, void *stream,
+                            uint64_t *at, size_t bytes);
 void epi_cu_pool_free(const struct epi_cu_device *d, void *stream, uint64_t *at);
 
 /* In the order of the stream. `in` and `out` return when the bytes have been copied, the others

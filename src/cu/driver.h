@@ -24,6 +24,16 @@ struct cu_allocation { /* CUmemAllocationProp */
     unsigned char reserved[4];
 };
 
+struct cu_pool { /* CUmemPoolProps */
+    int type;
+    int handle_types;
+    struct cu_location location;
+    void *win32;
+    size_t max_bytes;
+    unsigned short usage;
+    unsigned char reserved[54];
+};
+
 struct cu_access { /* CUmemAccessDesc */
     struct cu_location location;
     int flags;
@@ -34,6 +44,8 @@ _Static_assert(sizeof(struct cu_allocation) == 32, "CUmemAllocationProp");
 _Static_assert(offsetof(struct cu_allocation, location) == 8, "CUmemAllocationProp.location");
 _Static_assert(offsetof(struct cu_allocation, win32) == 16, "win32HandleMetaData");
 _Static_assert(offsetof(struct cu_allocation, usage) == 26, "CUmemAllocationProp.allocFlags");
+_Static_assert(sizeof(struct cu_pool) == 88, "CUmemPoolProps");
+_Static_assert(offsetof(struct cu_pool, max_bytes) == 24, "CUmemPoolProps.maxSize");
 _Static_assert(sizeof(struct cu_access) == 12, "CUmemAccessDesc");
 _Static_assert(offsetof(struct cu_access, flags) == 8, "CUmemAccessDesc.flags");
 
@@ -65,7 +77,10 @@ _Static_assert(offsetof(struct cu_access, flags) == 8, "CUmemAccessDesc.flags");
     X(MemHostRegister, "cuMemHostRegister_v2", (void *, size_t, unsigned))                     \
     X(MemHostUnregister, "cuMemHostUnregister", (void *))                                      \
     X(MemHostGetDevicePointer, "cuMemHostGetDevicePointer_v2", (uint64_t *, void *, unsigned)) \
-    X(MemAllocAsync, "cuMemAllocAsync", (uint64_t *, size_t, void *))                          \
+    X(MemPoolCreate, "cuMemPoolCreate", (void **, const struct cu_pool *))                     \
+    X(MemPoolSetAttribute, "cuMemPoolSetAttribute", (void *, int, void *))                     \
+    X(MemPoolTrimTo, "cuMemPoolTrimTo", (void *, size_t))                                      \
+    X(MemAllocFromPoolAsync, "cuMemAllocFromPoolAsync", (uint64_t *, size_t, void *, void *))  \
     X(MemFreeAsync, "cuMemFreeAsync", (uint64_t, void *))                                      \
     X(MemGetAllocationGranularity, "cuMemGetAllocationGranularity",                            \
       (size_t *, const struct cu_allocation *, int))                                           \
@@ -157,6 +172,16 @@ void epi_cu_leave_relaxed(int mode);
         EPI_TRY(epi_cu_enter(d));                                                              \
         const ep_status within_status = (call);                                                \
         epi_cu_leave();                                                                        \
+        return within_status;                                                                  \
+    } while (0)
+
+/* The same with the thread's capture mode relaxed. */
+#define CU_WITHIN_RELAXED(d, call)                                                             \
+    do {                                                                                       \
+        int within_mode;                                                                       \
+        EPI_TRY(epi_cu_enter_relaxed(d, &within_mode));                                        \
+        const ep_status within_status = (call);                                                \
+        epi_cu_leave_relaxed(within_mode);                                                     \
         return within_status;                                                                  \
     } while (0)
 

@@ -11,23 +11,28 @@
 #define STREAM_NON_BLOCKING 1u
 #define WAIT_VALUE_GEQ 0u
 #define EVENT_DISABLE_TIMING 2u
+#define ALLOCATION_TYPE_PINNED 1
+#define LOCATION_TYPE_DEVICE 1
+#define POOL_REUSE_ALLOW_INTERNAL_DEPENDENCIES 3
+#define POOL_RELEASE_THRESHOLD 4
 
 enum capture_status { CAPTURE_NONE, CAPTURE_ACTIVE, CAPTURE_INVALIDATED };
 
-/* Of the device, or of its pool in the order of the stream. */
-static ep_status alloc(const struct epi_cu_device *d, bool of_pool, void *stream, uint64_t *at,
+/* Of the device, or of a pool in the order of the stream. */
+static ep_status alloc(const struct epi_cu_device *d, void *pool, void *stream, uint64_t *at,
                        size_t bytes) {
-    const char *where = of_pool ? "in the pool of" : "on";
+    const char *where = pool ? "in the pool of" : "on";
     const size_t most = bytes ? bytes : 1;
     uint64_t got = 0;
+    int mode;
     if (epi_alloc_should_fail()) {
         return epi_fail(EP_ERR_NOMEM, "no memory %s device %d (%zu bytes, injected)", where,
                         d->index, bytes);
     }
-    EPI_TRY(epi_cu_enter(d));
+    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
     const ep_status st =
-        of_pool ? CU(MemAllocAsync, &got, most, stream) : CU(MemAlloc, &got, most);
-    epi_cu_leave();
+        pool ? CU(MemAllocFromPoolAsync, &got, most, pool, stream) : CU(MemAlloc, &got, most);
+    epi_cu_leave_relaxed(mode);
     if (st == EP_ERR_NOMEM) {
         return epi_fail(st, "no memory %s device %d (%zu bytes): %s", where, d->index, bytes,
                         epi_error_text());
@@ -38,7 +43,7 @@ static ep_status alloc(const struct epi_cu_device *d, bool of_pool, void *stream
 }
 
 ep_status epi_cu_alloc(const struct epi_cu_device *d, uint64_t *at, size_t bytes) {
-    return alloc(d, false, NULL, at, bytes);
+    return alloc(d, NULL, NULL, at, bytes);
 }
 
 void epi_cu_free(const struct epi_cu_device *d, uint64_t *at) {
@@ -46,17 +51,51 @@ void epi_cu_free(const struct epi_cu_device *d, uint64_t *at) {
 }
 
 ep_status epi_cu_alloc_host(const struct epi_cu_device *d, void **p, size_t bytes) {
-    CU_WITHIN(
-        d, CU(MemHostAlloc, p, bytes ? bytes : 1, HOST_ALLOC_PORTABLE | HOST_ALLOC_DEVICEMAP));
+    void *got = NULL;
+    int mode;
+    if (epi_alloc_should_fail()) {
+        return epi_fail(EP_ERR_NOMEM, "no pinned memory (%zu bytes, injected)", bytes);
+    }
+    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
+    const ep_status st =
+        CU(MemHostAlloc, &got, bytes ? bytes : 1, HOST_ALLOC_PORTABLE | HOST_ALLOC_DEVICEMAP);
+    epi_cu_leave_relaxed(mode);
+    EPI_TRY(st);
+    *p = got;
+    return EP_OK;
 }
 
 void epi_cu_free_host(const struct epi_cu_device *d, void **p) {
     CU_GIVE_BACK(d, p, epi_cu_driver.MemFreeHost(*p));
 }
 
-ep_status epi_cu_pool_alloc(const struct epi_cu_device *d, void *stream, uint64_t *at,
-                            size_t bytes) {
-    return alloc(d, true, stream, at, bytes);
+/* By default a pool gives memory back at every synchronisation, and lends what another stream has
+ * freed and not passed, whose work the borrower then waits for. */
+static ep_status create_pool(const struct epi_cu_device *d, void **pool) {
+    const struct cu_pool props = {.type = ALLOCATION_TYPE_PINNED,
+                                  .location = {LOCATION_TYPE_DEVICE, d->handle}};
+    uint64_t keep = UINT64_MAX;
+    int no = 0;
+    EPI_TRY(CU(MemPoolCreate, pool, &props));
+    EPI_TRY(CU(MemPoolSetAttribute, *pool, POOL_RELEASE_THRESHOLD, &keep));
+    return CU(MemPoolSetAttribute, *pool, POOL_REUSE_ALLOW_INTERNAL_DEPENDENCIES, &no);
+}
+
+ep_status epi_cu_pool_create(const struct epi_cu_device *d, void **pool) {
+    CU_WITHIN_RELAXED(d, create_pool(d, pool));
+}
+
+void epi_cu_pool_trim(const struct epi_cu_device *d, void *pool) {
+    int mode;
+    if (epi_cu_enter_relaxed(d, &mode) == EP_OK) {
+        epi_cu_driver.MemPoolTrimTo(pool, 0);
+        epi_cu_leave_relaxed(mode);
+    }
+}
+
+ep_status epi_cu_pool_alloc(const struct epi_cu_device *d, void *pool, void *stream,
+                            uint64_t *at, size_t bytes) {
+    return alloc(d, pool, stream, at, bytes);
 }
 
 void epi_cu_pool_free(const struct epi_cu_device *d, void *stream, uint64_t *at) {
@@ -73,7 +112,7 @@ ep_status epi_cu_copy_in(const struct epi_cu_device *d, void *stream, uint64_t t
     if (bytes == 0) {
         return EP_OK;
     }
-    CU_WITHIN(d, then_sync(CU(MemcpyHtoDAsync, to, from, bytes, stream), stream));
+    CU_WITHIN_RELAXED(d, then_sync(CU(MemcpyHtoDAsync, to, from, bytes, stream), stream));
 }
 
 ep_status epi_cu_copy_out(const struct epi_cu_device *d, void *stream, void *to, uint64_t from,
@@ -81,7 +120,7 @@ ep_status epi_cu_copy_out(const struct epi_cu_device *d, void *stream, void *to,
     if (bytes == 0) {
         return EP_OK;
     }
-    CU_WITHIN(d, then_sync(CU(MemcpyDtoHAsync, to, from, bytes, stream), stream));
+    CU_WITHIN_RELAXED(d, then_sync(CU(MemcpyDtoHAsync, to, from, bytes, stream), stream));
 }
 
 ep_status epi_cu_copy(const struct epi_cu_device *d, void *stream, uint64_t to, uint64_t from,
@@ -124,7 +163,7 @@ void epi_cu_stream_destroy(const struct epi_cu_device *d, void **stream) {
 }
 
 ep_status epi_cu_stream_sync(const struct epi_cu_device *d, void *stream) {
-    CU_WITHIN(d, CU(StreamSynchronize, stream));
+    CU_WITHIN_RELAXED(d, CU(StreamSynchronize, stream));
 }
 
 ep_status epi_cu_stream_hold(const struct epi_cu_device *d, void *stream, uint32_t *word,
@@ -179,11 +218,7 @@ ep_status epi_cu_event_wait(const struct epi_cu_device *d, void *stream, void *e
 }
 
 ep_status epi_cu_event_query(const struct epi_cu_device *d, void *event) {
-    int mode;
-    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
-    const ep_status st = CU(EventQuery, event);
-    epi_cu_leave_relaxed(mode);
-    return st;
+    CU_WITHIN_RELAXED(d, CU(EventQuery, event));
 }
 
 ep_status epi_cu_event_elapsed(const struct epi_cu_device *d, void *a, void *b, double *us) {

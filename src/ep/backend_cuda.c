@@ -12,22 +12,18 @@
 #include "src/cu/cu.h"
 #include "src/ep/cuda_memory.h"
 #include "src/ep/group.h"
+#include "src/ep/notices.h"
 
-/* A rank's board and, behind it, what its handles tell the host. */
-#define BOARD_BYTES 65536
-#define NOTICE_BYTES 64
-#define FIRST_NOTICE 4096
-#define NUM_NOTICES ((BOARD_BYTES - FIRST_NOTICE) / NOTICE_BYTES)
+#define BOARD_BYTES 4096 /* of each rank */
 #define WATCH_NS (100 * EPI_NS_PER_MS)
 
-_Static_assert(sizeof(struct k_board) <= FIRST_NOTICE, "a board and notices do not overlap");
-_Static_assert(sizeof(struct k_counts) <= NOTICE_BYTES, "a notice is counts");
+_Static_assert(sizeof(struct k_board) <= BOARD_BYTES, "a board has so much memory");
 
 struct epi_cuda {
     struct epi_gpu *gpu;
     bool nvlink; /* how peers are reached */
     uint64_t tables, ctl;
-    bool notice_taken[NUM_NOTICES]; /* guarded by the group's mutex, as is `stop` */
+    struct epi_notices notices; /* guarded by the group's mutex, as is `stop` */
     bool watching, stop;
     pthread_t watcher;
     pthread_cond_t stopping;
@@ -183,36 +179,38 @@ static ep_status cuda_read_memory(ep_group *g, void *out, const void *at, size_t
     return epi_gpu_out(g->cuda->gpu, out, (uint64_t)(uintptr_t)at, bytes);
 }
 
+/* Nothing here waits for the device: what must be zero the first operation zeroes, on its stream. */
 static ep_status cuda_make_handle(ep_handle *h) {
     ep_group *g = h->group;
     struct epi_cuda *c = g->cuda;
     uint64_t at = 0;
-    int slot = 0;
     pthread_mutex_lock(&g->mutex);
-    while (slot < NUM_NOTICES && c->notice_taken[slot]) {
-        slot++;
-    }
-    if (slot < NUM_NOTICES) {
-        c->notice_taken[slot] = true;
+    ep_status st = epi_notice_take(&c->notices, c->gpu, &h->notice);
+    if (st == EP_OK) {
+        st = epi_gpu_reserve(c->gpu, &at, (size_t)g->plan.info.handle_bytes);
+        if (st != EP_OK) {
+            epi_notice_give(&c->notices, h->notice);
+        }
     }
     pthread_mutex_unlock(&g->mutex);
-    if (slot == NUM_NOTICES) {
-        return epi_fail(EP_ERR_NOMEM, "%d handles of the group are alive, at most %d can be",
-                        NUM_NOTICES, NUM_NOTICES);
+    if (st == EP_OK) {
+        h->block = (void *)(uintptr_t)at;
+        epi_plan_handle(&g->config, &g->plan, at, &h->k);
+        h->k.notice = h->notice;
     }
-    ep_status st = epi_gpu_alloc(c->gpu, &at, (size_t)g->plan.info.handle_bytes);
-    if (st != EP_OK) {
-        c->notice_taken[slot] = false;
-        return st;
+    return st;
+}
+
+/* Of a handle's memory, from `totals` to its end. */
+static ep_status zero_first(struct epi_op *op, void *stream) {
+    ep_handle *h = op->h;
+    const ep_group *g = h->group;
+    const uint64_t from = (uint64_t)(uintptr_t)h->k.totals;
+    const uint64_t end = (uint64_t)(uintptr_t)h->block + (uint64_t)g->plan.info.handle_bytes;
+    if (!h->zeroed) {
+        EPI_TRY(epi_gpu_zero(g->cuda->gpu, stream, from, (size_t)(end - from)));
+        h->zeroed = true;
     }
-    const size_t offset = FIRST_NOTICE + (size_t)slot * NOTICE_BYTES;
-    h->notice_slot = slot;
-    h->block = (void *)(uintptr_t)at;
-    h->notice = (void *)((char *)epi_mem_board(g->mem, g->rank) + offset);
-    memset(h->notice, 0, sizeof(*h->notice));
-    h->notice->bad = ~UINT64_C(0);
-    epi_plan_handle(&g->config, &g->plan, at, &h->k);
-    h->k.notice = (void *)(uintptr_t)(epi_mem_board_address(g->mem, g->rank) + offset);
     return EP_OK;
 }
 
@@ -221,7 +219,7 @@ static void cuda_drop_handle(ep_handle *h) {
     uint64_t at = (uint64_t)(uintptr_t)h->block;
     pthread_mutex_lock(&g->mutex);
     epi_gpu_free(g->cuda->gpu, &at);
-    g->cuda->notice_taken[h->notice_slot] = false;
+    epi_notice_give(&g->cuda->notices, h->notice);
     pthread_mutex_unlock(&g->mutex);
 }
 
@@ -268,7 +266,7 @@ static ep_status order(struct epi_op *op, void *stream) {
     }
     EPI_TRY(epi_gpu_begin(gpu, stream, &capturing));
     op->flags |= capturing ? EPI_OP_CAPTURED : 0;
-    return EP_OK;
+    return zero_first(op, stream);
 }
 
 static ep_status launch(struct epi_op *op, void *stream) {
@@ -414,6 +412,7 @@ static void cuda_stop(ep_group *g) {
     if (c->gpu) {
         epi_gpu_free(c->gpu, &c->tables);
         epi_gpu_free(c->gpu, &c->ctl);
+        epi_notices_free(&c->notices, c->gpu);
     }
 }
 

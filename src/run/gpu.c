@@ -8,8 +8,7 @@
  * process, once per device and shape, because loading some may wait for kernels that wait for this
  * thread. Must not look into a kernel's arguments, and never waits for a device.
  */
-#include "src/cu/cu.h"
-#include "src/run/run.h"
+#include "src/run/gpu_memory.h"
 
 #include <string.h>
 
@@ -44,12 +43,14 @@ struct capture {
 
 struct epi_gpu {
     struct epi_cu_device device;
+    struct epi_gpu_memory *memory;
     const struct loaded *loaded[EPI_NUM_KERNEL_SETS];
     struct epi_gpu_shape shape;
     bool generic; /* which mover */
     size_t shared_bytes;
     void *stream;  /* for overlap with the caller's work */
     void *control; /* copies and fills that must not wait for kernels */
+    void *made;    /* event: the newest piece of memory that nobody has waited for */
     void *last;    /* event: the newest launch outside of captures ... */
     bool launched; /* ... of which there was one */
     void *forked; /* event: where the caller's stream was at the last fork; then what the launch
@@ -186,8 +187,10 @@ static ep_status open_all(struct epi_gpu *g, int device, int scratch_bytes, bool
     EPI_TRY(epi_cu_device_open(&g->device, device));
     g->generic = generic || g->device.major < 9;
     EPI_TRY(choose_shape(g, scratch_bytes));
+    EPI_TRY(epi_gpu_memory_open(&g->memory, device));
     EPI_TRY(epi_cu_stream_create_high(&g->device, &g->stream));
     EPI_TRY(epi_cu_stream_create(&g->device, &g->control));
+    EPI_TRY(epi_cu_event_create_plain(&g->device, &g->made));
     EPI_TRY(epi_cu_event_create_plain(&g->device, &g->last));
     for (int i = 0; i < NUM_CAPTURES; i++) {
         EPI_TRY(epi_cu_event_create_plain(&g->device, &g->captures[i].last));
@@ -218,8 +221,10 @@ void epi_gpu_destroy(struct epi_gpu **gpu) {
             epi_cu_event_destroy(&g->device, &g->captures[i].last);
         }
         epi_cu_event_destroy(&g->device, &g->last);
+        epi_cu_event_destroy(&g->device, &g->made);
         epi_cu_stream_destroy(&g->device, &g->control);
         epi_cu_stream_destroy(&g->device, &g->stream);
+        epi_gpu_memory_close(&g->memory);
         epi_cu_device_close(&g->device);
         epi_free(g);
     }
@@ -239,10 +244,42 @@ struct epi_gpu_shape epi_gpu_shape(const struct epi_gpu *g) {
 
 /* ---- memory ----------------------------------------------------------------------------- */
 
-ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes) {
-    EPI_TRY(epi_cu_pool_alloc(&g->device, g->control, at, bytes));
-    EPI_TRY(epi_cu_fill(&g->device, g->control, *at, 0, bytes));
+ep_status epi_gpu_reserve(struct epi_gpu *g, uint64_t *at, size_t bytes) {
+    uint64_t got = 0;
+    EPI_TRY(
+        epi_cu_pool_alloc(&g->device, epi_gpu_memory_pool(g->memory), g->control, &got, bytes));
+    const ep_status st = epi_cu_event_record(&g->device, g->made, g->control);
+    if (st != EP_OK) {
+        epi_cu_pool_free(&g->device, g->control, &got);
+        return st;
+    }
+    *at = got;
+    return EP_OK;
+}
+
+static ep_status zero_now(struct epi_gpu *g, uint64_t at, size_t bytes) {
+    EPI_TRY(epi_cu_fill(&g->device, g->control, at, 0, bytes));
     return epi_cu_stream_sync(&g->device, g->control);
+}
+
+ep_status epi_gpu_zero(struct epi_gpu *g, void *stream, uint64_t at, size_t bytes) {
+    if (g->capture) { /* a graph would do it again and again */
+        return zero_now(g, at, bytes);
+    }
+    EPI_TRY(epi_cu_event_wait(&g->device, stream, g->made));
+    return epi_cu_fill(&g->device, stream, at, 0, bytes);
+}
+
+ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes) {
+    uint64_t got = 0;
+    EPI_TRY(epi_gpu_reserve(g, &got, bytes));
+    const ep_status st = zero_now(g, got, bytes);
+    if (st != EP_OK) {
+        epi_cu_pool_free(&g->device, g->control, &got);
+        return st;
+    }
+    *at = got;
+    return EP_OK;
 }
 
 void epi_gpu_free(struct epi_gpu *g, uint64_t *at) {
@@ -252,6 +289,14 @@ void epi_gpu_free(struct epi_gpu *g, uint64_t *at) {
     if (*at) {
         epi_cu_pool_free(&g->device, g->stream, at);
     }
+}
+
+ep_status epi_gpu_take_chunk(struct epi_gpu *g, void **chunk) {
+    return epi_gpu_memory_take(g->memory, chunk);
+}
+
+void epi_gpu_give_chunk(struct epi_gpu *g, void *chunk) {
+    epi_gpu_memory_give(g->memory, chunk);
 }
 
 ep_status epi_gpu_in(struct epi_gpu *g, uint64_t to, const void *from, size_t bytes) {

@@ -67,8 +67,17 @@ struct epi_gpu_shape epi_gpu_shape(const struct epi_gpu *g);
 
 /* Zeroed; returns when it is. */
 ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes);
+/* Of any contents, and does not wait: for streams that have called epi_gpu_zero for some of it. */
+ep_status epi_gpu_reserve(struct epi_gpu *g, uint64_t *at, size_t bytes);
+/* On the stream, after epi_gpu_begin; but in a capture at once, and in no graph. */
+ep_status epi_gpu_zero(struct epi_gpu *g, void *stream, uint64_t at, size_t bytes);
 /* Returns at once; the memory goes when what was launched so far has ended. */
 void epi_gpu_free(struct epi_gpu *g, uint64_t *at);
+/* Host memory that kernels write to at the same address, zeroed; neither call waits. Given back when
+ * no kernel writes to it any more. */
+#define EPI_GPU_CHUNK_BYTES 16384
+ep_status epi_gpu_take_chunk(struct epi_gpu *g, void **chunk);
+void epi_gpu_give_chunk(struct epi_gpu *g, void *chunk);
 /* Copies that do not wait for kernels; done on return. */
 ep_status epi_gpu_in(struct epi_gpu *g, uint64_t to, const void *from, size_t bytes);
 ep_status epi_gpu_out(struct epi_gpu *g, void *to, uint64_t from, size_t bytes);

@@ -12,6 +12,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -21,11 +22,12 @@
 #define TOUCHED_BYTES                                                                          \
     ((size_t)1 << 18) /* of an allocation: the others are the kernel's zeros */
 
-enum { MOST_RANGES = 4096 };
+enum { MOST_RANGES = 8192 };
 static struct range {
     uintptr_t at;
     size_t bytes;
     int type, device; /* 1 host, 2 device */
+    void *pool;       /* NULL: of none */
 } ranges[MOST_RANGES];
 static pthread_mutex_t ranges_mutex = PTHREAD_MUTEX_INITIALIZER;
 
@@ -33,11 +35,29 @@ static void note(const void *at, size_t bytes, int type) {
     pthread_mutex_lock(&ranges_mutex);
     for (int i = 0; i < MOST_RANGES; i++) {
         if (!ranges[i].at) {
-            ranges[i] = (struct range){(uintptr_t)at, bytes, type, driver_device()};
+            ranges[i] = (struct range){(uintptr_t)at, bytes, type, driver_device(), NULL};
             break;
         }
     }
     pthread_mutex_unlock(&ranges_mutex);
+}
+
+static void own(uint64_t at, void *pool) {
+    pthread_mutex_lock(&ranges_mutex);
+    for (int i = 0; i < MOST_RANGES; i++) {
+        ranges[i].pool = ranges[i].at == at ? pool : ranges[i].pool;
+    }
+    pthread_mutex_unlock(&ranges_mutex);
+}
+
+static void *owner(uint64_t at) {
+    void *pool = NULL;
+    pthread_mutex_lock(&ranges_mutex);
+    for (int i = 0; i < MOST_RANGES; i++) {
+        pool = ranges[i].at == at ? ranges[i].pool : pool;
+    }
+    pthread_mutex_unlock(&ranges_mutex);
+    return pool;
 }
 
 static size_t forget(const void *at) {
@@ -153,19 +173,77 @@ DEFINE(cuMemHostGetDevicePointer_v2, uint64_t *at, void *p, unsigned flags) {
     *at = (uint64_t)(uintptr_t)p;
     return 0;
 }
+/* A pool lends what is freed on other streams and not passed, whose work the borrower then waits
+ * for, unless it is told not to: here always, as where memory is short. Those who have nothing to
+ * say about it have the device's own. */
+struct pool {
+    bool dependencies;
+    atomic_int freed; /* and not passed */
+};
+static struct pool of_device = {.dependencies = true};
+
+DEFINE(cuMemPoolCreate, void **pool, const struct cu_pool *props) {
+    struct pool *p = calloc(1, sizeof(*p));
+    if (!p || props->type != 1 || props->location.type != 1) {
+        free(p);
+        return CU_INVALID_VALUE;
+    }
+    p->dependencies = true;
+    *pool = p;
+    return 0;
+}
+DEFINE(cuMemPoolSetAttribute, void *pool, int attribute, void *value) {
+    struct pool *p = pool;
+    if (attribute < 1 || attribute > 4) {
+        return CU_INVALID_VALUE;
+    }
+    p->dependencies = attribute == 3 ? *(int *)value != 0 : p->dependencies;
+    return 0;
+}
+DEFINE(cuMemPoolTrimTo, void *pool, size_t bytes) {
+    (void)pool, (void)bytes;
+    return 0;
+}
+static void run_await_freed(struct op *op) {
+    struct pool *p = op->to;
+    while (atomic_load(&p->freed) > 0) {
+        usleep(20);
+    }
+}
 /* Graphs that allocate are not done here. */
+DEFINE(cuMemAllocFromPoolAsync, uint64_t *at, size_t bytes, void *pool, void *stream) {
+    struct pool *p = pool;
+    if (driver_is_captured(stream)) {
+        return CU_NOT_SUPPORTED;
+    }
+    if (p->dependencies && atomic_load(&p->freed) > 0) {
+        struct op *op = driver_op(run_await_freed);
+        op->to = p;
+        driver_queue(stream, op);
+    }
+    const int result = allocate(at, bytes);
+    if (result == 0) {
+        own(*at, p);
+    }
+    return result;
+}
 DEFINE(cuMemAllocAsync, uint64_t *at, size_t bytes, void *stream) {
-    return driver_is_captured(stream) ? CU_NOT_SUPPORTED : allocate(at, bytes);
+    return cuMemAllocFromPoolAsync(at, bytes, &of_device, stream);
 }
 static void run_free(struct op *op) {
+    struct pool *p = (void *)(uintptr_t)op->value;
     release((uint64_t)(uintptr_t)op->to);
+    atomic_fetch_sub(&p->freed, 1);
 }
 DEFINE(cuMemFreeAsync, uint64_t at, void *stream) {
-    if (driver_is_captured(stream)) {
+    struct pool *p = owner(at);
+    if (driver_is_captured(stream) || !p) {
         return CU_NOT_SUPPORTED;
     }
     struct op *op = driver_op(run_free);
     op->to = (void *)(uintptr_t)at;
+    op->value = (uint64_t)(uintptr_t)p;
+    atomic_fetch_add(&p->freed, 1);
     return driver_queue(stream, op);
 }
 DEFINE(cuMemGetAllocationGranularity, size_t *bytes, const struct cu_allocation *a, int kind) {
