@@ -11,32 +11,96 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <string.h>
+#include <strings.h>
+
+/* ---- text -------------------------------------------------------------------------------- */
+
+static bool is_blank(char c) {
+    return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
+/* What is wrong with a host, or NULL. */
+static const char *check_host(const char *host) {
+    struct in_addr v4;
+    static const char allowed[] =
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+        "._-:%";
+    if (host[0] == '\0') {
+        return "it names no host";
+    }
+    if (host[strspn(host, allowed)] != '\0') {
+        return "it must be the name or the address of a host, with nothing around it";
+    }
+    struct in6_addr v6;
+    char bare[256];
+    epi_format(bare, sizeof(bare), "%.*s", (int)strcspn(host, "%"), host);
+    if (strchr(host, ':') && inet_pton(AF_INET6, bare, &v6) != 1) {
+        return "it is no IPv6 address";
+    }
+    if (strchr(host, ':')
+            ? v6.s6_addr[0] == 0xff
+            : inet_pton(AF_INET, host, &v4) == 1 && ntohl(v4.s_addr) >> 28 >= 14) {
+        return "it is no address of a host, but one for several or for none";
+    }
+    return NULL;
+}
+
+const char *epi_addr_parse(const char *text, char host[256], int *port) {
+    size_t len = strlen(text);
+    int64_t value = 0;
+    for (; is_blank(*text); text++, len--) {
+    }
+    for (; len > 0 && is_blank(text[len - 1]); len--) {
+    }
+    if (len >= 6 && strncasecmp(text, "tcp://", 6) == 0) { /* as other libraries write it */
+        text += 6;
+        len -= 6;
+        len -= len > 0 && text[len - 1] == '/';
+    }
+    if (len > 255) {
+        return "it is longer than 255 characters";
+    }
+    char rest[256];
+    memcpy(rest, text, len);
+    rest[len] = '\0';
+    char *end = rest[0] == '[' ? strchr(rest, ']') : rest + strcspn(rest, ":");
+    const char *after = end;
+    if (rest[0] == '[') {
+        if (!end) {
+            return "its bracket is not closed";
+        }
+        after = end + 1;
+    } else if (strchr(end, ':') != strrchr(end, ':')) { /* a bare IPv6 address has no port */
+        after = end = rest + len;
+    }
+    if (*after != '\0' && (*after != ':' || !epi_parse_int(after + 1, 10, 1, 65535, &value) ||
+                           after[1] < '0' || after[1] > '9')) {
+        return "what follows the host must be \":port\", with a port in 1..65535";
+    }
+    *end = '\0';
+    memcpy(host, rest[0] == '[' ? rest + 1 : rest, (size_t)(end - rest) + (rest[0] != '['));
+    *port = (int)value;
+    return check_host(host);
+}
 
 bool epi_addr_split(const char *text, char host[256], int *port) {
-    const char *colon = strrchr(text, ':');
-    if (!colon || colon == text) {
-        return false;
-    }
-    const char *from = text;
-    size_t len = (size_t)(colon - text);
-    if (text[0] == '[') {
-        if (colon[-1] != ']') {
-            return false;
-        }
-        from = text + 1;
-        len -= 2;
-    } else if (memchr(text, ':', len)) {
-        return false; /* a bare IPv6 address: which colon begins the port is anyone's guess */
-    }
-    int64_t value = 0;
-    if (len == 0 || len > 255 || !epi_parse_int(colon + 1, 10, 1, 65535, &value)) {
-        return false;
-    }
-    memcpy(host, from, len);
-    host[len] = '\0';
-    *port = (int)value;
-    return true;
+    return !epi_addr_parse(text, host, port) && *port > 0;
 }
+
+bool epi_addr_is_loopback(const char *host) {
+    struct in_addr v4;
+    struct in6_addr v6;
+    if (inet_pton(AF_INET, host, &v4) == 1) {
+        return v4.s_addr == 0 || ntohl(v4.s_addr) >> 24 == 127;
+    }
+    if (inet_pton(AF_INET6, host, &v6) == 1) {
+        return IN6_IS_ADDR_LOOPBACK(&v6) || IN6_IS_ADDR_UNSPECIFIED(&v6) ||
+               (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127);
+    }
+    return strcasecmp(host, "localhost") == 0;
+}
+
+/* ---- addresses --------------------------------------------------------------------------- */
 
 static void set_port(struct epi_addr *addr, int port) {
     if (addr->ss.ss_family == AF_INET6) {

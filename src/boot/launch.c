@@ -5,7 +5,9 @@
  *
  * Owns the order in which they are believed and the names of their variables. Runs on the
  * creating thread. Every value is checked here, so the rest of boot works with numbers.
- * Must not guess: what is missing or malformed is named, together with what to set.
+ * Must not guess: what is missing, malformed or contradicted is named, together with what to set.
+ * Nor may two jobs have one name: a job that nobody named has that of the process that started
+ * its ranks (starter.c).
  */
 #include "src/boot/parts.h"
 
@@ -17,23 +19,51 @@
 #define DERIVED_PORT_FIRST 20000
 #define DERIVED_PORT_COUNT 12000
 
+/* ---- rank and size ----------------------------------------------------------------------- */
+
+enum launcher { BY_HAND, OPEN_MPI, PMIX, PMI, SLURM, SLURM_STEP, NUM_LAUNCHERS };
+
 struct source {
     const char *name;
     const char *rank;
     const char *size[3]; /* the first that is set */
     const char *guard;   /* only believed when this is set too; NULL: always */
+    const char *local;   /* how many ranks are on this host */
 };
 
-static const struct source sources[] = {
-    {"RANK and WORLD_SIZE", "RANK", {"WORLD_SIZE"}, NULL},
-    {"Open MPI", "OMPI_COMM_WORLD_RANK", {"OMPI_COMM_WORLD_SIZE"}, NULL},
+static const struct source sources[NUM_LAUNCHERS] = {
+    [BY_HAND] = {"RANK and WORLD_SIZE", "RANK", {"WORLD_SIZE"}, NULL, "LOCAL_WORLD_SIZE"},
+    [OPEN_MPI] = {"Open MPI",
+                  "OMPI_COMM_WORLD_RANK",
+                  {"OMPI_COMM_WORLD_SIZE"},
+                  NULL,
+                  "OMPI_COMM_WORLD_LOCAL_SIZE"},
     /* PMIx hands out the size by a call, not by a variable; under Slurm there is one. */
-    {"PMIx", "PMIX_RANK", {"PMIX_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"}, NULL},
-    {"PMI", "PMI_RANK", {"PMI_SIZE"}, NULL},
-    {"Slurm", "SLURM_PROCID", {"SLURM_STEP_NUM_TASKS"}, NULL},
+    [PMIX] = {"PMIx",
+              "PMIX_RANK",
+              {"PMIX_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"},
+              NULL,
+              NULL},
+    [PMI] = {"PMI", "PMI_RANK", {"PMI_SIZE"}, NULL, "MPI_LOCALNRANKS"},
+    [SLURM] = {"Slurm", "SLURM_PROCID", {"SLURM_STEP_NUM_TASKS"}, NULL, NULL},
     /* A batch script sees SLURM_PROCID=0 and SLURM_NTASKS although no task was launched; only
      * within a step do they speak of this process. */
-    {"Slurm", "SLURM_PROCID", {"SLURM_NTASKS"}, "SLURM_STEP_ID"},
+    [SLURM_STEP] = {"Slurm", "SLURM_PROCID", {"SLURM_NTASKS"}, "SLURM_STEP_ID", NULL},
+};
+
+/* What one launcher says of this process. */
+struct claim {
+    bool is_made;
+    int rank;
+    int num_ranks;
+    const char *size_name;
+};
+
+/* What the launchers say together. */
+struct identity {
+    struct claim claims[NUM_LAUNCHERS + 1]; /* the last: of nobody */
+    int who;                                /* the launcher that is believed */
+    int outer; /* one that started this process or its parent, and may differ; or NUM_LAUNCHERS */
 };
 
 static ep_status read_number(const char *name, const char *text, long min, long max, int *out) {
@@ -57,23 +87,115 @@ static const char *first_set(const char *const *names, size_t num, const char **
     return NULL;
 }
 
-static ep_status read_identity(struct epi_launch *out, const char **from) {
+static ep_status read_claim(const struct source *s, struct claim *c, const char **half) {
+    const char *rank = epi_env(s->rank);
+    const char *size = first_set(s->size, 3, &c->size_name);
+    if (!rank || (s->guard && !epi_env(s->guard))) {
+        return EP_OK;
+    }
+    if (!size) {
+        *half = *half ? *half : s->rank;
+        return EP_OK;
+    }
+    EPI_TRY(read_number(c->size_name, size, 1, EP_MAX_RANKS, &c->num_ranks));
+    EPI_TRY(read_number(s->rank, rank, 0, c->num_ranks - 1, &c->rank));
+    c->is_made = true;
+    return EP_OK;
+}
+
+static bool differ(const struct claim *a, const struct claim *b) {
+    return a->is_made && b->is_made && (a->rank != b->rank || a->num_ranks != b->num_ranks);
+}
+
+/* "RANK=0 and WORLD_SIZE=1 say rank 0 of 1, PMI_RANK=2 and PMI_SIZE=4 say rank 2 of 4" */
+static void contradiction(const struct identity *id, int a, int b, char out[300]) {
+    const struct claim *x = &id->claims[a], *y = &id->claims[b];
+    epi_format(
+        out, 300,
+        "%s=%d and %s=%d say that this is rank %d of %d, but %s=%d and %s=%d say rank %d of "
+        "%d",
+        sources[a].rank, x->rank, x->size_name, x->num_ranks, x->rank, x->num_ranks,
+        sources[b].rank, y->rank, y->size_name, y->num_ranks, y->rank, y->num_ranks);
+}
+
+static ep_status contradicts(const struct identity *id, int a, int b) {
+    char text[300];
+    contradiction(id, a, b, text);
+    return epi_fail(EP_ERR_ARG, "%s: unset those that are not about this process", text);
+}
+
+/* srun starts ranks, or the daemons of another launcher, which start the ranks. */
+static bool is_of_srun(int launcher) {
+    const char *space = epi_env("PMIX_NAMESPACE");
+    return launcher >= SLURM || (launcher == PMI && epi_env("PMI_JOBID")) ||
+           (launcher == PMIX && space && strncmp(space, "slurm.", 6) == 0);
+}
+
+/* Of the launchers that set variables of their own: the innermost, which is not srun. */
+static ep_status choose_launcher(const struct identity *id, int *out) {
+    *out = NUM_LAUNCHERS;
+    for (int by_srun = 0; by_srun < 2; by_srun++) {
+        for (int i = OPEN_MPI; i < NUM_LAUNCHERS; i++) {
+            if (!id->claims[i].is_made || is_of_srun(i) != (by_srun == 1)) {
+                continue;
+            }
+            if (*out == NUM_LAUNCHERS) {
+                *out = i;
+            } else if (!by_srun && differ(&id->claims[*out], &id->claims[i])) {
+                return contradicts(id, *out, i);
+            }
+        }
+    }
+    return EP_OK;
+}
+
+/*
+ * RANK and WORLD_SIZE are set for each rank by torchrun and `ep run`, with the LOCAL_ ones, or by a
+ * program that starts ranks itself, perhaps in each of another launcher's. But they may also be
+ * those of a pod, in which another launcher has started ranks: that would be as many groups of one
+ * rank, and nobody would notice. Larger groups notice, since several come as the same rank.
+ */
+static ep_status judge_by_hand(const struct identity *id) {
+    const struct claim *mine = &id->claims[BY_HAND], *other = &id->claims[id->outer];
+    const char *local = epi_env("LOCAL_WORLD_SIZE");
+    int64_t num_local = 0;
+    char text[300];
+    if (local && epi_parse_int(local, 10, 1, EP_MAX_RANKS, &num_local) &&
+        num_local > mine->num_ranks) {
+        return epi_fail(
+            EP_ERR_ARG,
+            "WORLD_SIZE=%d, but LOCAL_WORLD_SIZE=%.40s: WORLD_SIZE must be the number "
+            "of ranks, not of hosts",
+            mine->num_ranks, local);
+    }
+    if (id->outer == NUM_LAUNCHERS || !differ(mine, other) ||
+        mine->num_ranks > other->num_ranks) {
+        return EP_OK;
+    }
+    const bool is_launched = local && epi_env("LOCAL_RANK");
+    if (mine->num_ranks == 1 && !is_launched) {
+        return contradicts(id, BY_HAND, id->outer);
+    }
+    if (mine->num_ranks == 1 || !is_launched) {
+        contradiction(id, BY_HAND, id->outer, text);
+        epi_log(EPI_LOG_WARN, "%s; RANK and WORLD_SIZE are believed", text);
+    }
+    return EP_OK;
+}
+
+static ep_status read_identity(struct identity *id) {
     const char *half = NULL;
-    for (size_t i = 0; i < sizeof(sources) / sizeof(sources[0]); i++) {
-        const struct source *s = &sources[i];
-        const char *size_name = NULL;
-        const char *rank = epi_env(s->rank);
-        const char *size = first_set(s->size, 3, &size_name);
-        if (!rank || (s->guard && !epi_env(s->guard))) {
-            continue;
-        }
-        if (!size) {
-            half = half ? half : s->rank;
-            continue;
-        }
-        *from = s->name;
-        EPI_TRY(read_number(size_name, size, 1, EP_MAX_RANKS, &out->num_ranks));
-        return read_number(s->rank, rank, 0, out->num_ranks - 1, &out->rank);
+    memset(id, 0, sizeof(*id));
+    for (int i = 0; i < NUM_LAUNCHERS; i++) {
+        EPI_TRY(read_claim(&sources[i], &id->claims[i], &half));
+    }
+    EPI_TRY(choose_launcher(id, &id->outer));
+    id->who = id->claims[BY_HAND].is_made ? BY_HAND : id->outer;
+    if (id->who == BY_HAND) {
+        return judge_by_hand(id);
+    }
+    if (id->who < NUM_LAUNCHERS) {
+        return EP_OK;
     }
     if (half) {
         return epi_fail(EP_ERR_ARG,
@@ -86,31 +208,39 @@ static ep_status read_identity(struct epi_launch *out, const char **from) {
                                 "or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT");
 }
 
+/* ---- where rank 0 is --------------------------------------------------------------------- */
+
+/* Appends `len` characters; false when they do not fit. */
+static bool append(char *out, size_t out_bytes, size_t *at, const char *from, size_t len) {
+    if (len >= out_bytes - *at) {
+        return false;
+    }
+    memcpy(out + *at, from, len);
+    *at += len;
+    out[*at] = '\0';
+    return true;
+}
+
 bool epi_launch_first_host(const char *list, char *out, size_t out_bytes) {
-    size_t prefix = strcspn(list, "[,");
-    const char *number = "";
-    size_t number_len = 0;
-    if (list[prefix] == '[') {
-        number = list + prefix + 1;
-        number_len = strcspn(number, "-,]");
-        const char *close = strchr(number, ']');
-        if (number_len == 0 || !close) {
+    size_t at = 0;
+    /* A suffix or a second bracket ("r[1-2]n[3-4]") follows for every host alike. */
+    while (*list != '\0' && *list != ',') {
+        size_t len = strcspn(list, "[,");
+        if (!append(out, out_bytes, &at, list, len)) {
             return false;
         }
-        /* A suffix or a second bracket ("r[1-2]n[3-4]") follows for every host alike. */
-        const char *rest = close + 1;
-        if (*rest != '\0' && *rest != ',') {
-            char tail[256];
-            int len = snprintf(out, out_bytes, "%.*s%.*s", (int)prefix, list, (int)number_len,
-                               number);
-            return len > 0 && (size_t)len < out_bytes &&
-                   epi_launch_first_host(rest, tail, sizeof(tail)) &&
-                   (size_t)snprintf(out + len, out_bytes - (size_t)len, "%s", tail) <
-                       out_bytes - (size_t)len;
+        list += len;
+        if (*list != '[') {
+            continue;
         }
+        len = strcspn(++list, "-,]");
+        const char *close = strchr(list, ']');
+        if (len == 0 || !close || !append(out, out_bytes, &at, list, len)) {
+            return false;
+        }
+        list = close + 1;
     }
-    int len = snprintf(out, out_bytes, "%.*s%.*s", (int)prefix, list, (int)number_len, number);
-    return len > 0 && (size_t)len < out_bytes;
+    return at > 0;
 }
 
 static bool equals_size(const char *name, int num) {
@@ -118,26 +248,54 @@ static bool equals_size(const char *name, int num) {
     return text && strtol(text, NULL, 10) == num;
 }
 
-static bool is_all_local(int num_ranks) {
+static bool is_all_local(const struct identity *id, int num_ranks) {
     static const char *const node_counts[] = {"SLURM_STEP_NUM_NODES", "SLURM_NNODES"};
+    const int launchers[] = {id->who, id->outer};
     const char *name = NULL;
+    if (num_ranks == 1) {
+        return true;
+    }
+    for (int i = 0; i < 2; i++) { /* another launcher's where it started the same ranks */
+        const char *local = id->claims[launchers[i]].num_ranks == num_ranks
+                                ? sources[launchers[i]].local
+                                : NULL;
+        if (local && epi_env(local)) {
+            return equals_size(local, num_ranks);
+        }
+    }
     const char *nodes = first_set(node_counts, 2, &name);
-    return num_ranks == 1 || equals_size("LOCAL_WORLD_SIZE", num_ranks) ||
-           equals_size("OMPI_COMM_WORLD_LOCAL_SIZE", num_ranks) ||
-           equals_size("MPI_LOCALNRANKS", num_ranks) || (nodes && strcmp(nodes, "1") == 0);
+    return nodes && strcmp(nodes, "1") == 0;
 }
 
-static ep_status read_host(struct epi_launch *out, const char **from) {
+/* MASTER_ADDR; where it has a port, *port is MASTER_PORT's. */
+static ep_status read_master(const char *text, struct epi_launch *out, int *port) {
+    int master = 0;
+    const char *why = epi_addr_parse(text, out->host, port);
+    if (why) {
+        return epi_fail(EP_ERR_ARG, "MASTER_ADDR=\"%.100s\": %s", text, why);
+    }
+    const char *other = epi_env("MASTER_PORT");
+    if (*port && other) {
+        EPI_TRY(read_number("MASTER_PORT", other, 1, 65535, &master));
+        if (master != *port) {
+            return epi_fail(EP_ERR_ARG,
+                            "MASTER_ADDR=\"%.100s\" has port %d, but MASTER_PORT=%d", text,
+                            *port, master);
+        }
+    }
+    return EP_OK;
+}
+
+static ep_status read_host(const struct identity *id, struct epi_launch *out, int *port,
+                           const char **from) {
     static const char *const lists[] = {"SLURM_STEP_NODELIST", "SLURM_NODELIST",
                                         "SLURM_JOB_NODELIST"};
     const char *host = epi_env("MASTER_ADDR");
-    if (host) {
+    out->is_local = is_all_local(id, out->num_ranks);
+    if (host && !out->is_local) {
         *from = "MASTER_ADDR";
-        if (strlen(host) >= sizeof(out->host)) {
-            return epi_fail(EP_ERR_ARG, "MASTER_ADDR is longer than %zu characters",
-                            sizeof(out->host) - 1);
-        }
-        epi_format(out->host, sizeof(out->host), "%s", host);
+        EPI_TRY(read_master(host, out, port));
+        out->is_local = epi_addr_is_loopback(out->host);
         return EP_OK;
     }
     if (out->is_local) {
@@ -158,72 +316,196 @@ static ep_status read_host(struct epi_launch *out, const char **from) {
     return EP_OK;
 }
 
-static ep_status read_port(const struct epi_job *job, struct epi_launch *out,
-                           const char **from) {
-    int64_t port = epi_opt_int(EPI_OPT_PORT);
-    const char *master = epi_env("MASTER_PORT");
+/* master: MASTER_PORT, as far as it is known. */
+static ep_status read_ports(const struct epi_job *job, struct epi_launch *out, int master,
+                            const char **from) {
+    int port = (int)epi_opt_int(EPI_OPT_PORT);
+    const char *text = epi_env("MASTER_PORT");
     *from = "EP_PORT";
-    if (port == 0 && master) {
-        /* MASTER_PORT itself belongs to the launcher's own store. */
-        int value = 0;
-        EPI_TRY(read_number("MASTER_PORT", master, 1, 65534, &value));
-        port = value + 1;
+    if (port > 0) { /* the user's choice: there is no other */
+        out->ports[out->num_ports++] = port;
+        return EP_OK;
+    }
+    *from = "derived from the job";
+    if (text) {
+        EPI_TRY(read_number("MASTER_PORT", text, 1, 65535, &master));
+    }
+    if (master > 0 && master < 65535) {
+        /* MASTER_PORT itself belongs to the launcher's own store. The next may be another's. */
+        out->ports[out->num_ports++] = master + 1;
         *from = "MASTER_PORT + 1";
     }
-    if (port == 0) {
-        port = DERIVED_PORT_FIRST + (int64_t)(job->id % DERIVED_PORT_COUNT);
-        *from = "derived from the job";
+    for (uint64_t hash = job->id; out->num_ports < EPI_LAUNCH_MAX_PORTS;) {
+        port = DERIVED_PORT_FIRST + (int)(hash % DERIVED_PORT_COUNT);
+        hash = epi_hash(hash, &port, sizeof(port));
+        if (port != master) {
+            out->ports[out->num_ports++] = port;
+        }
     }
-    out->ports[0] = (int)port;
-    out->num_ports = 1;
     return EP_OK;
+}
+
+/* ---- which job this is ------------------------------------------------------------------- */
+
+/* What launchers call the job, and what they add when they start it anew. */
+struct job_id {
+    int launcher;
+    const char *first;
+    const char *second;
+};
+
+static const struct job_id job_ids[] = {
+    {BY_HAND, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"},
+    {OPEN_MPI, "PMIX_NAMESPACE", NULL},
+    {OPEN_MPI, "OMPI_MCA_ess_base_jobid", NULL},
+    {PMIX, "PMIX_NAMESPACE", NULL},
+    {PMI, "PMI_JOBID", NULL},
+    {SLURM, "SLURM_JOB_ID", "SLURM_STEP_ID"},
+    {SLURM, "SLURM_JOBID", "SLURM_STEPID"},
+};
+#define NUM_JOB_IDS (sizeof(job_ids) / sizeof(job_ids[0]))
+
+static ep_status add_to_name(struct epi_job *job, const char *what, const char *value) {
+    size_t at = strlen(job->name);
+    int len =
+        snprintf(job->name + at, sizeof(job->name) - at, "%s%s=%s", at ? ";" : "", what, value);
+    if (len < 0 || (size_t)len >= sizeof(job->name) - at) {
+        return epi_fail(EP_ERR_ARG, "%s=\"%.40s...\" is too long for the name of a job", what,
+                        value);
+    }
+    job->id = epi_hash(EPI_HASH_BEGIN, job->name, strlen(job->name));
+    return EP_OK;
+}
+
+/* What the caller or EP_JOB says. One of a wrong length is not ignored: the job would have no name. */
+static ep_status add_given(struct epi_job *job, const char *given, const char *from) {
+    if (!given) {
+        return EP_OK;
+    }
+    const size_t len = strlen(given);
+    if (len == 0 || len > EPI_JOB_GIVEN_BYTES) {
+        return epi_fail(EP_ERR_ARG,
+                        "%s=\"%.40s%s\" has %zu characters: a job's name has 1 to %d", from,
+                        given, len > 40 ? "..." : "", len, EPI_JOB_GIVEN_BYTES);
+    }
+    job->is_named = true;
+    epi_format(job->from, sizeof(job->from), "%s", from);
+    return add_to_name(job, "job", given);
+}
+
+static ep_status add_ep_job(struct epi_job *job) {
+    if (epi_opt_is_malformed(EPI_OPT_JOB)) {
+        return epi_fail(EP_ERR_ARG, "EP_JOB is longer than %d characters", EPI_JOB_GIVEN_BYTES);
+    }
+    return add_given(job, epi_opt_str(EPI_OPT_JOB), "EP_JOB");
+}
+
+/* The id that a launcher gave, if it is one: torchrun's static rendezvous calls every job "none". */
+static ep_status add_id(struct epi_job *job, int launcher, bool *found) {
+    for (size_t i = 0; i < NUM_JOB_IDS && !*found; i++) {
+        const struct job_id *id = &job_ids[i];
+        const char *first = epi_env(id->first);
+        const char *second = id->second ? epi_env(id->second) : NULL;
+        if (id->launcher != launcher || !first) {
+            continue;
+        }
+        *found = strcmp(first, "none") != 0;
+        if (*found && !job->is_named) {
+            epi_format(job->from, sizeof(job->from), "%s", id->first);
+        }
+        EPI_TRY(add_to_name(job, id->first, first));
+        if (second) {
+            EPI_TRY(add_to_name(job, id->second, second));
+        }
+    }
+    job->is_named = job->is_named || *found;
+    return EP_OK;
+}
+
+ep_status epi_launch_job(const char *given, struct epi_job *out) {
+    bool found = false;
+    memset(out, 0, sizeof(*out));
+    out->given = given;
+    epi_format(out->from, sizeof(out->from), "unnamed");
+    if (given) {
+        return add_given(out, given, "job");
+    }
+    EPI_TRY(add_ep_job(out));
+    for (int i = 0; i < NUM_LAUNCHERS && !out->is_named; i++) {
+        EPI_TRY(add_id(out, i, &found));
+    }
+    return EP_OK;
+}
+
+/* The job has the name of who started it. */
+static ep_status add_starter(const struct identity *id, struct epi_job *job,
+                             struct epi_launch *out) {
+    char who[64];
+    char text[128];
+    out->by_hand = id->who == BY_HAND;
+    if (!epi_starter_find(sources[id->who].rank, out->by_hand, &out->starter)) {
+        return epi_fail(
+            EP_ERR_ARG,
+            "nothing in the environment names this job, and the process that started "
+            "this one cannot be seen: set EP_JOB to a name of the job, the same on "
+            "all ranks");
+    }
+    epi_starter_text(&out->starter, who, sizeof(who));
+    epi_format(text, sizeof(text), "%d.%llu.%llx", out->starter.pid, out->starter.start,
+               (unsigned long long)epi_starter_namespace());
+    EPI_TRY(add_to_name(job, "starter", text));
+    epi_format(job->from, sizeof(job->from), "%s", who);
+    epi_format(out->note, sizeof(out->note),
+               "the launcher names no job, so only ranks started by %s meet here; if others "
+               "belong to it, set EP_JOB to a name of the job on all ranks",
+               who);
+    job->is_named = true;
+    return EP_OK;
+}
+
+/*
+ * All that tells this job from others. Ranks that meet by the environment have a launcher in common,
+ * so its id is part of the name even where the user has given one; unless it started but a shell or
+ * a program that has started the ranks.
+ */
+static ep_status name_job(const struct identity *id, struct epi_job *job,
+                          struct epi_launch *out) {
+    const struct claim *other = &id->claims[id->outer];
+    const bool is_nested = id->who == BY_HAND && other->num_ranks != out->num_ranks;
+    const char *given = job->given;
+    bool found = false;
+    memset(job, 0, sizeof(*job));
+    EPI_TRY(add_ep_job(job));
+    if (id->who == BY_HAND) {
+        EPI_TRY(add_id(job, BY_HAND, &found));
+    }
+    if (!found && !(is_nested && (job->is_named || other->num_ranks == 1))) {
+        EPI_TRY(add_id(job, id->outer == SLURM_STEP ? SLURM : id->outer, &found));
+    }
+    if (!job->is_named && out->num_ranks > 1) {
+        EPI_TRY(add_starter(id, job, out));
+    }
+    return add_given(job, given, "job");
 }
 
 ep_status epi_launch_read(struct epi_job *job, struct epi_launch *out) {
-    const char *who = "";
+    struct identity id;
     const char *host = "";
     const char *port = "";
-    EPI_TRY(read_identity(out, &who));
-    out->is_local = is_all_local(out->num_ranks);
-    EPI_TRY(read_host(out, &host));
-    EPI_TRY(read_port(job, out, &port));
-    epi_log(EPI_LOG_INFO, "rank %d of %d from %s; rank 0 at %s (%s) port %d (%s); job: %s",
-            out->rank, out->num_ranks, who, out->host, host, out->ports[0], port, job->from);
-    return EP_OK;
-}
-
-static void name_job(struct epi_job *job, const char *from, const char *first,
-                     const char *second) {
-    epi_format(job->from, sizeof(job->from), "%s", from);
-    epi_format(job->name, sizeof(job->name), "%s=%s%s%s", from, first, second ? "." : "",
-               second ? second : "");
-}
-
-ep_status epi_launch_job(const char *name, struct epi_job *out) {
-    static const char *const ids[][2] = {
-        {"TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"},
-        {"PMIX_NAMESPACE", NULL},
-        {"OMPI_MCA_ess_base_jobid", NULL},
-        {"PMI_JOBID", NULL},
-        {"SLURM_JOB_ID", "SLURM_STEP_ID"},
-        {"SLURM_JOBID", "SLURM_STEPID"},
-    };
-    const char *given = name ? name : epi_opt_str(EPI_OPT_JOB);
+    int master = 0;
     memset(out, 0, sizeof(*out));
-    epi_format(out->from, sizeof(out->from), "unnamed");
-    if (given) {
-        name_job(out, "EP_JOB", given, NULL);
-        out->is_named = true;
-    }
-    for (size_t i = 0; i < sizeof(ids) / sizeof(ids[0]) && !given; i++) {
-        given = epi_env(ids[i][0]);
-        if (given) {
-            name_job(out, ids[i][0], given, ids[i][1] ? epi_env(ids[i][1]) : NULL);
-            /* torchrun's static rendezvous calls every job "none". */
-            out->is_named = strcmp(given, "none") != 0;
-            out->is_public = true;
-        }
-    }
-    out->id = epi_hash(EPI_HASH_BEGIN, out->name, strlen(out->name));
+    EPI_TRY(read_identity(&id));
+    out->rank = id.claims[id.who].rank;
+    out->num_ranks = id.claims[id.who].num_ranks;
+    EPI_TRY(read_host(&id, out, &master, &host));
+    EPI_TRY(name_job(&id, job, out));
+    EPI_TRY(read_ports(job, out, master, &port));
+    epi_log(EPI_LOG_INFO, "rank %d of %d from %s; rank 0 at %s (%s) port %d (%s); job: %s",
+            out->rank, out->num_ranks, sources[id.who].name, out->host, host, out->ports[0],
+            port, job->from);
     return EP_OK;
+}
+
+ep_status epi_launch_check(const struct epi_launch *launch) {
+    return launch->by_hand ? epi_starter_census(&launch->starter, launch->num_ranks) : EP_OK;
 }

@@ -27,7 +27,12 @@ struct epi_addr {
 
 /* Splits "host:port" or "[v6]:port"; host must hold 256 bytes. False: not of that form. */
 bool epi_addr_split(const char *text, char host[256], int *port);
-/* Fills up to max addresses; 0, or why not in words. is_name: the host is not a literal. */
+/* A host as people write it, with or without a port: "name", "1.2.3.4:5", "[v6]:5", "v6", blanks or
+ * "tcp://" around it. *port is 0 where there is none. NULL, or what is wrong with it, in words. */
+const char *epi_addr_parse(const char *text, char host[256], int *port);
+/* The host is this one, whatever host this is. */
+bool epi_addr_is_loopback(const char *host);
+/* Fills up to max addresses; NULL, or why not in words. is_name: the host is not a literal. */
 const char *epi_addr_resolve(const char *host, int port, struct epi_addr *out, int max,
                              int *num, bool *is_name);
 void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]);
@@ -148,21 +153,40 @@ void epi_rounds_clear(struct epi_rounds *rounds);
 /* "1, 3, 5-9" of those i < num with set[i] == value, cut with "..." to fit. */
 void epi_rank_list(const bool *set, bool value, int num, char *out, size_t out_bytes);
 
+/* ---- starter.c: who started a job without a name ------------------------------------------ */
+
+struct epi_starter {
+    int pid;                  /* a process; or -(a process group) whose starter has ended */
+    unsigned long long start; /* when the process began, in ticks since boot */
+    char name[20];
+};
+
+/* The nearest ancestor that was not started with this process's value of the variable `name`:
+ * the launcher that set it. by_hand: nor is it a shell's subshell. False: it cannot be seen. */
+bool epi_starter_find(const char *name, bool by_hand, struct epi_starter *out);
+void epi_starter_text(const struct epi_starter *starter, char *out, size_t bytes);
+/* Of the namespace in which the numbers of processes hold. */
+uint64_t epi_starter_namespace(void);
+/* EP_ERR_MISMATCH if that process has started two processes as the same rank, by RANK, of what
+ * cannot be told from this job: then they are of two jobs. */
+ep_status epi_starter_census(const struct epi_starter *starter, int num_ranks);
+
 /* ---- launch.c: what the launcher's environment says -------------------------------------- */
 
 /* Who I am, where rank 0 is, which job this is. */
 
 #define EPI_LAUNCH_MAX_PORTS 4
-#define EPI_JOB_NAME_BYTES 1024
+#define EPI_JOB_NAME_BYTES 2048
+#define EPI_JOB_GIVEN_BYTES 200 /* of EP_JOB, and of the caller's name */
 
 struct epi_job {
     /* What the ranks of the job have in common, and no other job has; where the text came from
      * is part of it. Equal on all ranks. Without a name it is empty. */
     char name[EPI_JOB_NAME_BYTES];
-    uint64_t id;    /* hash of it */
-    bool is_named;  /* false: nobody gave a name, so id is the same for all such jobs */
-    bool is_public; /* other users can know the name; false: it is as secret as EP_JOB */
-    char from[128]; /* for the log */
+    uint64_t id;       /* hash of it */
+    bool is_named;     /* false: nobody gave a name, so id is the same for all such jobs */
+    char from[128];    /* for the log */
+    const char *given; /* the caller's name, or NULL */
 };
 
 struct epi_launch {
@@ -175,12 +199,17 @@ struct epi_launch {
     int ports[EPI_LAUNCH_MAX_PORTS];
     int num_ports;
     char note[256]; /* "", or what the text of a timeout says besides */
+    bool by_hand;   /* RANK by whoever, who may have left a rank of an earlier job behind ... */
+    struct epi_starter starter; /* ... and this started the ranks */
 };
 
-/* `name` is the caller's, NULL: EP_JOB or the launcher's. */
-ep_status epi_launch_job(const char *name, struct epi_job *out);
-/* May name an unnamed job, by the process that started its ranks. */
+/* `given` is the caller's name, which stays his; NULL: EP_JOB or the launcher's. */
+ep_status epi_launch_job(const char *given, struct epi_job *out);
+/* For ranks that meet by the environment: the job is then named anew, by all that tells it from
+ * others; where nothing does, by the process that started its ranks. */
 ep_status epi_launch_read(struct epi_job *job, struct epi_launch *out);
+/* Rank 0, when all have come: EP_ERR_MISMATCH if some may be of another job. */
+ep_status epi_launch_check(const struct epi_launch *launch);
 /* The first host of a Slurm node list: "node[03-07,9]" is "node03". False: not understood. */
 bool epi_launch_first_host(const char *list, char *out, size_t out_bytes);
 
