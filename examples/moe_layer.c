@@ -2,7 +2,8 @@
 /*
  * The smallest complete use of libep: one Mixture-of-Experts layer, forward.
  *
- *     ep run -n 4 -- build/examples/moe_layer      4 processes that find each other
+ *     ep run -n 4 -- build/examples/moe_layer      4 processes that find each other; the same with
+ *                                                  torchrun, mpirun, mpiexec and srun
  *     build/examples/moe_layer                     4 threads of one process
  *
  * Every rank has 256 tokens of 64 numbers. Each token goes to 2 of 16 experts, wherever those
@@ -91,7 +92,7 @@ static int run_rank(int rank_of_thread) {
     static _Thread_local int32_t ids[TOKENS * TOPK];
     /* A group is made once: it allocates all memory that dispatch and combine will use. */
     struct ep_group_config config = EP_GROUP_CONFIG_INIT;
-    if (world) { /* otherwise the environment says who is who, as `ep run` sets it */
+    if (world) { /* otherwise the environment says who is who, as launchers set it */
         config.world = world;
         config.rank = rank_of_thread;
         config.num_ranks = NUM_THREADS;
@@ -128,9 +129,21 @@ static void *thread_main(void *rank) {
     return run_rank(*(int *)rank) == 0 ? NULL : rank; /* NULL is good */
 }
 
+/* Whether a launcher started this process as one rank: each has a name for that. A program that is
+ * always launched need not look: ep_group_create knows them all. */
+static int is_launched(void) {
+    static const char *const names[] = {"RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK",
+                                        "SLURM_STEP_ID"};
+    int found = 0;
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        found += getenv(names[i]) != NULL;
+    }
+    return found;
+}
+
 int main(void) {
-    if (getenv("RANK") != NULL) {
-        return run_rank(-1) != 0; /* a launcher started this process as one rank */
+    if (is_launched()) {
+        return run_rank(-1) != 0;
     }
     pthread_t threads[NUM_THREADS];
     int ranks[NUM_THREADS], failed = 0;
