@@ -66,6 +66,11 @@ want 0 "$ep" doctor && has 'ok  *host mode, processes' && has 'ok  *host mode, t
 ok "doctor tries both modes and says what there is of CUDA"
 want 0 "$ep" doctor --json && is_json "$tmp/out" && grep -q '"links"' "$tmp/out"
 ok "doctor --json"
+if unshare -rn true 2>/dev/null; then
+    want 0 unshare -rn "$ep" doctor && has 'ok  *Unix sockets' && has 'missing  *loopback TCP' &&
+        has 'ok  *host mode, processes'
+    ok "doctor tells a loopback that is down, and that ranks of one host need none"
+fi
 
 # ---- without a driver: a machine that has one cannot be made to lose it
 case $(ldconfig -p 2>/dev/null; ls /usr/lib/*/libcuda.so.1 2>/dev/null) in

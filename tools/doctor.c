@@ -6,12 +6,17 @@
  * every value was checked; each runs in processes of its own, so that a crash is a finding.
  * Must not call a missing GPU or network a failure: the host backend needs neither.
  */
+#include <arpa/inet.h>
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
@@ -69,16 +74,69 @@ static void add_amount(struct doctor *d, const char *what, double have, double e
 
 /* ---- the machine ------------------------------------------------------------------------- */
 
+static bool wait_for(struct pollfd *ready) {
+    const struct epi_deadline limit = epi_deadline_after(EPI_NS_PER_S);
+    int n;
+    while ((n = poll(ready, 1, epi_deadline_left_ms(limit))) < 0 && errno == EINTR) {
+    }
+    return n > 0;
+}
+
+/* Whether a byte goes from one socket to another over this address, within a second. The kernel
+ * fills in what it leaves open. */
+static bool can_meet(struct sockaddr *at, socklen_t len, socklen_t room) {
+    const int kind = SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK;
+    const int listener = socket(at->sa_family, kind, 0);
+    const int client = socket(at->sa_family, kind, 0);
+    struct pollfd ready = {.fd = listener, .events = POLLIN};
+    char byte = 'x';
+    int served = -1;
+    bool met = false;
+    if (listener >= 0 && client >= 0 && bind(listener, at, len) == 0 &&
+        listen(listener, 1) == 0 && getsockname(listener, at, &room) == 0 &&
+        (connect(client, at, room) == 0 || errno == EINPROGRESS) && wait_for(&ready)) {
+        served = accept(listener, NULL, NULL);
+        ready.fd = served;
+        met = served >= 0 && send(client, &byte, 1, MSG_NOSIGNAL) == 1 && wait_for(&ready) &&
+              read(served, &byte, 1) == 1;
+    }
+    close(served);
+    close(client);
+    close(listener);
+    return met;
+}
+
+static void check_meeting(struct doctor *d) {
+    struct sockaddr_un local = {.sun_family =
+                                    AF_UNIX}; /* an abstract one that the kernel names */
+    struct sockaddr_in loopback = {.sin_family = AF_INET,
+                                   .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    if (can_meet((struct sockaddr *)&local, sizeof(sa_family_t), sizeof(local))) {
+        doctor_add(d, "Unix sockets", "ok", "processes of this host meet over abstract ones");
+    } else {
+        doctor_add(d, "Unix sockets", "missing",
+                   "processes cannot meet, threads can; allow AF_UNIX sockets in the sandbox");
+    }
+    if (can_meet((struct sockaddr *)&loopback, sizeof(loopback), sizeof(loopback))) {
+        doctor_add(d, "loopback TCP", "ok", "127.0.0.1 can be connected to");
+    } else {
+        doctor_add(
+            d, "loopback TCP", "missing",
+            "costs nothing where ranks know that all are on this host, as with `ep run`; "
+            "bring the interface lo up");
+    }
+}
+
 static void check_system(struct doctor *d) {
     int fd = memfd_create("ep-doctor", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd >= 0 && ftruncate(fd, 4096) == 0 &&
         fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0) {
         doctor_add(d, "memfd with seals", "ok", "ranks share memory that no peer can truncate");
     } else {
-        doctor_add(
-            d, "memfd with seals", "missing",
-            "processes cannot share memory, threads still can; use Linux 3.17 or newer and "
-            "allow memfd_create in the sandbox");
+        doctor_add(d, "memfd with seals", "missing",
+                   "host ranks cannot share memory, neither as processes nor as threads; use "
+                   "Linux 3.17 "
+                   "or newer and allow memfd_create in the sandbox");
     }
     close(fd);
     fd = (int)syscall(SYS_pidfd_open, getpid(), 0);
@@ -86,10 +144,7 @@ static void check_system(struct doctor *d) {
                "not needed: this version sees a peer's death by its closed connection%s",
                fd >= 0 ? "" : " (Linux 5.3 or newer has it)");
     close(fd);
-    int port = tool_free_port();
-    doctor_add(d, "loopback TCP", port != 0 ? "ok" : "missing", "%s",
-               port != 0 ? "processes meet at 127.0.0.1"
-                         : "processes cannot meet by address; bring the interface lo up");
+    check_meeting(d);
     struct rlimit files = {0}, procs = {0};
     getrlimit(RLIMIT_NOFILE, &files);
     getrlimit(RLIMIT_NPROC, &procs);
