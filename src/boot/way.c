@@ -324,11 +324,13 @@ static ep_status listen_on_unix(const struct epi_meet *meet, struct epi_listener
     for (int k = 0; k < num; k++) {
         bool is_taken = false;
         EPI_TRY(listen_on_name(meet, &addrs[k], out, &is_taken));
+        if (!is_taken && k > 0) {
+            epi_log(EPI_LOG_WARN, "rendezvous: another user holds %s and %d more like it",
+                    meet->where, k - 1);
+        }
         if (!is_taken) {
             return EP_OK;
         }
-        epi_log(EPI_LOG_WARN, "rendezvous: another user holds name %d of %d of %s", k + 1, num,
-                meet->where);
     }
     return epi_fail(
         EP_ERR_SYSTEM,
