@@ -17,6 +17,10 @@ want 0 "$ep" run -n 1 -- sh -c 'echo $EP_JOB; sleep 0.3'
 wait $!
 ! cmp -s "$tmp/a" "$tmp/out"
 ok "two runs have two job names"
+want 0 "$ep" run -n 2 -- sh -c 'echo ${#EP_JOB_KEY}/$EP_JOB_KEY' && has '^\[0\] 64/[0-9a-f]*$' &&
+    [ "$(cut -d/ -f2 "$tmp/out" | sort -u | wc -l)" = 1 ] && cp "$tmp/out" "$tmp/a" &&
+    want 0 "$ep" run -n 2 -- sh -c 'echo ${#EP_JOB_KEY}/$EP_JOB_KEY' && ! cmp -s "$tmp/a" "$tmp/out"
+ok "ranks of a run have one key, and each run another"
 want 0 "$ep" run -n 2 -- sh -c 'echo a; echo b >&2; printf c' &&
     [ "$(sort "$tmp/out" | tr '\n' ' ')" = '[0] a [0] c [1] a [1] c ' ] &&
     [ "$(sort "$tmp/err" | tr '\n' ' ')" = '[0] b [1] b ' ]

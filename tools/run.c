@@ -13,6 +13,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -141,6 +142,20 @@ static void become_rank(void *arg, int rank) {
     _exit(status);
 }
 
+/* By it ranks know each other; nobody else can guess it or see it. */
+static bool set_key(void) {
+    unsigned char key[32];
+    char text[2 * sizeof(key) + 1];
+    if (getrandom(key, sizeof(key), 0) != (ssize_t)sizeof(key)) {
+        return false;
+    }
+    for (size_t i = 0; i < sizeof(key); i++) {
+        snprintf(text + 2 * i, 3, "%02x", key[i]);
+    }
+    setenv("EP_JOB_KEY", text, 1);
+    return true;
+}
+
 /* What all ranks find in their environment; rank and local rank are added after the fork. */
 static void set_environment(const struct job *job) {
     char name[64];
@@ -256,6 +271,10 @@ static int run(struct job *job) {
         setrlimit(RLIMIT_NOFILE, &files);
     }
     set_environment(job);
+    if (!set_key()) {
+        fprintf(stderr, "ep run: this host gives no random numbers: %s\n", strerror(errno));
+        return 1;
+    }
     open_outputs(job);
     job->old_sigpipe = signal(SIGPIPE, SIG_IGN);
     job->drained = epi_deadline_never();
@@ -291,8 +310,9 @@ int cmd_run(int argc, char **argv) {
         .usage = "[-n N] [options] [--] program [args]",
         .about =
             "Starts N copies of a program on this machine as the ranks of one job, with RANK, "
-            "LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and EP_JOB "
-            "set, so that ep_group_create finds its peers. Every line of output is marked "
+            "LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, EP_JOB and "
+            "EP_JOB_KEY set, so that ep_group_create finds its peers. Every line of output is "
+            "marked "
             "with its rank; standard input is empty. When one rank fails, the others are "
             "ended (SIGTERM, SIGKILL after 5 s) and its status, or 128 + signal, is the "
             "result. SIGINT, SIGTERM, SIGHUP and SIGQUIT end the ranks, twice by SIGKILL; "
