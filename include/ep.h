@@ -197,6 +197,13 @@ typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t byte
  *   none       the environment of the launcher: RANK, WORLD_SIZE, MASTER_ADDR and EP_PORT (or
  *              MASTER_PORT + 1), as set by `ep run` and torchrun, or the variables of Open MPI,
  *              PMIx and Slurm. rank and num_ranks must be -1.
+ * Processes of one host meet over an abstract Unix socket, whose kernel tells each side which user
+ * the other is: only processes of one user meet, in one network namespace, and no port is opened.
+ * Where the address is not a loopback address and the launcher does not say that all ranks are on
+ * this host, they do so, too, unless EP_JOB_KEY is set: then over TCP, where both sides prove that they hold
+ * it (16 to 200 characters, the same on all ranks; it does not travel), and rank 0 listens
+ * on those addresses of its host that the name resolves to and whose interface EP_IFNAME names. Ranks of
+ * several hosts, which this version cannot join, are told so.
  * Everything from `num_experts` to `timeout_ms` must agree on all ranks.
  */
 struct ep_group_config {
@@ -278,6 +285,9 @@ ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *inf
  * missing. EP_ERR_SYSTEM: e.g. the address is in use. EP_ERR_NOMEM. EP_ERR_PEER: a rank failed
  * or died while the group formed. EP_ERR_UNSUPPORTED: the device or topology is not available;
  * the message says what is missing and how to get it.
+ * No wait for other ranks in here lasts longer than timeout_ms and 2 seconds: those are for
+ * learning who is missing, and for parting from a rank that does not answer. A rank whose own
+ * arguments are wrong tries for up to 2 seconds to tell the others, where the address is known.
  */
 ep_status ep_group_create(ep_group **out, const struct ep_group_config *config);
 
