@@ -209,7 +209,7 @@ static ep_status attach(void *ctx, void *host, size_t bytes, uint64_t *address) 
     return st;
 }
 
-static void detach(void *ctx, void *host) {
+static void detach(void *ctx, void *host, size_t bytes) {
     struct fake_device *f = ctx;
     bool found = false;
 
@@ -223,6 +223,7 @@ static void detach(void *ctx, void *host) {
         }
     }
     count.wrong += !found || f->ops.ctx != f;
+    munmap(host, bytes);
     pthread_mutex_unlock(&mutex);
 }
 

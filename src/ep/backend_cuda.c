@@ -276,11 +276,7 @@ static ep_status launch(struct epi_op *op, void *stream) {
     const int rest = s->workers > s->send_blocks ? s->workers - s->send_blocks : 1;
     const int blocks = op->flags & EPI_OP_BEGIN ? s->send_blocks : finish ? rest : s->workers;
     stream = stream_of(op, stream);
-    EPI_TRY(epi_gpu_launch(gpu, op->kind->kernel, &op->args, blocks, stream));
-    if (finish) {
-        EPI_TRY(epi_gpu_join(gpu, stream));
-    }
-    return epi_gpu_end(gpu, stream);
+    return epi_gpu_launch(gpu, op->kind->kernel, &op->args, blocks, stream, finish);
 }
 
 static void *own_stream(const ep_group *g) {

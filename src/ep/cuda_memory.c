@@ -61,8 +61,8 @@ static ep_status attach_host(void *ctx, void *host, size_t bytes, uint64_t *addr
     return epi_cu_register(device_of(ctx), host, bytes, address);
 }
 
-static void detach_host(void *ctx, void *host) {
-    epi_cu_unregister(device_of(ctx), host);
+static void detach_host(void *ctx, void *host, size_t bytes) {
+    epi_gpu_retire(ctx, host, bytes);
 }
 
 struct epi_mem_device epi_cuda_memory(struct epi_gpu *gpu) {

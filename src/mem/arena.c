@@ -39,9 +39,10 @@ static void mapping_release(struct epi_mapping *m, const struct epi_mem_device *
         }
     }
     if (m->attached) {
-        d->detach(d->ctx, m->base);
+        d->detach(d->ctx, m->base, m->bytes);
+    } else {
+        munmap(m->base, m->bytes);
     }
-    munmap(m->base, m->bytes);
     epi_free(m);
 }
 

@@ -51,7 +51,9 @@ struct epi_mem_device {
     void (*release)(void *ctx, const struct epi_mem_piece *piece); /* created or imported */
     /* Makes host memory known to the devices of all ranks of this process. */
     ep_status (*attach)(void *ctx, void *host, size_t bytes, uint64_t *address);
-    void (*detach)(void *ctx, void *host);
+    /* Takes a mapping that was attached over: unmaps it when the devices have forgotten it, now or
+     * when that waits for nobody. */
+    void (*detach)(void *ctx, void *host, size_t bytes);
 };
 
 enum epi_mem_kind {

@@ -9,6 +9,7 @@
  * thread. Must not look into a kernel's arguments, and never waits for a device.
  */
 #include "src/run/gpu_memory.h"
+#include "src/run/gpu_retire.h"
 
 #include <string.h>
 
@@ -51,8 +52,7 @@ struct epi_gpu {
     void *stream;  /* for overlap with the caller's work */
     void *control; /* copies and fills that must not wait for kernels */
     void *made;    /* event: the newest piece of memory that nobody has waited for */
-    void *last;    /* event: the newest launch outside of captures ... */
-    bool launched; /* ... of which there was one */
+    struct epi_gpu_activity launches; /* outside of captures */
     void *forked; /* event: where the caller's stream was at the last fork; then what the launch
                       after that waits for */
     struct capture captures[NUM_CAPTURES];
@@ -191,7 +191,7 @@ static ep_status open_all(struct epi_gpu *g, int device, int scratch_bytes, bool
     EPI_TRY(epi_cu_stream_create_high(&g->device, &g->stream));
     EPI_TRY(epi_cu_stream_create(&g->device, &g->control));
     EPI_TRY(epi_cu_event_create_plain(&g->device, &g->made));
-    EPI_TRY(epi_cu_event_create_plain(&g->device, &g->last));
+    EPI_TRY(epi_cu_event_create_plain(&g->device, &g->launches.last));
     for (int i = 0; i < NUM_CAPTURES; i++) {
         EPI_TRY(epi_cu_event_create_plain(&g->device, &g->captures[i].last));
     }
@@ -203,11 +203,14 @@ ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bo
     if (!g) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a device");
     }
+    epi_gpu_retired_free();
     ep_status st = open_all(g, device, scratch_bytes, generic);
     if (st != EP_OK) {
         epi_gpu_destroy(&g);
         return st;
     }
+    g->launches.device = &g->device;
+    epi_gpu_activity_begin(&g->launches);
     *out = g;
     return EP_OK;
 }
@@ -216,18 +219,24 @@ void epi_gpu_destroy(struct epi_gpu **gpu) {
     struct epi_gpu *g = *gpu;
     *gpu = NULL;
     if (g) {
+        epi_gpu_activity_end(&g->launches);
         epi_cu_event_destroy(&g->device, &g->forked);
         for (int i = 0; i < NUM_CAPTURES; i++) {
             epi_cu_event_destroy(&g->device, &g->captures[i].last);
         }
-        epi_cu_event_destroy(&g->device, &g->last);
+        epi_cu_event_destroy(&g->device, &g->launches.last);
         epi_cu_event_destroy(&g->device, &g->made);
         epi_cu_stream_destroy(&g->device, &g->control);
         epi_cu_stream_destroy(&g->device, &g->stream);
         epi_gpu_memory_close(&g->memory);
         epi_cu_device_close(&g->device);
         epi_free(g);
+        epi_gpu_retired_free();
     }
+}
+
+void epi_gpu_retire(struct epi_gpu *g, void *host, size_t bytes) {
+    epi_gpu_retired_add(&g->device, host, bytes);
 }
 
 const struct epi_cu_device *epi_gpu_device(const struct epi_gpu *g) {
@@ -283,8 +292,9 @@ ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes) {
 }
 
 void epi_gpu_free(struct epi_gpu *g, uint64_t *at) {
-    if (*at && g->launched) { /* not before the kernels that use it have ended */
-        epi_cu_event_wait(&g->device, g->stream, g->last);
+    if (*at && atomic_load(
+                   &g->launches.launched)) { /* not before the kernels that use it have ended */
+        epi_cu_event_wait(&g->device, g->stream, g->launches.last);
     }
     if (*at) {
         epi_cu_pool_free(&g->device, g->stream, at);
@@ -334,27 +344,44 @@ ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, bool *capturing) {
         g->capture_id = id;
         return begin_captured(g, stream, id);
     }
-    return g->launched ? epi_cu_event_wait(&g->device, stream, g->last) : EP_OK;
+    return atomic_load(&g->launches.launched)
+               ? epi_cu_event_wait(&g->device, stream, g->launches.last)
+               : EP_OK;
 }
 
-ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
-                         int blocks, void *stream) {
-    const struct epi_cu_launch l = {.blocks = blocks,
-                                    .threads = 32 * g->shape.warps,
-                                    .shared_bytes = g->shared_bytes,
-                                    .stream = stream};
-    return epi_cu_launch(&g->device, &g->loaded[kernels[kernel].set]->kernel[kernel], &l, args);
-}
-
-ep_status epi_gpu_end(struct epi_gpu *g, void *stream) {
+/* What was launched on the stream is the newest now. */
+static ep_status end(struct epi_gpu *g, void *stream) {
     struct capture *c = g->capture;
     g->capture = NULL;
     if (c) {
         c->id = g->capture_id;
+        atomic_store(&g->launches.captured, true);
         return epi_cu_event_record(&g->device, c->last, stream);
     }
-    g->launched = true;
-    return epi_cu_event_record(&g->device, g->last, stream);
+    atomic_store(&g->launches.launched, true);
+    return epi_cu_event_record(&g->device, g->launches.last, stream);
+}
+
+static ep_status launch_and_record(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
+                                   int blocks, void *stream, bool join) {
+    const struct epi_cu_launch l = {.blocks = blocks,
+                                    .threads = 32 * g->shape.warps,
+                                    .shared_bytes = g->shared_bytes,
+                                    .stream = stream};
+    EPI_TRY(
+        epi_cu_launch(&g->device, &g->loaded[kernels[kernel].set]->kernel[kernel], &l, args));
+    if (join) {
+        EPI_TRY(epi_cu_event_wait(&g->device, stream, g->launches.last));
+    }
+    return end(g, stream);
+}
+
+ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
+                         int blocks, void *stream, bool join) {
+    epi_gpu_launch_begin();
+    const ep_status st = launch_and_record(g, kernel, args, blocks, stream, join);
+    epi_gpu_launch_end();
+    return st;
 }
 
 ep_status epi_gpu_is_capturing(struct epi_gpu *g, void *stream, bool *capturing) {
@@ -376,10 +403,7 @@ ep_status epi_gpu_beside(struct epi_gpu *g, void *stream) {
     return epi_cu_event_wait(&g->device, stream, g->forked);
 }
 
-ep_status epi_gpu_join(struct epi_gpu *g, void *stream) {
-    return epi_cu_event_wait(&g->device, stream, g->last);
-}
-
 ep_status epi_gpu_idle(struct epi_gpu *g) {
-    return g->launched ? epi_cu_event_query(&g->device, g->last) : EP_OK;
+    return atomic_load(&g->launches.launched) ? epi_cu_event_query(&g->device, g->launches.last)
+                                              : EP_OK;
 }

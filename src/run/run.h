@@ -59,8 +59,12 @@ ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bo
 /* Compiles of a set what is not compiled and loads what is not loaded; before the first launch of
  * its kernels. */
 ep_status epi_gpu_load(struct epi_gpu *g, enum epi_kernel_set set);
-/* After epi_gpu_idle. Does not wait. */
+/* After epi_gpu_idle. Does not wait, unless no rank of the process has anything under way. */
 void epi_gpu_destroy(struct epi_gpu **gpu);
+/* Host memory that was registered with the device and that no kernel uses: is unregistered and
+ * unmapped, when a group begins or ends and no rank of the process has anything under way, because
+ * that waits for every stream of the device. */
+void epi_gpu_retire(struct epi_gpu *g, void *host, size_t bytes);
 const struct epi_cu_device *epi_gpu_device(const struct epi_gpu *g);
 void *epi_gpu_stream(const struct epi_gpu *g); /* of high priority */
 struct epi_gpu_shape epi_gpu_shape(const struct epi_gpu *g);
@@ -82,19 +86,17 @@ void epi_gpu_give_chunk(struct epi_gpu *g, void *chunk);
 ep_status epi_gpu_in(struct epi_gpu *g, uint64_t to, const void *from, size_t bytes);
 ep_status epi_gpu_out(struct epi_gpu *g, void *to, uint64_t from, size_t bytes);
 
-/* Launches of a rank follow each other: begin, launch, end, one caller at a time. Begin makes the
- * stream wait for the launch before; *capturing (may be NULL): the stream is being captured. */
+/* Launches of a rank follow each other: begin, launch, one caller at a time. Begin makes the stream
+ * wait for the launch before; *capturing (may be NULL): the stream is being captured. `join`: after
+ * the kernel the stream waits for the launch before. */
 ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, bool *capturing);
 ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
-                         int blocks, void *stream);
-ep_status epi_gpu_end(struct epi_gpu *g, void *stream);
+                         int blocks, void *stream, bool join);
 ep_status epi_gpu_is_capturing(struct epi_gpu *g, void *stream, bool *capturing);
 /* Begin on the device's own stream, which waits for what is on `stream` now, too. */
 ep_status epi_gpu_fork(struct epi_gpu *g, void *stream);
 /* Begin beside the last launch on the device's own stream: after what that one waits for. */
 ep_status epi_gpu_beside(struct epi_gpu *g, void *stream);
-/* The stream waits for the last launch, outside of captures. */
-ep_status epi_gpu_join(struct epi_gpu *g, void *stream);
 /* EP_OK: all that was launched outside of captures has ended; EP_AGAIN. */
 ep_status epi_gpu_idle(struct epi_gpu *g);
 
