@@ -420,9 +420,27 @@ ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
 /*
  * CUDA groups, beside the rules above:
  *   - One process per GPU, several processes on one GPU, or several ranks in one process (threads,
- *     ep_world), on GPUs of their own or on one, whose SMs they then share. Where ranks of one
- *     process share a GPU each needs a hardware queue: set CUDA_DEVICE_MAX_CONNECTIONS=32 before
- *     the process first uses CUDA.
+ *     ep_world), on GPUs of their own or on one, whose SMs they then share.
+ *   - Set CUDA_DEVICE_MAX_CONNECTIONS=32 before the process first uses CUDA. With fewer hardware
+ *     queues a stream may stand behind another that waits: an operation behind one of a rank of the
+ *     same process, which waits for it; ep_group_stats, ep_handle_counts with rows_per_source or
+ *     rows_per_expert, and a new handle's first operation behind a stream that the caller holds.
+ *   - Kernels of groups and ranks wait for each other, so all that the live groups of a process may
+ *     run at once on a device must fit there. Create promises a rank num_workers SMs, or, where that
+ *     is 0, what the formula wants for rows of max_row_bytes and other groups leave; EP_ERR_ARG
+ *     says what was promised to whom. Processes do not see each other: where several share a GPU by
+ *     MPS, let num_workers of all of them have a sum of at most its SMs.
+ *   - Operations of several groups on one stream run in the order of the calls: it must be the same
+ *     on all ranks, as if they were of one group. Otherwise give each group a stream.
+ *   - Calls of CUDA that wait for all streams of a device (cudaFree, cudaFreeHost,
+ *     cudaHostUnregister, cudaDeviceSynchronize, loading a module, which the first launch of a
+ *     kernel does without CUDA_MODULE_LOADING=EAGER, an allocator that empties its cache) wait for
+ *     operations there, and hold up the launches of all threads meanwhile. Where ranks are threads
+ *     that share a GPU, or whose GPUs have peer access enabled, such a call of one rank after
+ *     another's collective call and before its own ends with the timeout of both. libep makes such
+ *     calls in ep_group_create and ep_group_destroy only: to load kernels that the process has not
+ *     loaded for the device, and to give memory back when no group of the process has anything
+ *     under way or captured.
  *   - Tensors are memory that the group's device can use: its own, managed, or pinned host memory;
  *     anything else is EP_ERR_ARG. A host group refuses device memory.
  *   - Kernels are compiled when a group is created, at the latest; no operation compiles,
@@ -434,7 +452,7 @@ ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
  *     replayed; routing and data may change between replays, shapes and addresses not. Every rank
  *     replays alike. A replay is ordered with the group's other operations by its stream only, and
  *     two operations of a group must not run at the same time on one rank. The handle and the
- *     group must outlive the graph. Handles may be created and destroyed meanwhile, which is no
+ *     group must outlive the graph and its replays, which destroy does not wait for. Handles may be created and destroyed meanwhile, which is no
  *     part of the graph; ep_dispatch_begin and _finish and ep_handle_counts are refused in a
  *     capture; groups must not be created or destroyed.
  *   - Rows move by bulk copies on sm_90 and later, through registers on older GPUs, or on any with
@@ -567,7 +585,9 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
  */
 #define EP_DISPATCH_EXPANDED 1u
 /* recv_x becomes a view of the arena (zero-copy): libep fills in the tensor. The view is valid,
- * and may be written by its owner, until num_slots further dispatches were issued. */
+ * and may be written by its owner, until num_slots further dispatches were issued. Calls take the
+ * slots in turn; a dispatch in a graph keeps that of its capture, and every replay ends the views of
+ * all dispatches in that slot, its own included. */
 #define EP_DISPATCH_ARENA 2u
 /* Expanded: rows of recv_x between the end of an expert's group and the next start are zeroed;
  * else they are left as they were. */

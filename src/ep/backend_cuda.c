@@ -7,10 +7,10 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "src/cu/cu.h"
 #include "src/ep/cuda_memory.h"
+#include "src/ep/cuda_sms.h"
 #include "src/ep/group.h"
 #include "src/ep/notices.h"
 
@@ -22,6 +22,7 @@ _Static_assert(sizeof(struct k_board) <= BOARD_BYTES, "a board has so much memor
 struct epi_cuda {
     struct epi_gpu *gpu;
     bool nvlink; /* how peers are reached */
+    struct epi_cuda_sms sms;
     uint64_t tables, ctl;
     struct epi_notices notices; /* guarded by the group's mutex, as is `stop` */
     bool watching, stop;
@@ -76,60 +77,7 @@ static ep_status open_device(ep_group *g) {
     return st;
 }
 
-/* ---- SMs ----------------------------------------------------------------------------------- */
-
-struct seat {
-    uint8_t uuid[16];
-    int64_t process;
-};
-
-/* Differs between processes, also of different containers. */
-static int64_t process_id(void) {
-    static _Atomic int64_t id;
-    int64_t none = 0;
-    atomic_compare_exchange_strong(&id, &none, epi_now_ns() ^ ((int64_t)getpid() << 40));
-    return atomic_load(&id);
-}
-
-/* How many SMs this rank's operations can take. Ranks of one process on one device must all fit at
- * once, also while each routes. */
-static ep_status limit_workers(ep_group *g, const struct epi_exchange *x) {
-    const struct epi_cu_device *d = epi_gpu_device(g->cuda->gpu);
-    struct seat mine, *all = epi_alloc_array((size_t)g->num_ranks, sizeof(*all));
-    int sharing = 0, others = 0;
-    ep_status st = EP_OK;
-    memset(&mine, 0, sizeof(mine));
-    memcpy(mine.uuid, d->uuid, sizeof(mine.uuid));
-    mine.process = process_id();
-    if (!all) {
-        st = epi_fail(EP_ERR_NOMEM, "no memory to compare %d ranks", g->num_ranks);
-    }
-    st = epi_agree(x, st, "dividing the SMs");
-    if (st == EP_OK) {
-        st = x->allgather(x->ctx, &mine, sizeof(mine), all);
-    }
-    for (int r = 0; st == EP_OK && r < g->num_ranks; r++) {
-        const bool here = memcmp(all[r].uuid, mine.uuid, sizeof(mine.uuid)) == 0;
-        sharing += here && all[r].process == mine.process;
-        others += !here;
-    }
-    epi_free(all);
-    if (st != EP_OK) {
-        return st;
-    }
-    const int most = sharing > 1 ? d->num_sms / sharing / 2 : d->num_sms;
-    const int cap = most < 1 ? 1 : most < K_MAX_BLOCKS ? most : K_MAX_BLOCKS;
-    g->cuda->nvlink = others == 0 || epi_mem_on_device(g->mem);
-    g->workers = g->config.num_workers;
-    if (g->workers > cap) {
-        st = epi_fail(EP_ERR_ARG,
-                      "ep_group_config.num_workers is %d, must be at most %d: device %d has %d "
-                      "SMs for %d rank(s) of this process",
-                      g->workers, cap, d->index, d->num_sms, sharing);
-    }
-    g->most_workers = cap;
-    return st;
-}
+/* ---- memory --------------------------------------------------------------------------------- */
 
 static void cuda_choose_memory(ep_group *g, struct epi_mem_config *m,
                                struct epi_mem_device *ops) {
@@ -233,8 +181,8 @@ static struct epi_shape cuda_shape(const ep_group *g, int asked, const struct ep
     const struct epi_sms sms =
         epi_sms_for(epi_gpu_device(g->cuda->gpu)->major, g->cuda->nvlink, g->num_ranks, load);
     const int all = asked ? asked : load->row_bytes ? sms.all : channels;
-    struct epi_shape out = {all < g->most_workers ? all : g->most_workers, 0, s.stages,
-                            s.stage_bytes};
+    const int most = load->row_bytes ? g->most_workers : g->cuda->sms.local;
+    struct epi_shape out = {all < most ? all : most, 0, s.stages, s.stage_bytes};
     const int half = (out.workers + 1) / 2;
     out.send_blocks = half < sms.send ? half : sms.send;
     if (row > 0 && row < out.stage_bytes) { /* short rows: more of them under way */
@@ -364,8 +312,12 @@ static ep_status start_watching(ep_group *g) {
 
 /* Once there is memory. */
 static ep_status cuda_prepare(ep_group *g, const struct epi_exchange *x) {
-    ep_status st = limit_workers(g, x);
+    struct epi_cuda *c = g->cuda;
+    ep_status st = epi_cuda_sms_promise(&c->sms, g, epi_gpu_device(c->gpu), x);
     if (st == EP_OK) {
+        g->workers = g->config.num_workers;
+        g->most_workers = c->sms.promised;
+        c->nvlink = c->sms.one_device || epi_mem_on_device(g->mem);
         st = fill_tables(g);
     }
     if (st == EP_OK) {
@@ -417,6 +369,7 @@ static void close_device(ep_group *g) {
     if (!c) {
         return;
     }
+    epi_cuda_sms_give_back(&c->sms);
     epi_gpu_destroy(&c->gpu);
     pthread_cond_destroy(&c->stopping);
     epi_free(c);
