@@ -7,8 +7,9 @@
  */
 #include <pthread.h>
 #include <stdio.h>
-#include <string.h>
+#include <stdlib.h>
 
+#include "src/cu/driver.h"
 #include "tests/calls.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
@@ -185,6 +186,58 @@ static void counts_of_a_held_stream(struct world *w) {
     two_free(&t);
 }
 
+/* ---- a launch that fails -------------------------------------------------------------------- */
+
+#define CAPTURED 5
+#define CAPTURE_THREAD_LOCAL 1
+
+static void capture_some(struct two *t) {
+    int (*begin)(void *stream, int mode), (*end)(void *stream, void **graph);
+    int (*destroy)(void *graph);
+    struct world *w = t->w;
+    void *graph = NULL;
+
+    *(void **)&begin = gpu_symbol("cuStreamBeginCapture_v2");
+    *(void **)&end = gpu_symbol("cuStreamEndCapture");
+    *(void **)&destroy = gpu_symbol("cuGraphDestroy");
+    world_is(w, epi_cu_enter(t->device), EP_OK, "the device's context");
+    world_check(w, begin(t->stream[1], CAPTURE_THREAD_LOCAL) == 0, "cuStreamBeginCapture");
+    for (int i = 0; i < CAPTURED; i++) {
+        world_is(w, run_dispatch(&t->run[1], t->handle[1], t->stream[1]), EP_OK, "captured");
+    }
+    world_check(w, end(t->stream[1], &graph) == 0, "cuStreamEndCapture");
+    world_check(w, destroy(graph) == 0, "cuGraphDestroy");
+    epi_cu_leave();
+}
+
+/* Operations that were captured and never ran do not make the others take a failed launch for one
+ * that is yet to come. Rank 0 is a process. */
+static void launch_fails(struct world *w) {
+    int (*fail)(int n);
+    struct ep_fault fault = EP_FAULT_INIT;
+    struct two t;
+
+    two_create(&t, w, true);
+    capture_some(&t);
+    if (w->rank != 0) {
+        world_is(w, run_dispatch(&t.run[0], t.handle[0], t.stream[0]), EP_OK, "dispatch");
+    }
+    world_barrier(w);
+    if (w->rank == 0) {
+        *(void **)&fail = gpu_symbol("driver_fail_launch");
+        fail(1);
+        world_fails(w, run_dispatch(&t.run[0], t.handle[0], t.stream[0]), EP_ERR_NOMEM,
+                    "ep_dispatch", "a launch that fails");
+    } else {
+        world_fails(w, call_stream_sync(w->group, t.stream[0]), EP_ERR_NOMEM, "rank 0|NOMEM",
+                    "what was found");
+    }
+    world_is(w, ep_group_fault(w->group, &fault), EP_OK, "ep_group_fault");
+    world_is(w, (ep_status)fault.status, EP_ERR_NOMEM, "the group's fault");
+    world_barrier(w);
+    two_free(&t);
+}
+
 /* ---- the test ------------------------------------------------------------------------------- */
 
 static void run(uint64_t seed, void (*body)(struct world *w), bool two_step, int timeout_ms,
@@ -224,5 +277,8 @@ int main(void) {
     }
     run(seed + 3, counts_of_a_held_stream, false, 1500, false,
         "the counts of a stream that does not come to its dispatch");
+    if (getenv("EP_TEST_DRIVER") && gpu_processes(true)) {
+        run(seed + 4, launch_fails, false, 0, true, "a launch that fails after captures");
+    }
     return done_testing();
 }

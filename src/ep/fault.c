@@ -55,6 +55,22 @@ bool epi_group_is_over(ep_group *g, uint64_t n) {
     return read_word(&b->abort) != 0 || K_ABORT_ENDS(read_word(&b->told), (k_u32)n);
 }
 
+/*
+ * On a device an operation's number is not its epoch there: graphs replay some that nobody has
+ * issued, and what was captured may never run. So what a host raises about one ends all, as a
+ * cancellation does, and has its status where the epoch would be.
+ */
+static k_u64 pack_fault(const ep_group *g, ep_status status, int subject, uint64_t n) {
+    return n && g->backend->on_device
+               ? K_ABORT_PACK(EP_ERR_INTERRUPTED, g->rank, subject, 0, 0, -(int)status)
+               : K_ABORT_PACK((int)status, g->rank, subject, 0, 0, n);
+}
+
+static int status_in(const ep_group *g, k_u64 w) {
+    const int status = K_ABORT_STATUS(w), raised = -(int)(w & 0xfffff);
+    return g->backend->on_device && status == EP_ERR_INTERRUPTED && raised ? raised : status;
+}
+
 /* The one way in which a host writes to the boards of others: this rank has `word` to say to all. A
  * fault says more than a goodbye, which it may replace. Ranks whose boards are not mapped here would
  * be told over the control connection. */
@@ -146,7 +162,7 @@ static void describe_own(const ep_group *g, struct ep_fault *f) {
 /* From an abort word: what a peer, the boot or the caller said. */
 static void describe_word(ep_group *g, k_u64 w, struct ep_fault *f) {
     const uint64_t told = atomic_load(&g->fault_told);
-    f->status = is_goodbye(w) ? EP_ERR_PEER : K_ABORT_STATUS(w);
+    f->status = is_goodbye(w) ? EP_ERR_PEER : status_in(g, w);
     f->rank = K_ABORT_SUBJECT(w);
     f->reporter = K_ABORT_REPORTER(w);
     f->operation = K_ABORT_KIND(w);
@@ -257,7 +273,7 @@ ep_status epi_group_admit(ep_group *g) {
 }
 
 void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n) {
-    k_u64 zero = 0, code = K_ABORT_PACK((int)status, g->rank, subject, 0, 0, n);
+    k_u64 zero = 0, code = pack_fault(g, status, subject, n);
     atomic_compare_exchange_strong((_Atomic k_u64 *)&own_board(g)->abort, &zero, code);
     if (n) {
         note_told(g, n);

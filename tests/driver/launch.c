@@ -193,12 +193,23 @@ static void run_launch(struct op *op) {
     free(teams);
 }
 
+/* For tests: the process's launch number `n` from now on fails, and a captured one counts. */
+static atomic_int until_failure;
+DEFINE(driver_fail_launch, int n) {
+    atomic_store(&until_failure, n);
+    return 0;
+}
+
 DEFINE(cuLaunchKernel, void *function, unsigned blocks, unsigned by, unsigned bz,
        unsigned threads, unsigned ty, unsigned tz, unsigned shared_bytes, void *stream,
        void **params, void **extra) {
     const struct kernel *kernel = function;
-    struct op *op = driver_op(run_launch);
     (void)extra;
+    if (atomic_load_explicit(&until_failure, memory_order_relaxed) > 0 &&
+        atomic_fetch_sub(&until_failure, 1) == 1) {
+        return CU_OUT_OF_MEMORY;
+    }
+    struct op *op = driver_op(run_launch);
     if (by * bz * ty * tz != 1 || threads % 32 != 0) {
         abort();
     }
