@@ -245,18 +245,18 @@ static void spoilt_capture(struct world *w) {
     struct ep_fault fault = EP_FAULT_INIT;
     struct ep_tensor ids, x;
     void *stream = NULL, *graph = NULL;
-    uint64_t at[2] = {0, 0};
+    struct gpu_piece piece[2];
     ep_handle *h = NULL;
 
     *(void **)&begin = gpu_symbol("cuStreamBeginCapture_v2");
     *(void **)&end = gpu_symbol("cuStreamEndCapture");
     world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
     for (int i = 0; i < 2; i++) {
-        gpu_must(epi_cu_alloc(d, &at[i], 2 * EP_ROW_ALIGN), "ids and rows");
-        gpu_must(epi_cu_fill(d, stream, at[i], 0, 2 * EP_ROW_ALIGN), "ids and rows");
+        gpu_take(call_gpu(w->group), 2 * EP_ROW_ALIGN, &piece[i]);
+        gpu_must(epi_cu_fill(d, stream, piece[i].device, 0, 2 * EP_ROW_ALIGN), "ids and rows");
     }
-    ep_tensor_2d(&ids, EP_I32, (void *)(uintptr_t)at[0], 2, 1);
-    ep_tensor_2d(&x, EP_F32, (void *)(uintptr_t)at[1], 2, 4);
+    ep_tensor_2d(&ids, EP_I32, (void *)(uintptr_t)piece[0].device, 2, 1);
+    ep_tensor_2d(&x, EP_F32, (void *)(uintptr_t)piece[1].device, 2, 4);
     routing.topk_ids = &ids;
     args.x = &x;
     world_is(w, ep_handle_create(&h, w->group, NULL), EP_OK, "ep_handle_create");
@@ -273,54 +273,57 @@ static void spoilt_capture(struct world *w) {
     world_is(w, ep_handle_status(h), EP_OK, "what was found");
     ep_handle_destroy(&h);
     call_stream_destroy(w->group, &stream);
-    epi_cu_free(d, &at[0]);
-    epi_cu_free(d, &at[1]);
+    gpu_give(call_gpu(w->group), &piece[0]);
+    gpu_give(call_gpu(w->group), &piece[1]);
 }
 
 /* ---- a handle after a handle --------------------------------------------------------------- */
 
-/* What was queued for a handle that is gone, and found a bad id, says nothing to the next one. */
+/* What was queued for a handle that is gone, and found a bad id, says nothing to the next one. The
+ * ranks are not in step, so nothing is given back to the driver while another holds its stream. */
 static void after_another(struct world *w) {
     const struct epi_cu_device *d = &call_gpu(w->group)->device;
     struct ep_routing routing = EP_ROUTING_INIT;
     struct ep_tensor ids;
     const size_t bytes = 2 * 4 * sizeof(int32_t);
-    void *word = NULL, *stream = NULL;
-    uint64_t at[2] = {0, 0};
+    struct gpu_piece piece[3]; /* two lists of ids, and a word */
+    void *stream = NULL;
     ep_handle *h = NULL;
 
-    gpu_must(epi_cu_alloc_host(d, &word, sizeof(uint32_t)), "a word");
-    memset(word, 0, sizeof(uint32_t));
+    for (int i = 0; i < 3; i++) {
+        gpu_take(call_gpu(w->group), bytes, &piece[i]);
+    }
+    uint32_t *word = (uint32_t *)(void *)piece[2].host;
+    *word = 0;
     world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
     for (int i = 0; i < 2; i++) { /* ids far too large, and -1 */
-        gpu_must(epi_cu_alloc(d, &at[i], bytes), "ids");
-        gpu_must(epi_cu_fill(d, stream, at[i], i ? 0xff : 0x77, bytes), "ids");
+        gpu_must(epi_cu_fill(d, stream, piece[i].device, i ? 0xff : 0x77, bytes), "ids");
     }
     ep_tensor_2d(&ids, EP_I32, NULL, 2, 4);
     routing.topk_ids = &ids;
     if (epi_cu_stream_hold(d, stream, word, 1) == EP_OK) {
         for (int i = 0; i < 2; i++) {
             world_is(w, ep_handle_create(&h, w->group, NULL), EP_OK, "ep_handle_create");
-            ids.data = (void *)(uintptr_t)at[i];
+            ids.data = (void *)(uintptr_t)piece[i].device;
             world_is(w, ep_handle_route(h, &routing, stream), EP_OK, "ep_handle_route");
             world_is(w, ep_handle_status(h), EP_AGAIN, "before it ran");
             if (i == 0) {
                 ep_handle_destroy(&h);
             }
         }
-        __atomic_store_n((uint32_t *)word, 1, __ATOMIC_SEQ_CST);
+        __atomic_store_n(word, 1, __ATOMIC_SEQ_CST);
         gpu_must(epi_cu_stream_sync(d, stream), "the stream");
         world_is(w, ep_handle_status(h), EP_OK, "after the other's bad id");
-        ids.data = (void *)(uintptr_t)at[0];
+        ids.data = (void *)(uintptr_t)piece[0].device;
         world_is(w, ep_handle_route(h, &routing, stream), EP_OK, "ep_handle_route");
         gpu_must(epi_cu_stream_sync(d, stream), "the stream");
         world_is(w, ep_handle_status(h), EP_ERR_ARG, "a bad id of its own");
         ep_handle_destroy(&h);
     }
     call_stream_destroy(w->group, &stream);
-    epi_cu_free(d, &at[0]);
-    epi_cu_free(d, &at[1]);
-    epi_cu_free_host(d, &word);
+    for (int i = 0; i < 3; i++) {
+        gpu_give(call_gpu(w->group), &piece[i]);
+    }
 }
 
 /* ---- the test ------------------------------------------------------------------------------ */
