@@ -99,7 +99,12 @@ ep_status epi_cu_pool_alloc(const struct epi_cu_device *d, void *pool, void *str
 }
 
 void epi_cu_pool_free(const struct epi_cu_device *d, void *stream, uint64_t *at) {
-    CU_GIVE_BACK(d, at, epi_cu_driver.MemFreeAsync(*at, stream));
+    int mode;
+    if (*at && epi_cu_enter_relaxed(d, &mode) == EP_OK) {
+        epi_cu_driver.MemFreeAsync(*at, stream);
+        epi_cu_leave_relaxed(mode);
+    }
+    *at = 0;
 }
 
 static ep_status then_sync(ep_status copied, void *stream) {

@@ -58,11 +58,12 @@ static void release_memory(void *ctx, const struct epi_mem_piece *piece) {
 }
 
 static ep_status attach_host(void *ctx, void *host, size_t bytes, uint64_t *address) {
-    return epi_cu_register(device_of(ctx), host, bytes, address);
+    return epi_gpu_attach(ctx, host, bytes, address);
 }
 
 static void detach_host(void *ctx, void *host, size_t bytes) {
-    epi_gpu_retire(ctx, host, bytes);
+    (void)ctx, (void)bytes; /* which are noted */
+    epi_gpu_detach(host);
 }
 
 struct epi_mem_device epi_cuda_memory(struct epi_gpu *gpu) {

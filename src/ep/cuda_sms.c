@@ -36,7 +36,7 @@ static int64_t process_id(void) {
 }
 
 /* What a group wants that leaves it to the library: the formula's most, for rows of its size. */
-static int wanted(const ep_group *g, const struct epi_cu_device *d, bool nvlink) {
+static int wanted_sms(const ep_group *g, const struct epi_cu_device *d, bool nvlink) {
     const struct epi_load load = {g->config.max_row_bytes, g->config.max_topk, true, false};
     return epi_sms_for(d->major, nvlink, g->num_ranks, &load).all;
 }
@@ -48,7 +48,7 @@ struct sharing {
     int taken, others;    /* by other groups; ranks on other devices */
 };
 
-static struct sharing count(const struct seat *all, int num, const struct seat *mine) {
+static struct sharing count_sharing(const struct seat *all, int num, const struct seat *mine) {
     struct sharing s = {0};
     for (int r = 0; r < num; r++) {
         const bool here = memcmp(all[r].uuid, mine->uuid, sizeof(mine->uuid)) == 0;
@@ -63,15 +63,15 @@ static struct sharing count(const struct seat *all, int num, const struct seat *
     return s;
 }
 
-static int at_least_one(int n) {
+static int one_at_least(int n) {
     return n < 1 ? 1 : n;
 }
 
 /* All ranks of the process on the device come to the same. */
-static ep_status divide(struct epi_cuda_sms *out, const ep_group *g,
-                        const struct epi_cu_device *d, const struct sharing *s, int asked) {
+static ep_status divide_sms(struct epi_cuda_sms *out, const ep_group *g,
+                            const struct epi_cu_device *d, const struct sharing *s, int asked) {
     const int share = s->ranks > 1 ? d->num_sms / s->ranks / 2 : d->num_sms;
-    const int most = at_least_one(share < K_MAX_BLOCKS ? share : K_MAX_BLOCKS);
+    const int most = one_at_least(share < K_MAX_BLOCKS ? share : K_MAX_BLOCKS);
     const int rest = d->num_sms - s->taken - s->asked, num_rest = s->ranks - s->num_asked;
     if (asked > most) {
         return epi_fail(
@@ -91,14 +91,14 @@ static ep_status divide(struct epi_cuda_sms *out, const ep_group *g,
     out->promised = asked;
     if (!asked) {
         const bool nvlink = out->one_device || epi_mem_on_device(g->mem);
-        const int fair = rest / num_rest, want = wanted(g, d, nvlink);
+        const int fair = rest / num_rest, want = wanted_sms(g, d, nvlink);
         out->promised = most < fair ? most : fair;
         out->promised = want < out->promised ? want : out->promised;
     }
     return EP_OK;
 }
 
-static int taken_of(int device) {
+static int sms_taken(int device) {
     pthread_mutex_lock(&mutex);
     const int taken = promised[device];
     pthread_mutex_unlock(&mutex);
@@ -138,16 +138,16 @@ ep_status epi_cuda_sms_promise(struct epi_cuda_sms *out, const ep_group *g,
         st = epi_fail(EP_ERR_UNSUPPORTED, "device %d: a process can use the first %d", d->index,
                       MAX_DEVICES);
     } else {
-        mine.taken = taken_of(d->index);
+        mine.taken = sms_taken(d->index);
     }
     st = epi_agree(x, st, "dividing the SMs");
     if (st == EP_OK) {
         st = x->allgather(x->ctx, &mine, sizeof(mine), all);
     }
     if (st == EP_OK) {
-        const struct sharing s = count(all, g->num_ranks, &mine);
+        const struct sharing s = count_sharing(all, g->num_ranks, &mine);
         *out = (struct epi_cuda_sms){.device = d->index, .one_device = s.others == 0};
-        st = divide(out, g, d, &s, mine.asked);
+        st = divide_sms(out, g, d, &s, mine.asked);
         st = st == EP_OK ? take_sms(out, d) : st;
     }
     epi_free(all);

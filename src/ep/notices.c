@@ -20,7 +20,7 @@ struct epi_notice_chunk {
     struct epi_notice_chunk *next;
 };
 
-static ep_status add_chunk(struct epi_notices *n, struct epi_gpu *gpu) {
+static ep_status add_notices(struct epi_notices *n, struct epi_gpu *gpu) {
     void *memory = NULL;
     struct epi_notice_chunk *c = epi_alloc(sizeof(*c));
     if (!c) {
@@ -43,7 +43,7 @@ ep_status epi_notice_take(struct epi_notices *n, struct epi_gpu *gpu, struct k_c
         c = c->next;
     }
     if (!c) {
-        EPI_TRY(add_chunk(n, gpu));
+        EPI_TRY(add_notices(n, gpu));
         c = n->first;
     }
     int i = 0;

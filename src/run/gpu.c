@@ -203,7 +203,7 @@ ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bo
     if (!g) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a device");
     }
-    epi_gpu_retired_free();
+    epi_gpu_free_retired();
     ep_status st = open_all(g, device, scratch_bytes, generic);
     if (st != EP_OK) {
         epi_gpu_destroy(&g);
@@ -231,12 +231,16 @@ void epi_gpu_destroy(struct epi_gpu **gpu) {
         epi_gpu_memory_close(&g->memory);
         epi_cu_device_close(&g->device);
         epi_free(g);
-        epi_gpu_retired_free();
+        epi_gpu_free_retired();
     }
 }
 
-void epi_gpu_retire(struct epi_gpu *g, void *host, size_t bytes) {
-    epi_gpu_retired_add(&g->device, host, bytes);
+ep_status epi_gpu_attach(struct epi_gpu *g, void *host, size_t bytes, uint64_t *address) {
+    return epi_gpu_register(&g->device, host, bytes, address);
+}
+
+void epi_gpu_detach(void *host) {
+    epi_gpu_unregister(host);
 }
 
 const struct epi_cu_device *epi_gpu_device(const struct epi_gpu *g) {
@@ -266,14 +270,14 @@ ep_status epi_gpu_reserve(struct epi_gpu *g, uint64_t *at, size_t bytes) {
     return EP_OK;
 }
 
-static ep_status zero_now(struct epi_gpu *g, uint64_t at, size_t bytes) {
+static ep_status zero_at_once(struct epi_gpu *g, uint64_t at, size_t bytes) {
     EPI_TRY(epi_cu_fill(&g->device, g->control, at, 0, bytes));
     return epi_cu_stream_sync(&g->device, g->control);
 }
 
 ep_status epi_gpu_zero(struct epi_gpu *g, void *stream, uint64_t at, size_t bytes) {
     if (g->capture) { /* a graph would do it again and again */
-        return zero_now(g, at, bytes);
+        return zero_at_once(g, at, bytes);
     }
     EPI_TRY(epi_cu_event_wait(&g->device, stream, g->made));
     return epi_cu_fill(&g->device, stream, at, 0, bytes);
@@ -282,7 +286,7 @@ ep_status epi_gpu_zero(struct epi_gpu *g, void *stream, uint64_t at, size_t byte
 ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes) {
     uint64_t got = 0;
     EPI_TRY(epi_gpu_reserve(g, &got, bytes));
-    const ep_status st = zero_now(g, got, bytes);
+    const ep_status st = zero_at_once(g, got, bytes);
     if (st != EP_OK) {
         epi_cu_pool_free(&g->device, g->control, &got);
         return st;
@@ -350,7 +354,7 @@ ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, bool *capturing) {
 }
 
 /* What was launched on the stream is the newest now. */
-static ep_status end(struct epi_gpu *g, void *stream) {
+static ep_status record_launch(struct epi_gpu *g, void *stream) {
     struct capture *c = g->capture;
     g->capture = NULL;
     if (c) {
@@ -373,7 +377,7 @@ static ep_status launch_and_record(struct epi_gpu *g, enum epi_kernel kernel, co
     if (join) {
         EPI_TRY(epi_cu_event_wait(&g->device, stream, g->launches.last));
     }
-    return end(g, stream);
+    return record_launch(g, stream);
 }
 
 ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *args,

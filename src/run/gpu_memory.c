@@ -21,7 +21,7 @@ struct epi_gpu_memory {
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct epi_gpu_memory *all;
 
-static ep_status add(int device) {
+static ep_status add_memory(int device) {
     struct epi_gpu_memory *m = epi_alloc(sizeof(*m));
     if (!m) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a device");
@@ -52,7 +52,7 @@ ep_status epi_gpu_memory_open(struct epi_gpu_memory **out, int device) {
     ep_status st = EP_OK;
     pthread_mutex_lock(&mutex);
     if (!find_memory(device)) {
-        st = add(device);
+        st = add_memory(device);
     }
     if (st == EP_OK) {
         *out = find_memory(device);

@@ -11,18 +11,19 @@
 
 #include <sys/mman.h>
 
-struct retired {
+struct registered {
     struct epi_cu_device device; /* open for good, as all that have had kernels */
     void *host;
     size_t bytes;
-    struct retired *next;
+    bool retired;
+    struct registered *next;
 };
 
 /* Who launches holds it to read, and who looks whether anybody has to write: never waiting. */
 static pthread_rwlock_t gate = PTHREAD_RWLOCK_INITIALIZER;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards the lists */
 static struct epi_gpu_activity *active;
-static struct retired *all;
+static struct registered *registered;
 
 void epi_gpu_activity_begin(struct epi_gpu_activity *a) {
     pthread_mutex_lock(&mutex);
@@ -51,22 +52,35 @@ void epi_gpu_launch_end(void) {
     pthread_rwlock_unlock(&gate);
 }
 
-void epi_gpu_retired_add(const struct epi_cu_device *d, void *host, size_t bytes) {
-    struct retired *r = epi_alloc(sizeof(*r));
+ep_status epi_gpu_register(const struct epi_cu_device *d, void *host, size_t bytes,
+                           uint64_t *address) {
+    struct registered *r = epi_alloc(sizeof(*r));
     if (!r) {
-        epi_log(EPI_LOG_WARN, "no memory to note %zu bytes of shared memory, which stay mapped",
-                bytes);
-        return;
+        return epi_fail(EP_ERR_NOMEM, "no memory to note %zu bytes of shared memory", bytes);
     }
-    *r = (struct retired){*d, host, bytes, NULL};
+    const ep_status st = epi_cu_register(d, host, bytes, address);
+    if (st != EP_OK) {
+        epi_free(r);
+        return st;
+    }
+    *r = (struct registered){*d, host, bytes, false, NULL};
     pthread_mutex_lock(&mutex);
-    r->next = all;
-    all = r;
+    r->next = registered;
+    registered = r;
+    pthread_mutex_unlock(&mutex);
+    return EP_OK;
+}
+
+void epi_gpu_unregister(void *host) {
+    pthread_mutex_lock(&mutex);
+    for (struct registered *r = registered; r; r = r->next) {
+        r->retired = r->retired || r->host == host;
+    }
     pthread_mutex_unlock(&mutex);
 }
 
 /* Both locks are held. */
-static bool any_busy(void) {
+static bool any_gpu_busy(void) {
     for (const struct epi_gpu_activity *a = active; a; a = a->next) {
         if (atomic_load(&a->captured) ||
             (atomic_load(&a->launched) && epi_cu_event_query(a->device, a->last) == EP_AGAIN)) {
@@ -76,14 +90,26 @@ static bool any_busy(void) {
     return false;
 }
 
-void epi_gpu_retired_free(void) {
+/* Takes one that is retired out of the list; NULL: there is none. The mutex is held. */
+static struct registered *take_one_retired(void) {
+    struct registered **at = &registered;
+    while (*at && !(*at)->retired) {
+        at = &(*at)->next;
+    }
+    struct registered *r = *at;
+    if (r) {
+        *at = r->next;
+    }
+    return r;
+}
+
+void epi_gpu_free_retired(void) {
+    struct registered *r;
     if (pthread_rwlock_trywrlock(&gate) != 0) {
         return; /* somebody is launching */
     }
     pthread_mutex_lock(&mutex);
-    while (all && !any_busy()) {
-        struct retired *r = all;
-        all = r->next;
+    while (!any_gpu_busy() && (r = take_one_retired()) != NULL) {
         epi_cu_unregister(&r->device, r->host);
         munmap(r->host, r->bytes);
         epi_free(r);

@@ -27,10 +27,13 @@ void epi_gpu_activity_end(struct epi_gpu_activity *a);
 void epi_gpu_launch_begin(void);
 void epi_gpu_launch_end(void);
 
-/* Host memory that a device of this process knows and nobody uses: unregistered and unmapped when
- * nothing that was launched can be waited for. */
-void epi_gpu_retired_add(const struct epi_cu_device *d, void *host, size_t bytes);
+/* Host memory for kernels, as of epi_cu_register. */
+ep_status epi_gpu_register(const struct epi_cu_device *d, void *host, size_t bytes,
+                           uint64_t *address);
+/* No kernel uses it any more: it is unregistered and unmapped when nothing that was launched can be
+ * waited for. */
+void epi_gpu_unregister(void *host);
 /* Does that for all of it, if it may be now. */
-void epi_gpu_retired_free(void);
+void epi_gpu_free_retired(void);
 
 #endif

@@ -61,10 +61,11 @@ ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bo
 ep_status epi_gpu_load(struct epi_gpu *g, enum epi_kernel_set set);
 /* After epi_gpu_idle. Does not wait, unless no rank of the process has anything under way. */
 void epi_gpu_destroy(struct epi_gpu **gpu);
-/* Host memory that was registered with the device and that no kernel uses: is unregistered and
- * unmapped, when a group begins or ends and no rank of the process has anything under way, because
- * that waits for every stream of the device. */
-void epi_gpu_retire(struct epi_gpu *g, void *host, size_t bytes);
+/* Registers host memory, a mapping, for the kernels of all devices of the process. When no kernel
+ * uses it any more, detach: it is unregistered and unmapped when a group begins or ends and no rank
+ * of the process has anything under way, because that waits for every stream of the device. */
+ep_status epi_gpu_attach(struct epi_gpu *g, void *host, size_t bytes, uint64_t *address);
+void epi_gpu_detach(void *host);
 const struct epi_cu_device *epi_gpu_device(const struct epi_gpu *g);
 void *epi_gpu_stream(const struct epi_gpu *g); /* of high priority */
 struct epi_gpu_shape epi_gpu_shape(const struct epi_gpu *g);
