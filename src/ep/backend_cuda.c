@@ -127,7 +127,7 @@ static ep_status cuda_read_memory(ep_group *g, void *out, const void *at, size_t
     return epi_gpu_out(g->cuda->gpu, out, (uint64_t)(uintptr_t)at, bytes);
 }
 
-/* Nothing here waits for the device: what must be zero the first operation zeroes, on its stream. */
+/* Nothing here waits for the device: the memory is zeroed by the first operation, on its stream. */
 static ep_status cuda_make_handle(ep_handle *h) {
     ep_group *g = h->group;
     struct epi_cuda *c = g->cuda;
@@ -149,14 +149,13 @@ static ep_status cuda_make_handle(ep_handle *h) {
     return st;
 }
 
-/* Of a handle's memory, from `totals` to its end. */
+/* All of a handle's memory: what a dispatch that ends early has not filled reads as nothing. */
 static ep_status zero_first(struct epi_op *op, void *stream) {
     ep_handle *h = op->h;
     const ep_group *g = h->group;
-    const uint64_t from = (uint64_t)(uintptr_t)h->k.totals;
-    const uint64_t end = (uint64_t)(uintptr_t)h->block + (uint64_t)g->plan.info.handle_bytes;
     if (!h->zeroed) {
-        EPI_TRY(epi_gpu_zero(g->cuda->gpu, stream, from, (size_t)(end - from)));
+        EPI_TRY(epi_gpu_zero(g->cuda->gpu, stream, (uint64_t)(uintptr_t)h->block,
+                             (size_t)g->plan.info.handle_bytes));
         h->zeroed = true;
     }
     return EP_OK;

@@ -52,7 +52,7 @@ struct ep_handle {
     struct k_handle k;       /* addresses of kernels' memory */
     void *block;             /* that k points into */
     struct k_counts *notice; /* what kernels tell the host */
-    bool zeroed;             /* of a CUDA group: what of the block must be zero at first */
+    bool zeroed;             /* of a CUDA group: the block, which begins with any contents */
     atomic_int pending;      /* pieces of work queued and not ended */
     atomic_int refs;         /* the caller's and one for each of those */
 

@@ -294,7 +294,7 @@ size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p
     TAKE(remote_base, ranks * 4);
     TAKE(remote_where, ranks * 4);
     TAKE(expand_row, p->info.max_recv_rows * topk * 4);
-    TAKE(totals, blocks * columns * 8); /* this and what follows begins with zeros */
+    TAKE(totals, blocks * columns * 8);
     TAKE(counts, (int64_t)sizeof(struct k_counts));
     TAKE(sync, 8);
 #undef TAKE

@@ -72,7 +72,7 @@ struct epi_gpu_shape epi_gpu_shape(const struct epi_gpu *g);
 
 /* Zeroed; returns when it is. */
 ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes);
-/* Of any contents, and does not wait: for streams that have called epi_gpu_zero for some of it. */
+/* Of any contents, and does not wait: for streams that have called epi_gpu_zero for it. */
 ep_status epi_gpu_reserve(struct epi_gpu *g, uint64_t *at, size_t bytes);
 /* On the stream, after epi_gpu_begin; but in a capture at once, and in no graph. */
 ep_status epi_gpu_zero(struct epi_gpu *g, void *stream, uint64_t at, size_t bytes);
