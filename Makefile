@@ -338,7 +338,9 @@ endif
 $(FUZZERS): $(B)/tests/%: $(B)/obj/tests/%.o $(B)/libep.a $(filter %.o,$(FUZZ_MAIN))
 	@mkdir -p $(@D)
 	$(SAY) LINK $@
-	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -o $@ $< $(FUZZ_MAIN) $(B)/libep.a $(LIBS)
+	$(Q)$(CC) $(VARIANT_FLAGS) $(LDFLAGS) -o $@ $(filter %.o,$^) \
+	    $(filter-out %.o,$(FUZZ_MAIN)) $(B)/libep.a $(LIBS)
+$(B)/tests/fuzz_text: $(B)/obj/tools/routing_file.o
 
 $(EXAMPLES): $(B)/examples/%: examples/%.c include/ep.h $(B)/libep.so
 	@mkdir -p $(@D)

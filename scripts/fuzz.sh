@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 # fuzz.sh: runs each libFuzzer program of build/fuzz for FUZZ_SECONDS (60) on its corpus
 # tests/corpus/NAME. New inputs stay in build/fuzz/corpus; a crash is left in build/fuzz.
-# fuzz.sh replay: feeds the corpus, and FUZZ_MUTANTS (2000) seeded mutants of it, to the
-# programs of build/san. Last line: "fuzz: N passed, N failed, N skipped".
+# fuzz.sh replay: feeds the corpus, and FUZZ_MUTANTS seeded mutants of each file of it, to the
+# programs of build/san; 2000, or as many as a line "mutants: N" in a fuzzer's head says. Last line: "fuzz: N passed, N failed, N skipped".
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p build/logs
 passed=0
@@ -14,8 +14,10 @@ for src in tests/fuzz_*.c; do
     corpus=tests/corpus/$name
     log=build/logs/$name.txt
     if [ "$1" = replay ]; then
+        mutants=$(sed -n '1,20s/.*mutants: \([0-9]*\).*/\1/p' "$src")
+        mutants=${FUZZ_MUTANTS:-${mutants:-2000}}
         # shellcheck disable=SC2046
-        timeout -k 5 120 "build/san/tests/$name" "${FUZZ_MUTANTS:-2000}" \
+        timeout -k 5 120 "build/san/tests/$name" "$mutants" \
             $(ls "$corpus"/* 2>/dev/null) >"$log" 2>&1 </dev/null
     else
         mkdir -p "build/fuzz/corpus/$name" "$corpus"

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+/* mutants: 500 */
 /*
  * Fuzzes what launchers leave in the environment, addresses and lists of hosts. The input is lines
  * NAME=VALUE: a name that libep reads is set to the value, "job" and "address" are those of a

@@ -90,6 +90,8 @@ static void draw_cases(struct storm_scene *s, uint64_t *state) {
     c[0].num_ranks = s->num_ranks;
     c[0].max_tokens = c[0].max_tokens > 64 ? 64 : c[0].max_tokens;
     c[0].topk = c[0].topk > 16 ? 16 : c[0].topk;
+    /* A row can be shorter. */
+    c[0].hidden += EP_ROW_ALIGN / (int64_t)ep_dtype_bytes((ep_dtype)c[0].row_dtype);
     for (int h = 1; h < STORM_HANDLES; h++) {
         c[h] = c[0];
         c[h].data_seed = tap_rand(state);
