@@ -156,8 +156,15 @@ static void complain(struct ranks_job *job, const char *fmt, ...) {
     if (job->why[0] == '\0') {
         snprintf(job->why, sizeof(job->why), "%.500s", line);
     }
-    if (!job->quiet) {
-        fprintf(stderr, "%s%s: %s\n", isatty(STDOUT_FILENO) ? "\n" : "", job->name, line);
+    if (!job->quiet) { /* signals are not taken meanwhile, so nobody is waited for */
+        char text[720];
+        struct output err;
+        epi_format(text, sizeof(text), "%s%s: %s\n", isatty(STDOUT_FILENO) ? "\n" : "",
+                   job->name, line);
+        output_open(&err, STDERR_FILENO);
+        output_add(&err, text, strlen(text));
+        output_flush(&err);
+        output_close(&err);
     }
 }
 

@@ -191,8 +191,8 @@ int epi_put_file(int dir, const char *name, const struct epi_piece *pieces, int 
     for (int i = 0; err == 0 && i < num_pieces; i++) {
         err = write_all(fd, pieces[i].data, pieces[i].bytes);
     }
-    if (err == 0 && fdatasync(fd) != 0 && errno != EINVAL && errno != EROFS) {
-        err = errno; /* some disks say only now that they are full */
+    while (err == 0 && fdatasync(fd) != 0 && errno != EINVAL) {
+        err = errno == EINTR ? 0 : errno; /* some disks say only now that they are full */
     }
     epi_fd_close(&fd);
     if (err == 0 && renameat(dir, temporary, dir, name) != 0) {
