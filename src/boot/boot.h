@@ -66,7 +66,7 @@ ep_status epi_boot_barrier(struct epi_boot *boot, struct epi_deadline deadline);
 /*
  * A rank that fails before it can call epi_boot_create says so here, so that the others, who wait
  * for it in theirs, get EP_ERR_PEER with its sentence at once: as a thread, by the allgather, or
- * at the address, where it tries for two seconds at most. Of the configuration only the ways to
+ * at the address, where it tries for a second or two. Of the configuration only the ways to
  * meet, rank and num_ranks are looked at, and they may be wrong. Returns st, with the text that
  * epi_error_text() had.
  */

@@ -255,8 +255,8 @@ uint64_t epi_this_host(void); /* 0: unknown */
 #define EPI_MEET_MAX_ADDRS 16
 /* An answer that is owed after the deadline: who is missing, or why one was turned away. */
 #define EPI_MEET_GRACE_NS (EPI_NS_PER_S / 2)
-/* How long a rank that has failed tries to say so. */
-#define EPI_MEET_SAY_FAILED_NS (2 * EPI_NS_PER_S)
+/* How long a rank that has failed tries to say so, and rank 0 of a rendezvous that has. */
+#define EPI_MEET_SAY_FAILED_NS (3 * EPI_NS_PER_S / 2)
 
 struct epi_meet {
     int rank;

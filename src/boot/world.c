@@ -28,6 +28,7 @@ struct epi_session {
     struct member *member; /* [num_ranks] */
     struct epi_rounds rounds;
     char left_why[LIST_BYTES]; /* of the first rank that left with a reason */
+    bool is_lost; /* a thread with no rank of this world has failed: one is missing */
 };
 
 struct ep_world {
@@ -189,13 +190,29 @@ void epi_world_leave(struct epi_session *session, int rank) {
     pthread_mutex_unlock(lock);
 }
 
-void epi_world_fail(ep_world *world, int rank, const char *why) {
-    if (rank < 0 || rank >= world->num_ranks) {
-        return;
+/* A thread whose rank is none of the world's is one that will not come as the rank it should be. */
+static void lose_session(ep_world *world, const char *why) {
+    uint64_t number = world->num_joins[0];
+    for (int r = 1; r < world->num_ranks; r++) {
+        number = world->num_joins[r] < number ? world->num_joins[r] : number;
     }
+    struct epi_session *session = session_find(world, number + 1);
+    if (!session) {
+        session = session_make(world, number + 1);
+    }
+    if (session) {
+        session->is_lost = true;
+        epi_format(session->left_why, sizeof(session->left_why), "a rank failed: %s", why);
+        pthread_cond_broadcast(&session->cond);
+    }
+}
+
+void epi_world_fail(ep_world *world, int rank, const char *why) {
     struct epi_session *session = NULL;
     pthread_mutex_lock(&world->lock);
-    if (session_enter(world, rank, &session) == EP_OK) {
+    if (rank < 0 || rank >= world->num_ranks) {
+        lose_session(world, why);
+    } else if (session_enter(world, rank, &session) == EP_OK) {
         session_exit(session, rank, why);
     }
     pthread_mutex_unlock(&world->lock);
@@ -221,7 +238,7 @@ static ep_status round_status(const struct epi_session *session, const struct ep
         return round->is_mismatch ? epi_fail(EP_ERR_MISMATCH, "%s", round->text) : EP_OK;
     }
     int left = who_left(session, round);
-    if (left >= 0 && session->left_why[0] != '\0') {
+    if ((left >= 0 || session->is_lost) && session->left_why[0] != '\0') {
         return epi_fail(EP_ERR_PEER, "%s: %s", what, session->left_why);
     }
     if (left >= 0) {
@@ -246,7 +263,8 @@ static ep_status join_round(struct epi_session *session, int rank, const void *i
     if (round->num_in == world->num_ranks) {
         pthread_cond_broadcast(&session->cond);
     }
-    while (round->num_in < world->num_ranks && who_left(session, round) < 0) {
+    while (round->num_in < world->num_ranks && who_left(session, round) < 0 &&
+           !session->is_lost) {
         if (!epi_cond_wait(&session->cond, &world->lock, deadline)) {
             break;
         }
