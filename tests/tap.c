@@ -13,12 +13,14 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -247,6 +249,25 @@ static int bind_port(int port, int *fd) {
     return ntohs(addr.sin_port);
 }
 
+static int num_held; /* descriptors that hold ports */
+
+/* Nobody listens at a port where ranks of one host meet, so two test programs at a time could take
+ * the same one for theirs, and their ranks meet. A name that all test programs know holds it. */
+static bool hold_port(int port) {
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    int len =
+        snprintf(name.sun_path + 1, sizeof(name.sun_path) - 1, "libep-test-port-%d", port);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 ||
+        bind(fd, (struct sockaddr *)&name,
+             (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) != 0) {
+        close(fd);
+        return false;
+    }
+    num_held++;
+    return true;
+}
+
 int tap_free_port(void) {
     for (int tries = 0; tries < 100; tries++) {
         int first = -1;
@@ -260,7 +281,7 @@ int tap_free_port(void) {
         if (second >= 0) {
             close(second);
         }
-        if (good) {
+        if (good && hold_port(port)) {
             return port;
         }
     }
@@ -279,5 +300,5 @@ int tap_num_fds(void) {
         num++;
     }
     closedir(dir);
-    return num - 3; /* ".", ".." and the directory itself */
+    return num - 3 - num_held; /* ".", ".." and the directory itself */
 }

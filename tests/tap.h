@@ -60,9 +60,10 @@ int tap_num_failed(void);
 
 /* Zeroed memory that this process and the ranks it forks later share; never freed. */
 void *tap_shared(size_t bytes);
-/* A TCP port p of 127.0.0.1 that was free a moment ago, as was p + 1. */
+/* A TCP port p of 127.0.0.1 that was free a moment ago, as was p + 1; no other test program gets p
+ * while this one runs. */
 int tap_free_port(void);
-/* Descriptors this process has open now. */
+/* Descriptors this process has open now, but for those that hold ports. */
 int tap_num_fds(void);
 
 /* Runs fn(rank, ctx) in num_ranks processes of one new process group; fn returns 0 when good.
