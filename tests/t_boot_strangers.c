@@ -4,14 +4,19 @@
  * Who does not belong to a job is turned away and told why, does not disturb it, and leaves nothing
  * behind; who is missing is named.
  */
-#include <netinet/in.h>
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "tests/gpu.h"
@@ -254,6 +259,38 @@ static int descriptors_rank(int rank, void *ctx) {
     return 0;
 }
 
+/* A sandbox does not let rank 0 accept. */
+static bool forbid_accept(void) {
+    struct sock_filter rules[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_accept4, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    const struct sock_fprog program = {sizeof(rules) / sizeof(rules[0]), rules};
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+           prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
+static int sandbox_rank(int rank, void *ctx) {
+    struct odd *o = ctx;
+    struct epi_boot *boot = NULL;
+    if (rank == 0 && !forbid_accept()) {
+        skip(1, "filters cannot be set here");
+        join(o, 0, 2, NULL, MEET_LONG_NS, &boot);
+    } else if (rank == 0) {
+        const double start = tap_now();
+        ok(join(o, 0, 2, NULL, MEET_LONG_NS, &boot) == EP_ERR_SYSTEM &&
+               meet_says("cannot accept a connection: Operation not permitted"),
+           "what is wrong is said");
+        ok(tap_now() - start < rig_within(10), "and not waited for");
+    } else {
+        ep_status st = join(o, 1, 2, NULL, 2 * MEET_SHORT_NS, &boot);
+        ok(st == EP_OK || st == EP_ERR_TIMEOUT, "the other does not wait for ever");
+    }
+    epi_boot_destroy(&boot);
+    return 0;
+}
+
 /* Rank 0 has no descriptor and no stranger to close. */
 static int no_descriptor_rank(int rank, void *ctx) {
     struct odd *o = ctx;
@@ -315,6 +352,7 @@ static void test_turned_away(void) {
     ok(tap_spawn_ranks(3, crowd_rank, o, 60) == 0, "nor does a crowd of them");
     ok(tap_spawn_ranks(2, descriptors_rank, o, 60) == 0, "nor one that takes all descriptors");
     ok(tap_spawn_ranks(2, no_descriptor_rank, o, 60) == 0, "no descriptor");
+    ok(tap_spawn_ranks(2, sandbox_rank, o, 60) == 0, "a sandbox that forbids to accept");
     ok(tap_spawn_ranks(2, missing_rank, o, 60) == 0, "missing ranks are named by rank 0");
     o->num_ranks = 1;
     ok(tap_spawn_ranks(2, missing_rank, o, 60) == 0, "and by another rank that gives up");

@@ -313,7 +313,7 @@ static void tell_all(struct gathering *g, const struct epi_listeners *listeners)
         g->status = EP_OK;
         g->verdict = st;
         epi_format(g->verdict_text, sizeof(g->verdict_text), "%s", text);
-        g->deadline = epi_deadline_after(EPI_MEET_SAY_FAILED_NS);
+        g->deadline = epi_deadline_min(g->deadline, epi_deadline_after(EPI_MEET_SAY_FAILED_NS));
         await_ranks(g, listeners);
     }
     g->status = epi_fail(st, "%s", text);
