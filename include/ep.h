@@ -52,6 +52,13 @@
  *   - The log (EP_LOG) goes to stderr. It neither waits for a reader nor raises a signal: lines
  *     that stderr does not take are lost, and their number is said when it does again.
  *   - Every wait has a deadline (ep_group_config.timeout_ms). Nothing waits for ever.
+ *   - fork(): what a process has made stays its own. In a child (of fork(), or of clone() without
+ *     shared memory) destroy functions free the child's copy and tell nobody, functions that return
+ *     a status return EP_ERR_STATE, and the arena is not mapped: touching a view of it is SIGSEGV.
+ *     The parent's group goes on as if there were no child, and its memory is given back when it is
+ *     destroyed, whether or not children live. A child may make groups of its own, of host ranks.
+ *     A world in which no rank was at fork() serves in the child, too.
+ *     Between vfork() and exec nothing of libep may be called.
  *   - A group may be used from several threads, one call at a time per handle; calls that are
  *     collective must be issued in the same order on every rank, so threads have to agree on
  *     it.

@@ -13,6 +13,7 @@
 #include <string.h>
 
 struct epi_boot {
+    uint32_t process; /* that made it */
     int rank;
     int num_ranks;
     struct epi_session *session; /* threads of a world */
@@ -231,6 +232,7 @@ ep_status epi_boot_create(struct epi_boot **out, const struct epi_boot_config *c
     if (!boot) {
         return epi_boot_say_failed(config, epi_fail(EP_ERR_NOMEM, "rendezvous: no memory"));
     }
+    boot->process = epi_process();
     st = meet_all(boot, config);
     if (st != EP_OK) {
         epi_free(boot);
@@ -246,7 +248,7 @@ void epi_boot_destroy(struct epi_boot **boot_ptr) {
     }
     struct epi_boot *boot = *boot_ptr;
     *boot_ptr = NULL;
-    if (boot->session) {
+    if (boot->session && !epi_is_forked(boot->process)) {
         epi_world_leave(boot->session, boot->rank);
     }
     if (boot->star) {

@@ -63,6 +63,9 @@ ep_status epi_boot_allgather(struct epi_boot *boot, const void *in, size_t bytes
                              struct epi_deadline deadline);
 ep_status epi_boot_barrier(struct epi_boot *boot, struct epi_deadline deadline);
 
+/* Whether this process can use the world: it has made it, or was forked when no rank was in it. */
+bool epi_boot_world_adopt(ep_world *world);
+
 /*
  * A rank that fails before it can call epi_boot_create says so here, so that the others, who wait
  * for it in theirs, get EP_ERR_PEER with its sentence at once: as a thread, by the allgather, or

@@ -10,6 +10,7 @@
  */
 #include "src/boot/parts.h"
 
+#include <stdatomic.h>
 #include <string.h>
 
 #define LIST_BYTES 200
@@ -32,6 +33,7 @@ struct epi_session {
 };
 
 struct ep_world {
+    _Atomic uint32_t process; /* whose threads its ranks are; 0: being adopted */
     int num_ranks;
     pthread_mutex_t lock;
     uint64_t *num_joins; /* [num_ranks] */
@@ -55,10 +57,29 @@ ep_status ep_world_create(ep_world **out, int num_ranks) {
         epi_free(world);
         return epi_fail(EP_ERR_NOMEM, "no memory for a world of %d ranks", num_ranks);
     }
+    atomic_init(&world->process, epi_process());
     world->num_ranks = num_ranks;
     world->num_joins = num_joins;
     *out = world;
     return EP_OK;
+}
+
+/* Where no rank is in it, it is but memory, of which a forked process has a copy. */
+bool epi_boot_world_adopt(ep_world *world) {
+    const uint32_t mine = epi_process();
+    uint32_t owner = atomic_load(&world->process);
+    while (owner != mine) {
+        if (owner != 0 && atomic_compare_exchange_strong(&world->process, &owner, 0)) {
+            const bool idle = !world->sessions;
+            if (idle) {
+                pthread_mutex_init(&world->lock, NULL); /* a thread of the parent may hold it */
+            }
+            atomic_store(&world->process, idle ? mine : owner);
+            return idle;
+        }
+        owner = atomic_load(&world->process);
+    }
+    return true;
 }
 
 int epi_world_num_ranks(ep_world *world) {
@@ -80,6 +101,11 @@ void ep_world_destroy(ep_world **world_ptr) {
     }
     ep_world *world = *world_ptr;
     *world_ptr = NULL;
+    if (!epi_boot_world_adopt(world)) {
+        epi_free(world->num_joins); /* its sessions may be as no thread would leave them */
+        epi_free(world);
+        return;
+    }
     pthread_mutex_lock(&world->lock);
     bool in_use = false;
     for (struct epi_session *s = world->sessions; s; s = s->next) {

@@ -49,6 +49,11 @@ ep_status ep_group_create(ep_group **out, const struct ep_group_config *config) 
     EPI_TAKE(ep_group_config, &c, config);
     epi_clear_error();
     epi_opt_begin();
+    if (c.world && !epi_boot_world_adopt(c.world)) {
+        return epi_fail(EP_ERR_STATE,
+                        "ep_group_create: the world was made before fork(), when ranks were in "
+                        "it: make another one here");
+    }
     ep_status st = check_known(&c);
     return st == EP_OK ? epi_group_create(out, &c) : epi_fail_before_meeting(&c, st);
 }
@@ -78,11 +83,13 @@ int ep_group_num_nodes(const ep_group *group) {
 ep_status ep_group_plan(const ep_group *group, struct ep_plan_info *info) {
     EPI_NOT_NULL("ep_group_plan", group);
     EPI_NOT_NULL("ep_group_plan", info);
+    EPI_NOT_FORKED("ep_group_plan", "group", group->process);
     return EPI_GIVE(ep_plan_info, info, &group->plan.info);
 }
 
 ep_status ep_group_abort(ep_group *group) {
     EPI_NOT_NULL("ep_group_abort", group);
+    EPI_NOT_FORKED("ep_group_abort", "group", group->process);
     epi_group_raise(group, EP_ERR_INTERRUPTED, group->rank, 0);
     return EP_OK;
 }
@@ -90,6 +97,7 @@ ep_status ep_group_abort(ep_group *group) {
 ep_status ep_group_fault(ep_group *group, struct ep_fault *fault) {
     EPI_NOT_NULL("ep_group_fault", group);
     EPI_NOT_NULL("ep_group_fault", fault);
+    EPI_NOT_FORKED("ep_group_fault", "group", group->process);
     struct ep_fault f;
     epi_group_describe(group, &f);
     return EPI_GIVE(ep_fault, fault, &f);
@@ -98,6 +106,7 @@ ep_status ep_group_fault(ep_group *group, struct ep_fault *fault) {
 ep_status ep_group_stats(ep_group *group, struct ep_group_stats *stats) {
     EPI_NOT_NULL("ep_group_stats", group);
     EPI_NOT_NULL("ep_group_stats", stats);
+    EPI_NOT_FORKED("ep_group_stats", "group", group->process);
     struct k_ctl ctl;
     EPI_TRY(group->backend->read_ctl(group, &ctl));
     const struct ep_group_stats s = {.size = sizeof(s),
@@ -117,6 +126,7 @@ static ep_status check_host_group(const char *fn, const void *out, const ep_grou
     if (!out || !group) {
         return epi_fail(EP_ERR_ARG, "%s: %s is NULL", fn, out ? "group" : "out");
     }
+    EPI_NOT_FORKED(fn, "group", group->process);
     return group->backend->on_device
                ? epi_fail(EP_ERR_UNSUPPORTED,
                           "%s: the group is a CUDA group: use CUDA's streams and events", fn)

@@ -9,6 +9,7 @@ ep_status ep_handle_create(ep_handle **out, ep_group *group,
     static const struct ep_handle_config defaults = EP_HANDLE_CONFIG_INIT;
     EPI_NOT_NULL("ep_handle_create", out);
     EPI_NOT_NULL("ep_handle_create", group);
+    EPI_NOT_FORKED("ep_handle_create", "group", group->process);
     struct ep_handle_config c = defaults;
     if (config) {
         EPI_TAKE(ep_handle_config, &c, config);
@@ -41,12 +42,14 @@ void ep_handle_destroy(ep_handle **handle) {
 
 ep_status ep_handle_status(ep_handle *handle) {
     EPI_NOT_NULL("ep_handle_status", handle);
+    EPI_NOT_FORKED("ep_handle_status", "handle", handle->process);
     return epi_handle_status(handle);
 }
 
 ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_source,
                            int32_t *rows_per_expert) {
     EPI_NOT_NULL("ep_handle_counts", handle);
+    EPI_NOT_FORKED("ep_handle_counts", "handle", handle->process);
     if (!handle->dispatched) {
         return epi_fail(EP_ERR_STATE,
                         "ep_handle_counts: the handle was not dispatched since it was "
@@ -59,6 +62,7 @@ ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int
                           struct ep_tensor *view) {
     EPI_NOT_NULL("ep_handle_arena", handle);
     EPI_NOT_NULL("ep_handle_arena", view);
+    EPI_NOT_FORKED("ep_handle_arena", "handle", handle->process);
     const struct ep_group_config *g = &handle->group->config;
     if (!handle->dispatched) {
         return epi_fail(EP_ERR_STATE, "ep_handle_arena: the handle was not dispatched");

@@ -104,6 +104,7 @@ static ep_status host_make_handle(ep_handle *h) {
     if (!h->block) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)", bytes);
     }
+    h->own_block = h->block;
     epi_plan_handle(&g->config, &g->plan, (uintptr_t)h->block, &h->k);
     h->notice = h->k.notice;
     return EP_OK;

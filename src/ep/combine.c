@@ -82,6 +82,7 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
     struct epi_call c;
     EPI_NOT_NULL("ep_combine", handle);
     EPI_NOT_NULL("ep_combine", args);
+    EPI_NOT_FORKED("ep_combine", "handle", handle->process);
     EPI_TAKE(ep_combine_args, &a, args);
     EPI_TRY(epi_group_admit(handle->group));
     EPI_TRY(epi_check_not_open("ep_combine", handle));

@@ -325,6 +325,7 @@ static ep_status dispatch(const char *fn, ep_handle *handle,
     struct epi_call c;
     EPI_NOT_NULL("ep_dispatch", handle);
     EPI_NOT_NULL("ep_dispatch", args);
+    EPI_NOT_FORKED(fn, "handle", handle->process);
     EPI_TAKE(ep_dispatch_args, &a, args);
     const ep_handle *h = handle;
     EPI_TRY(epi_group_admit(h->group));

@@ -263,6 +263,7 @@ ep_status epi_group_create(ep_group **out, const struct ep_group_config *config)
         epi_free(ctl);
         return epi_fail_before_meeting(config, epi_fail(EP_ERR_NOMEM, "no memory for a group"));
     }
+    g->process = epi_process();
     g->config = *config;
     g->backend = config->device == EP_DEVICE_CUDA ? &epi_backend_cuda : &epi_backend_host;
     g->ctl = ctl;
@@ -295,9 +296,26 @@ static uint64_t last_operation(ep_group *g) {
     return last;
 }
 
+/* In a process that was forked from the one that made the group: the group lives on there, so
+ * nobody is told; its threads and its memory are not here; and a mutex may be held for ever. What
+ * a driver keeps is left alone: it may not be called here. */
+static void free_forked(ep_group *g) {
+    epi_boot_destroy(&g->boot);
+    epi_run_destroy(&g->run);
+    epi_mem_destroy(&g->mem);
+    epi_free(g->cuda);
+    epi_free(g->tables);
+    epi_free(g->ctl);
+    epi_free(g);
+}
+
 void epi_group_destroy(ep_group **group) {
     ep_group *g = *group;
     *group = NULL;
+    if (epi_is_forked(g->process)) {
+        free_forked(g);
+        return;
+    }
     if (g->num_handles) {
         epi_log(EPI_LOG_WARN,
                 "ep_group_destroy: %d handle(s) of the group are alive and must "

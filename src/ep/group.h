@@ -23,7 +23,8 @@ struct ep_group {
     const struct epi_backend *backend;
     struct epi_run *run; /* of the host's backend ... */
     struct epi_cuda
-        *cuda; /* ... and what the CUDA backend has instead; both know their own only */
+        *cuda;        /* ... and what the CUDA backend has instead; both know their own only */
+    uint32_t process; /* that made it */
     int rank, num_ranks, num_local;
     int workers, most_workers; /* of an operation: by default (CUDA, 0: by formula), at most */
     int64_t timeout_ns;
@@ -47,10 +48,12 @@ struct ep_group {
 
 struct ep_handle {
     ep_group *group;
+    uint32_t process; /* that made it */
     struct ep_handle_config config;
     int id;
     struct k_handle k;       /* addresses of kernels' memory */
     void *block;             /* that k points into */
+    void *own_block;         /* the same where it is this process's memory */
     struct k_counts *notice; /* what kernels tell the host */
     bool zeroed;             /* of a CUDA group: the block, which begins with any contents */
     atomic_int pending;      /* pieces of work queued and not ended */

@@ -14,6 +14,7 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
         return epi_fail(EP_ERR_NOMEM, "no memory for a handle");
     }
     h->group = g;
+    h->process = g->process;
     h->config = *config;
     atomic_init(&h->refs, 1);
     ep_status st = g->backend->make_handle(h);
@@ -33,6 +34,11 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
 void epi_handle_destroy(ep_handle **handle) {
     ep_handle *h = *handle;
     *handle = NULL;
+    if (epi_is_forked(h->process)) { /* the group may have been freed here, its mutex be held */
+        epi_free(h->own_block);
+        epi_free(h);
+        return;
+    }
     epi_dispatch_drop(h);
     pthread_mutex_lock(&h->group->mutex);
     h->group->num_handles--;

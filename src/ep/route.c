@@ -105,6 +105,7 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
     struct epi_call c;
     EPI_NOT_NULL("ep_handle_route", handle);
     EPI_NOT_NULL("ep_handle_route", routing);
+    EPI_NOT_FORKED("ep_handle_route", "handle", handle->process);
     EPI_TAKE(ep_routing, &r, routing);
     const struct ep_handle_config *most = &handle->config;
     if (handle->group->open_handle == handle) {
@@ -139,6 +140,7 @@ ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, vo
     struct epi_call c;
     EPI_NOT_NULL("ep_handle_layout", handle);
     EPI_NOT_NULL("ep_handle_layout", layout);
+    EPI_NOT_FORKED("ep_handle_layout", "handle", handle->process);
     EPI_TAKE(ep_layout, &l, layout);
     if (!handle->routed) {
         return epi_fail(EP_ERR_STATE, "ep_handle_layout: the handle is not routed");

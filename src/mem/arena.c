@@ -17,6 +17,7 @@
 struct epi_mem {
     struct epi_mapping *map;
     size_t arena_bytes, board_bytes;
+    uint32_t process; /* that made it */
     int rank, num_ranks;
     bool on_device;               /* the arenas */
     struct epi_mem_device device; /* all NULL: there is none */
@@ -29,8 +30,13 @@ ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const ch
 
 /* ---- the mapping ---------------------------------------------------------------------------- */
 
-static void mapping_release(struct epi_mapping *m, const struct epi_mem_device *d) {
+static void mapping_release(struct epi_mapping *m, const struct epi_mem_device *d,
+                            bool forked) {
     if (!m || atomic_fetch_sub(&m->users, 1) != 1) {
+        return;
+    }
+    if (forked) { /* nothing of it is mapped here, and something else may be in its place */
+        epi_free(m);
         return;
     }
     for (int r = 0; r < m->num_pieces; r++) {
@@ -52,12 +58,11 @@ static ep_status map_shared(struct epi_mapping *m, int fd, size_t bytes) {
         return epi_fail(EP_ERR_INTERNAL, "shared memory of %lld bytes, expected %zu",
                         (long long)s.st_size, bytes);
     }
-    m->base = MAP_FAILED;
     errno = ENOMEM;
     if (!epi_alloc_should_fail()) {
-        m->base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        m->base = epi_map_shared(fd, bytes);
     }
-    if (m->base == MAP_FAILED) {
+    if (!m->base) {
         return epi_fail(EP_ERR_NOMEM, "cannot map %zu bytes of arenas: %s", bytes,
                         strerror(errno));
     }
@@ -127,7 +132,7 @@ static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c
         if (!told || agreed != EP_ERR_TIMEOUT) {
             atomic_store(&mine->users, 1);
         }
-        mapping_release(mine, &mem->device);
+        mapping_release(mine, &mem->device, false);
     }
     epi_free(all);
     return agreed;
@@ -177,7 +182,7 @@ static ep_status build(struct epi_mem *mem, const struct epi_mem_config *c, bool
     if (st != EP_OK && mem->map) {
         char text[EPI_ERROR_TEXT_BYTES]; /* what releases may say is not what failed */
         epi_format(text, sizeof(text), "%s", epi_error_text());
-        mapping_release(mem->map, &mem->device);
+        mapping_release(mem->map, &mem->device, false);
         mem->map = NULL;
         epi_fail(st, "%s", text);
     }
@@ -217,6 +222,7 @@ ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *conf
     }
     st = epi_mem_agree(config, st, "mapping the arenas");
     if (st == EP_OK) {
+        mem->process = epi_process();
         mem->rank = config->exchange.rank;
         mem->num_ranks = num_ranks;
         mem->arena_bytes = config->arena_bytes;
@@ -239,7 +245,7 @@ ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *conf
 
 void epi_mem_destroy(struct epi_mem **mem) {
     if (mem && *mem) {
-        mapping_release((*mem)->map, &(*mem)->device);
+        mapping_release((*mem)->map, &(*mem)->device, epi_is_forked((*mem)->process));
         epi_free(*mem);
         *mem = NULL;
     }

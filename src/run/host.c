@@ -26,6 +26,7 @@ struct worker {
 };
 
 struct epi_run {
+    uint32_t process; /* that made it, and has its threads */
     int workers, started;
     size_t warp_bytes;
     const struct k_hooks *hooks;
@@ -138,6 +139,7 @@ ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes,
     pthread_mutex_init(&run->mutex, NULL);
     pthread_cond_init(&run->wake, NULL);
     pthread_cond_init(&run->done, NULL);
+    run->process = epi_process();
     run->workers = workers;
     run->warp_bytes = warp_bytes;
     run->hooks = hooks;
@@ -168,12 +170,7 @@ ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes,
     return EP_OK;
 }
 
-void epi_run_destroy(struct epi_run **run_p) {
-    struct epi_run *run = *run_p;
-    *run_p = NULL;
-    if (!run) {
-        return;
-    }
+static void stop_threads(struct epi_run *run) {
     pthread_mutex_lock(&run->mutex);
     run->stop = true;
     pthread_cond_broadcast(&run->wake);
@@ -185,6 +182,17 @@ void epi_run_destroy(struct epi_run **run_p) {
     pthread_cond_destroy(&run->done);
     pthread_mutex_destroy(&run->mutex);
     pthread_mutex_destroy(&run->launch);
+}
+
+void epi_run_destroy(struct epi_run **run_p) {
+    struct epi_run *run = *run_p;
+    *run_p = NULL;
+    if (!run) {
+        return;
+    }
+    if (!epi_is_forked(run->process)) {
+        stop_threads(run);
+    }
     epi_free(run->worker);
     epi_free(run->team);
     epi_free(run->shared);

@@ -17,6 +17,7 @@ struct task {
 };
 
 struct ep_stream {
+    uint32_t process; /* that made it, and has its thread */
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t more, less; /* a task was added; a task has ended */
@@ -30,6 +31,7 @@ struct ep_stream {
 };
 
 struct ep_event {
+    uint32_t process; /* that made it */
     pthread_mutex_t mutex;
     pthread_cond_t passed_more;
     uint64_t recorded, passed;
@@ -41,9 +43,11 @@ struct ep_event {
 static _Thread_local const ep_stream *running;
 
 static void stream_free(ep_stream *s) {
-    pthread_cond_destroy(&s->more);
-    pthread_cond_destroy(&s->less);
-    pthread_mutex_destroy(&s->mutex);
+    if (!epi_is_forked(s->process)) { /* else somebody may seem to be waiting still */
+        pthread_cond_destroy(&s->more);
+        pthread_cond_destroy(&s->less);
+        pthread_mutex_destroy(&s->mutex);
+    }
     epi_free(s->ring);
     epi_free(s);
 }
@@ -100,6 +104,7 @@ static ep_status lengthen(ep_stream *s) {
 ep_status epi_stream_reserve(ep_stream *s) {
     ep_status st = EP_OK;
     if (s) {
+        EPI_NOT_FORKED("queueing", "stream", s->process);
         pthread_mutex_lock(&s->mutex);
         if (s->added - s->ended + s->reserved == s->length) {
             st = lengthen(s);
@@ -139,6 +144,7 @@ ep_status epi_stream_create(ep_stream **out) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a stream (%zu bytes)",
                         sizeof(*s) + FIRST_LENGTH * sizeof(*ring));
     }
+    s->process = epi_process();
     s->ring = ring;
     s->length = FIRST_LENGTH;
     pthread_mutex_init(&s->mutex, NULL);
@@ -159,6 +165,10 @@ void ep_stream_destroy(ep_stream **stream) {
         return;
     }
     *stream = NULL;
+    if (epi_is_forked(s->process)) {
+        stream_free(s);
+        return;
+    }
     const bool own = running == s; /* a function that it runs cannot wait for its end */
     if (own) {
         pthread_detach(s->thread);
@@ -177,6 +187,7 @@ void ep_stream_destroy(ep_stream **stream) {
 
 ep_status ep_stream_sync(ep_stream *stream) {
     EPI_NOT_NULL("ep_stream_sync", stream);
+    EPI_NOT_FORKED("ep_stream_sync", "stream", stream->process);
     if (running == stream) {
         return epi_fail(EP_ERR_STATE,
                         "ep_stream_sync: called by a function that this stream runs, "
@@ -211,6 +222,7 @@ static ep_status run_call(void *arg) {
 ep_status ep_stream_run(ep_stream *stream, void (*fn)(void *), void *arg) {
     EPI_NOT_NULL("ep_stream_run", stream);
     EPI_NOT_NULL("ep_stream_run", fn);
+    EPI_NOT_FORKED("ep_stream_run", "stream", stream->process);
     struct call c = {fn, arg};
     EPI_TRY(epi_stream_reserve(stream));
     return epi_stream_submit(stream, run_call, &c, sizeof(c));
@@ -225,6 +237,7 @@ ep_status epi_event_create(ep_event **out) {
     }
     pthread_mutex_init(&e->mutex, NULL);
     pthread_cond_init(&e->passed_more, NULL);
+    e->process = epi_process();
     e->refs = 1;
     *out = e;
     return EP_OK;
@@ -243,7 +256,11 @@ static void event_release(ep_event *e) {
 
 void ep_event_destroy(ep_event **event) {
     if (event && *event) {
-        event_release(*event);
+        if (epi_is_forked((*event)->process)) {
+            epi_free(*event);
+        } else {
+            event_release(*event);
+        }
         *event = NULL;
     }
 }
@@ -295,17 +312,22 @@ static ep_status submit_mark(ep_stream *stream, epi_task_fn fn, ep_event *event,
 ep_status ep_event_record(ep_event *event, ep_stream *stream) {
     EPI_NOT_NULL("ep_event_record", event);
     EPI_NOT_NULL("ep_event_record", stream);
+    EPI_NOT_FORKED("ep_event_record", "event", event->process);
+    EPI_NOT_FORKED("ep_event_record", "stream", stream->process);
     return submit_mark(stream, run_record, event, true);
 }
 
 ep_status ep_stream_wait(ep_stream *stream, ep_event *event) {
     EPI_NOT_NULL("ep_stream_wait", event);
     EPI_NOT_NULL("ep_stream_wait", stream);
+    EPI_NOT_FORKED("ep_stream_wait", "event", event->process);
+    EPI_NOT_FORKED("ep_stream_wait", "stream", stream->process);
     return submit_mark(stream, run_wait, event, false);
 }
 
 ep_status ep_event_query(ep_event *event) {
     EPI_NOT_NULL("ep_event_query", event);
+    EPI_NOT_FORKED("ep_event_query", "event", event->process);
     pthread_mutex_lock(&event->mutex);
     ep_status st = event->passed >= event->recorded ? EP_OK : EP_AGAIN;
     pthread_mutex_unlock(&event->mutex);
@@ -314,6 +336,7 @@ ep_status ep_event_query(ep_event *event) {
 
 ep_status ep_event_sync(ep_event *event) {
     EPI_NOT_NULL("ep_event_sync", event);
+    EPI_NOT_FORKED("ep_event_sync", "event", event->process);
     pthread_mutex_lock(&event->mutex);
     uint64_t number = event->recorded;
     const bool is_later = running && running == event->stream && event->passed < number;
