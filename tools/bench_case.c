@@ -94,7 +94,9 @@ static int64_t shared_bytes(const struct bench_case *c) {
 static int refuse_memory(struct bench_case *c, const struct gpu_look *look, bool quiet) {
     struct ep_group_config config = EP_GROUP_CONFIG_INIT;
     struct ep_plan_info plan = EP_PLAN_INFO_INIT;
-    const int64_t have = epi_available_bytes();
+    struct epi_room room;
+    epi_room(EPI_ROOM_SHARED, &room);
+    const int64_t have = room.bytes;
     int64_t on_device[GPU_MAX] = {0}, here = shared_bytes(c);
     bench_config(c, &config);
     ep_status st = ep_plan(&config, &plan);
@@ -117,17 +119,17 @@ static int refuse_memory(struct bench_case *c, const struct gpu_look *look, bool
                           text_bytes((double)look->device[i].memory_bytes).s);
         }
     }
-    if (have > 0 && here > have && look) {
+    if (here > have && look) {
         return refuse(c, quiet,
-                      "checking needs %s of host memory and %s are free; lower --tokens or "
-                      "--hidden, or give --no-check",
-                      text_bytes((double)here).s, text_bytes((double)have).s);
+                      "checking needs %s of host memory and %s are left by %s; lower --tokens "
+                      "or --hidden, or give --no-check",
+                      text_bytes((double)here).s, text_bytes((double)have).s, room.limit);
     }
-    if (have > 0 && here > have) {
+    if (here > have) {
         return refuse(c, quiet,
-                      "this needs %s of memory and %s are free; lower --tokens, --hidden or "
-                      "--ranks",
-                      text_bytes((double)here).s, text_bytes((double)have).s);
+                      "this needs %s of memory and %s are left by %s; lower --tokens, "
+                      "--hidden or --ranks",
+                      text_bytes((double)here).s, text_bytes((double)have).s, room.limit);
     }
     return -1;
 }

@@ -154,9 +154,15 @@ static void check_system(struct doctor *d) {
     add_amount(d, "processes", (double)procs.rlim_cur, 256, "%.0f allowed, threads included",
                "large groups fail to start; raise with ulimit -u");
     add_amount(d, "cores", tool_num_cores(), 2, "%.0f", "ranks take turns: correct, but slow");
-    add_amount(d, "free memory", (double)epi_available_bytes() / 1e9, 4, "%.1f GB",
-               "4 ranks of 4096 rows of 14 KB need about 4 GB; use fewer tokens or a smaller "
-               "max_recv_rows (ep_plan() gives the bytes)");
+    struct epi_room room;
+    epi_room(EPI_ROOM_SHARED, &room);
+    const bool enough = room.bytes >= INT64_C(4000000000);
+    doctor_add(d, "free memory", enough ? "ok" : "low", "%.1f GB, left by %s%s",
+               (double)room.bytes / 1e9, room.limit,
+               enough
+                   ? ""
+                   : "; 4 ranks of 4096 rows of 14 KB need about 4 GB; use fewer tokens or a "
+                     "smaller max_recv_rows (ep_plan() gives the bytes)");
 }
 
 static void check_fabric(struct doctor *d) {

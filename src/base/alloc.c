@@ -1,17 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Allocation with two counters: how many were asked for, and how many are still out; and how much
- * memory the machine has left.
+ * Allocation with two counters: how many were asked for, and how many are still out.
  *
  * Owns the process's fault injector: EP_TEST_ALLOC_FAIL=n makes the n-th request fail, which is
  * how tests walk every error path; the live count is how they see that none leaks. Runs on any
  * thread. Memory is zeroed and starts on its own cache line.
- * Must not report errors: the caller knows what the memory was for.
+ * Must not report errors: the caller knows what the memory was for. Must not take what is not there:
+ * the kernel hands out addresses, and kills whoever touches more of them than there is memory.
  */
 #include "src/base/base.h"
 
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,6 +19,7 @@
 static _Atomic uint64_t num_asked;
 static _Atomic int64_t num_live;
 static _Atomic uint64_t fails_at;
+static _Thread_local char why[256];
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void read_knob(void) {
@@ -45,7 +45,34 @@ int64_t epi_alloc_live(void) {
     return atomic_load(&num_live);
 }
 
+#define MUCH_BYTES ((size_t)16 << 20) /* to ask first takes less than to zero it */
+
+const char *epi_alloc_why(void) {
+    return why;
+}
+
+/* Zeroes memory, which is when it is taken; false: there is no more. */
+static bool zero_all(char *p, size_t bytes) {
+    size_t look_at = 0;
+    for (size_t at = 0; at < bytes;) {
+        if (bytes >= MUCH_BYTES && at >= look_at) {
+            struct epi_room room;
+            if (!epi_room_has(EPI_ROOM_PRIVATE, bytes - at, &room)) {
+                epi_format(why, sizeof(why), ": %lld are left by %s", (long long)room.bytes,
+                           room.limit);
+                return false;
+            }
+            look_at = at + epi_room_step(&room);
+        }
+        const size_t part = bytes - at < MUCH_BYTES ? bytes - at : MUCH_BYTES;
+        memset(p + at, 0, part);
+        at += part;
+    }
+    return true;
+}
+
 void *epi_alloc(size_t bytes) {
+    why[0] = '\0';
     if (epi_alloc_should_fail() || bytes > PTRDIFF_MAX - ALIGN_BYTES) {
         return NULL;
     }
@@ -54,8 +81,11 @@ void *epi_alloc(size_t bytes) {
         padded_bytes = ALIGN_BYTES;
     }
     void *p = aligned_alloc(ALIGN_BYTES, padded_bytes);
+    if (p && !zero_all(p, padded_bytes)) {
+        free(p);
+        p = NULL;
+    }
     if (p) {
-        memset(p, 0, padded_bytes);
         atomic_fetch_add(&num_live, 1);
     }
     return p;
@@ -73,17 +103,4 @@ void epi_free(void *p) {
         atomic_fetch_sub(&num_live, 1);
         free(p);
     }
-}
-
-int64_t epi_available_bytes(void) {
-    FILE *f = fopen("/proc/meminfo", "re");
-    if (!f) {
-        return 0;
-    }
-    char line[128];
-    long long kib = 0;
-    while (fgets(line, sizeof(line), f) && sscanf(line, "MemAvailable: %lld kB", &kib) != 1) {
-    }
-    fclose(f);
-    return (int64_t)kib * 1024;
 }

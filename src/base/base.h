@@ -250,8 +250,30 @@ void epi_alloc_fail_at(
 uint64_t epi_alloc_count(void); /* allocations asked for so far, the injected one included */
 int64_t epi_alloc_live(void);   /* epi_alloc'ed and not yet freed */
 
-/* Memory that the kernel would hand out without swapping; 0: it does not say. */
-int64_t epi_available_bytes(void);
+/* Why the calling thread's last epi_alloc had no memory, to end a sentence with; or "". */
+const char *epi_alloc_why(void);
+
+/* ---- room.c ------------------------------------------------------------------------------ */
+
+/* What this process can still take, without swapping, and what it is that leaves no more: a limit's
+ * name, to go on with "are left by". INT64_MAX: nothing is known that would bound it. */
+struct epi_room {
+    int64_t bytes;
+    char limit[192];
+    bool exact; /* it bounds this process alone */
+};
+enum epi_room_kind { EPI_ROOM_PRIVATE, EPI_ROOM_SHARED }; /* own memory; a memfd */
+void epi_room(enum epi_room_kind kind, struct epi_room *out);
+/* The same with the files of `root`/proc and `root`/sys. */
+void epi_room_below(const char *root, enum epi_room_kind kind, struct epi_room *out);
+
+/* Who takes much asks for the whole before, and then for the rest after each step: others take, too,
+ * and memory that is not there shows when it is touched, by a kill. */
+bool epi_room_has(enum epi_room_kind kind, uint64_t bytes, struct epi_room *room);
+uint64_t epi_room_step(const struct epi_room *room); /* bytes until one has to ask again */
+
+/* The beginning of a text file, as a string; "" when there is none. */
+void epi_read_text(const char *path, char *out, size_t bytes);
 
 /* ---- fork.c ------------------------------------------------------------------------------ */
 

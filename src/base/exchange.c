@@ -33,8 +33,10 @@ static struct verdict *gather_verdicts(const struct epi_exchange *x, ep_status m
     if (*st == EP_OK) {
         return all;
     }
-    if (mine != EP_OK && mine != EP_ERR_UNSUPPORTED && mine != EP_ERR_PEER) {
+    if (mine == EP_ERR_UNSUPPORTED || mine == EP_ERR_PEER) {
         /* What could not be reached was perhaps its owner's who has given up: that is in *st. */
+        *st = epi_fail(*st, "%s (before that: %s)", epi_error_text(), v.text);
+    } else if (mine != EP_OK) {
         *st = epi_fail(mine, "%s", v.text);
     }
     epi_free(all);
@@ -51,7 +53,7 @@ static ep_status blame(struct verdict *all, int rank, const char *step) {
 static ep_status agree(const struct epi_exchange *x, ep_status mine, const char *step,
                        bool optional) {
     ep_status st;
-    int without = -1, worse = -1;
+    int without = -1, worse = -1, cause = -1;
     struct verdict *all = gather_verdicts(x, mine, step, &st);
     if (!all) {
         return st;
@@ -61,10 +63,14 @@ static ep_status agree(const struct epi_exchange *x, ep_status mine, const char 
             without = r;
         } else if (all[r].status != EP_OK) {
             worse = r;
+            cause = all[r].status != EP_ERR_PEER ? r : cause;
         }
     }
+    /* Who blames a peer knows less than that peer. */
+    worse = cause >= 0 ? cause : worse;
     st = mine;
-    if (worse >= 0 && (mine == EP_OK || (optional && mine == EP_ERR_UNSUPPORTED))) {
+    if (worse >= 0 && (mine == EP_OK || (mine == EP_ERR_PEER && cause >= 0) ||
+                       (optional && mine == EP_ERR_UNSUPPORTED))) {
         st = blame(all, worse, step);
     } else if (worse < 0 && without >= 0) {
         const char *why = all[without].text;

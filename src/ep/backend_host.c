@@ -102,7 +102,8 @@ static ep_status host_make_handle(ep_handle *h) {
     const size_t bytes = (size_t)g->plan.info.handle_bytes;
     h->block = epi_alloc(bytes);
     if (!h->block) {
-        return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)", bytes);
+        return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)%s", bytes,
+                        epi_alloc_why());
     }
     h->own_block = h->block;
     epi_plan_handle(&g->config, &g->plan, (uintptr_t)h->block, &h->k);

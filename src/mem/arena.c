@@ -9,7 +9,6 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #define LEAST_BYTES ((size_t)4096) /* are mapped also where there is nothing to share */
@@ -53,18 +52,20 @@ static void mapping_release(struct epi_mapping *m, const struct epi_mem_device *
 }
 
 static ep_status map_shared(struct epi_mapping *m, int fd, size_t bytes) {
-    struct stat s = {0};
-    if (fstat(fd, &s) != 0 || (size_t)s.st_size != bytes) {
-        return epi_fail(EP_ERR_INTERNAL, "shared memory of %lld bytes, expected %zu",
-                        (long long)s.st_size, bytes);
-    }
     errno = ENOMEM;
     if (!epi_alloc_should_fail()) {
         m->base = epi_map_shared(fd, bytes);
     }
     if (!m->base) {
-        return epi_fail(EP_ERR_NOMEM, "cannot map %zu bytes of arenas: %s", bytes,
-                        strerror(errno));
+        const int err = errno;
+        struct epi_room room;
+        char left[256] = "";
+        if (err == ENOMEM && !epi_room_has(EPI_ROOM_SHARED, bytes, &room)) {
+            epi_format(left, sizeof(left), ": %lld are left by %s", (long long)room.bytes,
+                       room.limit);
+        }
+        return epi_fail(EP_ERR_NOMEM, "cannot map %zu bytes of arenas: %s%s", bytes,
+                        strerror(err), left);
     }
     madvise(m->base, bytes, MADV_HUGEPAGE); /* where shared memory may use them */
     m->bytes = bytes;
@@ -112,7 +113,7 @@ static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c
         int fd = epi_memfd_create(bytes, &st);
         if (fd >= 0) {
             mine = mapping_create(mem, fd, bytes, x->num_ranks, &st);
-            close(fd);
+            epi_fd_close(&fd);
         }
     }
     struct epi_mapping **all = epi_alloc_array((size_t)x->num_ranks, sizeof(*all));
@@ -149,15 +150,16 @@ static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config 
     st = epi_share_open(&share, c, 1, st);
     if (st == EP_OK) {
         st = epi_share_pass(&share, c, &fd);
+        if (st == EP_OK && c->exchange.rank != 0) {
+            st = epi_memfd_check(fd, bytes, 0);
+        }
         if (st == EP_OK) {
             mem->map = mapping_create(mem, fd, bytes, 1, &st);
         }
         st = epi_mem_agree(c, st, "sharing the arenas");
     }
     epi_share_close(&share);
-    if (fd >= 0) {
-        close(fd);
-    }
+    epi_fd_close(&fd);
     return st;
 }
 

@@ -7,7 +7,7 @@
  */
 #include "src/mem/shared.h"
 
-#include <unistd.h>
+#include <string.h>
 
 static ep_status create_own(struct epi_mapping *map, const struct epi_mem_config *c, int *fd) {
     const struct epi_mem_device *d = c->device;
@@ -15,6 +15,14 @@ static ep_status create_own(struct epi_mapping *map, const struct epi_mem_config
     const ep_status st = d->create
                              ? d->create(d->ctx, c->arena_bytes, &map->piece[rank], fd)
                              : epi_fail(EP_ERR_UNSUPPORTED, "its device has no such memory");
+    if (st == EP_OK && fd) { /* the device does not know how descriptors are kept here */
+        epi_fd_begin();
+        const int kept = epi_fd_keep(*fd);
+        *fd = kept < 0 ? -1 : kept;
+        return kept < 0 ? epi_fail(EP_ERR_SYSTEM, "rank %d has no descriptor for its arena: %s",
+                                   rank, strerror(-kept))
+                        : EP_OK;
+    }
     return st == EP_OK
                ? EP_OK
                : epi_fail(st, "rank %d cannot make its arena: %s", rank, epi_error_text());
@@ -88,12 +96,10 @@ static ep_status between_processes(struct epi_mapping *map, const struct epi_mem
     }
     epi_share_close(&share);
     for (int r = 0; fds && r < num_ranks; r++) {
-        if (fds[r] >= 0) {
-            close(fds[r]);
-        }
+        epi_fd_close(&fds[r]);
     }
-    if (!fds && own >= 0) {
-        close(own);
+    if (!fds) {
+        epi_fd_close(&own);
     }
     epi_free(fds);
     return st;

@@ -14,18 +14,27 @@
 
 struct epi_greeting {
     struct epi_host_hint hint;
+    uint64_t user;
     uint8_t token[EPI_FD_TOKEN];
 };
 
 /* Names the ranks that are not where rank 0 is: the same verdict on every rank. */
 static ep_status check_hosts(const struct epi_greeting *all, int num_ranks) {
     char names[128] = "";
-    int others = 0;
+    int others = 0, foreign = 0;
     for (int r = 1; r < num_ranks; r++) {
+        foreign = foreign || all[r].user == all[0].user ? foreign : r;
         if (memcmp(&all[r].hint, &all[0].hint, sizeof(all[0].hint)) != 0) {
             size_t len = strlen(names);
             epi_format(names + len, sizeof(names) - len, "%s%d", others++ ? ", " : "", r);
         }
+    }
+    if (foreign) {
+        return epi_fail(
+            EP_ERR_UNSUPPORTED,
+            "rank %d runs as user %llu and rank 0 as user %llu: ranks of a group are "
+            "of one user",
+            foreign, (unsigned long long)all[foreign].user, (unsigned long long)all[0].user);
     }
     if (others) {
         return epi_fail(EP_ERR_UNSUPPORTED,
@@ -42,6 +51,7 @@ static ep_status greet(struct epi_share *s, const struct epi_mem_config *c, ep_s
     ep_status st = made;
     memset(&mine, 0, sizeof(mine));
     epi_host_hint(&mine.hint);
+    mine.user = (uint64_t)geteuid();
     if (st == EP_OK && x->rank < s->num_sources) {
         s->listener = epi_fd_listen(mine.token, &st);
     }
@@ -80,6 +90,9 @@ ep_status epi_share_pass(struct epi_share *s, const struct epi_mem_config *c, in
     if (s->listener >= 0) {
         st = epi_fd_serve(s->listener, s->hello[rank].token, fds[rank],
                           c->exchange.num_ranks - 1, s->deadline);
+        if (st != EP_OK) { /* who still waits hears it at once */
+            epi_fd_close(&s->listener);
+        }
     }
     for (int i = 0; st == EP_OK && i < s->num_sources; i++) {
         if (i != rank) {
@@ -91,13 +104,9 @@ ep_status epi_share_pass(struct epi_share *s, const struct epi_mem_config *c, in
 
 void epi_share_close(struct epi_share *s) {
     for (int i = 0; s->socket && i < s->num_sources; i++) {
-        if (s->socket[i] >= 0) {
-            close(s->socket[i]);
-        }
+        epi_fd_close(&s->socket[i]);
     }
-    if (s->listener >= 0) {
-        close(s->listener);
-    }
+    epi_fd_close(&s->listener);
     epi_free(s->socket);
     epi_free(s->hello);
 }

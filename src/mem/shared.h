@@ -27,6 +27,8 @@ ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const ch
 
 /* A sealed memfd of `bytes`, fully allocated, or -1 with the error told in *st. */
 int epi_memfd_create(size_t bytes, ep_status *st);
+/* Whether what rank `source` passed is such a one, of this user and of these bytes. */
+ep_status epi_memfd_check(int fd, size_t bytes, int source);
 
 /* ---- device.c ----------------------------------------------------------------------------- */
 

@@ -148,7 +148,8 @@ ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes,
     run->shared = epi_alloc_array((size_t)workers, warp_bytes);
     ep_status st = EP_OK;
     if (!run->worker || !run->team || !run->shared) {
-        st = epi_fail(EP_ERR_NOMEM, "no memory for a pool of %d workers", workers);
+        st = epi_fail(EP_ERR_NOMEM, "no memory for a pool of %d workers%s", workers,
+                      epi_alloc_why());
     }
     for (int i = 1; st == EP_OK && i < workers; i++) {
         run->worker[i].run = run;
