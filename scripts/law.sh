@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # law.sh [--self-test] [ROOT]: the layer law of ARCHITECTURE.md, read from the #includes, and
-# who alone may touch the environment, stderr, clocks, assembly and atomics.
+# who alone may touch the environment, stderr, clocks, assembly and atomics, and open descriptors.
 #
 #   L0 src/base   L1 src/cu boot mem net   L2 src/run proxy   L3 src/ep
 # A directory includes its own files, src/base, and the <dir>.h of lower layers; kernel/abi.h
@@ -198,6 +198,12 @@ includes() {
             (padded ~ word "(clock_gettime|gettimeofday|timespec_get|__?rdtscp?)[ \t]*\\(" ||
              padded ~ word "(time[ \t]*\\([ \t]*(NULL|0|&)|clock[ \t]*\\([ \t]*\\))"))
             bad("only src/base/time.c reads a clock")
+        if (file ~ /^src\// && file != "src/base/log.c" && code !~ /epi_fd_keep\(/ &&
+            padded ~ "[^A-Za-z0-9_>.](socket|socketpair|accept4?|memfd_create|eventfd|pipe2?|" \
+                     "epoll_create1?|timerfd_create|signalfd|inotify_init1?|pidfd_open|dup|open|" \
+                     "openat|creat|fopen)[ \t]*\\(")
+            bad("a descriptor is opened as epi_fd_keep(open(...)), which keeps it off stderr and " \
+                "out of children")
         if (file !~ /^kernel\/lang_/ && file !~ /^examples\// &&
             (padded ~ word "(asm|__asm|__asm__)" word || padded ~ /__atomic_|__sync_|__nv_atomic/))
             bad("assembly and builtin atomics belong to kernel/lang_*.h")
@@ -281,6 +287,8 @@ plant src/ep/zz.c 'const char *x = getenv("HOME");'
 plant tools/zz.c 'const char *x = getenv("HOME");'
 plant src/ep/zz.c '/* a */ fprintf(stderr, "x"); /* b */'
 plant src/ep/zz.c 'write(2, "x", 1);'
+plant src/mem/zz.c 'int s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);'
+plant src/cu/zz.c 'FILE *f = fopen(path, "re");'
 plant src/ep/zz.c 'clock_gettime(CLOCK_MONOTONIC, &now);'
 plant src/ep/zz.c '__asm__ volatile("" ::: "memory");'
 plant src/run/zz.c '__atomic_store_n(&x, 1, __ATOMIC_RELEASE);'
@@ -303,6 +311,8 @@ plant src/run/zz.c 'static void await_turn(int x) {'
 spare src/ep/zz.c '/* getenv("X"), __atomic_load_n and stderr in a comment */ // asm'
 spare src/ep/zz.c 'const char *x = "getenv( stderr asm clock_gettime(";'
 spare src/ep/zz.c 'bool x = p != NULL;'
+spare src/boot/zz.c '    int s = epi_fd_keep(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));'
+spare src/boot/zz.c '    EPI_TRY(b->backend->open(b)); epi_cu_open(); make.open(x);'
 spare src/ep/zz.c 'if ((p = strchr(s, c)) != NULL) {'
 spare src/ep/zz.c '#include "src/mem/mem.h"'
 spare src/run/zz.c '#include "kernel/abi.h"'

@@ -195,7 +195,25 @@ static int own_rank(int rank, void *ctx) {
 
 static ep_world *idle_world; /* in which no rank was at fork() */
 
+/* A driver does not survive fork(): that is said, and it is not called. */
+static int own_cuda_group(void) {
+    struct ep_group_config c = EP_GROUP_CONFIG_INIT;
+    ep_group *group = NULL;
+    int bad = ep_world_create(&c.world, 1) != EP_OK;
+    c.device = EP_DEVICE_CUDA;
+    c.rank = 0;
+    c.num_experts = c.max_tokens = c.max_topk = 1;
+    c.max_row_bytes = 16;
+    bad += ep_group_create(&group, &c) != EP_ERR_UNSUPPORTED ||
+           !strstr(ep_last_error(), "after fork()");
+    ep_world_destroy(&c.world);
+    return bad;
+}
+
 static int own_group(void) {
+    if (gpu_wanted()) {
+        return own_cuda_group();
+    }
     struct rig_meeting m = {2, 0, idle_world, 20000 * rig_scale()};
     int bad = 0;
     if (idle_world) {
@@ -279,8 +297,7 @@ static bool may(enum deed deed) {
     /* They catch SIGSEGV, count leaks at exit, and want to know of a process's birth. */
     return deed != TOUCH && deed != EXIT && deed != UNANNOUNCED;
 #else
-    /* A driver does not survive fork(). */
-    return !gpu_wanted() || (deed != OWN_GROUP && deed != GRANDCHILD && deed != TOUCH);
+    return !gpu_wanted() || deed != TOUCH; /* there is no view */
 #endif
 }
 

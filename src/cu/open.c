@@ -8,6 +8,7 @@
 #include "src/cu/driver.h"
 
 #include <dlfcn.h>
+#include <stdatomic.h>
 
 #define CU_CUDA_VERSION_MIN 12000
 #define CAPTURE_MODE_RELAXED 2
@@ -25,6 +26,7 @@ struct cu_driver epi_cu_driver;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
 static bool is_open;
+static _Atomic uint32_t opened_by; /* the process; 0: none. Not guarded: it may be a parent */
 static int driver_version, num_devices;
 
 /* ---- results ------------------------------------------------------------------------------ */
@@ -114,10 +116,18 @@ static ep_status open_driver(void) {
 
 ep_status epi_cu_open(void) {
     ep_status st = EP_OK;
+    const uint32_t by = atomic_load(&opened_by);
+    if (by && epi_is_forked(by)) {
+        return epi_fail(
+            EP_ERR_UNSUPPORTED,
+            "this process was forked from one that uses CUDA, and CUDA does not work "
+            "after fork(): start processes that use it by exec (Python: spawn)");
+    }
     pthread_mutex_lock(&mutex);
     if (!is_open) {
         st = open_driver();
         is_open = st == EP_OK;
+        atomic_store(&opened_by, is_open ? epi_process() : 0);
     }
     pthread_mutex_unlock(&mutex);
     return st;

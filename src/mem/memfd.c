@@ -23,13 +23,16 @@
 #define MOST_AT_ONCE ((uint64_t)64 << 20) /* signals are held back while it is allocated */
 #define LOWER "lower max_recv_rows, num_slots, max_tokens or max_row_bytes"
 
-static int open_memfd(ep_status *st) {
+static int open_with(unsigned flags) {
     epi_fd_begin();
-    int fd = memfd_create("libep", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
-    if (fd < 0 && errno == EINVAL) { /* a kernel that does not know the newest flag */
-        fd = memfd_create("libep", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    return epi_fd_keep(memfd_create("libep", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags));
+}
+
+static int open_memfd(ep_status *st) {
+    int fd = open_with(MFD_NOEXEC_SEAL);
+    if (fd == -EINVAL) { /* a kernel that does not know the newest flag */
+        fd = open_with(0);
     }
-    fd = epi_fd_keep(fd);
     if (fd == -EMFILE || fd == -ENFILE) {
         *st = epi_fail(EP_ERR_SYSTEM, "%s has no descriptor left for shared memory%s",
                        fd == -EMFILE ? "this process" : "the system",

@@ -195,6 +195,11 @@ static ep_status accept_all(struct serving *s, struct epi_deadline deadline) {
                             strerror(-c), c == -EMFILE ? " (ulimit -n)" : "");
         }
         if (!is_same_user(c, &uid)) {
+            static struct epi_log_kind strangers;
+            epi_log_some(&strangers, EPI_LOG_WARN,
+                         "a process of user %lld that asked for this group's shared memory was "
+                         "turned away",
+                         (long long)uid);
             s->stranger = uid;
             epi_fd_close(&c);
             continue;
