@@ -25,6 +25,13 @@
 
 #define MIB ((int64_t)1 << 20)
 
+/* A sanitizer needs all the address space there is, and memory of its own. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+static const bool is_sanitized = true;
+#else
+static const bool is_sanitized = false;
+#endif
+
 /* ---- trees that are made up ----------------------------------------------------------------- */
 
 static char root[256];
@@ -180,12 +187,12 @@ static bool in_child(int (*fn)(void)) {
 
 static void test_ulimits(void) {
     ok(in_child(small_files), "ulimit -f raises no signal, and is named");
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    skip(2, "a sanitizer needs all the address space there is");
-#else
+    if (is_sanitized) {
+        skip(2, "a sanitizer needs all the address space there is");
+        return;
+    }
     ok(in_child(small_space), "ulimit -v is named");
     ok(in_child(small_data), "ulimit -d is named");
-#endif
 }
 
 /* ---- a cgroup ------------------------------------------------------------------------------- */
@@ -246,9 +253,10 @@ static int in_cgroup(void) {
 }
 
 static void test_cgroup(void) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    skip(1, "a sanitizer takes more memory than it is allowed here");
-#else
+    if (is_sanitized) {
+        skip(1, "a sanitizer takes more memory than it is allowed here");
+        return;
+    }
     if (!make_cgroup()) {
         skip(1, "no cgroup with a limit on memory can be made here: %s", strerror(errno));
     } else {
@@ -259,7 +267,6 @@ static void test_cgroup(void) {
             tap_sleep_ms(10);
         }
     }
-#endif
 }
 
 /* ---- a timer -------------------------------------------------------------------------------- */

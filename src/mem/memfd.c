@@ -24,8 +24,12 @@
 #define LOWER "lower max_recv_rows, num_slots, max_tokens or max_row_bytes"
 
 static int open_with(unsigned flags) {
-    epi_fd_begin();
-    return epi_fd_keep(memfd_create("libep", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags));
+    int fd;
+    do {
+        epi_fd_begin();
+        fd = epi_fd_keep(memfd_create("libep", MFD_CLOEXEC | MFD_ALLOW_SEALING | flags));
+    } while (fd == -EINTR);
+    return fd;
 }
 
 static int open_memfd(ep_status *st) {

@@ -313,7 +313,10 @@ static int receive_fd(int s, const char **why) {
                        .msg_controllen = sizeof(control)};
     int fd = -1;
     epi_fd_begin();
-    const ssize_t n = recvmsg(s, &m, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    ssize_t n;
+    do {
+        n = recvmsg(s, &m, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    } while (n < 0 && errno == EINTR);
     const int err = errno;
     struct cmsghdr *h = n == 1 ? CMSG_FIRSTHDR(&m) : NULL;
     if (h && h->cmsg_level == SOL_SOCKET && h->cmsg_type == SCM_RIGHTS &&
