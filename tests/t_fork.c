@@ -393,6 +393,9 @@ static int outlived(int rank, void *ctx) {
 }
 
 int main(void) {
+#ifdef __SANITIZE_THREAD__
+    skip_all("ThreadSanitizer does not follow children of processes with threads");
+#endif
     gpu_program();
     tap_deadline(200);
     tap_expect_log("alive but late");
