@@ -289,9 +289,11 @@ ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *inf
  * Creates a group. Collective and blocking. On failure *out is untouched and nothing is left.
  * EP_ERR_ARG, EP_ERR_VERSION: the configuration. EP_ERR_MISMATCH: ranks differ in a field that
  * must agree (all ranks get it). EP_ERR_TIMEOUT: not all ranks came; the message names the
- * missing. EP_ERR_SYSTEM: e.g. the address is in use. EP_ERR_NOMEM. EP_ERR_PEER: a rank failed
- * or died while the group formed. EP_ERR_UNSUPPORTED: the device or topology is not available;
- * the message says what is missing and how to get it.
+ * missing. EP_ERR_SYSTEM: e.g. the address is in use. EP_ERR_NOMEM: the message names what leaves
+ * too little, free memory, the limit of a cgroup (containers, batch systems) or a ulimit.
+ * EP_ERR_PEER: a rank failed or died while the group formed. EP_ERR_UNSUPPORTED: the device or
+ * topology is not available, or ranks of one host are of several users; the message says what is
+ * missing and how to get it. Signals, also those of a timer, do no harm.
  * No wait for other ranks in here lasts longer than timeout_ms and 2 seconds: those are for
  * learning who is missing, and for parting from a rank that does not answer. A rank whose own
  * arguments are wrong tries for up to 2 seconds to tell the others, where the address is known.
