@@ -35,7 +35,7 @@ static struct verdict *gather_verdicts(const struct epi_exchange *x, ep_status m
     }
     if (mine == EP_ERR_UNSUPPORTED || mine == EP_ERR_PEER) {
         /* What could not be reached was perhaps its owner's who has given up: that is in *st. */
-        *st = epi_fail(*st, "%s (before that: %s)", epi_error_text(), v.text);
+        *st = epi_fail(*st, "%s; before that: %s", epi_error_text(), v.text);
     } else if (mine != EP_OK) {
         *st = epi_fail(mine, "%s", v.text);
     }
@@ -66,12 +66,12 @@ static ep_status agree(const struct epi_exchange *x, ep_status mine, const char 
             cause = all[r].status != EP_ERR_PEER ? r : cause;
         }
     }
-    /* Who blames a peer knows less than that peer. */
-    worse = cause >= 0 ? cause : worse;
     st = mine;
-    if (worse >= 0 && (mine == EP_OK || (mine == EP_ERR_PEER && cause >= 0) ||
-                       (optional && mine == EP_ERR_UNSUPPORTED))) {
-        st = blame(all, worse, step);
+    if (cause >= 0 && mine == EP_ERR_PEER) {
+        /* What this rank missed of a peer is told better by who knows why. */
+        st = blame(all, cause, step);
+    } else if (worse >= 0 && (mine == EP_OK || (optional && mine == EP_ERR_UNSUPPORTED))) {
+        st = blame(all, cause >= 0 ? cause : worse, step);
     } else if (worse < 0 && without >= 0) {
         const char *why = all[without].text;
         all[without].text[VERDICT_TEXT - 1] = 0;
