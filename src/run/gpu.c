@@ -215,11 +215,25 @@ ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bo
     return EP_OK;
 }
 
+/* What was given back on the stream is the pool's again, so that the last to leave can trim it. A
+ * stream that shares its hardware queue with one that waits is not waited for. */
+static void await_frees(struct epi_gpu *g) {
+    const struct epi_deadline d = epi_deadline_after(100 * EPI_NS_PER_MS);
+    if (!g->stream || !g->forked ||
+        epi_cu_event_record(&g->device, g->forked, g->stream) != EP_OK) {
+        return;
+    }
+    while (epi_cu_event_query(&g->device, g->forked) == EP_AGAIN && !epi_deadline_expired(d)) {
+        epi_sleep_ns(20 * EPI_NS_PER_US);
+    }
+}
+
 void epi_gpu_destroy(struct epi_gpu **gpu) {
     struct epi_gpu *g = *gpu;
     *gpu = NULL;
     if (g) {
         epi_gpu_activity_end(&g->launches);
+        await_frees(g);
         epi_cu_event_destroy(&g->device, &g->forked);
         for (int i = 0; i < NUM_CAPTURES; i++) {
             epi_cu_event_destroy(&g->device, &g->captures[i].last);

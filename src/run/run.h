@@ -59,7 +59,8 @@ ep_status epi_gpu_create(struct epi_gpu **out, int device, int scratch_bytes, bo
 /* Compiles of a set what is not compiled and loads what is not loaded; before the first launch of
  * its kernels. */
 ep_status epi_gpu_load(struct epi_gpu *g, enum epi_kernel_set set);
-/* After epi_gpu_idle. Does not wait, unless no rank of the process has anything under way. */
+/* After epi_gpu_idle. Waits a moment for its own memory to be free, and longer only if no rank of the
+ * process has anything under way. */
 void epi_gpu_destroy(struct epi_gpu **gpu);
 /* Registers host memory, a mapping, for the kernels of all devices of the process. When no kernel
  * uses it any more, detach: it is unregistered and unmapped when a group begins or ends and no rank
