@@ -264,6 +264,51 @@ static void test_hash(void) {
        "and can be taken in pieces");
 }
 
+/* What two ranks say of a step, as rank 1 hears it; or that they could not be gathered. */
+struct hearing {
+    ep_status status[2];
+    bool fails;
+};
+
+static ep_status hear(void *ctx, const void *in, size_t bytes, void *out) {
+    const struct hearing *h = ctx;
+    memcpy((char *)out + bytes, in, bytes);
+    memset(out, 0, bytes);
+    memcpy(out, &h->status[0], sizeof(int32_t));
+    snprintf((char *)out + sizeof(int32_t), bytes - sizeof(int32_t), "too many open files");
+    return h->fails ? epi_fail(EP_ERR_PEER, "rank 0 has left") : EP_OK;
+}
+
+static ep_status agree_on(ep_status peer, ep_status mine, bool fails) {
+    struct hearing h = {{peer, mine}, fails};
+    const struct epi_exchange x = {hear, &h, 1, 2};
+    if (mine != EP_OK) {
+        epi_fail(mine, "rank 0 did not pass its memory");
+    }
+    return epi_agree(&x, mine, "the step");
+}
+
+static bool told(const char *what) {
+    return strstr(ep_last_error(), what) != NULL;
+}
+
+static void test_agreement(void) {
+    ok(agree_on(EP_OK, EP_OK, false) == EP_OK, "all went well");
+    ok(agree_on(EP_ERR_SYSTEM, EP_OK, false) == EP_ERR_PEER && told("rank 0") &&
+           told("too many open files"),
+       "a peer's failure is told with its reason");
+    ok(agree_on(EP_ERR_SYSTEM, EP_ERR_PEER, false) == EP_ERR_PEER &&
+           told("too many open files") && !told("did not pass"),
+       "what was missed of a peer is told by the peer, who knows why");
+    ok(agree_on(EP_OK, EP_ERR_PEER, false) == EP_ERR_PEER && told("did not pass"),
+       "unless it knows of nothing");
+    ok(agree_on(EP_ERR_SYSTEM, EP_ERR_NOMEM, false) == EP_ERR_NOMEM && told("did not pass"),
+       "a failure of the own rank is its own");
+    ok(agree_on(EP_OK, EP_ERR_PEER, true) == EP_ERR_PEER && told("has left") &&
+           told("did not pass"),
+       "when the ranks cannot be asked, both are told");
+}
+
 int main(void) {
     gpu_never("status, log, knobs");
     tap_deadline(60);
@@ -276,5 +321,6 @@ int main(void) {
     test_time();
     test_alloc();
     test_hash();
+    test_agreement();
     return done_testing();
 }

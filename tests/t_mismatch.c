@@ -199,6 +199,10 @@ static void body(struct world *w) {
         st = call_dispatch(used, &b.dispatch, NULL);
     }
     world_fails(w, st, EP_ERR_MISMATCH, "rank", difference_names[what]);
+    world_check(w,
+                what != COMBINE_DTYPE || !strstr(ep_last_error(), "disagree") ||
+                    strstr(ep_last_error(), "EP_F16"),
+                "types have names: %s", ep_last_error());
     if (w->rank == 0) {
         diag("%s: %s", difference_names[what], ep_last_error());
     }

@@ -4,6 +4,7 @@
  * person can act on. Called from any thread; must not block.
  */
 #include "src/ep/group.h"
+#include "src/ep/tensor.h"
 
 #include <string.h>
 
@@ -107,9 +108,11 @@ static void describe_mismatch(const struct k_fault *k, char *out, size_t bytes) 
     const uint32_t a = k->mine, b = k->theirs;
     if (k->word == 1) {
         epi_format(out, bytes, "row bytes are %u here and %u there", a, b);
+    } else if (k->word == 2 && k->kind == EP_OP_DISPATCH) {
+        epi_format(out, bytes, "scale bytes are %u here and %u there", a, b);
     } else if (k->word == 2) {
-        epi_format(out, bytes, "%s %u here and %u there",
-                   k->kind == EP_OP_DISPATCH ? "scale bytes are" : "dtype is", a, b);
+        epi_format(out, bytes, "the type of x is %s here and %s there", epi_dtype_name((int)a),
+                   epi_dtype_name((int)b));
     } else if ((a & 15) != (b & 15)) {
         epi_format(out, bytes, "it is a %s here and a %s there", operation_name((int)(a & 15)),
                    operation_name((int)(b & 15)));

@@ -73,6 +73,17 @@ static struct epi_exchange exchange_of(ep_group *g) {
     return x;
 }
 
+/* Where a field's value comes from, if not from the field alone. */
+static const char *about_field(const char *name) {
+    if (strcmp(name, "expert_rank") == 0) {
+        return " (hash of the map)";
+    }
+    if (strcmp(name, "timeout_ms") == 0) {
+        return " (EP_TIMEOUT_MS, where the field is 0)";
+    }
+    return strcmp(name, "device") == 0 ? " (0 is the host, 1 is CUDA)" : "";
+}
+
 /* Every rank compares everybody with rank 0, so all find the same difference. */
 static ep_status check_agreement(ep_group *g) {
     struct agreed mine;
@@ -89,12 +100,11 @@ static ep_status check_agreement(ep_group *g) {
             memcpy(&a, (const char *)&all[0] + i * sizeof(a), sizeof(a));
             memcpy(&b, (const char *)&all[r] + i * sizeof(b), sizeof(b));
             if (a != b) {
-                st = epi_fail(
-                    EP_ERR_MISMATCH,
-                    "ranks disagree in ep_group_config.%s: %lld on rank 0, %lld on rank "
-                    "%d%s",
-                    agreed_names[i], (long long)a, (long long)b, r,
-                    strcmp(agreed_names[i], "expert_rank") == 0 ? " (hash of the map)" : "");
+                st = epi_fail(EP_ERR_MISMATCH,
+                              "ranks disagree in ep_group_config.%s: %lld on rank 0, %lld on "
+                              "rank %d%s",
+                              agreed_names[i], (long long)a, (long long)b, r,
+                              about_field(agreed_names[i]));
             }
         }
     }

@@ -21,6 +21,10 @@ size_t ep_dtype_bytes(ep_dtype dtype) {
     return (int)dtype > 0 && (int)dtype < NUM_DTYPES ? dtypes[dtype].bytes : 0;
 }
 
+const char *epi_dtype_name(int dtype) {
+    return dtype >= 0 && dtype < NUM_DTYPES ? dtypes[dtype].name : "unknown";
+}
+
 void ep_tensor_1d(struct ep_tensor *t, ep_dtype dtype, void *data, int64_t n) {
     struct ep_tensor v = EP_TENSOR_INIT;
     v.dtype = (int32_t)dtype;
@@ -83,7 +87,7 @@ static ep_status check_type(const char *name, const struct ep_tensor *t, uint32_
         }
     }
     return epi_fail(EP_ERR_ARG, "%s.dtype is %d (%s), must be %s", name, t->dtype,
-                    known ? dtypes[t->dtype].name : "unknown", want);
+                    epi_dtype_name(t->dtype), want);
 }
 
 ep_status epi_check_shape(const char *name, const struct ep_tensor *t, int ndim,

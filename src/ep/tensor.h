@@ -27,6 +27,8 @@ struct epi_extent {
     uint64_t pitch, width;
 };
 
+const char *epi_dtype_name(int dtype); /* "unknown" for what is none */
+
 /* EP_ERR_ARG, "name. ...", for a type that is not in the mask, or a shape that is not
  * [want[0]][want[1]]; -1: any length. */
 ep_status epi_check_shape(const char *name, const struct ep_tensor *t, int ndim,
