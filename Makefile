@@ -282,7 +282,7 @@ $(B)/libep.a: $(LIB_OBJ) $(B)/list
 $(B)/libep.so.$(VERSION): $(LIB_OBJ) src/libep.map $(B)/list
 	$(SAY) LINK $@
 	$(Q)$(CC) $(VARIANT_FLAGS) -shared -Wl,-soname,libep.so.$(SOVERSION) \
-	    -Wl,--version-script=src/libep.map -Wl,-z,defs $(HARDEN_LINK) \
+	    -Wl,--version-script=src/libep.map -Wl,-z,defs -Wl,-z,nodelete $(HARDEN_LINK) \
 	    $(LDFLAGS) -o $@ $(LIB_OBJ) $(LIBS)
 
 $(B)/libep.so: $(B)/libep.so.$(VERSION)

@@ -4,7 +4,10 @@
  * What launchers say: who is believed where two speak, which jobs have one name and which never,
  * how addresses may be written; that a name nobody resolves does not outlast the deadline.
  */
+#include <netdb.h>
+#include <netinet/in.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -423,11 +426,102 @@ static void test_left_over(void) {
     ok(census() == EP_OK, "they have ended");
 }
 
+/* ---- a name server that does not answer --------------------------------------------------- */
+
+static atomic_int slow_lookups;
+
+/* In place of the library's: names that begin with "slow" take a second, "never" is no name. */
+int getaddrinfo(const char *host, const char *service, const struct addrinfo *hints,
+                struct addrinfo **out) {
+    (void)service;
+    const bool is_literal = host[strspn(host, "0123456789.:")] == '\0';
+    if (hints->ai_flags & AI_NUMERICHOST ? !is_literal : strncmp(host, "slow", 4) != 0) {
+        return EAI_NONAME;
+    }
+    if (!is_literal) {
+        tap_sleep_ms(1000);
+        slow_lookups++;
+    }
+    struct sockaddr_in *in = calloc(1, sizeof(*in) + sizeof(struct addrinfo));
+    struct addrinfo *ai = (struct addrinfo *)(in + 1);
+    in->sin_family = AF_INET;
+    in->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    *ai = (struct addrinfo){.ai_family = AF_INET, .ai_addrlen = sizeof(*in)};
+    ai->ai_addr = (struct sockaddr *)in;
+    *out = ai;
+    return 0;
+}
+
+void freeaddrinfo(struct addrinfo *list) {
+    free(list->ai_addr);
+}
+
+static ep_status meet_alone(const char *set, int64_t timeout_ns) {
+    struct epi_boot *boot = NULL;
+    struct epi_boot_config config = {.rank = -1, .num_ranks = -1, .timeout_ns = timeout_ns};
+    environment(set);
+    return epi_boot_create(&boot, &config);
+}
+
+static void test_resolution(void) {
+    struct epi_addr addr;
+    bool is_name = false;
+    int num = 0;
+    const int64_t soon_ns = 100 * EPI_NS_PER_MS;
+    double start = tap_now();
+    const char *why =
+        epi_addr_resolve("slow.test", 1, epi_deadline_after(soon_ns), &addr, 1, &num, &is_name);
+    ok(why && strstr(why, "does not answer") && slow_lookups == 0 && tap_now() - start < 0.9,
+       "a name server is not waited for beyond the deadline");
+    why = epi_addr_resolve("slow.test", 1, epi_deadline_after(20 * EPI_NS_PER_S), &addr, 1,
+                           &num, &is_name);
+    ok(!why && num == 1 && is_name && slow_lookups >= 1, "but as long as that");
+    why = epi_addr_resolve("never.test", 1, epi_deadline_never(), &addr, 1, &num, &is_name);
+    ok(why && is_name, "no such name: %s", why ? why : "");
+    tap_sleep_ms(100); /* the first lookup has ended: its memory is back, or a leak is found */
+    static const char set[] = "WORLD_SIZE=2 MASTER_ADDR=never.test MASTER_PORT=500 RANK=";
+    char text[100];
+    for (int rank = 0; rank < 2; rank++) {
+        snprintf(text, sizeof(text), "%s%d", set, rank);
+        ok(meet_alone(text, 3 * EPI_NS_PER_S / 2) == EP_ERR_TIMEOUT &&
+               meet_says("never.test") && meet_says("cannot be resolved"),
+           "rank %d says so: %s", rank, ep_last_error());
+    }
+    ok(meet_alone("PMI_RANK=1 PMI_SIZE=2 MPI_LOCALNRANKS=2", EPI_NS_PER_S / 5) ==
+               EP_ERR_TIMEOUT &&
+           meet_says("names no job") && meet_says("EP_JOB"),
+       "who waits in vain in a job without a name is told what to set: %s", ep_last_error());
+}
+
+/* ---- for t_mpi.sh ------------------------------------------------------------------------- */
+
+/* A rank by whatever launcher: whose ranks has it met, by the variable JOB? */
+static int be_rank(void) {
+    struct epi_boot *boot = NULL;
+    struct epi_boot_config config = {
+        .rank = -1, .num_ranks = -1, .timeout_ns = 20 * EPI_NS_PER_S};
+    char all[64] = "";
+    const char *job = getenv("JOB");
+    if (epi_boot_create(&boot, &config) != EP_OK) {
+        printf("failed: %s\n", ep_last_error());
+        return 1;
+    }
+    ep_status st = epi_boot_allgather(boot, job ? job : "?", 1, all, meet_in_time());
+    printf("job %s rank %d of %d: %s\n", job, epi_boot_rank(boot), epi_boot_num_ranks(boot),
+           st == EP_OK ? all : ep_last_error());
+    st = st == EP_OK ? epi_boot_barrier(boot, meet_in_time()) : st;
+    epi_boot_destroy(&boot);
+    return st != EP_OK;
+}
+
 int main(int argc, char **argv) {
     if (argc > 1 && strcmp(argv[1], "idle") == 0) {
         alarm(60);
         pause();
         return 0;
+    }
+    if (argc > 1 && strcmp(argv[1], "rank") == 0) {
+        return be_rank();
     }
     gpu_never("what launchers say");
     tap_deadline(60);
@@ -441,5 +535,6 @@ int main(int argc, char **argv) {
     test_two_starters("torchrun's static rendezvous",
                       TORCH "LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 TORCHELASTIC_RUN_ID=none");
     test_left_over();
+    test_resolution();
     return done_testing();
 }

@@ -2,7 +2,8 @@
 /*
  * Addresses: read from text, resolved from a name.
  *
- * Owns nothing. Runs on any thread. Only epi_addr_resolve may block, when a name server is slow.
+ * Owns nothing but the lookups of names that are under way. Runs on any thread. Must not wait
+ * for a name server beyond the deadline.
  */
 #include "src/boot/parts.h"
 
@@ -83,10 +84,6 @@ const char *epi_addr_parse(const char *text, char host[256], int *port) {
     return check_host(host);
 }
 
-bool epi_addr_split(const char *text, char host[256], int *port) {
-    return !epi_addr_parse(text, host, port) && *port > 0;
-}
-
 bool epi_addr_is_loopback(const char *host) {
     struct in_addr v4;
     struct in6_addr v6;
@@ -100,9 +97,7 @@ bool epi_addr_is_loopback(const char *host) {
     return strcasecmp(host, "localhost") == 0;
 }
 
-/* ---- addresses --------------------------------------------------------------------------- */
-
-static void set_port(struct epi_addr *addr, int port) {
+void epi_addr_set_port(struct epi_addr *addr, int port) {
     if (addr->ss.ss_family == AF_INET6) {
         ((struct sockaddr_in6 *)&addr->ss)->sin6_port = htons((uint16_t)port);
     } else {
@@ -110,36 +105,124 @@ static void set_port(struct epi_addr *addr, int port) {
     }
 }
 
-const char *epi_addr_resolve(const char *host, int port, struct epi_addr *out, int max,
-                             int *num, bool *is_name) {
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICHOST};
+/* ---- names ------------------------------------------------------------------------------- */
+
+/* A name server may take as long as it likes, so another thread asks it: who wants to know waits
+ * until its deadline, and the thread ends by itself. The last of the two frees the lookup. */
+struct lookup {
+    pthread_mutex_t lock;
+    pthread_cond_t done;
+    int refs;
+    bool is_done;
+    char host[256];
+    struct addrinfo *list;
+    int err;
+    int system_err;
+};
+
+static void drop_lookup(struct lookup *l) {
+    pthread_mutex_lock(&l->lock);
+    bool is_last = --l->refs == 0;
+    pthread_mutex_unlock(&l->lock);
+    if (is_last) {
+        if (l->list) {
+            freeaddrinfo(l->list);
+        }
+        pthread_cond_destroy(&l->done);
+        pthread_mutex_destroy(&l->lock);
+        epi_free(l);
+    }
+}
+
+static void *look_up(void *arg) {
+    struct lookup *l = arg;
+    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_ADDRCONFIG};
     struct addrinfo *list = NULL;
-    int err = getaddrinfo(host, NULL, &hints, &list);
-    *is_name = err != 0;
-    if (err != 0) {
-        hints.ai_flags = AI_ADDRCONFIG;
-        err = getaddrinfo(host, NULL, &hints, &list);
+    int err = getaddrinfo(l->host, NULL, &hints, &list);
+    int system_err = errno;
+    pthread_mutex_lock(&l->lock);
+    l->list = err == 0 ? list : NULL;
+    l->err = err;
+    l->system_err = system_err;
+    l->is_done = true;
+    pthread_cond_signal(&l->done);
+    pthread_mutex_unlock(&l->lock);
+    drop_lookup(l);
+    return NULL;
+}
+
+static struct lookup *begin_lookup(const char *host) {
+    struct lookup *l = epi_alloc(sizeof(*l));
+    if (!l) {
+        return NULL;
     }
-    if (err != 0 && strcmp(host, "localhost") == 0) {
-        /* Minimal containers have no /etc/hosts; and AI_ADDRCONFIG does not count loopback. */
-        hints.ai_flags = AI_NUMERICHOST;
-        err = getaddrinfo("127.0.0.1", NULL, &hints, &list);
+    epi_format(l->host, sizeof(l->host), "%s", host);
+    l->refs = 2;
+    pthread_mutex_init(&l->lock, NULL);
+    epi_cond_init(&l->done);
+    pthread_t thread;
+    if (epi_thread_start(&thread, look_up, l, "ep-resolve") != 0) {
+        l->refs = 1;
+        drop_lookup(l);
+        return NULL;
     }
-    if (err != 0) {
-        return err == EAI_SYSTEM ? strerror(errno) : gai_strerror(err);
-    }
+    pthread_detach(thread);
+    return l;
+}
+
+static void take_addresses(const struct addrinfo *list, int port, struct epi_addr *out, int max,
+                           int *num) {
     *num = 0;
-    for (struct addrinfo *ai = list; ai && *num < max; ai = ai->ai_next) {
+    for (const struct addrinfo *ai = list; ai && *num < max; ai = ai->ai_next) {
         if (ai->ai_family == AF_INET || ai->ai_family == AF_INET6) {
             memset(&out[*num], 0, sizeof(out[*num]));
             memcpy(&out[*num].ss, ai->ai_addr, ai->ai_addrlen);
             out[*num].len = ai->ai_addrlen;
-            set_port(&out[*num], port);
+            epi_addr_set_port(&out[*num], port);
             *num += 1;
         }
     }
+}
+
+static const char *resolve_name(const char *host, int port, struct epi_deadline deadline,
+                                struct epi_addr *out, int max, int *num) {
+    const char *why = NULL;
+    struct lookup *l = begin_lookup(host);
+    if (!l) {
+        return "no memory to resolve its name";
+    }
+    pthread_mutex_lock(&l->lock);
+    while (!l->is_done && epi_cond_wait(&l->done, &l->lock, deadline)) {
+    }
+    if (!l->is_done) {
+        why = "the name server does not answer";
+    } else if (l->err != 0) {
+        why = l->err == EAI_SYSTEM ? strerror(l->system_err) : gai_strerror(l->err);
+    } else {
+        take_addresses(l->list, port, out, max, num);
+        why = *num > 0 ? NULL : "the name has no IPv4 or IPv6 address";
+    }
+    pthread_mutex_unlock(&l->lock);
+    drop_lookup(l);
+    return why;
+}
+
+const char *epi_addr_resolve(const char *host, int port, struct epi_deadline deadline,
+                             struct epi_addr *out, int max, int *num, bool *is_name) {
+    const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICHOST};
+    struct addrinfo *list = NULL;
+    *is_name = getaddrinfo(host, NULL, &hints, &list) != 0;
+    if (*is_name) {
+        const char *why = resolve_name(host, port, deadline, out, max, num);
+        /* Minimal containers have no /etc/hosts; and AI_ADDRCONFIG does not count loopback. */
+        if (!why || strcmp(host, "localhost") != 0 ||
+            getaddrinfo("127.0.0.1", NULL, &hints, &list) != 0) {
+            return why;
+        }
+    }
+    take_addresses(list, port, out, max, num);
     freeaddrinfo(list);
-    return *num > 0 ? NULL : "the name has no IPv4 or IPv6 address";
+    return NULL;
 }
 
 void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]) {

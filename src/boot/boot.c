@@ -59,7 +59,7 @@ static ep_status check(const struct epi_boot_config *config) {
 
 static ep_status read_config(const struct epi_boot_config *config, struct epi_meet *meet) {
     struct epi_job job;
-    struct epi_launch launch = {0};
+    struct epi_launch *launch = &meet->launch;
     EPI_TRY(epi_launch_job(config->job, &job));
     meet->rank = config->rank;
     meet->num_ranks = config->num_ranks;
@@ -67,21 +67,22 @@ static ep_status read_config(const struct epi_boot_config *config, struct epi_me
         return EP_OK; /* the cards have all that is needed */
     }
     if (config->address) {
-        if (!epi_addr_split(config->address, meet->host, &meet->port)) {
+        const char *why = epi_addr_parse(config->address, meet->host, &meet->port);
+        if (why || meet->port == 0) {
             return epi_fail(EP_ERR_ARG,
                             "address is \"%.100s\", it must be \"host:port\" or \"[v6]:port\" "
-                            "with a port in 1..65535",
-                            config->address);
+                            "with a port in 1..65535: %s",
+                            config->address, why ? why : "it has none");
         }
     } else {
-        EPI_TRY(epi_launch_read(&job, &launch));
-        meet->rank = launch.rank;
-        meet->num_ranks = launch.num_ranks;
-        meet->port = launch.ports[0];
-        memcpy(meet->host, launch.host, sizeof(meet->host));
+        EPI_TRY(epi_launch_read(&job, launch));
+        meet->rank = launch->rank;
+        meet->num_ranks = launch->num_ranks;
+        meet->port = launch->ports[0];
+        memcpy(meet->host, launch->host, sizeof(meet->host));
     }
     meet->is_job_named = job.is_named;
-    return meet->num_ranks == 1 ? EP_OK : epi_meet_choose(meet, job.name, launch.is_local);
+    return meet->num_ranks == 1 ? EP_OK : epi_meet_choose(meet, job.name, launch->is_local);
 }
 
 static ep_status star_start(struct epi_star *star) {
@@ -104,6 +105,15 @@ static ep_status star_start(struct epi_star *star) {
     return st;
 }
 
+/* Rank 0: all who have come are of this job, as far as anybody can tell. */
+static ep_status check_ranks(const struct epi_meet *meet, struct epi_conn *conns) {
+    ep_status st = epi_launch_check(&meet->launch);
+    if (st != EP_OK) {
+        epi_meet_reject_all(conns, meet->num_ranks, st, epi_error_text());
+    }
+    return st;
+}
+
 static ep_status meet_processes(struct epi_boot *boot, const struct epi_boot_config *config,
                                 struct epi_meet *meet) {
     struct epi_listeners listeners = {0};
@@ -119,6 +129,9 @@ static ep_status meet_processes(struct epi_boot *boot, const struct epi_boot_con
         star->on_dead_ctx = config->on_dead_ctx;
         st = meet->rank == 0 ? epi_meet_root(meet, &listeners, star->conns)
                              : epi_meet_peer(meet, &star->conns[0]);
+    }
+    if (st == EP_OK && meet->rank == 0) {
+        st = check_ranks(meet, star->conns);
     }
     epi_listeners_close(&listeners);
     if (st == EP_OK) {

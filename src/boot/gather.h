@@ -36,6 +36,8 @@ struct gathering {
     struct epi_deadline quiet_until; /* no line about strangers before */
     uint64_t num_unlogged;
     char turned_away[EPI_REASON_BYTES]; /* the last who was, for the text of a timeout */
+    char doubt[200];                    /* the same: why nobody may ever come */
+    bool has_doubted;
     ep_status status;                   /* set by whatever makes the rendezvous fail */
 };
 

@@ -22,6 +22,7 @@
 #define SILENCE_NS (10 * EPI_NS_PER_S)
 /* After that long in vain it is asked whether the address is this host's at all. */
 #define DOUBT_AFTER_NS EPI_NS_PER_S
+#define DOUBT_NS (2 * EPI_NS_PER_S) /* for a name server to answer */
 
 enum outcome { OUTCOME_DONE, OUTCOME_RETRY, OUTCOME_FAILED };
 
@@ -33,8 +34,8 @@ struct visit {
     bool has_asked;
     int num_tries;
     ep_status status;
-    char last[300];    /* why the last attempt came to nothing */
-    const char *doubt; /* why none may ever come to anything */
+    char last[300];  /* why the last attempt came to nothing */
+    char doubt[200]; /* why none may ever come to anything */
 };
 
 static enum outcome fail(struct visit *v, ep_status status, const char *text) {
@@ -212,10 +213,11 @@ static enum outcome try_all(struct visit *v) {
 
 static ep_status fail_alone(struct visit *v) {
     const struct epi_meet *m = v->meet;
+    const char *more = v->doubt[0] != '\0' ? v->doubt : m->launch.note;
     return epi_fail(EP_ERR_TIMEOUT,
                     "rendezvous: rank %d found no rank 0 at %s within %.1f s (%s%s%s)", m->rank,
-                    m->where, (double)m->timeout_ns / 1e9, v->last, v->doubt ? "; " : "",
-                    v->doubt ? v->doubt : "");
+                    m->where, (double)m->timeout_ns / 1e9, v->last, more[0] != '\0' ? "; " : "",
+                    more);
 }
 
 ep_status epi_meet_peer(const struct epi_meet *meet, struct epi_conn *conn) {
@@ -238,7 +240,8 @@ ep_status epi_meet_peer(const struct epi_meet *meet, struct epi_conn *conn) {
         }
         if (!has_doubted && epi_deadline_expired(doubt_at)) {
             has_doubted = true;
-            v.doubt = epi_meet_doubt(meet);
+            epi_meet_doubt(meet, epi_deadline_min(meet->deadline, epi_deadline_after(DOUBT_NS)),
+                           v.doubt);
         }
         int64_t left_ns = epi_deadline_left_ns(meet->deadline);
         epi_sleep_ns(pause_ns < left_ns ? pause_ns : left_ns);

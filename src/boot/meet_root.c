@@ -146,12 +146,21 @@ static void text_of_missing_ranks(struct gathering *g, char *out, size_t out_byt
     char list[LIST_BYTES];
     epi_rank_list(g->here, false, g->meet->num_ranks, list, sizeof(list));
     const bool has_story = g->turned_away[0] != '\0';
-    epi_format(out, out_bytes, "%d of %d ranks arrived within %.1f s; missing: %s%s%s%s%s",
-               g->num_here, g->meet->num_ranks, (double)g->meet->timeout_ns / 1e9, list,
-               has_story ? " (turned away: " : "", g->turned_away, has_story ? ")" : "",
-               g->meet->may_be_far
-                   ? " (from this host alone: ranks of other hosts need EP_JOB_KEY)"
-                   : "");
+    const char *note = g->meet->launch.note;
+    if (!g->has_doubted) {
+        g->has_doubted = true;
+        epi_meet_doubt(g->meet, epi_deadline_after(EPI_MEET_GRACE_NS), g->doubt);
+    }
+    epi_format(
+        out, out_bytes, "%d of %d ranks arrived within %.1f s; missing: %s%s%s%s%s%s%s%s",
+        g->num_here, g->meet->num_ranks, (double)g->meet->timeout_ns / 1e9, list,
+        has_story ? " (turned away: " : "", g->turned_away, has_story ? ")" : "",
+        g->meet->may_be_far ? " (from this host alone: ranks of other hosts need EP_JOB_KEY)"
+                            : "",
+        g->doubt[0] != '\0' ? "; "
+        : note[0] != '\0'   ? "; "
+                            : "",
+        g->doubt, g->doubt[0] != '\0' ? "" : note);
 }
 
 static void read_frames_of_rank(struct gathering *g, struct epi_conn *conn) {

@@ -25,16 +25,15 @@ struct epi_addr {
     socklen_t len;
 };
 
-/* Splits "host:port" or "[v6]:port"; host must hold 256 bytes. False: not of that form. */
-bool epi_addr_split(const char *text, char host[256], int *port);
 /* A host as people write it, with or without a port: "name", "1.2.3.4:5", "[v6]:5", "v6", blanks or
  * "tcp://" around it. *port is 0 where there is none. NULL, or what is wrong with it, in words. */
 const char *epi_addr_parse(const char *text, char host[256], int *port);
 /* The host is this one, whatever host this is. */
 bool epi_addr_is_loopback(const char *host);
 /* Fills up to max addresses; NULL, or why not in words. is_name: the host is not a literal. */
-const char *epi_addr_resolve(const char *host, int port, struct epi_addr *out, int max,
-                             int *num, bool *is_name);
+const char *epi_addr_resolve(const char *host, int port, struct epi_deadline deadline,
+                             struct epi_addr *out, int max, int *num, bool *is_name);
+void epi_addr_set_port(struct epi_addr *addr, int port);
 void epi_addr_text(const struct epi_addr *addr, char out[EPI_ADDR_TEXT_BYTES]);
 
 /* ---- sock.c: sockets --------------------------------------------------------------------- */
@@ -267,8 +266,9 @@ struct epi_meet {
     bool may_be_far;   /* the address does not say that: for the text of a timeout */
     char host[256];    /* of rank 0; empty: the ranks have their key from an allgather */
     int port;
-    char where[300]; /* rank 0's address, for people */
-    bool has_failed; /* this rank comes only to say why */
+    char where[300];          /* rank 0's address, for people */
+    struct epi_launch launch; /* all 0, but where the ranks meet by the environment */
+    bool has_failed;          /* this rank comes only to say why */
     char failed[EPI_WIRE_TEXT_BYTES];
     int64_t timeout_ns;
     struct epi_deadline deadline;
@@ -288,8 +288,9 @@ void epi_meet_choose_shared(struct epi_meet *meet, const void *secret, size_t by
 /* The addresses to be tried, in this order; NULL, or why there are none. */
 const char *epi_meet_places(const struct epi_meet *meet,
                             struct epi_addr out[EPI_MEET_MAX_ADDRS], int *num);
-/* NULL, or why, after what has been tried, no rank 0 can come from where the address says. */
-const char *epi_meet_doubt(const struct epi_meet *meet);
+/* Why, after what has been tried, no rank can come from where the address says; "": it is not known.
+ * Asks no longer than until the deadline. */
+void epi_meet_doubt(const struct epi_meet *meet, struct epi_deadline deadline, char out[200]);
 
 ep_status epi_meet_listen(const struct epi_meet *meet, struct epi_listeners *out);
 void epi_listeners_close(struct epi_listeners *listeners);

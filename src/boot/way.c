@@ -21,7 +21,6 @@
 #define NUM_NAMES 16 /* that are tried where other users hold some */
 #define MAX_LOCAL_ADDRS 64
 #define HELD_PAUSE_NS (5 * EPI_NS_PER_MS)
-#define RESOLVE_NS (2 * EPI_NS_PER_S)
 
 static const char name_label[] = "libep name";
 
@@ -216,13 +215,38 @@ void epi_meet_choose_shared(struct epi_meet *meet, const void *secret, size_t by
     say_where(meet);
 }
 
+/* Over TCP, the ports that rank 0 may have: an address names one. */
+static int num_ports(const struct epi_meet *meet) {
+    return meet->launch.num_ports > 0 ? meet->launch.num_ports : 1;
+}
+
+static int port_of(const struct epi_meet *meet, int index) {
+    return meet->launch.num_ports > 0 ? meet->launch.ports[index] : meet->port;
+}
+
+static const char *resolve(const struct epi_meet *meet, struct epi_addr *out, int *num) {
+    bool is_name;
+    return epi_addr_resolve(meet->host, meet->port, meet->deadline, out, EPI_MEET_MAX_ADDRS,
+                            num, &is_name);
+}
+
 const char *epi_meet_places(const struct epi_meet *meet,
                             struct epi_addr out[EPI_MEET_MAX_ADDRS], int *num) {
-    bool is_name;
+    struct epi_addr found[EPI_MEET_MAX_ADDRS];
+    int num_found = 0;
+    *num = 0;
     if (meet->over_tcp) {
-        return epi_addr_resolve(meet->host, meet->port, out, EPI_MEET_MAX_ADDRS, num, &is_name);
+        const char *why = resolve(meet, found, &num_found);
+        for (int p = 0; !why && p < num_ports(meet); p++) {
+            for (int i = 0; i < num_found && *num < EPI_MEET_MAX_ADDRS; i++) {
+                out[*num] = found[i];
+                epi_addr_set_port(&out[*num], port_of(meet, p));
+                *num += 1;
+            }
+        }
+        return why;
     }
-    for (*num = 0; *num < NUM_NAMES; *num += 1) {
+    for (; *num < NUM_NAMES; *num += 1) {
         char name[64];
         unix_name(meet, *num, name);
         epi_addr_unix(name, &out[*num]);
@@ -230,23 +254,24 @@ const char *epi_meet_places(const struct epi_meet *meet,
     return NULL;
 }
 
-const char *epi_meet_doubt(const struct epi_meet *meet) {
+void epi_meet_doubt(const struct epi_meet *meet, struct epi_deadline deadline, char out[200]) {
     struct epi_addr addrs[EPI_MEET_MAX_ADDRS];
     bool is_name;
     int num = 0;
+    out[0] = '\0';
     if (!meet->may_be_far) {
-        return NULL;
+        return;
     }
-    const char *why =
-        epi_addr_resolve(meet->host, meet->port, addrs, EPI_MEET_MAX_ADDRS, &num, &is_name);
+    const char *why = epi_addr_resolve(meet->host, meet->port, deadline, addrs,
+                                       EPI_MEET_MAX_ADDRS, &num, &is_name);
     if (why) {
-        return "its name cannot be resolved";
+        epi_format(out, 200, "the name %.80s cannot be resolved: %s", meet->host, why);
+    } else if (keep_local(NULL, addrs, &num) == 0 && num == 0) {
+        epi_format(out, 200,
+                   "%.60s is not this host: ranks of several hosts need EP_JOB_KEY, the same "
+                   "secret on all, and this version joins those of one host only",
+                   meet->host);
     }
-    if (keep_local(NULL, addrs, &num) == 0 && num == 0) {
-        return "that is not this host: ranks of several hosts need EP_JOB_KEY, the same "
-               "secret on all, and this version joins those of one host only";
-    }
-    return NULL;
 }
 
 /* ---- listening --------------------------------------------------------------------------- */
@@ -339,12 +364,31 @@ static ep_status listen_on_unix(const struct epi_meet *meet, struct epi_listener
         meet->where, num - 1);
 }
 
+/* All or none: an address left to somebody else is one at which ranks would find him. */
+static ep_status listen_on_port(const struct epi_meet *meet, struct epi_addr *addrs, int num,
+                                int port, int *err, struct epi_listeners *out) {
+    *err = 0;
+    for (int i = 0; i < num; i++) {
+        char text[EPI_ADDR_TEXT_BYTES];
+        epi_addr_set_port(&addrs[i], port);
+        int fd = epi_sock_listen(&addrs[i]);
+        if (fd < 0) {
+            *err = -fd;
+            epi_addr_text(&addrs[i], text);
+            epi_listeners_close(out);
+            return fail_to_listen(meet, text, -fd);
+        }
+        out->fds[out->num++] = fd;
+    }
+    return EP_OK;
+}
+
 static ep_status listen_on_tcp(const struct epi_meet *meet, struct epi_listeners *out) {
     struct epi_addr addrs[EPI_MEET_MAX_ADDRS];
     int num = 0;
     const char *rule_from = NULL;
     const char *rule = interface_rule(&rule_from);
-    const char *why = epi_meet_places(meet, addrs, &num);
+    const char *why = resolve(meet, addrs, &num);
     if (why) {
         return epi_fail(EP_ERR_SYSTEM, "rendezvous: rank 0 cannot resolve %s: %s", meet->host,
                         why);
@@ -360,16 +404,12 @@ static ep_status listen_on_tcp(const struct epi_meet *meet, struct epi_listeners
                         meet->host, rule ? " on the interfaces that " : "",
                         rule ? rule_from : "", rule ? " names: " : "", rule ? rule : "");
     }
-    /* All or none: an address left to somebody else is one at which ranks would find him. */
-    for (int i = 0; i < num; i++) {
-        char text[EPI_ADDR_TEXT_BYTES];
-        int fd = epi_sock_listen(&addrs[i]);
-        if (fd < 0) {
-            epi_addr_text(&addrs[i], text);
-            epi_listeners_close(out);
-            return fail_to_listen(meet, text, -fd);
+    for (int p = 0; p < num_ports(meet); p++) {
+        ep_status st = listen_on_port(meet, addrs, num, port_of(meet, p), &err, out);
+        if (err != EADDRINUSE || p == num_ports(meet) - 1) {
+            return st;
         }
-        out->fds[out->num++] = fd;
+        epi_log(EPI_LOG_INFO, "%s; port %d is next", epi_error_text(), port_of(meet, p + 1));
     }
     return EP_OK;
 }
