@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: MIT
 # deps.sh build|check|gate: installs what that target needs and this machine lacks.
 # Says which packages first, never prompts, is silent when nothing is missing. DEPS=0 skips.
-# What cannot be installed is named, with the command to run by hand.
+# What cannot be installed is named, with the command to run by hand; what `check` can do without
+# (tests that skip say what they lack) is left out then.
 [ "${DEPS:-1}" = 0 ] && exit 0
 target=${1:?usage: deps.sh build|check|gate}
 cd "$(dirname "$0")/.." || exit 1
 packages=
+optional=
 wheels=
 venv=build/venv
 cuda='>=13.0,<13.1' # what the gate compiles with
@@ -15,6 +17,11 @@ need() { # need PACKAGE COMMAND...: the package is missing when the command fail
     package=$1
     shift
     "$@" >/dev/null 2>&1 || packages="$packages $package"
+}
+want() { # the same, but nothing fails without it
+    package=$1
+    shift
+    "$@" >/dev/null 2>&1 || optional="$optional $package"
 }
 has() { command -v "$1"; }
 has_libc() { echo '#include <stdio.h>' | "${CC:-cc}" -E - || echo '#include <stdio.h>' | gcc -E -; }
@@ -69,6 +76,8 @@ check_needs() {
     need binutils has nm
     need python3 has python3
     need python3-cffi has_cffi
+    want mpich has mpiexec.hydra
+    want openmpi-bin has orterun
 }
 case $target in
 build) build_needs ;;
@@ -108,6 +117,16 @@ if [ -n "$packages" ]; then
             exit 1
         fi
     fi
+fi
+if [ -n "$optional" ] && command -v apt-get >/dev/null; then
+    sudo=
+    [ "$(id -u)" = 0 ] || sudo="sudo -n"
+    mkdir -p build/logs
+    echo "make $target tests more with packages:$optional"
+    # shellcheck disable=SC2086
+    $sudo env DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install -y \
+        --no-install-recommends $optional </dev/null >build/logs/apt-optional.log 2>&1 ||
+        echo "which cannot be installed (build/logs/apt-optional.log): their tests are skipped"
 fi
 if [ -n "$wheels" ]; then
     echo "make $target needs, into $venv: $wheels"
