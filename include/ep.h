@@ -200,7 +200,8 @@ typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t byte
  * How a group is made. Ranks meet in one of four ways, the first that is set:
  *   world      threads of one process; rank is the caller's
  *   allgather  the caller's communication; rank and num_ranks are the caller's
- *   address    "host:port" where rank 0 listens; rank and num_ranks are the caller's
+ *   address    "host:port" or "[v6]:port" where rank 0 listens, the same on all ranks; rank and
+ *              num_ranks are the caller's
  *   none       the environment of the launcher: RANK, WORLD_SIZE, MASTER_ADDR and EP_PORT (or
  *              MASTER_PORT + 1), as set by `ep run` and torchrun, or the variables of Open MPI,
  *              PMIx and Slurm. rank and num_ranks must be -1.
@@ -211,6 +212,15 @@ typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t byte
  * it (16 to 200 characters, the same on all ranks; it does not travel), and rank 0 listens
  * on those addresses of its host that the name resolves to and whose interface EP_IFNAME names. Ranks of
  * several hosts, which this version cannot join, are told so.
+ * By the environment no two jobs meet: a job is named by its launcher's id (torchrun's run id, Open
+ * MPI's, PMIx's or Slurm's), and where there is none (MPICH, Intel MPI, torchrun's static rendezvous,
+ * RANK set by hand) by the process that started its ranks, which is found past shells and programs
+ * in between. If nothing starts them all, such as two terminals, EP_JOB must name the job. Of
+ * launchers that disagree the innermost is believed (ARCHITECTURE.md has the table), except that
+ * RANK and WORLD_SIZE of one rank, in the ranks of another launcher, are EP_ERR_ARG.
+ * MASTER_ADDR may have blanks, brackets, "tcp://" or a port around it; it is not needed where the
+ * launcher says that all ranks are on this host.
+ * A rank whose configuration is refused says so to the others, where it is known who they are.
  * Everything from `num_experts` to `timeout_ms` must agree on all ranks.
  */
 struct ep_group_config {
@@ -227,7 +237,9 @@ struct ep_group_config {
     void *allgather_ctx;
     const char *address;        /* borrowed during create */
     const char *job;            /* two jobs with different names never meet; NULL: EP_JOB or
-                                     the launcher's job id */
+                                     the launcher's job id. 1 to 200 characters. By the
+                                     environment it is added to those: groups made at the same
+                                     time by threads of a process need different names */
     int32_t num_experts;        /* E >= 1 */
     int32_t max_tokens;         /* per rank and operation, >= 1 */
     int32_t max_topk;           /* 1..EP_MAX_TOPK; or 0 if every routing is a mask */
