@@ -54,7 +54,7 @@ static size_t read_of(int pid, const char *what, char *out, size_t bytes) {
     return len;
 }
 
-static bool look_up(int pid, struct process *out) {
+static bool see_process(int pid, struct process *out) {
     char text[1024];
     memset(out, 0, sizeof(*out));
     if (pid <= 0 || read_of(pid, "stat", text, sizeof(text)) == 0) {
@@ -158,12 +158,12 @@ static bool find_starter(int pid, const char *name, const char *value, bool by_h
                          struct epi_starter *out) {
     struct process self, p;
     memset(out, 0, sizeof(*out));
-    if (!look_up(pid, &self)) {
+    if (!see_process(pid, &self)) {
         return false;
     }
     int at = self.parent;
     for (int i = 0; i < MAX_ANCESTORS; i++) {
-        if (!look_up(at, &p)) {
+        if (!see_process(at, &p)) {
             return false;
         }
         bool between = was_started_with(at, name, value) ||
@@ -221,7 +221,7 @@ static int rank_of(const struct census *c, int pid) {
     int64_t rank = -1;
     if (!program_of(pid, text, sizeof(text)) || strcmp(text, c->program) != 0 ||
         !variable_of(pid, "RANK", text, sizeof(text)) ||
-        !epi_parse_int(text, 10, 0, c->num_ranks - 1, &rank) || !look_up(pid, &p) ||
+        !epi_parse_int(text, 10, 0, c->num_ranks - 1, &rank) || !see_process(pid, &p) ||
         was_started_with(p.parent, "RANK", text) ||
         !find_starter(pid, "RANK", text, true, &starter) || starter.pid != c->starter.pid ||
         starter.start != c->starter.start) {
