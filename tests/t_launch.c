@@ -493,6 +493,59 @@ static void test_resolution(void) {
        "who waits in vain in a job without a name is told what to set: %s", ep_last_error());
 }
 
+/* ---- ranks that fail, and ranks that are left over ---------------------------------------- */
+
+/* Process 0 is a rank 0 that was left over, 1 and 2 are the next job, which differs in nothing. */
+static int newer_rank(int number, void *ctx) {
+    static const char *const set[] = {TORCH, TORCH,
+                                      "RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost "
+                                      "MASTER_PORT=500 "};
+    struct epi_boot *boot = NULL;
+    struct epi_boot_config config = {.rank = -1, .num_ranks = -1, .timeout_ns = MEET_LONG_NS};
+    (void)ctx;
+    environment(set[number]);
+    tap_sleep_ms(400 * number);
+    ep_status st = epi_boot_create(&boot, &config);
+    if (number == 0) {
+        ok(st == EP_ERR_MISMATCH && meet_says("gives way"), "the older is told: %s",
+           ep_last_error());
+    } else {
+        ok(st == EP_OK, "the newer meet: %s", ep_last_error());
+        meet_check_group(boot, number - 1, 2);
+    }
+    epi_boot_destroy(&boot);
+    return 0;
+}
+
+static int unknown_rank(int rank, void *ctx) {
+    ep_world *world = ctx;
+    char address[32] = "127.0.0.1:500";
+    struct epi_boot *boot = NULL;
+    struct epi_boot_config config = {.rank = rank == 1 ? 7 : rank,
+                                     .num_ranks = 3,
+                                     .world = world,
+                                     .address = world ? NULL : address,
+                                     .timeout_ns = MEET_LONG_NS};
+    double start = tap_now();
+    tap_sleep_ms(rank == 2 ? 300 : 0); /* it comes when the others have failed already */
+    ep_status st = epi_boot_create(&boot, &config);
+    ok(st == (rank == 1 ? EP_ERR_ARG : EP_ERR_PEER) && meet_says("rank is 7"), "rank %d: %s",
+       rank, ep_last_error());
+    ok(tap_now() - start < (double)MEET_LONG_NS / 2e9, "and nobody waits");
+    return 0;
+}
+
+static void test_failing_ranks(void) {
+    ep_world *world = NULL;
+    tap_expect_log("rendezvous: dropped"); /* who looked who is there */
+    tap_expect_log("rendezvous: turned away");
+    ok(tap_spawn_ranks(3, newer_rank, NULL, 60) == 0, "a rank 0 that was left over gives way");
+    ok(tap_spawn_ranks(3, unknown_rank, NULL, 60) == 0, "a process with a rank that is none");
+    ep_world_create(&world, 3);
+    ok(tap_run_threads(3, unknown_rank, world) == 0, "a thread with a rank that is none");
+    ep_world_destroy(&world);
+}
+
 /* ---- for t_mpi.sh ------------------------------------------------------------------------- */
 
 /* A rank by whatever launcher: whose ranks has it met, by the variable JOB? */
@@ -535,6 +588,7 @@ int main(int argc, char **argv) {
     test_two_starters("torchrun's static rendezvous",
                       TORCH "LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 TORCHELASTIC_RUN_ID=none");
     test_left_over();
+    test_failing_ranks();
     test_resolution();
     return done_testing();
 }

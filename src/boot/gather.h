@@ -38,7 +38,8 @@ struct gathering {
     char turned_away[EPI_REASON_BYTES]; /* the last who was, for the text of a timeout */
     char doubt[200];                    /* the same: why nobody may ever come */
     bool has_doubted;
-    ep_status status;                   /* set by whatever makes the rendezvous fail */
+    bool is_giving_way; /* to a newer process, which takes this one's place */
+    ep_status status;   /* set by whatever makes the rendezvous fail */
 };
 
 /* ---- strangers.c; index is the place in g->strangers, which another may have afterwards ------- */

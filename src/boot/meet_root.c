@@ -49,6 +49,16 @@ static ep_status check_claim(struct gathering *g, const struct epi_claim *c,
                    c->rank);
         return EP_ERR_UNSUPPORTED;
     }
+    if (c->rank == 0 && m->launch.by_hand) {
+        g->is_giving_way = true;
+        epi_format(
+            text, EPI_REASON_BYTES,
+            "two processes claim to be rank 0 of %d, and the launcher names no job: this "
+            "one, perhaps left over, gives way to the newer; set EP_JOB to a name for "
+            "each job",
+            m->num_ranks);
+        return EP_ERR_MISMATCH;
+    }
     if (c->rank == 0 || g->here[c->rank]) {
         epi_format(text, EPI_REASON_BYTES, "two processes claim to be rank %u of %d", c->rank,
                    m->num_ranks);
@@ -132,7 +142,7 @@ void epi_gather_claim(struct gathering *g, int index, const struct epi_claim *c,
         return;
     }
     const bool is_hopeless = st == EP_ERR_VERSION || st == EP_ERR_UNSUPPORTED ||
-                             c->num_ranks != (uint32_t)g->meet->num_ranks;
+                             c->num_ranks != (uint32_t)g->meet->num_ranks || g->is_giving_way;
     epi_stranger_turn_away(g, index, st, text);
     if (g->meet->is_job_named && is_hopeless) {
         count_told(g, c);
@@ -277,9 +287,6 @@ static void begin_gathering(struct gathering *g, const struct epi_meet *meet,
     g->deadline = meet->deadline;
     g->verdict = meet->has_failed ? EP_ERR_PEER : EP_OK;
     epi_format(g->verdict_text, sizeof(g->verdict_text), "%s", meet->failed);
-    g->deadline = meet->deadline;
-    g->verdict = meet->has_failed ? EP_ERR_PEER : EP_OK;
-    epi_format(g->verdict_text, sizeof(g->verdict_text), "%s", meet->failed);
     g->quiet_until = epi_deadline_after(-1);
     g->here = epi_alloc_array(n, sizeof(*g->here));
     g->process = epi_alloc_array(n, sizeof(*g->process));
@@ -318,7 +325,7 @@ static void tell_all(struct gathering *g, const struct epi_listeners *listeners)
                            st == EP_ERR_UNSUPPORTED;
     epi_format(text, sizeof(text), "%s", epi_error_text());
     epi_meet_reject_all(g->conns, g->meet->num_ranks, is_shared ? st : EP_ERR_PEER, text);
-    if (is_shared && st != EP_ERR_TIMEOUT && g->verdict == EP_OK) {
+    if (is_shared && st != EP_ERR_TIMEOUT && g->verdict == EP_OK && !g->is_giving_way) {
         g->status = EP_OK;
         g->verdict = st;
         epi_format(g->verdict_text, sizeof(g->verdict_text), "%s", text);

@@ -21,6 +21,8 @@
 #define NUM_NAMES 16 /* that are tried where other users hold some */
 #define MAX_LOCAL_ADDRS 64
 #define HELD_PAUSE_NS (5 * EPI_NS_PER_MS)
+#define CLAIM_NS EPI_NS_PER_S /* for who holds the place to answer, and to go */
+#define MAX_CLAIMS 100
 
 static const char name_label[] = "libep name";
 
@@ -307,9 +309,22 @@ static enum holder find_holder(const struct epi_addr *addr, int *pid) {
     return *pid == (int)getpid() ? HOLDER_THIS_PROCESS : HOLDER_OTHER_PROCESS;
 }
 
+/* Without a name of the job, who waits there may be left over from the last: it is told that there
+ * is a newer rank 0, and goes. */
+static void claim_place(const struct epi_meet *meet, const struct epi_addr *addr) {
+    struct epi_conn conn;
+    struct epi_meet brief = *meet;
+    brief.deadline = epi_deadline_min(meet->deadline, epi_deadline_after(CLAIM_NS));
+    int fd = epi_sock_connect(addr, brief.deadline);
+    if (fd >= 0 && epi_meet_peer_over(&brief, fd, &conn) == EP_OK) {
+        epi_conn_close(&conn);
+    }
+}
+
 static ep_status listen_on_name(const struct epi_meet *meet, const struct epi_addr *addr,
                                 struct epi_listeners *out, bool *is_taken) {
     int pid = 0;
+    int num_claims = 0;
     for (;;) {
         int fd = epi_sock_listen(addr);
         if (fd >= 0) {
@@ -324,7 +339,11 @@ static ep_status listen_on_name(const struct epi_meet *meet, const struct epi_ad
             *is_taken = true;
             return EP_OK;
         }
-        if (holder == HOLDER_OTHER_PROCESS) {
+        if (holder == HOLDER_OTHER_PROCESS && meet->launch.by_hand && num_claims < MAX_CLAIMS &&
+            !epi_deadline_expired(meet->deadline)) {
+            num_claims++;
+            claim_place(meet, addr);
+        } else if (holder == HOLDER_OTHER_PROCESS) {
             return epi_fail(
                 EP_ERR_SYSTEM,
                 "rendezvous: process %d waits at %s already, as rank 0 of this job; "
