@@ -76,11 +76,14 @@ static void check_text(ep_status st) {
 static void check_address(const char *text) {
     char host[256];
     int port = 0;
-    if (epi_addr_split(text, host, &port)) {
-        const size_t len = strnlen(host, sizeof(host));
-        must(len > 0 && len < sizeof(host) && port >= 1 && port <= 65535);
-        must(strncmp(text + (text[0] == '['), host, len) == 0);
+    const char *why = epi_addr_parse(text, host, &port);
+    if (why) {
+        must(*why != '\0');
+        return;
     }
+    const size_t len = strnlen(host, sizeof(host));
+    must(len > 0 && len < sizeof(host) && port >= 0 && port <= 65535);
+    must(strstr(text, host) != NULL);
 }
 
 static void check_host_list(const char *text) {
