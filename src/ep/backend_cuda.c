@@ -199,11 +199,11 @@ static ep_status cuda_is_capturing(ep_group *g, void *stream, bool *capturing) {
 /* A begun dispatch sends on the group's own stream, so that finish can receive on the caller's at
  * the same time: neither before the operation that came before both. */
 static void *stream_of(const struct epi_op *op, void *stream) {
-    return op->flags & EPI_OP_BEGIN ? epi_gpu_stream(op->h->group->cuda->gpu) : stream;
+    return op->flags & EPI_OP_BEGIN ? epi_gpu_stream(op->g->cuda->gpu) : stream;
 }
 
 static ep_status order(struct epi_op *op, void *stream) {
-    struct epi_gpu *gpu = op->h->group->cuda->gpu;
+    struct epi_gpu *gpu = op->g->cuda->gpu;
     bool capturing = false;
     if (op->flags & EPI_OP_FINISH) {
         return epi_gpu_beside(gpu, stream);
@@ -217,7 +217,7 @@ static ep_status order(struct epi_op *op, void *stream) {
 }
 
 static ep_status launch(struct epi_op *op, void *stream) {
-    struct epi_gpu *gpu = op->h->group->cuda->gpu;
+    struct epi_gpu *gpu = op->g->cuda->gpu;
     const struct epi_shape *s = &op->shape;
     const bool finish = (op->flags & EPI_OP_FINISH) != 0;
     const int rest = s->workers > s->send_blocks ? s->workers - s->send_blocks : 1;

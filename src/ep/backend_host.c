@@ -160,8 +160,10 @@ static ep_status reserve(struct epi_op *op, void *stream) {
 }
 
 static ep_status submit(struct epi_op *op, void *stream) {
-    epi_handle_hold(op->h);
-    atomic_fetch_add(&op->h->pending, 1);
+    if (op->h) {
+        epi_handle_hold(op->h);
+        atomic_fetch_add(&op->h->pending, 1);
+    }
     return epi_stream_submit(stream, epi_op_run, op, sizeof(*op));
 }
 

@@ -242,15 +242,15 @@ ep_status epi_group_check(ep_group *g, uint64_t n) {
 }
 
 static ep_status check_group(const struct epi_op *op) {
-    return epi_group_check(op->h->group, op->number);
+    return epi_group_check(op->g, op->number);
 }
 
 static bool is_group_over(const struct epi_op *op) {
-    return epi_group_is_over(op->h->group, op->number);
+    return epi_group_is_over(op->g, op->number);
 }
 
 static void raise_not_launched(const struct epi_op *op, ep_status st) {
-    epi_group_raise(op->h->group, st, op->h->group->rank, op->number);
+    epi_group_raise(op->g, st, op->g->rank, op->number);
 }
 
 const struct epi_fault_rule epi_faults_end_group = {check_group, is_group_over,

@@ -35,8 +35,9 @@ struct ep_group {
 
     pthread_mutex_t mutex;
     pthread_cond_t turn;
-    uint64_t issued, ended; /* operations */
-    ep_handle *open_handle; /* whose dispatch is between begin and finish */
+    uint64_t turns_issued, turns_ended; /* operations */
+    uint64_t issued;                    /* those of throughput mode */
+    ep_handle *open_handle;             /* whose dispatch is between begin and finish */
     int next_slot, next_handle, num_handles;
     atomic_int num_held; /* handles that the caller has destroyed and operations still use */
 

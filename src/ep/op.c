@@ -12,22 +12,27 @@
 /* How soon an operation that waits for its turn learns that it need not. */
 #define TURN_NS (20 * EPI_NS_PER_MS)
 
-void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *h, int asked,
-                  const struct epi_load *load) {
-    ep_group *g = h->group;
-    struct k_op *k = &op->args.op;
+void epi_op_of_group(struct epi_op *op, const struct epi_op_kind *kind, ep_group *g, int asked,
+                     const struct epi_load *load) {
     memset(op, 0, sizeof(*op));
     op->kind = kind;
-    op->h = h;
+    op->g = g;
     op->shape = epi_group_shape(g, asked, load);
-    k->g = g->k;
+    op->args.op.g = g->k;
+}
+
+void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *h, int asked,
+                  const struct epi_load *load) {
+    struct k_op *k = &op->args.op;
+    epi_op_of_group(op, kind, h->group, asked, load);
+    op->h = h;
     k->h = h->k;
     k->handle_id = h->id;
     k->tokens = h->tokens;
     k->topk = h->topk;
     k->row_bytes = load->row_bytes;
     k->send_blocks = (k_u32)op->shape.send_blocks;
-    epi_plan_channels(&g->plan, h->tokens, &k->channels);
+    epi_plan_channels(&op->g->plan, h->tokens, &k->channels);
 }
 
 ep_status epi_check_not_open(const char *fn, const ep_handle *h) {
@@ -47,15 +52,16 @@ void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded) {
 /* Under the mutex: an operation that the stream cannot take has no number, and no peer counts on it.
  * `numbered`: it has got one, now or before. */
 static ep_status number_and_launch(struct epi_op *op, void *stream, bool *numbered) {
-    ep_group *g = op->h->group;
+    ep_group *g = op->g;
     const struct epi_backend *b = g->backend;
     if (b->order) {
         EPI_TRY(b->order(op, stream));
     }
     if (op->kind->faults && !(op->flags & EPI_OP_FINISH)) {
-        op->number = ++g->issued;
+        op->turn = ++g->turns_issued;
+        op->number = op->kind->counts_itself ? 0 : ++g->issued;
     }
-    *numbered = op->number != 0;
+    *numbered = op->turn != 0;
     if (op->kind->issued) {
         op->kind->issued(op);
     }
@@ -63,7 +69,7 @@ static ep_status number_and_launch(struct epi_op *op, void *stream, bool *number
 }
 
 ep_status epi_op_issue(struct epi_op *op, void *stream) {
-    ep_group *g = op->h->group;
+    ep_group *g = op->g;
     const struct epi_op_kind *kind = op->kind;
     bool numbered = false;
     pthread_mutex_lock(&g->mutex);
@@ -84,23 +90,25 @@ ep_status epi_op_issue(struct epi_op *op, void *stream) {
 
 /* Blocks until the operation before this one has ended, or until it has nothing to wait for. */
 static void await_turn(const struct epi_op *op) {
-    ep_group *g = op->h->group;
+    ep_group *g = op->g;
     pthread_mutex_lock(&g->mutex);
     /* Every operation that runs has a deadline; one whose stream never comes to it has none. */
-    while (g->ended < op->number - 1 && !op->kind->faults->is_over(op)) {
+    while (g->turns_ended < op->turn - 1 && !op->kind->faults->is_over(op)) {
         epi_cond_wait(&g->turn, &g->mutex, epi_deadline_after(TURN_NS));
     }
     pthread_mutex_unlock(&g->mutex);
 }
 
-/* Operation n has ended. `ran`: its kernel did, so its epoch is counted already. */
-static void end_op(ep_group *g, uint64_t n, bool ran) {
+/* `ran`: its kernel did, so its epoch is counted already. */
+static void end_op(const struct epi_op *op, bool ran) {
+    ep_group *g = op->g;
     pthread_mutex_lock(&g->mutex);
-    if (g->ended < n) {
-        if (!ran && g->ended == n - 1) { /* else one before it may be in its kernel */
+    if (g->turns_ended < op->turn) {
+        /* If it comes before its turn, one before it may be in its kernel. */
+        if (!ran && op->number && g->turns_ended == op->turn - 1) {
             atomic_fetch_add((_Atomic k_u64 *)&g->ctl->epoch, 1);
         }
-        g->ended = n;
+        g->turns_ended = op->turn;
         pthread_cond_broadcast(&g->turn);
     }
     pthread_mutex_unlock(&g->mutex);
@@ -115,7 +123,7 @@ static ep_status run_kernel(struct epi_op *op) {
     if (kind->before) {
         EPI_TRY(kind->before(op));
     }
-    epi_run_kernel(op->h->group->run, kind->kernel, &op->args, op->shape.workers);
+    epi_run_kernel(op->g->run, kind->kernel, &op->args, op->shape.workers);
     op->flags |= EPI_OP_RAN;
     EPI_TRY(check_op(op));
     return kind->after ? kind->after(op) : EP_OK;
@@ -137,9 +145,11 @@ ep_status epi_op_run(void *arg) {
         kind->clear(op);
     }
     if (kind->faults && !(op->flags & EPI_OP_OPEN)) {
-        end_op(h->group, op->number, ran);
+        end_op(op, ran);
     }
-    atomic_fetch_sub(&h->pending, 1);
-    epi_handle_release(h);
+    if (h) {
+        atomic_fetch_sub(&h->pending, 1);
+        epi_handle_release(h);
+    }
     return st;
 }

@@ -4,10 +4,10 @@
  * combine.c and route.c fill one in and give it to epi_op_issue; what is particular to a kind is
  * in a table of hooks, and everything else (number, turn, fault, launch, end) is in op.c, once.
  *
- * Order: operations that involve peers get numbers when they are issued, 1, 2, ...; each runs when
- * the one before it has ended, whatever streams they are on. On the host the number is the
- * operation's epoch in the kernels; on a device the control block counts, because graphs replay
- * operations that nobody has issued.
+ * Order: operations that involve peers get turns when they are issued; each runs when the one before
+ * it has ended, whatever streams they are on. Those of throughput mode also get numbers, 1, 2, ...,
+ * the same on all ranks: on the host the number is the operation's epoch in the kernels; on a device
+ * the control block counts, because graphs replay operations that nobody has issued.
  */
 #ifndef EPI_OP_H
 #define EPI_OP_H
@@ -37,7 +37,8 @@ extern const struct epi_fault_rule epi_faults_end_group;
  */
 struct epi_op_kind {
     enum epi_kernel kernel;
-    const struct epi_fault_rule *faults;    /* NULL: no peer takes part: no number, no turn */
+    const struct epi_fault_rule *faults; /* NULL: no peer takes part: no number, no turn */
+    bool counts_itself; /* peers take part, and it has no number: its kernels keep their own */
     void (*issued)(struct epi_op *op);      /* under the mutex, with its number */
     ep_status (*before)(struct epi_op *op); /* in its turn: what is known only now */
     ep_status (*after)(struct epi_op *op);  /* from what the kernel left to a status */
@@ -56,8 +57,10 @@ struct epi_op_kind {
 
 struct epi_op {
     const struct epi_op_kind *kind;
-    ep_handle *h;
-    uint64_t number;
+    ep_group *g;
+    ep_handle *h;    /* NULL: it has none */
+    uint64_t number; /* of a kind with an epoch */
+    uint64_t turn;
     struct epi_shape shape;
     uint32_t flags; /* EPI_OP_... */
     union {
@@ -73,8 +76,10 @@ _Static_assert(sizeof(struct epi_op) <= EPI_TASK_BYTES, "a stream holds operatio
 ep_status epi_check_not_open(const char *fn, const ep_handle *h);
 /* What the arguments of an operation of a routed handle are checked against. */
 void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded);
-/* Everything but its number and what is its kind's own, from a routed handle. `asked`: workers of
- * this call, 0: the group's. */
+/* Everything but its number and what is its kind's own; of a handle, which is routed, what it knows.
+ * `asked`: workers of this call, 0: the group's. */
+void epi_op_of_group(struct epi_op *op, const struct epi_op_kind *kind, ep_group *g, int asked,
+                     const struct epi_load *load);
 void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *h, int asked,
                   const struct epi_load *load);
 /* Numbers it and launches or queues it. With stream NULL on the host the status is the operation's,
