@@ -256,7 +256,7 @@ $(B)/obj/kernel/%.o: kernel/%.c $(B)/flags
 
 # One thread makes cases and references, of memory of its own: nothing for ThreadSanitizer to see.
 ifeq ($(VARIANT),tsan)
-$(B)/obj/tests/ref.o $(B)/obj/tests/cases.o: OBJ_FLAGS := -fno-sanitize=thread
+$(B)/obj/tests/ref.o $(B)/obj/tests/ref_ll.o $(B)/obj/tests/cases.o: OBJ_FLAGS := -fno-sanitize=thread
 endif
 
 $(B)/obj/%.o: %.c $(B)/flags
