@@ -221,7 +221,7 @@ typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t byte
  * MASTER_ADDR may have blanks, brackets, "tcp://" or a port around it; it is not needed where the
  * launcher says that all ranks are on this host.
  * A rank whose configuration is refused says so to the others, where it is known who they are.
- * Everything from `num_experts` to `timeout_ms` must agree on all ranks.
+ * Everything from `num_experts` on must agree on all ranks, unless it says otherwise.
  */
 struct ep_group_config {
     uint32_t size;
@@ -261,33 +261,38 @@ struct ep_group_config {
                                      May differ between ranks */
     int32_t mask_routing;       /* not 0: handles may be routed by a mask (memory for up to R
                                      destinations per token instead of min(R, K)) */
+    int32_t ll_max_tokens;      /* the most tokens per rank of a low-latency operation; 0: the
+                                     group has no low-latency mode, and no memory for it */
+    int32_t reserved;
 };
 #define EP_GROUP_CONFIG_INIT                                                                   \
     {                                                                                          \
         sizeof(struct ep_group_config), 0, 0, -1, -1, -1, NULL, NULL, NULL, NULL, NULL, 0, 0,  \
-            0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, 0                                                 \
+            0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0                                           \
     }
 
 /* What a configuration costs, to the byte, before anything is allocated. */
 struct ep_plan_info {
     uint32_t size;
-    int32_t num_channels;      /* parts in which a rank's tokens travel */
-    int64_t control_bytes;     /* of the arena: words by which ranks talk */
-    int64_t recv_bytes;        /* of the arena: received rows, all slots */
-    int64_t sidecar_bytes;     /* of the arena: ids, weights, scales of received rows */
-    int64_t combine_bytes;     /* of the arena: answers on their way back */
-    int64_t expanded_bytes;    /* of the arena: expanded views, all slots */
-    int64_t arena_bytes;       /* the sum of the above, rounded up to whole pages */
-    int64_t local_bytes;       /* ordinary memory of a rank for tables and num_workers workers
+    int32_t num_channels;   /* parts in which a rank's tokens travel */
+    int64_t control_bytes;  /* of the arena: words by which ranks talk */
+    int64_t recv_bytes;     /* of the arena: received rows, all slots */
+    int64_t sidecar_bytes;  /* of the arena: ids, weights, scales of received rows */
+    int64_t combine_bytes;  /* of the arena: answers on their way back */
+    int64_t expanded_bytes; /* of the arena: expanded views, all slots */
+    int64_t arena_bytes;    /* the sum of the above and ll_bytes, rounded up to whole pages */
+    int64_t local_bytes;    /* ordinary memory of a rank for tables and num_workers workers
                                    (0: one), without handles */
-    int64_t handle_bytes;      /* ordinary memory of each handle */
-    int64_t max_recv_rows;     /* as resolved */
+    int64_t handle_bytes;   /* ordinary memory of each handle */
+    int64_t max_recv_rows;  /* as resolved */
     int64_t max_expanded_rows; /* as resolved, 0 without EP_GROUP_EXPANDED_VIEW */
     int64_t max_combine_rows;  /* answers one rank can receive */
     int64_t sidecar_row_bytes; /* stride of a row's sidecar */
+    int64_t ll_bytes;          /* of the arena: low-latency mode */
+    int64_t ll_handle_bytes;   /* memory of the caller's for each low-latency dispatch */
 };
 #define EP_PLAN_INFO_INIT                                                                      \
-    { sizeof(struct ep_plan_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+    { sizeof(struct ep_plan_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /*
  * Computes the plan of a configuration whose num_ranks is set (rank and the way to meet are not
@@ -350,7 +355,8 @@ struct ep_fault {
     int32_t operation; /* EP_OP_... in which it was noticed */
     uint32_t epoch;    /* number of that operation in the group, from 1 */
     int64_t waited_ms; /* how long the reporter had waited */
-    char phase[32];    /* what it waited for: "ready", "counts", "bases", "rows", "answers" */
+    char phase[32];    /* what it waited for: "ready", "counts", "bases", "rows", "answers",
+                          "consumed" */
     char message[256]; /* one sentence */
 };
 #define EP_FAULT_INIT                                                                          \
@@ -363,6 +369,8 @@ struct ep_fault {
 #define EP_OP_NONE 0
 #define EP_OP_DISPATCH 1
 #define EP_OP_COMBINE 2
+#define EP_OP_LL_DISPATCH 3
+#define EP_OP_LL_COMBINE 4
 
 /*
  * The group's fault, if any. Local, not blocking, callable at any time from any thread: a poll.
@@ -747,6 +755,142 @@ struct ep_combine_args {
  * topk_weights is given must agree on all ranks. Errors as for ep_dispatch.
  */
 ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void *stream);
+
+/* ---------------------------------------------------------------------------------------------
+ * Low-latency mode
+ *
+ * For decode: few tokens, every microsecond counts. There is no handle to create and nothing to
+ * route, no counts are read by the host, and no memory is allocated: outputs have the size of the
+ * worst case, and what combine needs to know is kept in memory of the caller's. A row travels once
+ * per rank and is copied to its experts there. One call does all of an operation, or two calls
+ * its halves: between them nothing works for it, neither on the device nor on the host.
+ *
+ *     cfg.ll_max_tokens = 128;                              // when the group is created
+ *     ep_ll_dispatch_send(group, &d, stream);               // collective
+ *     ...work that overlaps with the transfer...
+ *     ep_ll_dispatch_recv(group, &d, stream);
+ *     ...the experts compute, from recv_x and expert_counts...
+ *     ep_ll_combine(group, &c, stream);
+ *
+ * M is max_tokens of the call, N = R * M the rows that each local expert can receive.
+ *
+ *   - Sends (or whole calls) are collective: in one order on all ranks, among themselves and with
+ *     throughput operations. A receive may come at any place after its send.
+ *   - Of each kind two operations may be between send and receive, so two micro-batches can be in
+ *     flight. A send whose kind's last but one was not received is EP_ERR_STATE, and so is a
+ *     second receive, or a receive before its send; nothing is written then. Throughput operations
+ *     between the halves are legal.
+ *   - T, K and M may differ from call to call; M, K, H and flags must agree on all ranks. Outputs
+ *     may be of any stream order that the two halves have; nothing is written past a count.
+ *   - All may be captured in CUDA graphs, in any number, and replayed in any order and as often as
+ *     wanted, together with calls that are not captured, if all ranks do the same.
+ *   - Host groups: with stream NULL a call returns when its work is done and tells how it ended. Else
+ *     what enqueued work finds is told by ep_stream_sync, of a CUDA group by ep_ll_status.
+ * ------------------------------------------------------------------------------------------ */
+
+/* Rows travel and arrive as EP_F8E4M3, cast from EP_BF16 by the sender in groups of 128 channels: a
+ * group's scale s = amax / 448, amax the largest magnitude but at least 1e-4; a channel becomes
+ * x * (448 / amax), rounded to nearest even and saturated at 448. float32 throughout. A NaN is 0x7f
+ * and does not count for amax; of a group with an infinity that is 0x7f and the rest 0. */
+#define EP_LL_FP8 1u
+/* With EP_LL_FP8: s is rounded up to a power of two, at most 2^127, and x multiplied by its
+ * reciprocal. */
+#define EP_LL_SCALES_POWER_OF_2 2u
+
+/*
+ * Inputs, looked at by the send half, of this rank's T tokens:
+ *   x             [T][H] EP_BF16, rows contiguous; H a multiple of 128, T at most M
+ *   topk_ids      [T][K] EP_I32 or EP_I64, contiguous. Global expert ids; an id outside 0..E-1 is
+ *                 not selected. An expert named twice gets the row twice
+ *   topk_weights  [T][K] EP_F32, any strides, or NULL: by which combine multiplies
+ * In and out, both halves, and combine:
+ *   handle        [ll_handle_bytes of the plan] EP_U8, contiguous, at a multiple of 16 bytes: what
+ *                 later calls need. The send writes it from nothing; it may be moved when nothing
+ *                 uses it, and must not change until the last combine
+ * Outputs, looked at by the receive half; each may be NULL:
+ *   recv_x        [L * N][H] EP_BF16, or EP_F8E4M3 with EP_LL_FP8, rows contiguous; required.
+ *                 Rows e * N .. of local expert e: by source rank, token, k, without gaps
+ *   recv_scales   with EP_LL_FP8: column g of expert e is row e * S + g of an [L * S][N] matrix
+ *                 whose rows start at multiples of 16 bytes. EP_F32: the scales s, S = H / 128.
+ *                 EP_I32, powers of two only: their exponents + 127 as bytes, four to an element,
+ *                 the lowest first, S = H / 512 rounded up, bytes to spare 0
+ *   recv_source   [L * N] EP_I32: each row's token at its source rank
+ *   expert_counts [L] EP_I32: rows of each local expert
+ *   ranges        [L][R] EP_I64: rows of each source << 0, the first of them (from 0) << 32
+ */
+struct ep_ll_dispatch_args {
+    uint32_t size;
+    uint32_t flags;      /* EP_LL_... */
+    int32_t max_tokens;  /* M; 0: the group's ll_max_tokens, which is the most */
+    int32_t num_workers; /* of this call; 0: the group's */
+    const struct ep_tensor *x;
+    const struct ep_tensor *topk_ids;
+    const struct ep_tensor *topk_weights;
+    struct ep_tensor *handle;
+    struct ep_tensor *recv_x;
+    struct ep_tensor *recv_scales;
+    struct ep_tensor *recv_source;
+    struct ep_tensor *expert_counts;
+    struct ep_tensor *ranges;
+};
+#define EP_LL_DISPATCH_ARGS_INIT                                                               \
+    {                                                                                          \
+        sizeof(struct ep_ll_dispatch_args), 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
+            NULL, NULL                                                                         \
+    }
+
+/*
+ * Rows to the ranks of their experts: all of it, or its halves, which are given the same struct.
+ * Enqueues on `stream`. EP_ERR_ARG: type, shape, stride, alignment, overlap; before anything is
+ * sent. EP_ERR_STATE as above. EP_ERR_UNSUPPORTED: the group has no ll_max_tokens.
+ * EP_ERR_MISMATCH, EP_ERR_TIMEOUT, EP_ERR_PEER, EP_ERR_FAULTED: see ep_group_fault. After a
+ * failure outputs hold anything; counts are not above N all the same.
+ */
+ep_status ep_ll_dispatch(ep_group *group, const struct ep_ll_dispatch_args *args, void *stream);
+ep_status ep_ll_dispatch_send(ep_group *group, const struct ep_ll_dispatch_args *args,
+                              void *stream);
+ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args *args,
+                              void *stream);
+
+/*
+ *   x       [L * N][H] EP_BF16, rows contiguous: the answers, in the rows of recv_x; rows past an
+ *           expert's count are not read. Looked at by the send half
+ *   handle  of a dispatch that was received, with the same M, H and T
+ *   out     [T][H] EP_BF16, rows contiguous; looked at by the receive half
+ *
+ * out[t] = round(0 + sum over the ranks r that t was sent to, ascending, of y_r), where y_r is
+ * round(0 + sum over the selections k of t at r, ascending, of weight[k] * row) with the weights
+ * of the dispatch, or without them 1; in float32, to nearest even. Products are rounded before
+ * they are added. A token that was sent nowhere yields zeros. A NaN becomes 0x7fff.
+ */
+struct ep_ll_combine_args {
+    uint32_t size;
+    uint32_t flags;      /* 0 */
+    int32_t max_tokens;  /* as of the dispatch */
+    int32_t num_workers; /* of this call; 0: the group's */
+    struct ep_tensor *handle;
+    const struct ep_tensor *x;
+    struct ep_tensor *out;
+};
+#define EP_LL_COMBINE_ARGS_INIT                                                                \
+    { sizeof(struct ep_ll_combine_args), 0, 0, 0, NULL, NULL, NULL }
+
+/*
+ * Answers back to the owners of the tokens, and summed there: all of it, or its halves. A handle may be
+ * combined again when its last combine was received. Enqueues on `stream`. Errors as of
+ * ep_ll_dispatch; EP_ERR_STATE also if the handle is of no received dispatch of this shape.
+ */
+ep_status ep_ll_combine(ep_group *group, const struct ep_ll_combine_args *args, void *stream);
+ep_status ep_ll_combine_send(ep_group *group, const struct ep_ll_combine_args *args,
+                             void *stream);
+ep_status ep_ll_combine_recv(ep_group *group, const struct ep_ll_combine_args *args,
+                             void *stream);
+
+/*
+ * What enqueued work of low-latency mode has found and nobody was told yet: EP_OK, EP_ERR_STATE for
+ * a call that did nothing (told once), or the group's fault. Local, not blocking.
+ */
+ep_status ep_ll_status(ep_group *group);
 
 #ifdef __cplusplus
 }

@@ -65,6 +65,9 @@
 
 #define K_OP_DISPATCH 1u
 #define K_OP_COMBINE 2u
+#define K_OP_LL_DISPATCH                                                                       \
+    3u /* of low-latency mode, in which kernels count operations themselves */
+#define K_OP_LL_COMBINE 4u
 #define K_SIG_CACHED (1u << 4)
 #define K_SIG_WEIGHTS (1u << 5)
 #define K_SIG_TOPK_SHIFT 6
@@ -105,7 +108,8 @@
 #define K_PHASE_BASES 3
 #define K_PHASE_ROWS 4
 #define K_PHASE_ANSWERS 5
-#define K_PHASE_SELF 6 /* another block of the same rank */
+#define K_PHASE_SELF 6     /* another block of the same rank */
+#define K_PHASE_CONSUMED 7 /* low-latency mode: that a peer has received an earlier operation */
 
 /*
  * An abort word ends waits; struct k_board says who writes one. By bits:
@@ -118,7 +122,7 @@
  *
  * The epoch is that of the operation that faulted: an earlier one that is still on its way
  * somewhere may finish, because whoever reached a later one has sent all its rows. Death and
- * cancellation end all of them.
+ * cancellation end all of them, and so does a fault of low-latency mode, whose numbers are others.
  */
 #define K_ABORT_PACK(status, reporter, subject, kind, phase, epoch)                            \
     ((1ull << 63) | ((k_u64)(k_u8)(-(status)) << 48) | ((k_u64)(reporter) << 38) |             \
@@ -132,6 +136,7 @@
 /* Whether abort word w ends operation `epoch`. */
 #define K_ABORT_ENDS(w, epoch)                                                                 \
     ((w) != 0 && (K_ABORT_STATUS(w) == K_ERR_PEER || K_ABORT_STATUS(w) == K_ERR_INTERRUPTED || \
+                  K_ABORT_KIND(w) >= (k_i32)K_OP_LL_DISPATCH ||                                \
                   (((k_u32)(epoch) - (k_u32)((w)&0xfffff)) & 0xfffff) < 0x80000))
 
 /* Statuses that kernels raise; the values of ep_status. */
@@ -170,6 +175,8 @@ struct k_board {
     k_i64 waited_ns;
     k_i64 waiting_kind;
     struct k_fault fault; /* holds where `abort` names a kind */
+    k_u64
+        refused; /* {kind | K_REFUSED_...}: a call of low-latency mode did nothing; 0 once told */
 };
 
 /* How an operation ended that did not end well; k_ctl.how_ended. */
@@ -399,7 +406,7 @@ struct k_hooks {
 _Static_assert(sizeof(struct k_array) == 24, "k_array");
 _Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
 _Static_assert(sizeof(struct k_fault) == 48, "k_fault");
-_Static_assert(sizeof(struct k_board) == 6 * 8 + 48, "k_board");
+_Static_assert(sizeof(struct k_board) == 7 * 8 + 48, "k_board");
 _Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
 _Static_assert(sizeof(struct k_handle) == 26 * 8, "k_handle");
 _Static_assert(sizeof(struct k_op) == 216 + 208 + 32 + 24, "k_op");
@@ -409,5 +416,7 @@ _Static_assert(sizeof(struct k_dispatch_args) == sizeof(struct k_op) + 32 + 16 +
                "k_dispatch_args");
 _Static_assert(sizeof(struct k_combine_args) == sizeof(struct k_op) + 24 + 7 * 24,
                "k_combine_args");
+
+#include "kernel/abi_ll.h"
 
 #endif

@@ -18,9 +18,11 @@
     X(ROUTE, route, "kernel/route.k.c", k_route_args, THROUGHPUT)                              \
     X(LAYOUT, layout, "kernel/layout.k.c", k_layout_args, THROUGHPUT)                          \
     X(DISPATCH, dispatch, "kernel/dispatch.k.c", k_dispatch_args, THROUGHPUT)                  \
-    X(COMBINE, combine, "kernel/combine.k.c", k_combine_args, THROUGHPUT)
+    X(COMBINE, combine, "kernel/combine.k.c", k_combine_args, THROUGHPUT)                      \
+    X(LL_DISPATCH, ll_dispatch, "kernel/ll_dispatch.k.c", k_ll_dispatch_args, LOW_LATENCY)     \
+    X(LL_COMBINE, ll_combine, "kernel/ll_combine.k.c", k_ll_combine_args, LOW_LATENCY)
 
-#define K_KERNEL_SETS(X) X(THROUGHPUT)
+#define K_KERNEL_SETS(X) X(THROUGHPUT) X(LOW_LATENCY)
 
 /* What a launch may carry, on every GPU and driver. */
 #define K_MAX_ARG_BYTES 4096

@@ -38,11 +38,17 @@
  *                                        stages, so that a part may be a whole row
  *               k_reduce(k, ...)         sum of rows in float32 in the order given, rounded once
  *               k_zero(k, ...)           fills own memory
+ *               k_load16(p), k_store16_to(peer, v)   16 bytes, at once; nowhere is allowed
+ * 8-bit floats  K_CASTERS, K_CAST_CHANNELS   lanes that cast a group together; channels of each
+ *               k_group_most(k, x)       the largest x of the lanes that cast a group together
+ *               k_to_e4m3(x)             nearest even, saturating; NaN is 0x7f
+ *               k_store_cast(peer, b)    a lane's channels of a group
  * Own words     k_load(p), k_store(p, w)  a word of this rank's, whole; they order nothing
  *               k_fetch_add(p, v)        adds, returns the old value, orders like release and acquire
  *               k_add(p, v)              adds to a sum that nobody waits for; orders nothing
  *               k_raise_to(p, v)         *p becomes v if that is more; orders nothing
  *               k_take_next(k, p)        the warp takes the next number of a counter
+ *               k_add_last(p, v)         adds, after all that this lane has done
  * Numbers       k_min(a, b), k_max(a, b)
  * Code          K_UNROLL, K_ROLLED       before a loop: its values are to stay in registers; it is
  *                                        short, and code must stay in its cache
@@ -53,6 +59,7 @@
  *               k_pair_*                 two places at one rank: set, move on, and a part of one
  *               k_peer_own(address)      this rank's memory, to store to
  *               k_peer_for_lane0(k, p)   p for lane 0, nowhere for the others
+ *               k_is_nowhere(p)          whether it is no place
  *               k_own(g, offset)         a byte of this rank's arena, to read
  *
  * Addresses: a pointer is this rank's own memory; a struct k_peer is memory of some rank's arena
@@ -115,6 +122,10 @@ static K_INLINE struct k_peer k_peer_own(k_u64 address) {
 static K_INLINE struct k_peer k_peer_for_lane0(const struct k_thread *k, struct k_peer p) {
     p.address = k->lane == 0 ? p.address : 0;
     return p;
+}
+
+static K_INLINE k_bool k_is_nowhere(struct k_peer p) {
+    return p.address == 0;
 }
 
 /* Byte `offset` of this rank's own arena, as memory to read. */
@@ -239,6 +250,18 @@ static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame
 #define K_SPINNER                                                                              \
     { 0, K_LOOK_NS, 0 }
 
+/*
+ * Whether abort word w, which a peer has told, ends a wait for `peer`. In low-latency mode every fault
+ * does, as its numbers are not those of throughput operations; and that `peer` itself is in destroy,
+ * as it has sent all that it ever will.
+ */
+static K_INLINE k_bool k_ends(k_i32 kind, k_u64 w, k_u32 epoch, k_i32 peer) {
+    if (kind < (k_i32)K_OP_LL_DISPATCH) {
+        return K_ABORT_ENDS(w, epoch);
+    }
+    return w != 0 && (K_ABORT_STATUS(w) != 0 || K_ABORT_SUBJECT(w) == peer);
+}
+
 /* One more turn of a wait that began at s->since: false when it must end. Called by one lane. */
 static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k_i32 phase) {
     struct k_ctl *ctl = k->g->ctl;
@@ -258,7 +281,8 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     if (k->kind && waited >= s->look) {
         const struct k_board *board = k->board;
         s->look = waited + K_LOOK_NS;
-        if (k_load(&board->abort) != 0 || K_ABORT_ENDS(k_load(&board->told), k->epoch)) {
+        if (k_load(&board->abort) != 0 ||
+            k_ends(k->kind, k_load(&board->told), k->epoch, peer)) {
             return 0;
         }
     }

@@ -100,6 +100,10 @@ static K_INLINE void k_add(k_u64 *p, k_u64 v) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+static K_INLINE void k_add_last(k_u64 *p, k_u64 v) {
+    asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
 /* Lane 0 takes for the warp. */
 static K_INLINE k_u64 k_take_next(struct k_thread *k, k_u64 *p) {
     k_u64 old = 0;

@@ -20,6 +20,14 @@ static K_INLINE struct k_16 k_load16(const void *p) {
     return v;
 }
 
+static K_INLINE void k_store16_to(struct k_peer at, struct k_16 v) {
+    if (at.address) {
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at.address), "r"(v.x),
+                     "r"(v.y), "r"(v.z), "r"(v.w)
+                     : "memory");
+    }
+}
+
 /* The same from global or shared memory. */
 static K_INLINE struct k_16 k_load16_any(const void *p) {
     struct k_16 v;
@@ -48,6 +56,41 @@ static K_INLINE k_u32 k_bits(k_f32 x) {
 
 static K_INLINE k_f32 k_float(k_u32 u) {
     return __uint_as_float(u);
+}
+
+/* ---- 8-bit floats: 16 lanes cast a group ------------------------------------------------------ */
+
+#define K_CASTERS 16
+#define K_CAST_CHANNELS 8
+
+#include "kernel/lang_e4m3.h"
+
+static K_INLINE k_f32 k_group_most(struct k_thread *k, k_f32 x) {
+    (void)k;
+#pragma unroll
+    for (k_i32 d = 8; d > 0; d /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+    }
+    return x;
+}
+
+static K_INLINE k_u8 k_to_e4m3(k_f32 x) {
+#if __CUDA_ARCH__ >= 890
+    k_u16 two;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(x));
+    return (k_u8)two;
+#else
+    return k_to_e4m3_by_bits(x);
+#endif
+}
+
+static K_INLINE void k_store_cast(struct k_peer at, const k_u8 *b) {
+    if (at.address) {
+        const k_u32 lo = (k_u32)b[0] | (k_u32)b[1] << 8 | (k_u32)b[2] << 16 | (k_u32)b[3] << 24;
+        const k_u32 hi = (k_u32)b[4] | (k_u32)b[5] << 8 | (k_u32)b[6] << 16 | (k_u32)b[7] << 24;
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at.address), "r"(lo), "r"(hi)
+                     : "memory");
+    }
 }
 
 static K_INLINE k_f32 k_from_bf16(k_u16 h) {

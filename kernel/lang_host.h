@@ -93,6 +93,11 @@ static K_INLINE void k_add(k_u64 *p, k_u64 v) {
     __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
 
+/* Adds to a sum; whoever sees it sees what was done before. */
+static K_INLINE void k_add_last(k_u64 *p, k_u64 v) {
+    __atomic_fetch_add(p, v, __ATOMIC_RELEASE);
+}
+
 /* The next number of a counter that all warps of a rank share; orders nothing. */
 static K_INLINE k_u64 k_take_next(struct k_thread *k, k_u64 *p) {
     (void)k;
@@ -462,6 +467,8 @@ static K_INLINE void k_zero(struct k_thread *k, void *dst, k_i32 bytes) {
     (void)k;
     memset(dst, 0, (size_t)bytes);
 }
+
+#include "kernel/lang_host_cast.h"
 
 /* A plain store to an arena; ordered by the next k_publish of this warp. */
 static K_INLINE void k_store_u32(struct k_peer at, k_u32 v) {

@@ -17,7 +17,8 @@
 /* A call on its way: queued, or a dispatch between begin and finish. */
 struct call {
     struct stage stage;
-    ep_handle *handle;
+    ep_group *group;
+    ep_handle *handle; /* NULL: of low-latency mode */
     void *stream;
     bool begun;
     struct call *next;
@@ -138,9 +139,9 @@ ep_status call_found(ep_handle *h) {
 
 /* ---- calls --------------------------------------------------------------------------------- */
 
-/* NULL: the handle is of a host group, or there is none. */
-static struct call *new_call(ep_handle *h, void *stream) {
-    struct gpu *gpu = h ? call_gpu(h->group) : NULL;
+/* NULL: the group is a host group, or there is none. */
+static struct call *new_group_call(ep_group *group, ep_handle *h, void *stream) {
+    struct gpu *gpu = group ? call_gpu(group) : NULL;
     uint64_t arena;
     size_t arena_bytes;
 
@@ -152,11 +153,16 @@ static struct call *new_call(ep_handle *h, void *stream) {
         printf("Bail out! no memory\n");
         exit(1);
     }
+    c->group = group;
     c->handle = h;
     c->stream = stream ? stream : gpu->stream;
-    call_arena(h->group, &arena, &arena_bytes);
+    call_arena(group, &arena, &arena_bytes);
     stage_begin(&c->stage, gpu, arena, arena_bytes);
     return c;
+}
+
+static struct call *new_call(ep_handle *h, void *stream) {
+    return new_group_call(h ? h->group : NULL, h, stream);
 }
 
 static void *lay(struct call *c) {
@@ -167,7 +173,7 @@ static void *lay(struct call *c) {
 
 static void keep_call(struct call *c) {
     pthread_mutex_lock(&mutex);
-    struct record *r = find(c->handle->group);
+    struct record *r = find(c->group);
     c->next = r->calls;
     r->calls = c;
     pthread_mutex_unlock(&mutex);
@@ -193,6 +199,21 @@ static struct call *take_calls(const ep_group *group, const void *stream, bool b
     return taken;
 }
 
+static ep_status found_by(const struct call *c) {
+    struct ep_fault fault = EP_FAULT_INIT;
+
+    if (c->handle) {
+        return call_found(c->handle);
+    }
+    const ep_status st = ep_ll_status(c->group);
+    if (st != EP_OK) {
+        return st;
+    }
+    ep_group_fault(c->group, &fault);
+    return fault.status == EP_OK ? EP_OK
+                                 : epi_fail((ep_status)fault.status, "%s", fault.message);
+}
+
 /* After the library's call: it is queued, or waited for and looked at. */
 static ep_status end_call(struct call *c, ep_status st, bool queued) {
     const struct epi_cu_device *d = &c->stage.gpu->device;
@@ -208,7 +229,7 @@ static ep_status end_call(struct call *c, ep_status st, bool queued) {
         return EP_OK;
     }
     gpu_must(epi_cu_stream_sync(d, c->stream), "waiting for a stream");
-    st = call_found(c->handle);
+    st = found_by(c);
     const ep_status wrote = stage_check(&c->stage); /* worse than anything else */
     free_calls(c);
     return wrote != EP_OK ? wrote : st;
@@ -294,6 +315,36 @@ ep_status call_combine(ep_handle *h, const struct ep_combine_args *a, void *stre
     return end_call(c, ep_combine(h, &staged, lay(c)), stream != NULL);
 }
 
+/* ---- low-latency mode ---------------------------------------------------------------------- */
+
+ep_status call_ll_dispatch(ep_group *g, const struct ep_ll_dispatch_args *a,
+                           enum call_half half, void *stream) {
+    ep_status (*const call[])(ep_group *, const struct ep_ll_dispatch_args *, void *) = {
+        ep_ll_dispatch, ep_ll_dispatch_send, ep_ll_dispatch_recv};
+    struct call *c = a ? new_group_call(g, NULL, stream) : NULL;
+
+    if (!c) {
+        return call[half](g, a, stream);
+    }
+    struct ep_ll_dispatch_args staged = *a;
+    stage_all(&c->stage, &epi_ll_dispatch_rules, &staged, 0);
+    return end_call(c, call[half](g, &staged, lay(c)), stream != NULL);
+}
+
+ep_status call_ll_combine(ep_group *g, const struct ep_ll_combine_args *a, enum call_half half,
+                          void *stream) {
+    ep_status (*const call[])(ep_group *, const struct ep_ll_combine_args *,
+                              void *) = {ep_ll_combine, ep_ll_combine_send, ep_ll_combine_recv};
+    struct call *c = a ? new_group_call(g, NULL, stream) : NULL;
+
+    if (!c) {
+        return call[half](g, a, stream);
+    }
+    struct ep_ll_combine_args staged = *a;
+    stage_all(&c->stage, &epi_ll_combine_rules, &staged, 0);
+    return end_call(c, call[half](g, &staged, lay(c)), stream != NULL);
+}
+
 /* ---- streams ------------------------------------------------------------------------------- */
 
 ep_status call_stream_create(void **stream, ep_group *group) {
@@ -319,7 +370,7 @@ ep_status call_stream_sync(ep_group *group, void *stream) {
     gpu_must(epi_cu_stream_sync(&gpu->device, stream), "waiting for a stream");
     struct call *calls = take_calls(group, stream, false);
     for (struct call *c = calls; c; c = c->next) {
-        ep_status st = call_found(c->handle);
+        ep_status st = found_by(c);
         const ep_status wrote = stage_check(&c->stage);
         st = wrote != EP_OK ? wrote : st;
         if (first == EP_OK && st != EP_OK) {

@@ -29,6 +29,13 @@ ep_status call_dispatch_begin(ep_handle *h, const struct ep_dispatch_args *a, vo
 ep_status call_dispatch_finish(ep_handle *h, const struct ep_dispatch_args *a, void *stream);
 ep_status call_combine(ep_handle *h, const struct ep_combine_args *a, void *stream);
 
+/* Of low-latency mode: all of an operation, or a half. */
+enum call_half { CALL_BOTH, CALL_SEND, CALL_RECV };
+ep_status call_ll_dispatch(ep_group *g, const struct ep_ll_dispatch_args *a,
+                           enum call_half half, void *stream);
+ep_status call_ll_combine(ep_group *g, const struct ep_ll_combine_args *a, enum call_half half,
+                          void *stream);
+
 ep_status call_stream_create(void **stream, ep_group *group);
 /* The first thing that was found since the last time, of any call on the stream. */
 ep_status call_stream_sync(ep_group *group, void *stream);

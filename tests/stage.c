@@ -55,8 +55,7 @@ struct ep_tensor *stage_tensor(struct stage *s, const struct ep_tensor *t, bool 
     return &item->image;
 }
 
-/* All tensors that a call which `is` so has, by the operation's table. */
-static void stage_all(struct stage *s, const struct epi_rules *rules, void *args, uint32_t is) {
+void stage_all(struct stage *s, const struct epi_rules *rules, void *args, uint32_t is) {
     for (int i = 0; i < rules->num; i++) {
         const struct epi_rule *r = &rules->rule[i];
         if (epi_rule_holds(r, EPI_IN | EPI_OUT, is)) {

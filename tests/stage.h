@@ -47,6 +47,9 @@ void stage_begin(struct stage *s, struct gpu *gpu, uint64_t keep, size_t keep_by
 /* The image of a tensor (NULL for NULL), whose address holds after stage_lay. */
 struct ep_tensor *stage_tensor(struct stage *s, const struct ep_tensor *t, bool output,
                                const char *name);
+struct epi_rules;
+/* All tensors that a call which `is` so (src/ep/args.h) has, by its kind's table, in place. */
+void stage_all(struct stage *s, const struct epi_rules *rules, void *args, uint32_t is);
 /* All tensors of a call's arguments, in place. A view of the arena stays what it is. */
 void stage_routing(struct stage *s, struct ep_routing *r);
 void stage_layout(struct stage *s, struct ep_layout *l);

@@ -182,13 +182,13 @@ static void configs(void) {
            strstr(ep_last_error(), "ep_group_config.size"),
        "ep_group_config, 8 bytes longer and one is set: %s", ep_last_error());
     c.is.size = sizeof(c.is) - 8;
-    c.is.num_workers = -5; /* among the last 8 bytes */
+    c.is.ll_max_tokens = -5; /* among the last 8 bytes */
     ok(ep_plan(&c.is, &info.is) == EP_OK, "ep_group_config, 8 bytes shorter: %s",
        ep_last_error());
     info.is.size -= 8;
-    memset(&info.is.sidecar_row_bytes, POISON, 8);
-    ok(ep_plan(&c.is, &info.is) == EP_OK && info.is.sidecar_row_bytes != 0 &&
-           ((unsigned char *)&info.is.sidecar_row_bytes)[0] == POISON,
+    memset(&info.is.ll_handle_bytes, POISON, 8);
+    ok(ep_plan(&c.is, &info.is) == EP_OK && info.is.ll_handle_bytes != 0 &&
+           ((unsigned char *)&info.is.ll_handle_bytes)[0] == POISON,
        "ep_plan_info, 8 bytes shorter: its last field is not written");
     info.is.size = sizeof(info.is) + 8;
     memset(info.bytes + sizeof(info.is), POISON, 8);

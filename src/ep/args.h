@@ -44,6 +44,10 @@ enum epi_dim {
     EPI_DIM_ROWS,   /* received rows that the outputs, or x of a combine, hold */
     EPI_DIM_HIDDEN, /* elements of a row */
     EPI_DIM_SCALES,
+    EPI_DIM_LL_ROWS,    /* low-latency mode: rows at all local experts, L * R * M ... */
+    EPI_DIM_LL_EACH,    /* ... and at one, R * M */
+    EPI_DIM_LL_COLUMNS, /* columns of scales of all local experts */
+    EPI_DIM_LL_HANDLE,  /* bytes */
     EPI_NUM_DIMS
 };
 
@@ -88,9 +92,9 @@ struct epi_rules {
     int num;
 };
 
-/* In route.c, dispatch.c and combine.c. */
+/* In route.c, dispatch.c, combine.c and ll.c. */
 extern const struct epi_rules epi_route_rules, epi_layout_rules, epi_dispatch_rules,
-    epi_combine_rules;
+    epi_combine_rules, epi_ll_dispatch_rules, epi_ll_combine_rules;
 
 /* The first columns of a row, for field `f` of the struct that the caller fills in and for `to`
  * of the one that the kernel gets; and shorter words for the others. */

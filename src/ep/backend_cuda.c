@@ -69,6 +69,9 @@ static ep_status open_device(ep_group *g) {
     if (st == EP_OK) {
         st = epi_gpu_load(c->gpu, EPI_KERNEL_SET_THROUGHPUT);
     }
+    if (st == EP_OK && g->config.ll_max_tokens) {
+        st = epi_gpu_load(c->gpu, EPI_KERNEL_SET_LOW_LATENCY);
+    }
     if (st == EP_OK) {
         const struct epi_cu_device *d = epi_gpu_device(c->gpu);
         epi_log(EPI_LOG_INFO, "device %d: %s, sm_%d%d, %d SMs", d->index, d->name, d->major,
@@ -115,6 +118,7 @@ static ep_status fill_tables(ep_group *g) {
     MOVE(rank_expert);
     MOVE(rank_first);
 #undef MOVE
+    g->ll_ctl = (struct k_ll_ctl *)(uintptr_t)c->tables;
     g->k.ctl = (struct k_ctl *)(uintptr_t)c->ctl;
     return EP_OK;
 }

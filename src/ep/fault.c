@@ -95,18 +95,47 @@ void epi_group_leave(ep_group *g, uint64_t last) {
 
 static const char *phase_name(int phase) {
     static const char *const names[] = {"",     "ready",   "counts", "bases",
-                                        "rows", "answers", "self"};
-    return phase >= 0 && phase < 7 ? names[phase] : "?";
+                                        "rows", "answers", "self",   "consumed"};
+    return phase >= 0 && phase < 8 ? names[phase] : "?";
 }
 
 static const char *operation_name(int op) {
-    return op == EP_OP_DISPATCH ? "dispatch" : op == EP_OP_COMBINE ? "combine" : "operation";
+    static const char *const names[] = {"operation", "dispatch", "combine",
+                                        "low-latency dispatch", "low-latency combine"};
+    return op > 0 && op < 5 ? names[op] : names[0];
+}
+
+/* In which field two headers of low-latency mode differ. */
+static void describe_ll_mismatch(const struct k_fault *k, char *out, size_t bytes) {
+    const uint32_t a = k->mine, b = k->theirs, differ = a ^ b;
+    const bool combine = k->kind == EP_OP_LL_COMBINE;
+    const char *const names[] = {
+        NULL, combine ? "bytes of a row of out are" : "bytes of a row of x are",
+        combine ? "dtype is" : "bytes of a row on the wire are",
+        combine ? "number of the dispatch is" : "num_experts is", "max_tokens is"};
+    if (k->word > 0 && k->word < K_LL_COMPARED) {
+        epi_format(out, bytes, "%s %u here and %u there", names[k->word], a, b);
+    } else if (differ >> K_LL_SIG_TOPK_SHIFT) {
+        epi_format(out, bytes, "top-k is %u here and %u there", a >> K_LL_SIG_TOPK_SHIFT,
+                   b >> K_LL_SIG_TOPK_SHIFT);
+    } else {
+        const uint32_t bit = differ & K_LL_SIG_WEIGHTS ? K_LL_SIG_WEIGHTS
+                             : differ & K_LL_SIG_CAST  ? K_LL_SIG_CAST
+                                                       : K_LL_SIG_POWER_OF_2;
+        epi_format(out, bytes, "%s %s here and %s there",
+                   bit == K_LL_SIG_WEIGHTS ? "top-k weights are"
+                   : bit == K_LL_SIG_CAST  ? "EP_LL_FP8 is"
+                                           : "EP_LL_SCALES_POWER_OF_2 is",
+                   a & bit ? "given" : "absent", b & bit ? "given" : "absent");
+    }
 }
 
 /* In which field two ready messages differ. */
 static void describe_mismatch(const struct k_fault *k, char *out, size_t bytes) {
     const uint32_t a = k->mine, b = k->theirs;
-    if (k->word == 1) {
+    if (k->kind >= EP_OP_LL_DISPATCH) {
+        describe_ll_mismatch(k, out, bytes);
+    } else if (k->word == 1) {
         epi_format(out, bytes, "row bytes are %u here and %u there", a, b);
     } else if (k->word == 2 && k->kind == EP_OP_DISPATCH) {
         epi_format(out, bytes, "scale bytes are %u here and %u there", a, b);
@@ -225,10 +254,8 @@ static bool note_told(ep_group *g, uint64_t n) {
     return first;
 }
 
-ep_status epi_group_check(ep_group *g, uint64_t n) {
-    if (!epi_group_is_over(g, n)) {
-        return EP_OK;
-    }
+/* The fault, which there is, for operation n. */
+static ep_status tell_fault(ep_group *g, uint64_t n) {
     struct ep_fault f;
     const bool first = note_told(g, n);
     epi_group_describe(g, &f);
@@ -239,6 +266,10 @@ ep_status epi_group_check(ep_group *g, uint64_t n) {
         return epi_fail((ep_status)f.status, "%s", f.message);
     }
     return epi_fail(EP_ERR_FAULTED, "the group has faulted: %s", f.message);
+}
+
+ep_status epi_group_check(ep_group *g, uint64_t n) {
+    return epi_group_is_over(g, n) ? tell_fault(g, n) : EP_OK;
 }
 
 static ep_status check_group(const struct epi_op *op) {
@@ -256,11 +287,31 @@ static void raise_not_launched(const struct epi_op *op, ep_status st) {
 const struct epi_fault_rule epi_faults_end_group = {check_group, is_group_over,
                                                     raise_not_launched};
 
-ep_status epi_group_check_next(ep_group *g) {
+static uint64_t next_number(ep_group *g) {
     pthread_mutex_lock(&g->mutex);
     const uint64_t next = g->issued + 1;
     pthread_mutex_unlock(&g->mutex);
-    return epi_group_check(g, next);
+    return next;
+}
+
+/* Operations that count themselves: any fault ends them, and a peer in destroy has sent all that they
+ * wait for. */
+static bool is_ll_over(const struct epi_op *op) {
+    return epi_group_faulted(op->g);
+}
+
+static ep_status check_ll(const struct epi_op *op) {
+    return is_ll_over(op) ? tell_fault(op->g, next_number(op->g)) : EP_OK;
+}
+
+static void raise_ll_not_launched(const struct epi_op *op, ep_status st) {
+    epi_group_raise(op->g, st, op->g->rank, next_number(op->g));
+}
+
+const struct epi_fault_rule epi_faults_end_ll = {check_ll, is_ll_over, raise_ll_not_launched};
+
+ep_status epi_group_check_next(ep_group *g) {
+    return epi_group_check(g, next_number(g));
 }
 
 ep_status epi_group_admit(ep_group *g) {

@@ -26,6 +26,7 @@
     X(mask_routing)                                                                            \
     X(max_recv_rows)                                                                           \
     X(max_expanded_rows)                                                                       \
+    X(ll_max_tokens)                                                                           \
     X(memory_limit_bytes)                                                                      \
     X(timeout_ms)
 
@@ -56,6 +57,7 @@ static void fill_agreed(const ep_group *g, struct agreed *a) {
     a->flags = c->flags;
     a->mask_routing = c->mask_routing != 0;
     a->max_recv_rows = g->plan.info.max_recv_rows;
+    a->ll_max_tokens = c->ll_max_tokens;
     a->max_expanded_rows = g->plan.info.max_expanded_rows;
     a->memory_limit_bytes = c->memory_limit_bytes;
     a->timeout_ms = g->timeout_ns / EPI_NS_PER_MS;
@@ -112,6 +114,11 @@ static ep_status check_agreement(ep_group *g) {
     return st;
 }
 
+/* Behind the control block of low-latency mode. */
+static k_u64 *peers_of(const ep_group *g) {
+    return (k_u64 *)((struct k_ll_ctl *)g->tables + 1);
+}
+
 /* The tables that kernels index: one block, pointers into it. */
 static ep_status make_tables(ep_group *g) {
     const struct ep_group_config *c = &g->config;
@@ -121,7 +128,7 @@ static ep_status make_tables(ep_group *g) {
     if (!g->tables) {
         return epi_fail(EP_ERR_NOMEM, "no memory for the expert tables (%zu bytes)", bytes);
     }
-    k_u64 *peer = g->tables, *board = peer + ranks;
+    k_u64 *peer = peers_of(g), *board = peer + ranks;
     k_i32 *rank = (k_i32 *)(board + ranks), *local = rank + experts, *of = local + experts;
     k_i32 *first = of + experts;
     k_i32 at = 0;
@@ -142,6 +149,7 @@ static ep_status make_tables(ep_group *g) {
         }
     }
     g->num_local = first[g->rank + 1] - first[g->rank];
+    g->ll_ctl = g->tables;
     g->k.peer = peer;
     g->k.board = board;
     g->k.expert_rank = rank;
@@ -165,7 +173,7 @@ static void fill_kernel_group(ep_group *g) {
     k->max_recv_rows = g->plan.info.max_recv_rows;
     k->ctl = g->ctl;
     k->map = g->plan.map;
-    k_u64 *peer = g->tables, *board = peer + g->num_ranks;
+    k_u64 *peer = peers_of(g), *board = peer + g->num_ranks;
     for (int r = 0; r < g->num_ranks; r++) {
         peer[r] = epi_mem_arena_address(g->mem, r);
         board[r] = g->backend->board_address(g, r);

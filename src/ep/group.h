@@ -29,8 +29,9 @@ struct ep_group {
     int workers, most_workers; /* of an operation: by default (CUDA, 0: by formula), at most */
     int64_t timeout_ns;
     struct k_group k;
-    void *tables;      /* the arrays that k points to, or a copy of them in host memory */
-    struct k_ctl *ctl; /* of the host; on a device what its own began as */
+    void *tables;            /* the arrays that k points to, or a copy of them in host memory */
+    struct k_ll_ctl *ll_ctl; /* kernels' memory */
+    struct k_ctl *ctl;       /* of the host; on a device what its own began as */
     _Atomic(struct k_board *) board; /* this rank's, once there is memory */
 
     pthread_mutex_t mutex;

@@ -28,7 +28,7 @@ struct epi_fault_rule {
     /* It has its number and cannot be launched: peers count on it. */
     void (*not_launched)(const struct epi_op *op, ep_status st);
 };
-extern const struct epi_fault_rule epi_faults_end_group;
+extern const struct epi_fault_rule epi_faults_end_group, epi_faults_end_ll;
 
 /*
  * Hooks may be NULL. They run where the operation runs: for a call without a stream on the

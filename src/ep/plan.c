@@ -46,6 +46,7 @@ static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
         {"timeout_ms", c->timeout_ms ? c->timeout_ms : 100, 100, 86400000},
         {"num_workers", c->num_workers, 0, 1024},
         {"flags", c->flags, 0, EP_GROUP_EXPANDED_VIEW},
+        {"ll_max_tokens", c->ll_max_tokens, 0, 1 << 20},
     };
     for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) {
         EPI_TRY(check_range(rules[i].name, rules[i].value, rules[i].min, rules[i].max));
@@ -60,6 +61,12 @@ static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
         return epi_fail(EP_ERR_ARG,
                         "ep_group_config.max_row_bytes is %d, must be a multiple of %d",
                         c->max_row_bytes, EP_ROW_ALIGN);
+    }
+    if (c->ll_max_tokens > 0 && c->max_topk == 0) {
+        return epi_fail(EP_ERR_ARG,
+                        "ep_group_config.ll_max_tokens is %d and max_topk 0: "
+                        "low-latency mode needs expert ids",
+                        c->ll_max_tokens);
     }
     for (int e = 0; c->expert_rank && e < c->num_experts; e++) {
         if (c->expert_rank[e] < 0 || c->expert_rank[e] >= num_ranks) {
@@ -103,7 +110,7 @@ static uint64_t take(uint64_t *at, int64_t bytes) {
  * counts towards the sum of its class; one that a configuration has no use for has 0 bytes. A new
  * mode adds rows, and a class if its user has another field to lower.
  */
-enum class { CONTROL, RECEIVED, SIDECARS, ANSWERS, VIEWS, NUM_CLASSES };
+enum class { CONTROL, RECEIVED, SIDECARS, ANSWERS, VIEWS, LOW_LATENCY, NUM_CLASSES };
 
 struct region {
     enum class of;
@@ -112,11 +119,55 @@ struct region {
     int64_t bytes;     /* of a part */
 };
 
+struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, bool cast) {
+    const int row = cast ? row_bytes / 2 : row_bytes;
+    const int scales = cast ? row_bytes / 2 / K_LL_GROUP * 4 : 0;
+    const int side_at = (int)align_up(row, 16);
+    const int side = 4 * K_SIDE_SCALES(topk, weights) + scales;
+    struct epi_ll_wire w = {side_at, (int)align_up(side_at + side, K_LL_GROUP)};
+    return w;
+}
+
+int epi_plan_ll_answer_bytes(int row_bytes) {
+    return (int)align_up(row_bytes, K_LL_GROUP);
+}
+
+/* Handles of low-latency mode; returns their bytes. */
+static int64_t lay_out_ll_handle(const struct ep_group_config *c, int num_ranks,
+                                 struct k_ll_map *m) {
+    const int64_t ranks = num_ranks, tokens = c->ll_max_tokens, topk = c->max_topk;
+    uint64_t at = 0;
+    take(&at, (int64_t)sizeof(struct k_ll_head));
+    m->dest = take(&at, tokens * topk * 4);
+    m->count = take(&at, ranks * 4);
+    m->token = take(&at, ranks * tokens * 4);
+    m->place = take(&at, ranks * tokens * topk * 4);
+    m->weight = take(&at, ranks * tokens * topk * 4);
+    return (int64_t)at;
+}
+
+/* The parts of a region of low-latency mode. */
+static void set_ll_parts(const struct ep_group_config *c, struct epi_plan *p) {
+    struct k_ll_map *m = &p->ll;
+    const int row = c->max_row_bytes, topk = c->max_topk;
+    const uint64_t tokens = (uint64_t)c->ll_max_tokens;
+    const int plain = epi_plan_ll_wire(row, topk, true, false).bytes;
+    const int cast = epi_plan_ll_wire(row, topk, true, true).bytes;
+    m->counts.stride = (uint64_t)(K_LL_HEADER + p->max_local) * 8;
+    m->arrived.stride = (tokens < K_LL_CUT_BELOW ? K_LL_CUT_BELOW : tokens) * 8;
+    m->header.stride = K_LL_HEADER * 8;
+    m->answered.stride = tokens * K_LL_MOST_SLICES * 8;
+    m->rows.stride = tokens * (uint64_t)(plain > cast ? plain : cast);
+    m->answers.stride = tokens * (uint64_t)epi_plan_ll_answer_bytes(row);
+}
+
 static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
                     int64_t sums[NUM_CLASSES]) {
     struct k_map *m = &p->map;
     const struct ep_plan_info *info = &p->info;
     const int64_t ranks = p->num_ranks, chans = info->num_channels, row = c->max_row_bytes;
+    struct k_ll_map *ll = &p->ll;
+    const int64_t ll_parts = c->ll_max_tokens ? 2 * ranks : 0; /* two slots, by rank */
     const struct region regions[] = {
         {CONTROL, &m->board, NULL, (int64_t)sizeof(struct k_board)},
         {CONTROL, &m->ready, NULL, 2 * ranks * K_READY_STRIDE * 8},
@@ -130,6 +181,13 @@ static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
         {ANSWERS, &m->land, NULL, info->max_combine_rows * row},
         {ANSWERS, &m->land_side, NULL, info->max_combine_rows * c->max_topk * 4},
         {VIEWS, &m->expanded, &m->expanded_slot_bytes, info->max_expanded_rows * row},
+        {LOW_LATENCY, &ll->counts.at, NULL, ll_parts * (int64_t)ll->counts.stride},
+        {LOW_LATENCY, &ll->arrived.at, NULL, ll_parts * (int64_t)ll->arrived.stride},
+        {LOW_LATENCY, &ll->header.at, NULL, ll_parts * (int64_t)ll->header.stride},
+        {LOW_LATENCY, &ll->answered.at, NULL, ll_parts * (int64_t)ll->answered.stride},
+        {LOW_LATENCY, &ll->consumed, NULL, ll_parts * K_LL_KINDS * 8},
+        {LOW_LATENCY, &ll->rows.at, NULL, ll_parts * (int64_t)ll->rows.stride},
+        {LOW_LATENCY, &ll->answers.at, NULL, ll_parts * (int64_t)ll->answers.stride},
     };
     uint64_t at = 0;
     memset(sums, 0, NUM_CLASSES * sizeof(sums[0]));
@@ -151,6 +209,7 @@ static void fill_info(struct ep_plan_info *info, const int64_t sums[NUM_CLASSES]
     info->sidecar_bytes = sums[SIDECARS];
     info->combine_bytes = sums[ANSWERS];
     info->expanded_bytes = sums[VIEWS];
+    info->ll_bytes = sums[LOW_LATENCY];
     for (int i = 0; i < NUM_CLASSES; i++) {
         info->arena_bytes += sums[i];
     }
@@ -166,6 +225,7 @@ static ep_status check_limit(const struct ep_group_config *c, const struct ep_pl
         {sums[ANSWERS], "max_tokens or max_row_bytes (answers take most)"},
         {sums[CONTROL], "max_tokens (control words take most)"},
         {sums[VIEWS], "max_expanded_rows (expanded views take most)"},
+        {sums[LOW_LATENCY], "ll_max_tokens (low-latency mode takes most)"},
     };
     size_t largest = 0;
     for (size_t i = 1; i < sizeof(most) / sizeof(most[0]); i++) {
@@ -225,8 +285,12 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
     p->info.sidecar_row_bytes =
         K_SIDE_BYTES(K_SIDE_SCALES((int64_t)c->max_topk, true), (int64_t)c->max_scale_bytes);
     EPI_TRY(resolve_rows(c, p));
+    set_ll_parts(c, p);
     lay_out(c, p, sums);
     fill_info(&p->info, sums);
+    if (c->ll_max_tokens) {
+        p->info.ll_handle_bytes = lay_out_ll_handle(c, num_ranks, &p->ll);
+    }
     struct k_handle h;
     p->info.handle_bytes = (int64_t)epi_plan_handle(c, p, 0, &h);
     p->info.local_bytes =
@@ -251,7 +315,8 @@ void epi_plan_channels(const struct epi_plan *p, int tokens, struct k_channels *
 }
 
 size_t epi_plan_table_bytes(const struct ep_group_config *c, int num_ranks) {
-    return (size_t)num_ranks * 16 + (size_t)c->num_experts * 12 + ((size_t)num_ranks + 1) * 4;
+    return sizeof(struct k_ll_ctl) + (size_t)num_ranks * 16 + (size_t)c->num_experts * 12 +
+           ((size_t)num_ranks + 1) * 4;
 }
 
 int epi_plan_stage_bytes(int row_bytes) {

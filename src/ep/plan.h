@@ -32,6 +32,7 @@ int epi_plan_stage_bytes(int row_bytes);
 struct epi_plan {
     struct ep_plan_info info;
     struct k_map map;
+    struct k_ll_map ll; /* zeros without low-latency mode */
     int num_ranks, num_slots;
     int max_local; /* the most experts any rank has */
     int max_dests; /* destinations a token can have */
@@ -47,6 +48,14 @@ ep_status epi_plan(const struct ep_group_config *config, int num_ranks, struct e
 
 /* How T tokens are cut into the group's channels. */
 void epi_plan_channels(const struct epi_plan *plan, int tokens, struct k_channels *out);
+
+/* A row of a low-latency dispatch on the wire: where its sidecar begins, and from one to the next. */
+struct epi_ll_wire {
+    int side_at, bytes;
+};
+struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, bool cast);
+/* The same of an answer. */
+int epi_plan_ll_answer_bytes(int row_bytes);
 
 /* Ordinary memory of a rank: tables its kernels index; shared memory of each worker. */
 size_t epi_plan_table_bytes(const struct ep_group_config *config, int num_ranks);

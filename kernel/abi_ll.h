@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The part of abi.h that is of low-latency mode: its regions of the arena, its headers and handles, and
+ * the arguments of its kernels.
+ */
+#ifndef KERNEL_ABI_LL_H
+#define KERNEL_ABI_LL_H
+
+#include "kernel/abi.h"
+
+/*
+ * Operations of a kind are numbered by each rank from 1, in the order of its sends; number n uses slot
+ * n & 1 and marks its words with the tag K_LL_TAG(n), which is never 0. Counters count kernels that
+ * have left: every warp adds its share of 1 << K_LL_SHARE_BITS as its last act, so the whole part of
+ * one is the same for all warps of a kernel until the last of them has left. docs/decisions/0010 has
+ * the protocol.
+ */
+#define K_LL_SHARE_BITS 20
+#define K_LL_TAG(n) ((k_u32)(((n)-1) % 0xfffffffeull) + 1u)
+#define K_LL_KINDS 2
+
+/* In a rank's own memory. By kind: 0 dispatch, 1 combine. */
+struct k_ll_ctl {
+    k_u64 sent[K_LL_KINDS];
+    k_u64 received[K_LL_KINDS][2]; /* by slot */
+};
+
+/* Why a kernel has done nothing; k_board.refused. */
+#define K_REFUSED_SEND 1u    /* the operation two before it has not been received */
+#define K_REFUSED_RECEIVE 2u /* its operation was not sent, or has been received */
+#define K_REFUSED_HANDLE 3u  /* the handle is of no received dispatch, or of another shape */
+
+/* Two slots of a part for each rank, in every arena. */
+struct k_ll_region {
+    k_u64 at, stride; /* stride: bytes of a part */
+};
+
+/*
+ * The header of a message, words that carry their own values. Of a dispatch the counts of the reader's
+ * experts follow.
+ *   0  what the call is: K_LL_SIG_...                 compared with the reader's, as the next four
+ *   1  bytes of a row of x
+ *   2  bytes of a row on the wire
+ *   3  experts
+ *   4  the most tokens of a call
+ *   5  rows for the reader
+ *   6  slices of each row: each has its word
+ */
+#define K_LL_HEADER 8
+#define K_LL_COMPARED 5
+#define K_LL_ROWS 5
+#define K_LL_SLICES 6
+#define K_LL_SIG_TOPK_SHIFT 8
+#define K_LL_SIG_WEIGHTS 1u
+#define K_LL_SIG_CAST 2u /* rows are cast to E4M3, with a scale for each K_LL_GROUP channels */
+#define K_LL_SIG_POWER_OF_2 4u /* and scales are powers of two */
+#define K_LL_GROUP 128
+#define K_LL_MOST_SLICES 8
+#define K_LL_CUT_BELOW 128 /* tokens: rows of so many or more are not cut */
+
+struct k_ll_map {
+    struct k_ll_region counts;   /* a dispatch's header and counts, by source */
+    struct k_ll_region arrived;  /* a word for each slice of a row, by source */
+    struct k_ll_region header;   /* a combine's, by answering rank */
+    struct k_ll_region answered; /* K_LL_MOST_SLICES words for each token, by answering rank */
+    struct k_ll_region rows;     /* received rows, each with its sidecar, by source */
+    struct k_ll_region answers;  /* [tokens][row], by answering rank */
+    k_u64 consumed; /* [R][4] words by writer: {kind, slot} whose operation it has received */
+    /* In a handle, from its start. */
+    k_u64 dest;   /* [tokens][K] the ranks that a token goes to, ascending, then -1 */
+    k_u64 count;  /* [R] rows received from each source */
+    k_u64 token;  /* [R][tokens] their tokens */
+    k_u64 place;  /* [R][tokens][K] their rows at the experts, in the order of k; or -1 */
+    k_u64 weight; /* [R][tokens][K] */
+};
+
+/* A handle begins with this; memory of the caller's. */
+struct k_ll_head {
+    k_u64 owner;              /* what ll.ctl is */
+    k_u64 number[K_LL_KINDS]; /* of its dispatch, of its last combine */
+    k_i32 tokens, topk, max_tokens;
+    k_u32 signature;
+    k_i32 row_bytes, side_at, wire_bytes, pad; /* of x; and of a row on the wire */
+};
+
+struct k_ll {
+    struct k_ll_ctl *ctl;
+    struct k_ll_head *head;
+    struct k_ll_map map;
+    k_i32 group_tokens, group_topk; /* by which handles are laid out */
+    k_i32 max_tokens;               /* of this call */
+    k_i32 wire_bytes;               /* from one row to the next on the wire, of a send */
+};
+
+#define K_LL_SEND 1u /* flags: the halves that the kernel does */
+#define K_LL_RECEIVE 2u
+
+struct k_ll_dispatch_args {
+    K_OP_FIELDS
+    struct k_ll ll;
+    k_u32 signature; /* K_LL_SIG_... */
+    k_i32 id_bytes;
+    k_i32 packed_scales; /* four exponents in a word */
+    k_i32 side_at;       /* where a row's sidecar begins, of a send */
+    struct k_array x, ids, weights;
+    struct k_array recv_x, recv_scales, recv_source, expert_counts, ranges;
+};
+
+struct k_ll_combine_args {
+    K_OP_FIELDS
+    struct k_ll ll;
+    k_i32 dtype;
+    k_i32 pad;
+    struct k_array x, out;
+};
+
+_Static_assert(sizeof(struct k_ll_map) == 6 * 16 + 6 * 8, "k_ll_map");
+_Static_assert(sizeof(struct k_ll_head) == 56, "k_ll_head");
+_Static_assert(sizeof(struct k_ll) == 16 + sizeof(struct k_ll_map) + 16, "k_ll");
+_Static_assert(sizeof(struct k_ll_dispatch_args) ==
+                   sizeof(struct k_op) + sizeof(struct k_ll) + 16 + 8 * 24,
+               "k_ll_dispatch_args");
+_Static_assert(sizeof(struct k_ll_combine_args) ==
+                   sizeof(struct k_op) + sizeof(struct k_ll) + 8 + 2 * 24,
+               "k_ll_combine_args");
+
+#endif

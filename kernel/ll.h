@@ -1,0 +1,240 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the kernels of low-latency mode have in common: numbers, slots and tags, the places of words and
+ * rows, headers, and the ends of a kernel. Written in the kernel language. Nothing here hands anything
+ * from one block of a rank to another: what two blocks must know, both compute.
+ */
+#ifndef KERNEL_LL_H
+#define KERNEL_LL_H
+
+#include "kernel/lang.h"
+
+/* What a kernel is about: set by ll_begin, the same for all its warps. */
+struct ll_call {
+    const struct k_ll *ll;
+    k_u64 number;
+    k_i32 kind, slot; /* kind: 0 dispatch, 1 combine */
+    k_u32 tag;
+    k_bool sends, receives;
+};
+
+/* ---- places --------------------------------------------------------------------------------- */
+
+/* The part of rank `of` in this operation's slot of a region. */
+static K_INLINE k_u64 ll_part(const struct k_group *g, const struct ll_call *c,
+                              const struct k_ll_region *r, k_i32 of) {
+    return r->at + r->stride * ((k_u64)c->slot * (k_u64)g->num_ranks + (k_u64)of);
+}
+
+static K_INLINE const k_u64 *ll_own_words(const struct k_group *g, const struct ll_call *c,
+                                          const struct k_ll_region *r, k_i32 of) {
+    return (const k_u64 *)k_own(g, ll_part(g, c, r, of));
+}
+
+/* An array of the handle. */
+static K_INLINE void *ll_in_handle(const struct k_ll *ll, k_u64 offset) {
+    return (k_u8 *)ll->head + offset;
+}
+
+/* Element [source][row] of an array of the handle, which has `each` elements of a row. */
+static K_INLINE k_i64 ll_row_of(const struct k_ll *ll, k_i32 source, k_i32 row, k_i32 each) {
+    return ((k_i64)source * ll->group_tokens + row) * each;
+}
+
+/* In how many slices a row of `rows` rows travels, so that few rows keep many blocks busy. */
+static K_INLINE k_i32 ll_slices(k_i32 rows) {
+    return rows < 1 ? 1 : k_max(1, k_min(K_LL_MOST_SLICES, K_LL_CUT_BELOW / rows));
+}
+
+/* Bytes `from` to `end` of something that is cut into `parts` parts of whole `unit` bytes. */
+struct ll_span {
+    k_i32 from, end;
+};
+
+static K_INLINE struct ll_span ll_cut(k_i32 bytes, k_i32 unit, k_i32 parts, k_i32 part) {
+    const k_i32 units = (bytes + unit - 1) / unit, each = (units + parts - 1) / parts * unit;
+    struct ll_span s = {k_min(part * each, bytes), k_min((part + 1) * each, bytes)};
+    return s;
+}
+
+/* ---- the ends of a kernel ------------------------------------------------------------------- */
+
+static K_INLINE k_u64 ll_count(const k_u64 *counter) {
+    return k_load(counter) >> K_LL_SHARE_BITS;
+}
+
+/* Every warp's last act for a counter of kernels. */
+static K_INLINE void ll_share(const struct k_thread *k, k_u64 *counter) {
+    const k_u32 warps = (k_u32)(k->num_blocks * k->num_warps), all = 1u << K_LL_SHARE_BITS;
+    const k_u32 i = (k_u32)(k->block * k->num_warps + k->warp);
+    if (k->lane == 0) {
+        k_add_last(counter, all / warps + (i < all % warps ? 1u : 0u));
+    }
+}
+
+/* A wait has ended without what it waited for: the group has faulted. */
+static K_INLINE void ll_fail(struct k_thread *k) {
+    if (k->lane == 0) {
+        k_publish_local(&k_board_of(k->g, k->g->rank)->failed, K_WORD(k->epoch, 1));
+    }
+}
+
+static K_INLINE void ll_leave(struct k_thread *k, const struct ll_call *c) {
+    struct k_ll_ctl *ctl = c->ll->ctl;
+    k_syncwarp(k);
+    if (c->receives) {
+        ll_share(k, &ctl->received[c->kind][c->slot]);
+    }
+    if (c->sends) {
+        ll_share(k, &ctl->sent[c->kind]);
+    }
+}
+
+/* The number of the last operation of a slot of which this rank has received `count`. */
+static K_INLINE k_u64 ll_last(k_u64 count, k_i32 slot) {
+    return count == 0 ? 0 : 2 * count - (k_u64)slot;
+}
+
+/*
+ * One warp tells all ranks what the kernels before this one have received, so that they may write
+ * there again. Everything that those read is before this, in the order of the stream.
+ */
+static K_FN void ll_tell_consumed(struct k_thread *k, const struct k_ll *ll) {
+    const struct k_group *g = k->g;
+    k_u64 word[2 * K_LL_KINDS];
+    K_UNROLL for (k_i32 i = 0; i < 2 * K_LL_KINDS; i++) {
+        const k_u64 n = ll_last(ll_count(&ll->ctl->received[i / 2][i & 1]), i & 1);
+        word[i] = n ? K_WORD(K_LL_TAG(n), 1) : 0;
+    }
+    for (k_i32 p = k->lane; p < g->num_ranks; p += K_LANES) {
+        k_publish_four(
+            k_peer_at(g, p, ll->map.consumed + 8ull * 2 * K_LL_KINDS * (k_u64)g->rank), word[0],
+            word[1], word[2], word[3]);
+    }
+}
+
+static K_INLINE k_bool ll_refuse(struct k_thread *k, k_u32 why) {
+    if (k->block == 0 && k->warp == 0 && k->lane == 0) {
+        k_store((k_u64 *)&k_board_of(k->g, k->g->rank)->refused, K_WORD(k->kind, why));
+    }
+    return 0;
+}
+
+/* How many operations of its slot come before number n. */
+static K_INLINE k_u64 ll_before(k_u64 n) {
+    return (n - 1) / 2;
+}
+
+/*
+ * The first thing that every warp does: which operation this is, and whether it is legal. All come to the
+ * same answer, because nobody has left. False: nothing is to be done, nor counted.
+ */
+static K_FN k_bool ll_begin(struct k_thread *k, const struct k_group *g, const struct k_ll *ll,
+                            k_u32 flags, k_i32 op, struct ll_call *c) {
+    k->g = g;
+    k->kind = op;
+    k->epoch = 0;
+    k->board = k_board_of(g, g->rank);
+    c->ll = ll;
+    c->kind = op == (k_i32)K_OP_LL_COMBINE ? 1 : 0;
+    c->sends = (flags & K_LL_SEND) != 0;
+    c->receives = (flags & K_LL_RECEIVE) != 0;
+    const k_u64 sent = ll_count(&ll->ctl->sent[c->kind]);
+    if (c->sends) {
+        c->number = sent + 1; /* and another warp may be writing the handle */
+    } else {
+        c->number = ll->head->owner == (k_u64)ll->ctl ? ll->head->number[c->kind] : 0;
+    }
+    c->slot = (k_i32)(c->number & 1);
+    c->tag = c->number ? K_LL_TAG(c->number) : 0;
+    k->epoch = c->tag;
+    if (c->number == 0 || c->number > sent + (c->sends ? 1 : 0) ||
+        ll_count(&ll->ctl->received[c->kind][c->slot]) != ll_before(c->number)) {
+        return ll_refuse(k, c->sends ? K_REFUSED_SEND : K_REFUSED_RECEIVE);
+    }
+    return 1;
+}
+
+/* By one warp, whoever has least else to do. */
+static K_INLINE void ll_hello(struct k_thread *k, const struct ll_call *c) {
+    if (k->block == k->num_blocks - 1 && k->warp == k->num_warps - 1) {
+        ll_tell_consumed(k, c->ll);
+    }
+}
+
+/* ---- waits ---------------------------------------------------------------------------------- */
+
+/* Until rank p has received what this operation's slot held before; p < 0: nobody in this lane. */
+static K_FN k_bool ll_await_free(struct k_thread *k, const struct ll_call *c, k_i32 p) {
+    const struct k_group *g = k->g;
+    const k_u64 *words = (const k_u64 *)k_own(g, c->ll->map.consumed);
+    k_u32 value = 0;
+    if (c->number <= 2) {
+        return 1;
+    }
+    return k_await(k, p < 0 ? 0 : words + p * 2 * K_LL_KINDS + c->kind * 2 + c->slot,
+                   K_LL_TAG(c->number - 2), k_max(p, 0), K_PHASE_CONSUMED, &value);
+}
+
+/* What must agree, as words of a header. */
+struct ll_header {
+    k_u32 compared[K_LL_COMPARED];
+};
+
+static K_INLINE void ll_post_header(struct k_thread *k, const struct ll_call *c,
+                                    struct k_peer at, const struct ll_header *h, k_u32 rows,
+                                    k_u32 slices) {
+    if (k->lane == 0) {
+        K_UNROLL for (k_i32 i = 0; i < K_LL_COMPARED; i++) {
+            k_post(k_peer_plus(at, 8ull * (k_u64)i), K_WORD(c->tag, h->compared[i]));
+        }
+        k_post(k_peer_plus(at, 8ull * K_LL_ROWS), K_WORD(c->tag, rows));
+        k_post(k_peer_plus(at, 8ull * K_LL_SLICES), K_WORD(c->tag, slices));
+    }
+}
+
+/* Each lane awaits the header at `at` of a rank p of its own (NULL: none) and compares. */
+static K_FN k_bool ll_await_header(struct k_thread *k, const struct ll_call *c, const k_u64 *at,
+                                   k_i32 p, const struct ll_header *h, k_u32 *rows,
+                                   k_u32 *slices) {
+    k_u32 value[K_MANY] = {0};
+    k_bool same = 1;
+    const k_i32 phase = c->kind ? K_PHASE_ANSWERS : K_PHASE_COUNTS;
+    if (!k_await_words(k, at, 1, at ? K_LL_SLICES + 1 : 0, c->tag, p, phase, value)) {
+        return 0;
+    }
+    K_UNROLL for (k_i32 i = 0; i < K_LL_COMPARED; i++) {
+        if (at && same && value[i] != h->compared[i]) {
+            struct k_blame b = {K_ERR_MISMATCH, phase, p, i, h->compared[i], value[i]};
+            k_raise(k, 0, b);
+            same = 0;
+        }
+    }
+    *rows = value[K_LL_ROWS];
+    *slices = value[K_LL_SLICES];
+    return k_all(k, same);
+}
+
+/* Waits until slices `from` to `to` of a row are here, whose words begin at `words`; each lane for a
+ * row of its own, NULL: none. */
+static K_FN k_bool ll_await_slices(struct k_thread *k, const struct ll_call *c,
+                                   const k_u64 *words, k_i32 slices, k_i32 p, k_i32 phase) {
+    k_bool ok = 1;
+    for (k_i32 i = 0; ok && i < K_LL_MOST_SLICES; i++) {
+        k_u32 value = 0;
+        ok = k_await(k, words && i < slices ? words + i : 0, c->tag, p, phase, &value);
+    }
+    return ok;
+}
+
+/* Blocks take units in turn: the first of this block, when `before` have been dealt. */
+static K_INLINE k_i32 ll_first_unit(const struct k_thread *k, k_i32 before) {
+    return (k->block + k->num_blocks - before % k->num_blocks) % k->num_blocks;
+}
+
+/* The first 1,280 bytes of the block's shared memory, or of the warp's. */
+static K_INLINE void *ll_warp_scratch(struct k_thread *k) {
+    return (k_u8 *)k_shared(k) + (k_u64)k->warp * (k_u64)k->g->scratch_bytes;
+}
+
+#endif

@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * ll_combine: the experts' answers of a decode step back to the owners of the tokens. One kernel does
+ * either half or both; docs/decisions/0010 has the protocol. All that it needs of the dispatch is in the
+ * handle.
+ *
+ *   send     a block for each received row, or for a slice of it: its experts' rows, weighed and
+ *            summed in the order of k, to the owner; then a word for it
+ *   receive  a block for each token, or slice: the answers of the ranks it went to, ascending
+ */
+#include "kernel/ll.h"
+
+static K_INLINE struct k_term *ll_terms(struct k_thread *k) {
+    return (struct k_term *)ll_warp_scratch(k);
+}
+_Static_assert(K_MAX_TOPK * sizeof(struct k_term) <= K_SCRATCH_BYTES(1), "a warp's scratch");
+
+/* The warp's part of a slice. */
+static K_INLINE struct ll_span ll_warp_part(const struct k_thread *k, struct ll_span slice) {
+    struct ll_span part = ll_cut(slice.end - slice.from, 16 * K_LANES, k->num_warps, k->warp);
+    part.from += slice.from;
+    part.end += slice.from;
+    return part;
+}
+
+/* ---- send ----------------------------------------------------------------------------------- */
+
+/* Rows of the experts that make up the answer for row j of an owner, from byte `from` on. */
+static K_FN k_i32 ll_answer_terms(struct k_thread *k, const struct k_ll_combine_args *a,
+                                  k_i32 owner, k_i32 j, k_i32 from, struct k_term *terms) {
+    const struct k_ll *ll = &a->ll;
+    const k_i64 first = ll_row_of(ll, owner, j, ll->group_topk);
+    const k_i32 *place = (const k_i32 *)ll_in_handle(ll, ll->map.place) + first;
+    const k_f32 *weight = (const k_f32 *)ll_in_handle(ll, ll->map.weight) + first;
+    k_i32 num = 0;
+    for (k_i32 base = 0; base < a->ll.head->topk; base += K_LANES) {
+        const k_i32 i = base + k->lane, row = i < a->ll.head->topk ? place[i] : -1;
+        k_u32 all = 0;
+        const k_i32 at = num + (k_i32)k_scan(k, row >= 0, &all);
+        if (row >= 0) {
+            terms[at].row = (const k_u8 *)k_row(&a->x, row) + from;
+            terms[at].weight = weight[i];
+        }
+        num += (k_i32)all;
+    }
+    k_syncwarp(k);
+    return num;
+}
+
+static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine_args *a,
+                                   const struct ll_call *c, k_i32 owner, k_i32 j, k_i32 slice,
+                                   k_i32 slices) {
+    const struct k_group *g = &a->g;
+    const struct k_ll *ll = &a->ll;
+    struct k_term *terms = ll_terms(k);
+    const k_i32 token =
+        ((const k_i32 *)ll_in_handle(ll, ll->map.token))[ll_row_of(ll, owner, j, 1)];
+    const struct ll_span part = ll_warp_part(k, ll_cut(a->row_bytes, 16, slices, slice));
+    const k_bool ok = ll_await_free(k, c, k->lane == 0 ? owner : -1);
+    if (ok && part.from < part.end) {
+        const k_i32 num = ll_answer_terms(k, a, owner, j, part.from, terms);
+        k_reduce(k,
+                 k_peer_at(g, owner,
+                           ll_part(g, c, &ll->map.answers, g->rank) +
+                               (k_u64)token * (k_u64)ll->wire_bytes + (k_u64)part.from),
+                 a->dtype, (a->ll.head->signature & K_LL_SIG_WEIGHTS) != 0,
+                 part.end - part.from, terms, num);
+    }
+    if (!k_barrier(k, ok)) {
+        return 0;
+    }
+    if (k->warp == 0 && k->lane == 0) {
+        const k_u64 word = (k_u64)token * K_LL_MOST_SLICES + (k_u64)slice;
+        k_publish(k_peer_at(g, owner, ll_part(g, c, &ll->map.answered, g->rank) + 8ull * word),
+                  K_WORD(c->tag, 1));
+    }
+    return 1;
+}
+
+static K_INLINE k_i32 ll_rows_from(const struct k_ll *ll, k_i32 source) {
+    return ((const k_i32 *)ll_in_handle(ll, ll->map.count))[source];
+}
+
+/* By what this rank answers. */
+static K_FN k_i32 ll_answer_slices(const struct k_ll_combine_args *a) {
+    k_i32 rows = 0;
+    for (k_i32 p = 0; p < a->g.num_ranks; p++) {
+        rows += ll_rows_from(&a->ll, p);
+    }
+    return ll_slices(rows);
+}
+
+static K_INLINE void ll_combine_header(const struct k_ll_combine_args *a, struct ll_header *h) {
+    h->compared[0] = a->ll.head->signature;
+    h->compared[1] = (k_u32)a->row_bytes;
+    h->compared[2] = (k_u32)a->dtype;
+    h->compared[3] = K_LL_TAG(a->ll.head->number[0]);
+    h->compared[4] = (k_u32)a->ll.max_tokens;
+}
+
+static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine_args *a,
+                                   const struct ll_call *c, const struct ll_header *h) {
+    const struct k_group *g = &a->g;
+    const k_i32 slices = ll_answer_slices(a);
+    k_i32 before = 0;
+    k_bool ok = 1;
+    if (k_first(k, 0) == 0 && k->lane == 0) {
+        a->ll.head->number[1] = c->number;
+    }
+    for (k_i32 p = k_first(k, 0); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
+        ok = ll_await_free(k, c, k->lane == 0 ? p : -1);
+        if (ok) {
+            ll_post_header(k, c, k_peer_at(g, p, ll_part(g, c, &a->ll.map.header, g->rank)), h,
+                           0, (k_u32)slices);
+        }
+    }
+    ok = k_barrier(k, ok);
+    for (k_i32 i = 0; ok && i < g->num_ranks; i++) {
+        const k_i32 owner = (g->rank + 1 + i) % g->num_ranks;
+        const k_i32 units = ll_rows_from(&a->ll, owner) * slices;
+        for (k_i32 u = ll_first_unit(k, before); ok && u < units; u += k->num_blocks) {
+            ok = ll_answer_slice(k, a, c, owner, u / slices, u % slices, slices);
+        }
+        before += units;
+    }
+    return ok;
+}
+
+/* ---- receive -------------------------------------------------------------------------------- */
+
+/* The answers for token t from byte `from` on, when they are here; -1: they will not be. */
+static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_args *a,
+                                 const struct ll_call *c, const struct ll_header *h, k_i32 t,
+                                 k_i32 from, struct k_term *terms) {
+    const struct k_group *g = &a->g;
+    const struct k_ll *ll = &a->ll;
+    const k_i32 *dest =
+        (const k_i32 *)ll_in_handle(ll, ll->map.dest) + (k_i64)t * ll->group_topk;
+    k_i32 num = 0;
+    for (k_i32 base = 0; base < a->ll.head->topk; base += K_LANES) {
+        const k_i32 i = base + k->lane, p = i < a->ll.head->topk ? dest[i] : -1;
+        k_u32 rows = 0, slices = 1, all = 0;
+        const k_u64 *words = p >= 0 ? ll_own_words(g, c, &ll->map.answered, p) : 0;
+        if (!ll_await_header(k, c, p >= 0 ? ll_own_words(g, c, &ll->map.header, p) : 0, p, h,
+                             &rows, &slices) ||
+            !ll_await_slices(k, c, words ? words + (k_i64)t * K_LL_MOST_SLICES : 0,
+                             (k_i32)slices, p, K_PHASE_ANSWERS)) {
+            return -1;
+        }
+        if (p >= 0) {
+            terms[i].row = k_own(g, ll_part(g, c, &ll->map.answers, p) +
+                                        (k_u64)t * (k_u64)ll->wire_bytes) +
+                           from;
+            terms[i].weight = 1.0f;
+        }
+        k_scan(k, p >= 0, &all);
+        num += (k_i32)all;
+    }
+    k_syncwarp(k);
+    return num;
+}
+
+/* Also from ranks that answer nothing a header is awaited: whoever differs is told so. */
+static K_FN k_bool ll_await_headers(struct k_thread *k, const struct k_ll_combine_args *a,
+                                    const struct ll_call *c, const struct ll_header *h) {
+    const struct k_group *g = &a->g;
+    k_bool ok = 1;
+    for (k_i32 p = k_first(k, 0); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
+        k_u32 rows = 0, slices = 1;
+        ok = ll_await_header(k, c, ll_own_words(g, c, &a->ll.map.header, p), p, h, &rows,
+                             &slices);
+    }
+    return ok;
+}
+
+static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_combine_args *a,
+                                      const struct ll_call *c, const struct ll_header *h) {
+    const k_i32 slices = ll_slices(a->tokens);
+    struct k_term *terms = ll_terms(k);
+    for (k_i32 u = k->block; u < a->tokens * slices; u += k->num_blocks) {
+        const k_i32 t = u / slices;
+        const struct ll_span part =
+            ll_warp_part(k, ll_cut(a->row_bytes, 16 * K_LANES, slices, u % slices));
+        if (part.from < part.end) {
+            const k_i32 num = ll_token_terms(k, a, c, h, t, part.from, terms);
+            if (num < 0) {
+                return 0;
+            }
+            k_reduce(k, k_peer_own(k_row(&a->out, t) + (k_u64)part.from), a->dtype, 0,
+                     part.end - part.from, terms, num);
+            k_syncwarp(k);
+        }
+    }
+    return ll_await_headers(k, a, c, h);
+}
+
+/* ---- entry ---------------------------------------------------------------------------------- */
+
+/* The handle is of a dispatch that was received here, and of this call's shape; a send knows no T. */
+static K_FN k_bool ll_knows(struct k_thread *k, const struct k_ll_combine_args *a) {
+    const struct k_ll_head *h = a->ll.head;
+    const k_u64 n = h->number[0];
+    const k_bool good = h->owner == (k_u64)a->ll.ctl && n > 0 &&
+                        (a->tokens < 0 || h->tokens == a->tokens) &&
+                        h->max_tokens == a->ll.max_tokens && h->row_bytes == a->row_bytes &&
+                        ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
+    return good || ll_refuse(k, K_REFUSED_HANDLE);
+}
+
+static K_FN void ll_combine_run(struct k_thread *k, const struct k_ll_combine_args *a,
+                                const struct ll_call *c) {
+    struct ll_header h;
+    ll_combine_header(a, &h);
+    if ((c->sends && !ll_combine_send(k, a, c, &h)) ||
+        (c->receives && !ll_combine_receive(k, a, c, &h))) {
+        ll_fail(k);
+    }
+    ll_leave(k, c);
+}
+
+K_KERNEL(ll_combine, k_ll_combine_args) {
+    struct ll_call c;
+    if (!ll_begin(k, &a->g, &a->ll, a->flags, (k_i32)K_OP_LL_COMBINE, &c)) {
+        return;
+    }
+    ll_hello(k, &c);
+    if (ll_knows(k, a)) {
+        ll_combine_run(k, a, &c);
+    }
+}

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * ll_dispatch: a decode step's rows to the ranks of their experts, cast on the way if asked, and there
+ * to their experts' rows. One kernel does either half or both; docs/decisions/0010 has the protocol.
+ *
+ *   counts   to every rank a header and how many selections each of its experts has here
+ *   send     a block for each token, or for a slice of one: the row and its sidecar to each rank it
+ *            goes to, then a word for it
+ *   receive  a block for each row, or slice, of each source: to the row of every expert of this rank
+ */
+#include "kernel/ll_receive.h"
+#include "kernel/ll_send.h"
+
+K_KERNEL(ll_dispatch, k_ll_dispatch_args) {
+    struct ll_call c;
+    if (!ll_begin(k, &a->g, &a->ll, a->flags, (k_i32)K_OP_LL_DISPATCH, &c)) {
+        return;
+    }
+    ll_hello(k, &c);
+    if (!c.sends && !ll_is_of_shape(k, a)) {
+        return;
+    }
+    struct ll_shape s;
+    ll_shape_of(a, &c, &s);
+    if ((c.sends && !ll_send(k, a, &c, &s)) || (c.receives && !ll_receive(k, a, &c, &s))) {
+        ll_fail(k);
+    }
+    ll_leave(k, &c);
+}

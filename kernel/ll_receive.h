@@ -1,0 +1,238 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The receive half of a low-latency dispatch. Function bodies for ll_dispatch.k.c. A row's place at an
+ * expert is the sum of the lower sources' counts and the index in its sidecar, so blocks take rows in
+ * any order and the output is the same.
+ */
+#ifndef KERNEL_LL_RECEIVE_H
+#define KERNEL_LL_RECEIVE_H
+
+#include "kernel/ll_send.h"
+
+/* Rows at each expert: R * M. */
+static K_INLINE k_i32 ll_expert_rows(const struct k_ll_dispatch_args *a) {
+    return a->g.num_ranks * a->ll.max_tokens;
+}
+
+static K_INLINE const k_u64 *ll_counts_of(const struct k_ll_dispatch_args *a,
+                                          const struct ll_call *c, k_i32 source) {
+    return ll_own_words(&a->g, c, &a->ll.map.counts, source);
+}
+
+/* ---- counts --------------------------------------------------------------------------------- */
+
+/* Selections of local expert e by all sources: its count and where each source's rows are. */
+static K_FN k_bool ll_take_expert(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                  const struct ll_call *c, k_i32 e) {
+    const k_i32 ranks = a->g.num_ranks;
+    k_u32 sum = 0;
+    for (k_i32 base = 0; base < ranks; base += K_LANES) {
+        const k_i32 s = base + k->lane;
+        const k_u64 *word = s < ranks ? ll_counts_of(a, c, s) + K_LL_HEADER + e : 0;
+        k_u32 count = 0, all = 0;
+        if (!k_await_word(k, word, c->tag, s, K_PHASE_COUNTS, &count)) {
+            return 0;
+        }
+        const k_u32 before = sum + k_scan(k, count, &all);
+        if (s < ranks && a->ranges.data) {
+            *(k_u64 *)k_at(&a->ranges, e, s) = (k_u64)before << 32 | count;
+        }
+        sum += all;
+    }
+    if (k->lane == 0 && a->expert_counts.data) {
+        *(k_u32 *)k_row(&a->expert_counts, e) = sum;
+    }
+    return 1;
+}
+
+/* Warps share out the experts, from the grid's end, as blocks at its start have rows first. */
+static K_FN k_bool ll_take_counts(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                  const struct ll_call *c) {
+    const k_i32 last = k->num_blocks - 1;
+    k_bool ok = 1;
+    for (k_i32 e = k->warp * k->num_blocks + last - k->block; ok && e < a->g.num_local;
+         e += k_stride(k, k->num_blocks)) {
+        ok = ll_take_expert(k, a, c, e);
+    }
+    return ok;
+}
+
+/* ---- rows ----------------------------------------------------------------------------------- */
+
+/* Where the selections of a received row go, in the warp's scratch. */
+struct ll_places {
+    k_i32 at[K_MAX_TOPK]; /* a row of the output, or -1 */
+    k_f32 weight[K_MAX_TOPK];
+};
+_Static_assert(sizeof(struct ll_places) <= K_SCRATCH_BYTES(1), "a warp's scratch holds it");
+
+/* The counts of lower sources are awaited, lane by lane each for its selection's expert. */
+static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                  const struct ll_call *c, const struct ll_shape *s,
+                                  k_i32 source, const k_u32 *side, struct ll_places *to) {
+    const k_bool weights = (s->signature & K_LL_SIG_WEIGHTS) != 0;
+    const k_i32 most = ll_expert_rows(a);
+    for (k_i32 base = 0; base < s->topk; base += K_LANES) {
+        const k_i32 i = base + k->lane;
+        const k_i32 id = i < s->topk ? (k_i32)side[K_SIDE_IDS + i] : -1;
+        const k_bool here = id >= 0 && a->g.expert_rank[id] == a->g.rank;
+        const k_i32 e = here ? a->g.expert_local[id] : 0;
+        k_u32 at = here ? side[K_SIDE_INDICES(s->topk) + i] : 0;
+        for (k_i32 lower = 0; lower < source; lower++) {
+            const k_u64 *word = here ? ll_counts_of(a, c, lower) + K_LL_HEADER + e : 0;
+            k_u32 count = 0;
+            if (!k_await_word(k, word, c->tag, lower, K_PHASE_COUNTS, &count)) {
+                return 0;
+            }
+            at += count;
+        }
+        if (i < s->topk) {
+            to->at[i] = here && at < (k_u32)most ? e * most + (k_i32)at : -1;
+            to->weight[i] = weights ? k_float(side[K_SIDE_WEIGHTS(s->topk) + i]) : 1.0f;
+        }
+    }
+    k_syncwarp(k);
+    return 1;
+}
+
+/* What combine needs of row j of a source. */
+static K_FN void ll_note_row(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                             const struct ll_shape *s, k_i32 source, k_i32 j, k_i32 token,
+                             const struct ll_places *to) {
+    const struct k_ll *ll = &a->ll;
+    const k_i64 first = ll_row_of(ll, source, j, ll->group_topk);
+    k_i32 *place = (k_i32 *)ll_in_handle(ll, ll->map.place) + first;
+    k_f32 *weight = (k_f32 *)ll_in_handle(ll, ll->map.weight) + first;
+    for (k_i32 i = k->lane; i < s->topk; i += K_LANES) {
+        place[i] = to->at[i];
+        weight[i] = to->weight[i];
+        if (to->at[i] >= 0 && a->recv_source.data) {
+            *(k_i32 *)k_row(&a->recv_source, to->at[i]) = token;
+        }
+    }
+    if (k->lane == 0) {
+        ((k_i32 *)ll_in_handle(ll, ll->map.token))[ll_row_of(ll, source, j, 1)] = token;
+    }
+}
+
+/* Scales of groups `first` to `end` of the row: a column of the output for each, or for each four. */
+static K_FN void ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                const struct ll_shape *s, const k_u32 *scales, k_i32 first,
+                                k_i32 end, const struct ll_places *to) {
+    const k_i32 most = ll_expert_rows(a), all = a->row_bytes / (2 * K_LL_GROUP);
+    const k_i32 in_word = a->packed_scales ? 4 : 1, words = (all + in_word - 1) / in_word;
+    for (k_i32 w = first / in_word + k->warp * K_LANES + k->lane; w * in_word < end;
+         w += k->num_warps * K_LANES) {
+        k_u32 word = scales[w * in_word];
+        if (a->packed_scales) {
+            word = 0;
+            for (k_i32 b = 0; b < 4 && w * 4 + b < all; b++) {
+                word |= (scales[w * 4 + b] >> 23 & 0xffu) << (8 * b);
+            }
+        }
+        for (k_i32 i = 0; i < s->topk; i++) {
+            if (to->at[i] >= 0) {
+                const k_i32 e = to->at[i] / most;
+                *(k_u32 *)k_at(&a->recv_scales, (k_i64)e * words + w, to->at[i] % most) = word;
+            }
+        }
+    }
+}
+
+static K_FN void ll_take_bytes(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                               const struct ll_shape *s, const k_u8 *row, struct ll_span part,
+                               const struct ll_places *to) {
+    const k_i32 step = 16 * K_LANES * k->num_warps;
+    for (k_i32 at = part.from + 16 * (k->warp * K_LANES + k->lane); at < part.end; at += step) {
+        const struct k_16 v = k_load16(row + at);
+        for (k_i32 i = 0; i < s->topk; i++) {
+            if (to->at[i] >= 0) {
+                k_store16_to(k_peer_own(k_row(&a->recv_x, to->at[i]) + (k_u64)at), v);
+            }
+        }
+    }
+}
+
+/*
+ * All warps of a block: slice `slice` of row j. Scales come in words of up to four groups, and slices
+ * end at any group, so the first slice's block takes all scales, when all slices are here.
+ */
+static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                 const struct ll_call *c, const struct ll_shape *s,
+                                 k_i32 source, k_i32 j, k_i32 slice, k_i32 slices) {
+    const struct k_group *g = &a->g;
+    const k_bool cast = (s->signature & K_LL_SIG_CAST) != 0;
+    const k_u64 *words = ll_own_words(g, c, &a->ll.map.arrived, source) + (k_i64)j * slices;
+    const k_u8 *row =
+        k_own(g, ll_part(g, c, &a->ll.map.rows, source) + (k_u64)j * (k_u64)s->wire_bytes);
+    const k_u32 *side = (const k_u32 *)(row + s->side_at);
+    struct ll_places *to = (struct ll_places *)ll_warp_scratch(k);
+    k_u32 value = 0;
+    k_bool ok = k_await(k, words, c->tag, source, K_PHASE_ROWS, &value);
+    if (slice > 0) {
+        ok = ok && k_await(k, words + slice, c->tag, source, K_PHASE_ROWS, &value);
+    } else if (cast) {
+        ok =
+            ok && ll_await_slices(k, c, k->lane == 0 ? words : 0, slices, source, K_PHASE_ROWS);
+    }
+    if (!ok || !ll_find_places(k, a, c, s, source, side, to)) {
+        return 0;
+    }
+    const struct ll_span part = ll_cut(a->row_bytes, 2 * K_LL_GROUP, slices, slice);
+    const k_i32 shrink = cast ? 2 : 1;
+    const struct ll_span wire = {part.from / shrink, part.end / shrink};
+    if (a->recv_x.data) {
+        ll_take_bytes(k, a, s, row, wire, to);
+    }
+    if (slice == 0 && k->warp == 0) {
+        ll_note_row(k, a, s, source, j, (k_i32)side[0], to);
+    }
+    if (slice == 0 && cast && a->recv_scales.data) {
+        ll_take_scales(k, a, s, side + s->side_words, 0, a->row_bytes / (2 * K_LL_GROUP), to);
+    }
+    k_syncwarp(k); /* the scratch can be used again */
+    return 1;
+}
+
+/* The rows of all sources, one list that is dealt to the blocks; it begins with the next rank's. */
+static K_FN k_bool ll_take_rows(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                const struct ll_call *c, const struct ll_shape *s) {
+    const struct k_group *g = &a->g;
+    k_i32 before = 0;
+    for (k_i32 i = 0; i < g->num_ranks; i++) {
+        const k_i32 source = (g->rank + 1 + i) % g->num_ranks;
+        k_u32 rows = 0, slices = 1;
+        if (!ll_await_header(k, c, ll_counts_of(a, c, source), source, &s->header, &rows,
+                             &slices)) {
+            return 0;
+        }
+        if (k_first(k, 0) == 0 && k->lane == 0) {
+            ((k_u32 *)ll_in_handle(&a->ll, a->ll.map.count))[source] = rows;
+        }
+        const k_i32 units = (k_i32)(rows * slices);
+        for (k_i32 u = ll_first_unit(k, before); u < units; u += k->num_blocks) {
+            if (!ll_take_slice(k, a, c, s, source, u / (k_i32)slices, u % (k_i32)slices,
+                               (k_i32)slices)) {
+                return 0;
+            }
+        }
+        before += units;
+    }
+    return 1;
+}
+
+/* A kernel that only receives: the handle is of a dispatch of this shape. */
+static K_FN k_bool ll_is_of_shape(struct k_thread *k, const struct k_ll_dispatch_args *a) {
+    const struct k_ll_head *h = a->ll.head;
+    const k_u32 form = K_LL_SIG_CAST | K_LL_SIG_POWER_OF_2;
+    return (h->row_bytes == a->row_bytes && h->max_tokens == a->ll.max_tokens &&
+            (h->signature & form) == (a->signature & form)) ||
+           ll_refuse(k, K_REFUSED_HANDLE);
+}
+
+static K_FN k_bool ll_receive(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                              const struct ll_call *c, const struct ll_shape *s) {
+    return ll_take_rows(k, a, c, s) && ll_take_counts(k, a, c);
+}
+
+#endif

@@ -1,0 +1,321 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Low-latency mode on the host side: the rules of the arguments of both kinds, the public functions that
+ * check them, and the kernels' arguments. op.c does the rest. Which operation a call is, and whether it
+ * is legal now, is known to the kernels alone, because graphs replay some that nobody has issued.
+ */
+#include "src/ep/group.h"
+
+#include <string.h>
+
+/* What a call does; the parts that a kernel gets as flags. */
+#define BOTH (K_LL_SEND | K_LL_RECEIVE)
+
+#define FIELD(f, to) EPI_FIELD(ep_ll_dispatch_args, f, k_ll_dispatch_args, to)
+static const struct epi_rule ll_dispatch_rules[] = {
+    {FIELD(x, x), EPI_IN | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(T, HIDDEN), EPI_TYPE(EP_BF16),
+     EPI_AS(NONE, ROWS), 0},
+    {FIELD(topk_ids, ids), EPI_IN | EPI_REQUIRED, EPI_DIMS(T, K), EPI_IDS, EPI_AS(NONE, DENSE),
+     0},
+    {FIELD(topk_weights, weights), EPI_IN, EPI_DIMS(T, K), EPI_TYPE(EP_F32), EPI_AS(NONE, ANY),
+     0},
+    {FIELD(handle, ll.head), EPI_IN | EPI_OUT | EPI_REQUIRED | EPI_ADDRESS,
+     EPI_DIMS(LL_HANDLE, NONE), EPI_TYPE(EP_U8), EPI_AS(NONE, DENSE), 0},
+    {FIELD(recv_x, recv_x), EPI_OUT | EPI_REQUIRED, EPI_DIMS(LL_ROWS, HIDDEN),
+     EPI_TYPE(EP_BF16) | EPI_TYPE(EP_F8E4M3), EPI_AS(X, ROWS), 0},
+    {FIELD(recv_scales, recv_scales), EPI_OUT, EPI_DIMS(LL_COLUMNS, LL_EACH),
+     EPI_TYPE(EP_F32) | EPI_TYPE(EP_I32), EPI_AS(NONE, ROWS), EPI_NO_SCALES},
+    {FIELD(recv_source, recv_source), EPI_OUT, EPI_DIMS(LL_ROWS, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
+    {FIELD(expert_counts, expert_counts), EPI_OUT, EPI_DIMS(L, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
+    {FIELD(ranges, ranges), EPI_OUT, EPI_DIMS(L, R), EPI_TYPE(EP_I64), EPI_AS(NONE, DENSE), 0},
+};
+#undef FIELD
+EPI_RULES(epi_ll_dispatch_rules, ll_dispatch_rules);
+
+#define FIELD(f, to) EPI_FIELD(ep_ll_combine_args, f, k_ll_combine_args, to)
+static const struct epi_rule ll_combine_rules[] = {
+    {FIELD(handle, ll.head), EPI_IN | EPI_OUT | EPI_REQUIRED | EPI_ADDRESS,
+     EPI_DIMS(LL_HANDLE, NONE), EPI_TYPE(EP_U8), EPI_AS(NONE, DENSE), 0},
+    {FIELD(x, x), EPI_IN | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(LL_ROWS, HIDDEN),
+     EPI_TYPE(EP_BF16), EPI_AS(NONE, ROWS), 0},
+    {FIELD(out, out), EPI_OUT | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(T, HIDDEN),
+     EPI_TYPE(EP_BF16), EPI_AS(NONE, ROWS), 0},
+};
+#undef FIELD
+EPI_RULES(epi_ll_combine_rules, ll_combine_rules);
+
+/* ---- what a kernel has refused -------------------------------------------------------------- */
+
+static ep_status tell_refused(ep_group *g) {
+    struct k_board *b = g->backend->board(g, g->rank);
+    const k_u64 w = atomic_exchange((_Atomic k_u64 *)&b->refused, 0);
+    const char *kind = w >> 32 == K_OP_LL_COMBINE ? "combine" : "dispatch";
+    switch ((k_u32)w) {
+    case 0:
+        return EP_OK;
+    case K_REFUSED_SEND:
+        return epi_fail(EP_ERR_STATE,
+                        "ep_ll_%s: two operations of this kind are in flight: receive the "
+                        "older one first",
+                        kind);
+    case K_REFUSED_RECEIVE:
+        return epi_fail(EP_ERR_STATE,
+                        "ep_ll_%s_recv: the handle's %s was not sent, or has been received",
+                        kind, kind);
+    default:
+        return epi_fail(EP_ERR_STATE,
+                        "ep_ll_%s: the handle is of no dispatch of this shape that was "
+                        "received here",
+                        kind);
+    }
+}
+
+static ep_status ll_after(struct epi_op *op) {
+    return tell_refused(op->g);
+}
+
+static const struct epi_op_kind ll_dispatch_kind = {.kernel = EPI_KERNEL_LL_DISPATCH,
+                                                    .faults = &epi_faults_end_ll,
+                                                    .counts_itself = true,
+                                                    .after = ll_after};
+static const struct epi_op_kind ll_combine_kind = {.kernel = EPI_KERNEL_LL_COMBINE,
+                                                   .faults = &epi_faults_end_ll,
+                                                   .counts_itself = true,
+                                                   .after = ll_after};
+
+/* ---- checks --------------------------------------------------------------------------------- */
+
+static ep_status check_call(ep_group *g, const char *fn, int max_tokens, int num_workers) {
+    const int most = g->config.ll_max_tokens;
+    EPI_TRY(epi_group_admit(g));
+    if (!most) {
+        return epi_fail(EP_ERR_UNSUPPORTED,
+                        "%s: the group was created with ll_max_tokens 0 and has no low-latency "
+                        "mode",
+                        fn);
+    }
+    if (max_tokens < 0 || max_tokens > most) {
+        return epi_fail(EP_ERR_ARG, "max_tokens is %d, must be 0..%d (ll_max_tokens)",
+                        max_tokens, most);
+    }
+    if (num_workers < 0) {
+        return epi_fail(EP_ERR_ARG, "num_workers is %d, must be at least 0", num_workers);
+    }
+    if (g->open_handle) {
+        return epi_fail(EP_ERR_STATE, "%s: a dispatch of this group has begun and not finished",
+                        fn);
+    }
+    return EP_OK;
+}
+
+/* Lengths that M gives. */
+static void begin_call(struct epi_call *c, const ep_group *g, int max_tokens) {
+    epi_call_begin(c, g);
+    c->dim[EPI_DIM_LL_EACH] = (int64_t)g->num_ranks * max_tokens;
+    c->dim[EPI_DIM_LL_ROWS] = c->dim[EPI_DIM_LL_EACH] * g->num_local;
+    c->dim[EPI_DIM_LL_HANDLE] = g->plan.info.ll_handle_bytes;
+}
+
+static ep_status check_handle(const struct ep_tensor *t) {
+    return (uintptr_t)t->data % EP_ROW_ALIGN
+               ? epi_fail(EP_ERR_ARG, "handle.data is %p, must be a multiple of %d", t->data,
+                          EP_ROW_ALIGN)
+               : EP_OK;
+}
+
+/* T, K and H of a send; H of a receive, whose T and K are in the handle. */
+static ep_status check_lengths(const struct epi_call *c, int max_tokens, int64_t hidden) {
+    const int64_t tokens = c->dim[EPI_DIM_T], topk = c->dim[EPI_DIM_K];
+    const int most = c->group->config.max_topk;
+    if (hidden < K_LL_GROUP || hidden % K_LL_GROUP ||
+        hidden > c->group->config.max_row_bytes / 2) {
+        return epi_fail(EP_ERR_ARG,
+                        "rows of %lld channels: must be a multiple of %d, at most %d (half of "
+                        "max_row_bytes)",
+                        (long long)hidden, K_LL_GROUP, c->group->config.max_row_bytes / 2);
+    }
+    if (tokens > max_tokens) {
+        return epi_fail(EP_ERR_ARG, "%lld tokens, must be at most %d (max_tokens)",
+                        (long long)tokens, max_tokens);
+    }
+    if (topk == 0 || topk > most) {
+        return epi_fail(EP_ERR_ARG, "topk_ids.shape[1] is %lld, must be 1..%d (max_topk)",
+                        (long long)topk, most);
+    }
+    return EP_OK;
+}
+
+/* ---- from arguments to the kernels' --------------------------------------------------------- */
+
+/* The public struct is the same for both halves: each looks at its own tensors, and the handle. */
+static uint32_t roles_of(uint32_t part) {
+    return (part & K_LL_SEND ? EPI_IN : 0) | (part & K_LL_RECEIVE ? EPI_OUT : 0);
+}
+
+/* All SMs, unless the caller or the group says less. */
+static int workers_of(const ep_group *g, int asked) {
+    return asked ? asked : g->workers ? g->workers : g->most_workers;
+}
+
+static void set_ll(struct epi_op *op, struct k_ll *ll, int max_tokens) {
+    const ep_group *g = op->g;
+    ll->ctl = g->ll_ctl;
+    ll->map = g->plan.ll;
+    ll->group_tokens = g->config.ll_max_tokens;
+    ll->group_topk = g->config.max_topk;
+    ll->max_tokens = max_tokens;
+}
+
+static ep_status check_flags(uint32_t flags) {
+    const uint32_t known = EP_LL_FP8 | EP_LL_SCALES_POWER_OF_2;
+    return (flags & ~known) || flags == EP_LL_SCALES_POWER_OF_2
+               ? epi_fail(EP_ERR_ARG,
+                          "ep_ll_dispatch_args.flags is 0x%x, known are 0x%x, and "
+                          "EP_LL_SCALES_POWER_OF_2 only with EP_LL_FP8",
+                          flags, known)
+               : EP_OK;
+}
+
+/* After the tables' checks. */
+static ep_status check_scales(const struct epi_call *c, const struct ep_ll_dispatch_args *a) {
+    const struct ep_tensor *t = a->recv_scales;
+    const int64_t groups = c->dim[EPI_DIM_HIDDEN] / K_LL_GROUP;
+    const bool packed = t && t->dtype == EP_I32;
+    const int64_t columns = packed ? (groups + 3) / 4 : groups;
+    if (packed && !(a->flags & EP_LL_SCALES_POWER_OF_2)) {
+        return epi_fail(EP_ERR_ARG, "recv_scales is EP_I32, exponents: they need "
+                                    "EP_LL_SCALES_POWER_OF_2");
+    }
+    return t && t->shape[0] != c->group->num_local * columns
+               ? epi_fail(
+                     EP_ERR_ARG,
+                     "recv_scales.shape[0] is %lld, must be %lld: %lld for each of %d local "
+                     "experts",
+                     (long long)t->shape[0], (long long)(c->group->num_local * columns),
+                     (long long)columns, c->group->num_local)
+               : EP_OK;
+}
+
+static void set_dispatch(struct epi_op *op, const struct epi_call *c,
+                         const struct ep_ll_dispatch_args *a, uint32_t part, int max_tokens) {
+    struct k_ll_dispatch_args *k = &op->args.ll_dispatch;
+    const bool cast = (a->flags & EP_LL_FP8) != 0;
+    const int hidden = (int)c->dim[EPI_DIM_HIDDEN];
+    const int topk = part & K_LL_SEND ? (int)c->dim[EPI_DIM_K] : 0;
+    const struct epi_ll_wire wire =
+        epi_plan_ll_wire(2 * hidden, topk, a->topk_weights != NULL, cast);
+    set_ll(op, &k->ll, max_tokens);
+    k->flags = part;
+    k->row_bytes = 2 * hidden;
+    k->signature = (a->topk_weights ? K_LL_SIG_WEIGHTS : 0) | (cast ? K_LL_SIG_CAST : 0) |
+                   (a->flags & EP_LL_SCALES_POWER_OF_2 ? K_LL_SIG_POWER_OF_2 : 0);
+    k->ll.wire_bytes = wire.bytes;
+    k->side_at = wire.side_at;
+    if (part & K_LL_SEND) {
+        k->tokens = (k_i32)c->dim[EPI_DIM_T];
+        k->topk = topk;
+        k->id_bytes = a->topk_ids->dtype == EP_I64 ? 8 : 4;
+    }
+    k->packed_scales = part & K_LL_RECEIVE && a->recv_scales && a->recv_scales->dtype == EP_I32;
+    epi_args_fill(c, &epi_ll_dispatch_rules, a, roles_of(part), k);
+}
+
+static ep_status ll_dispatch(const char *fn, ep_group *g,
+                             const struct ep_ll_dispatch_args *args, uint32_t part,
+                             void *stream) {
+    struct ep_ll_dispatch_args a;
+    struct epi_call c;
+    struct epi_op op;
+    EPI_NOT_NULL("ep_ll_dispatch", g);
+    EPI_NOT_NULL("ep_ll_dispatch", args);
+    EPI_TAKE(ep_ll_dispatch_args, &a, args);
+    EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
+    const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
+    begin_call(&c, g, max_tokens);
+    c.is = a.flags & EP_LL_FP8 ? 0 : EPI_NO_SCALES;
+    c.like[EPI_LIKE_X] = a.flags & EP_LL_FP8 ? EPI_TYPE(EP_F8E4M3) : EPI_TYPE(EP_BF16);
+    EPI_TRY(check_flags(a.flags));
+    EPI_TRY(epi_args_check(&c, &epi_ll_dispatch_rules, &a, roles_of(part)));
+    const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
+    EPI_TRY(check_handle(a.handle));
+    EPI_TRY(check_lengths(&c, max_tokens, hidden));
+    if (part & K_LL_RECEIVE) {
+        EPI_TRY(check_scales(&c, &a));
+    }
+    const struct epi_load load = {(int)hidden * 2, g->config.max_topk, true, false};
+    epi_op_of_group(&op, &ll_dispatch_kind, g, workers_of(g, a.num_workers), &load);
+    set_dispatch(&op, &c, &a, part, max_tokens);
+    return epi_op_issue(&op, stream);
+}
+
+static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_combine_args *args,
+                            uint32_t part, void *stream) {
+    struct ep_ll_combine_args a;
+    struct epi_call c;
+    struct epi_op op;
+    EPI_NOT_NULL("ep_ll_combine", g);
+    EPI_NOT_NULL("ep_ll_combine", args);
+    EPI_TAKE(ep_ll_combine_args, &a, args);
+    EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
+    if (a.flags) {
+        return epi_fail(EP_ERR_ARG, "ep_ll_combine_args.flags is 0x%x, must be 0", a.flags);
+    }
+    const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
+    begin_call(&c, g, max_tokens);
+    EPI_TRY(epi_args_check(&c, &epi_ll_combine_rules, &a, roles_of(part)));
+    EPI_TRY(check_handle(a.handle));
+    const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
+    EPI_TRY(check_lengths(&c, max_tokens, hidden));
+    const struct epi_load load = {(int)hidden * 2, g->config.max_topk, true, true};
+    epi_op_of_group(&op, &ll_combine_kind, g, workers_of(g, a.num_workers), &load);
+    struct k_ll_combine_args *k = &op.args.ll_combine;
+    set_ll(&op, &k->ll, max_tokens);
+    k->flags = part;
+    k->row_bytes = 2 * (k_i32)hidden;
+    k->dtype = EP_BF16;
+    k->tokens = part & K_LL_RECEIVE ? (k_i32)c.dim[EPI_DIM_T] : -1;
+    k->ll.wire_bytes = epi_plan_ll_answer_bytes(k->row_bytes);
+    epi_args_fill(&c, &epi_ll_combine_rules, &a, roles_of(part), k);
+    return epi_op_issue(&op, stream);
+}
+
+/* ---- the public functions ------------------------------------------------------------------- */
+
+ep_status ep_ll_dispatch(ep_group *group, const struct ep_ll_dispatch_args *args,
+                         void *stream) {
+    return ll_dispatch("ep_ll_dispatch", group, args, BOTH, stream);
+}
+
+ep_status ep_ll_dispatch_send(ep_group *group, const struct ep_ll_dispatch_args *args,
+                              void *stream) {
+    return ll_dispatch("ep_ll_dispatch_send", group, args, K_LL_SEND, stream);
+}
+
+ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args *args,
+                              void *stream) {
+    return ll_dispatch("ep_ll_dispatch_recv", group, args, K_LL_RECEIVE, stream);
+}
+
+ep_status ep_ll_combine(ep_group *group, const struct ep_ll_combine_args *args, void *stream) {
+    return ll_combine("ep_ll_combine", group, args, BOTH, stream);
+}
+
+ep_status ep_ll_combine_send(ep_group *group, const struct ep_ll_combine_args *args,
+                             void *stream) {
+    return ll_combine("ep_ll_combine_send", group, args, K_LL_SEND, stream);
+}
+
+ep_status ep_ll_combine_recv(ep_group *group, const struct ep_ll_combine_args *args,
+                             void *stream) {
+    return ll_combine("ep_ll_combine_recv", group, args, K_LL_RECEIVE, stream);
+}
+
+ep_status ep_ll_status(ep_group *group) {
+    EPI_NOT_NULL("ep_ll_status", group);
+    if (epi_group_faulted(group)) {
+        return epi_group_check_next(group);
+    }
+    return tell_refused(group);
+}

@@ -1,0 +1,276 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Declared in ll.h. Rows at the experts are those of the reference's expanded dispatch, which has them
+ * one behind the other.
+ */
+#include "tests/ll.h"
+
+#include <string.h>
+
+#include "tests/ref_ll.h"
+#include "tests/tap.h"
+
+void ll_init(struct ll_step *s, int num_ranks, uint64_t seed) {
+    memset(s, 0, sizeof(*s));
+    case_default(&s->c, num_ranks, seed);
+    s->c.hidden = 256;
+    s->max_tokens = s->c.max_tokens;
+}
+
+/* Answers of every expert for its rows. */
+static void build_answers(struct ll_step *s, int rank, uint64_t *state) {
+    const struct ref_recv *v = &s->recv[rank];
+    struct ref_answers *a = &s->answers[rank];
+
+    a->x = pool_zero(&s->pool, (size_t)(v->num_rows * s->c.hidden) * 2);
+    a->weights = v->weights;
+    case_fill_finite(EP_BF16, a->x, v->num_rows * s->c.hidden, state);
+}
+
+void ll_build(struct ll_step *s) {
+    const size_t ranks = (size_t)s->c.num_ranks;
+    uint64_t state = s->c.data_seed + 7;
+
+    s->c.id_stride = STRIDE_PACKED;
+    case_build(&s->c);
+    s->recv = pool_zero(&s->pool, ranks * sizeof(*s->recv));
+    s->answers = pool_zero(&s->pool, ranks * sizeof(*s->answers));
+    s->y = pool_zero(&s->pool, ranks * sizeof(*s->y));
+    for (int r = 0; r < s->c.num_ranks; r++) {
+        ref_dispatch(&s->pool, &s->c.problem, r, true, 1, &s->recv[r]);
+        build_answers(s, r, &state);
+    }
+    const struct ref_combine in = {EP_BF16, s->c.hidden, s->recv, s->answers};
+    for (int r = 0; r < s->c.num_ranks; r++) {
+        const uint8_t *none[2] = {NULL, NULL};
+        s->y[r] = pool_zero(&s->pool, (size_t)(s->c.in[r].num_tokens * s->c.hidden) * 2);
+        ref_combine(&s->c.problem, r, &in, none, s->y[r], NULL);
+    }
+}
+
+void ll_free(struct ll_step *s) {
+    pool_free(&s->pool);
+    case_free(&s->c);
+}
+
+void ll_setup(struct world_setup *w, const struct ll_step *s) {
+    world_defaults(w, s->c.num_ranks);
+    w->config.num_experts = s->c.num_experts;
+    w->config.expert_rank = s->c.expert_rank;
+    w->config.max_tokens = 1;
+    w->config.max_topk = s->c.topk;
+    w->config.max_row_bytes = (int32_t)s->c.hidden * 2;
+    w->config.ll_max_tokens = s->max_tokens;
+}
+
+/* ---- a rank's buffers ----------------------------------------------------------------------- */
+
+static void add(struct ll_run *r, int what, int dtype, int64_t rows, int64_t cols) {
+    r->bytes[what] = (size_t)(rows * cols) * ep_dtype_bytes((ep_dtype)dtype);
+    r->got[what] = pool_fill(&r->pool, r->bytes[what], 0xA5);
+    r->want[what] = pool_fill(&r->pool, r->bytes[what], 0xA5);
+    if (cols == 1) {
+        ep_tensor_1d(&r->t[what], (ep_dtype)dtype, r->got[what], rows);
+    } else {
+        ep_tensor_2d(&r->t[what], (ep_dtype)dtype, r->got[what], rows, cols);
+    }
+}
+
+static int64_t each(const struct ll_step *s) {
+    return (int64_t)s->c.num_ranks * s->max_tokens;
+}
+
+/* Columns are padded to multiples of 16 bytes. */
+static int64_t pitch(const struct ll_step *s) {
+    return (each(s) + 3) / 4 * 4;
+}
+
+/* Row `row` of expert e: what the reference has as row i. */
+static void want_cast(struct ll_run *r, int e, int64_t row, const uint8_t *x) {
+    const struct ll_step *s = r->s;
+    const int64_t groups = s->c.hidden / 128, columns = s->packed ? (groups + 3) / 4 : groups;
+    uint8_t *out = r->want[LL_X] + (e * each(s) + row) * s->c.hidden;
+
+    for (int64_t g = 0; g < groups; g++) {
+        uint16_t group[128];
+        float scale;
+        memcpy(group, x + g * 256, 256);
+        ref_cast(group, (s->flags & EP_LL_SCALES_POWER_OF_2) != 0, out + g * 128, &scale);
+        const int64_t column = e * columns + (s->packed ? g / 4 : g);
+        uint8_t *at = r->want[LL_SCALES] + (column * pitch(s) + row) * 4;
+        if (!s->packed) {
+            memcpy(at, &scale, 4);
+            continue;
+        }
+        uint32_t bits;
+        memcpy(&bits, &scale, 4);
+        if (g % 4 == 0) {
+            memset(at, 0, 4);
+        }
+        at[g % 4] = (uint8_t)(bits >> 23);
+    }
+}
+
+static void want_row(struct ll_run *r, int e, int64_t row, int64_t i) {
+    const struct ll_step *s = r->s;
+    const struct ref_recv *v = &s->recv[r->w->rank];
+    const size_t bytes = (size_t)s->c.hidden * 2;
+    const int64_t at = e * each(s) + row;
+
+    if (s->flags & EP_LL_FP8) {
+        want_cast(r, e, row, v->x + (size_t)i * bytes);
+    } else {
+        memcpy(r->want[LL_X] + (size_t)at * bytes, v->x + (size_t)i * bytes, bytes);
+    }
+    memcpy(r->want[LL_SOURCE] + at * 4, &v->source[2 * i + 1], 4);
+    memcpy((uint8_t *)r->answers.data + (size_t)at * bytes,
+           s->answers[r->w->rank].x + (size_t)i * bytes, bytes);
+}
+
+static void want_expert(struct ll_run *r, int e) {
+    const struct ll_step *s = r->s;
+    const struct ref_recv *v = &s->recv[r->w->rank];
+    int64_t row = 0;
+
+    memcpy(r->want[LL_COUNTS] + e * 4, &v->counts[e], 4);
+    for (int src = 0; src < s->c.num_ranks; src++) {
+        const int64_t begin = row;
+        while (row < v->counts[e] && v->source[2 * (v->offsets[e] + row)] == src) {
+            want_row(r, e, row, v->offsets[e] + row);
+            row++;
+        }
+        const int64_t range = begin << 32 | (row - begin);
+        memcpy(r->want[LL_RANGES] + (e * s->c.num_ranks + src) * 8, &range, 8);
+    }
+}
+
+void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
+    const int local = ref_num_local(&s->c.problem, w->rank);
+    const int64_t rows = local * each(s), groups = s->c.hidden / 128;
+    const bool cast = (s->flags & EP_LL_FP8) != 0;
+    struct ep_plan_info info = EP_PLAN_INFO_INIT;
+
+    memset(r, 0, sizeof(*r));
+    r->w = w;
+    r->s = s;
+    world_is(w, ep_group_plan(w->group, &info), EP_OK, "ep_group_plan");
+    add(r, LL_X, cast ? EP_F8E4M3 : EP_BF16, rows, s->c.hidden);
+    add(r, LL_SCALES, s->packed ? EP_I32 : EP_F32,
+        local * (s->packed ? (groups + 3) / 4 : groups), pitch(s));
+    r->t[LL_SCALES].shape[1] = each(s);
+    add(r, LL_SOURCE, EP_I32, rows, 1);
+    add(r, LL_COUNTS, EP_I32, local, 1);
+    add(r, LL_RANGES, EP_I64, local, s->c.num_ranks);
+    r->t[LL_RANGES].ndim = 2;
+    r->t[LL_RANGES].shape[1] = s->c.num_ranks;
+    r->t[LL_RANGES].stride[0] = s->c.num_ranks;
+    r->t[LL_RANGES].stride[1] = 1;
+    add(r, LL_HANDLE, EP_U8, info.ll_handle_bytes, 1);
+    add(r, LL_Y, EP_BF16, s->c.in[w->rank].num_tokens, s->c.hidden);
+    memcpy(r->want[LL_Y], s->y[w->rank], r->bytes[LL_Y]);
+    /* Past the counts, NaN where combine must not look. */
+    ep_tensor_2d(&r->answers, EP_BF16,
+                 pool_fill(&r->pool, (size_t)(rows * s->c.hidden) * 2, 0xFF), rows,
+                 s->c.hidden);
+    for (int e = 0; e < local; e++) {
+        want_expert(r, e);
+    }
+    r->dispatch = (struct ep_ll_dispatch_args)EP_LL_DISPATCH_ARGS_INIT;
+    r->dispatch.flags = s->flags;
+    r->dispatch.max_tokens = s->max_tokens;
+    r->dispatch.num_workers = s->num_workers;
+    r->dispatch.x = &s->c.x[w->rank];
+    r->dispatch.topk_ids = &s->c.ids[w->rank];
+    r->dispatch.topk_weights = s->c.weights ? &s->c.topk_weights[w->rank] : NULL;
+    r->dispatch.handle = &r->t[LL_HANDLE];
+    r->dispatch.recv_x = &r->t[LL_X];
+    r->dispatch.recv_scales = cast ? &r->t[LL_SCALES] : NULL;
+    r->dispatch.recv_source = &r->t[LL_SOURCE];
+    r->dispatch.expert_counts = &r->t[LL_COUNTS];
+    r->dispatch.ranges = &r->t[LL_RANGES];
+    r->combine = (struct ep_ll_combine_args)EP_LL_COMBINE_ARGS_INIT;
+    r->combine.max_tokens = s->max_tokens;
+    r->combine.num_workers = s->num_workers;
+    r->combine.handle = &r->t[LL_HANDLE];
+    r->combine.x = &r->answers;
+    r->combine.out = &r->t[LL_Y];
+}
+
+void ll_destroy(struct ll_run *r) {
+    pool_free(&r->pool);
+}
+
+ep_status ll_dispatch(struct ll_run *r, enum call_half half, void *stream) {
+    for (int i = LL_X; half != CALL_RECV && i <= LL_HANDLE; i++) {
+        memset(r->got[i], 0xA5, r->bytes[i]);
+    }
+    return call_ll_dispatch(r->w->group, &r->dispatch, half, stream);
+}
+
+ep_status ll_combine(struct ll_run *r, enum call_half half, void *stream) {
+    if (half != CALL_RECV) {
+        memset(r->got[LL_Y], 0xA5, r->bytes[LL_Y]);
+    }
+    return call_ll_combine(r->w->group, &r->combine, half, stream);
+}
+
+static bool check(struct ll_run *r, int from, int to) {
+    static const char *const names[] = {"recv_x", "recv_scales", "recv_source", "expert_counts",
+                                        "ranges", "handle",      "out"};
+    bool good = true;
+
+    for (int i = from; i <= to; i++) {
+        for (size_t b = 0; b < r->bytes[i]; b++) {
+            if (r->got[i][b] != r->want[i][b]) {
+                good = world_check(r->w, false, "%s: byte %zu of %zu is %u, must be %u",
+                                   names[i], b, r->bytes[i], r->got[i][b], r->want[i][b]);
+                break;
+            }
+        }
+    }
+    return good;
+}
+
+bool ll_check_dispatch(struct ll_run *r) {
+    return check(r, LL_X, LL_RANGES);
+}
+
+bool ll_check_combine(struct ll_run *r) {
+    return check(r, LL_Y, LL_Y);
+}
+
+bool ll_pass(struct ll_run *r, bool halves) {
+    bool good = true;
+
+    for (int i = halves ? CALL_SEND : CALL_BOTH; i <= (halves ? CALL_RECV : CALL_BOTH); i++) {
+        good =
+            world_is(r->w, ll_dispatch(r, (enum call_half)i, NULL), EP_OK, "dispatch") && good;
+    }
+    good = ll_check_dispatch(r) && good;
+    for (int i = halves ? CALL_SEND : CALL_BOTH; i <= (halves ? CALL_RECV : CALL_BOTH); i++) {
+        good = world_is(r->w, ll_combine(r, (enum call_half)i, NULL), EP_OK, "combine") && good;
+    }
+    return ll_check_combine(r) && good;
+}
+
+static void body(struct world *w) {
+    struct ll_run r;
+
+    ll_create(&r, w, w->ctx);
+    ll_pass(&r, false);
+    ll_pass(&r, true);
+    ll_destroy(&r);
+}
+
+bool ll_case(struct ll_step *s, bool processes, const char *name) {
+    struct world_setup w;
+
+    ll_build(s);
+    ll_setup(&w, s);
+    w.processes = processes;
+    w.body = body;
+    w.ctx = s;
+    const bool good = ok(world_run(&w) == 0, "%s", name);
+    ll_free(s);
+    return good;
+}

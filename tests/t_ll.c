@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: MIT */
+/* class: rest */
+/*
+ * Low-latency dispatch and combine against the reference, every byte, in one call and in halves: casts,
+ * scales, maps, routings, numbers of tokens and of ranks.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/gpu.h"
+#include "tests/ll.h"
+#include "tests/tap.h"
+
+static void forms(uint64_t seed) {
+    static const uint32_t flags[] = {0, EP_LL_FP8, EP_LL_FP8 | EP_LL_SCALES_POWER_OF_2,
+                                     EP_LL_FP8 | EP_LL_SCALES_POWER_OF_2};
+    for (int i = 0; i < 8; i++) {
+        struct ll_step s;
+        char name[64];
+        ll_init(&s, 2 + i % 3, seed + (uint64_t)i);
+        s.flags = flags[i % 4];
+        s.packed = i % 4 == 3;
+        s.c.hidden = i < 4 ? 256 : 640;
+        s.c.weights = i != 1;
+        s.c.id_dtype = i % 2 ? EP_I32 : EP_I64;
+        snprintf(name, sizeof(name), "%s%s%s, hidden %d", i % 4 ? "E4M3" : "bf16",
+                 i % 4 > 1 ? ", powers of two" : "", s.packed ? " as bytes" : "",
+                 (int)s.c.hidden);
+        ll_case(&s, i == 2, name);
+    }
+}
+
+static void shapes(uint64_t seed) {
+    struct ll_step s;
+
+    ll_init(&s, 1, seed);
+    ll_case(&s, false, "one rank");
+    ll_init(&s, 4, seed + 1);
+    s.c.tokens = TOKENS_NONE;
+    ll_case(&s, false, "no tokens anywhere");
+    ll_init(&s, 4, seed + 2);
+    s.c.tokens = TOKENS_ONE;
+    s.flags = EP_LL_FP8;
+    ll_case(&s, false, "one token on each rank, in slices");
+    ll_init(&s, 5, seed + 3);
+    s.c.tokens = TOKENS_MIXED;
+    s.c.map = MAP_EMPTY_RANK;
+    s.max_tokens += 3;
+    ll_case(&s, false, "tokens differ, a rank without experts, M above T");
+    ll_init(&s, 3, seed + 4);
+    s.c.routing = ROUTE_ONE_EXPERT;
+    ll_case(&s, false, "all to one expert");
+    ll_init(&s, 3, seed + 5);
+    s.c.routing = ROUTE_DUPLICATES;
+    s.c.map = MAP_RANDOM;
+    ll_case(&s, false, "the same experts again and again");
+    ll_init(&s, 4, seed + 6);
+    s.c.routing = ROUTE_HOLES;
+    s.c.map = MAP_UNEVEN;
+    ll_case(&s, true, "holes, uneven");
+    ll_init(&s, 2, seed + 7);
+    s.c.topk = EP_MAX_TOPK;
+    s.c.num_experts = 80;
+    ll_case(&s, false, "top-64");
+    ll_init(&s, 4, seed + 8);
+    s.c.num_experts = 896;
+    s.c.topk = 16;
+    s.c.max_tokens = s.max_tokens = 4;
+    s.c.hidden = 3584;
+    s.flags = EP_LL_FP8;
+    ll_case(&s, false, "896 experts, top-16, hidden 3584");
+    ll_init(&s, 3, seed + 9);
+    s.num_workers = 1;
+    s.c.x_stride = STRIDE_PADDED;
+    s.c.weight_stride = STRIDE_SPARSE;
+    ll_case(&s, false, "one worker, strides");
+}
+
+int main(void) {
+    gpu_program();
+    const uint64_t seed = tap_seed();
+
+    tap_deadline(120);
+    forms(seed);
+    shapes(seed + 100);
+    return done_testing();
+}

@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: MIT */
+/* class: timed */
+/*
+ * What low-latency calls refuse, ranks that differ, and a rank that does not come: each is one sentence
+ * that names what was wrong.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/gpu.h"
+#include "tests/ll.h"
+#include "tests/rig.h"
+#include "tests/tap.h"
+
+#define RANKS 2
+
+static void arg(struct world *w, ep_status st, const char *words, const char *what) {
+    world_fails(w, st, EP_ERR_ARG, words, what);
+}
+
+/* Each breaks one rule, before anything is sent. */
+static void arguments(struct world *w) {
+    const struct ll_step *s = w->ctx;
+    struct ll_run r;
+    struct ep_tensor t;
+
+    ll_create(&r, w, s);
+    const struct ep_ll_dispatch_args good = r.dispatch;
+    const struct ep_ll_combine_args good_combine = r.combine;
+#define BAD(words, what)                                                                       \
+    do {                                                                                       \
+        arg(w, ll_dispatch(&r, CALL_BOTH, NULL), words, what);                                 \
+        r.dispatch = good;                                                                     \
+    } while (0)
+    r.dispatch.flags = 64;
+    BAD("flags is 0x40", "unknown flags");
+    r.dispatch.flags = EP_LL_SCALES_POWER_OF_2;
+    BAD("only with EP_LL_FP8", "scales without a cast");
+    r.dispatch.max_tokens = s->max_tokens + 1;
+    BAD("max_tokens is|ll_max_tokens", "M above the group's");
+    r.dispatch.max_tokens = 1;
+    BAD("recv_x", "outputs of another M");
+    r.dispatch.num_workers = -1;
+    BAD("num_workers is -1", "workers");
+    r.dispatch.handle = NULL;
+    BAD("handle is NULL", "no handle");
+    t = r.t[LL_HANDLE];
+    t.shape[0]--;
+    r.dispatch.handle = &t;
+    BAD("handle", "a handle that is too small");
+    t = r.t[LL_HANDLE];
+    t.data = (uint8_t *)t.data + 1;
+    r.dispatch.handle = &t;
+    BAD("handle", "a handle that is not aligned");
+    t = *good.x;
+    t.dtype = EP_F16;
+    r.dispatch.x = &t;
+    BAD("x|EP_BF16", "rows of another type");
+    t = *good.x;
+    t.shape[1] = 192;
+    r.dispatch.x = &t;
+    BAD("192", "half a group of channels");
+    r.dispatch.recv_x = NULL;
+    BAD("recv_x is NULL", "no output");
+    t = r.t[LL_X];
+    t.data = good.x->data;
+    r.dispatch.recv_x = &t;
+    BAD("overlaps", "output over input");
+    r.dispatch.recv_scales = &r.t[LL_SCALES];
+    BAD("recv_scales", "scales of rows that are not cast");
+#undef BAD
+    r.combine.flags = 1;
+    arg(w, ll_combine(&r, CALL_BOTH, NULL), "flags", "flags of combine");
+    r.combine = good_combine;
+    r.combine.out = NULL;
+    arg(w, ll_combine(&r, CALL_BOTH, NULL), "out is NULL", "no output of combine");
+    r.combine = good_combine;
+    ll_pass(&r, false);
+    ll_destroy(&r);
+}
+
+static void no_mode(struct world *w) {
+    struct ep_ll_dispatch_args d = EP_LL_DISPATCH_ARGS_INIT;
+    struct ep_ll_combine_args c = EP_LL_COMBINE_ARGS_INIT;
+
+    world_fails(w, ep_ll_dispatch(w->group, &d, NULL), EP_ERR_UNSUPPORTED, "ll_max_tokens 0",
+                "dispatch");
+    world_fails(w, ep_ll_combine_recv(w->group, &c, NULL), EP_ERR_UNSUPPORTED,
+                "ll_max_tokens 0", "combine");
+    world_is(w, ep_ll_status(w->group), EP_OK, "ep_ll_status");
+    world_is(w, ep_ll_dispatch(NULL, &d, NULL), EP_ERR_ARG, "no group");
+    world_is(w, ep_ll_dispatch(w->group, NULL, NULL), EP_ERR_ARG, "no arguments");
+    world_is(w, ep_ll_status(NULL), EP_ERR_ARG, "no group");
+}
+
+/* ---- ranks that differ ---------------------------------------------------------------------- */
+
+enum difference { TOPK, MAX_TOKENS, HIDDEN, WEIGHTS, CAST, POWER_OF_2, NUM_DIFFERENCES };
+static const char *const difference_words[] = {"top-k is",    "max_tokens is", "bytes of a row",
+                                               "weights are", "EP_LL_FP8 is|", "POWER_OF_2 is"};
+
+struct odd {
+    struct ll_step s[2]; /* of rank 0 and of rank 1 */
+    enum difference what;
+};
+
+static void differ(struct world *w) {
+    const struct odd *o = w->ctx;
+    struct ll_run r;
+    struct ep_fault fault = EP_FAULT_INIT;
+
+    ll_create(&r, w, &o->s[w->rank]);
+    world_fails(w, ll_dispatch(&r, CALL_BOTH, NULL), EP_ERR_MISMATCH, difference_words[o->what],
+                "dispatch");
+    world_is(w, ep_group_fault(w->group, &fault), EP_OK, "ep_group_fault");
+    world_check(w, fault.operation == EP_OP_LL_DISPATCH && fault.rank == 1 - w->rank,
+                "operation %d, rank %d: %s", fault.operation, fault.rank, fault.message);
+    world_check(
+        w, strstr(fault.message, "ranks 0 and 1") || strstr(fault.message, "ranks 1 and 0"),
+        "both are named: %s", fault.message);
+    world_is(w, ll_dispatch(&r, CALL_BOTH, NULL), EP_ERR_FAULTED, "after it");
+    ll_destroy(&r);
+}
+
+static void differences(uint64_t seed) {
+    for (int i = 0; i < NUM_DIFFERENCES; i++) {
+        struct world_setup w;
+        struct odd o = {.what = (enum difference)i};
+        for (int r = 0; r < 2; r++) {
+            struct ll_step *s = &o.s[r];
+            ll_init(s, RANKS, seed);
+            s->c.topk = i == TOPK && r ? 2 : 4;
+            s->c.hidden = i == HIDDEN && r ? 128 : 256;
+            s->max_tokens += i == MAX_TOKENS && r;
+            s->c.weights = !(i == WEIGHTS && r);
+            s->flags = i == CAST         ? (r ? EP_LL_FP8 : 0)
+                       : i == POWER_OF_2 ? EP_LL_FP8 | (r ? EP_LL_SCALES_POWER_OF_2 : 0)
+                                         : 0;
+            ll_build(s);
+        }
+        ll_setup(&w, &o.s[0]);
+        w.config.ll_max_tokens++;
+        w.body = differ;
+        w.ctx = &o;
+        ok(world_run(&w) == 0, "ranks differ: %s", difference_words[i]);
+        ll_free(&o.s[0]);
+        ll_free(&o.s[1]);
+    }
+}
+
+/* ---- a rank that does not come -------------------------------------------------------------- */
+
+static void late(struct world *w) {
+    struct ll_run r;
+    struct ep_fault fault = EP_FAULT_INIT;
+
+    ll_create(&r, w, w->ctx);
+    if (w->rank == 0) {
+        world_fails(w, ll_dispatch(&r, CALL_BOTH, NULL), EP_ERR_TIMEOUT,
+                    "rank 1|low-latency dispatch|counts", "dispatch without rank 1");
+        ep_group_fault(w->group, &fault);
+        world_check(w,
+                    fault.status == EP_ERR_TIMEOUT && fault.rank == 1 &&
+                        strcmp(fault.phase, "counts") == 0,
+                    "fault %d, rank %d, phase %s", fault.status, fault.rank, fault.phase);
+    }
+    world_barrier(w);
+    if (w->rank == 1) {
+        world_check(w, ll_dispatch(&r, CALL_BOTH, NULL) != EP_OK, "dispatch of who was late");
+    }
+    ll_destroy(&r);
+}
+
+/* It has sent all, and left: whoever is still receiving gets it. */
+static void leaves(struct world *w) {
+    struct ll_run r;
+
+    ll_create(&r, w, w->ctx);
+    world_is(w, ll_dispatch(&r, CALL_SEND, NULL), EP_OK, "send");
+    if (w->rank == 0) {
+        tap_sleep_ms(50); /* rank 1 is in ep_group_destroy */
+        world_is(w, ll_dispatch(&r, CALL_RECV, NULL), EP_OK, "receive");
+        ll_check_dispatch(&r);
+    }
+    ll_destroy(&r);
+}
+
+static void run(struct ll_step *s, void (*body)(struct world *), const char *name) {
+    struct world_setup w;
+
+    ll_setup(&w, s);
+    w.config.timeout_ms = 500 * rig_scale();
+    w.config.ll_max_tokens = body == no_mode ? 0 : w.config.ll_max_tokens;
+    w.body = body;
+    w.ctx = s;
+    ok(world_run(&w) == 0, "%s", name);
+}
+
+int main(void) {
+    gpu_program();
+    struct ll_step s;
+    const uint64_t seed = tap_seed();
+
+    tap_deadline(120);
+    tap_expect_log("it is alive but late");
+    ll_init(&s, RANKS, seed);
+    s.c.tokens = TOKENS_MAX;
+    ll_build(&s);
+    run(&s, arguments, "arguments");
+    run(&s, no_mode, "a group without low-latency mode");
+    run(&s, late, "a rank that does not come");
+    run(&s, leaves, "a rank that has sent all and left");
+    ll_free(&s);
+    differences(seed + 1);
+    return done_testing();
+}

@@ -1,0 +1,267 @@
+/* SPDX-License-Identifier: MIT */
+/* class: rest */
+/*
+ * Low-latency operations in any legal order: two micro-batches with halves, received in either order, of
+ * other routings, shapes and maxima from round to round, on streams, with throughput operations and
+ * delays between. And those that are refused: they write nothing, and the group goes on.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/gpu.h"
+#include "tests/ll.h"
+#include "tests/tap.h"
+
+#define RANKS 3
+#define STEPS 4
+
+/* Steps of several shapes, for groups that are large enough for each. */
+struct steps {
+    struct ll_step s[STEPS];
+    int rounds;
+    uint64_t seed;
+};
+
+static void steps_build(struct steps *all, uint64_t seed) {
+    static const int64_t hidden[STEPS] = {256, 640, 128, 256};
+    static const int tokens[STEPS] = {12, 5, 16, 1};
+
+    all->seed = seed;
+    for (int i = 0; i < STEPS; i++) {
+        struct ll_step *s = &all->s[i];
+        ll_init(s, RANKS, seed + (uint64_t)i);
+        s->c.hidden = hidden[i];
+        s->c.max_tokens = tokens[i];
+        s->max_tokens = tokens[i] + i;
+        s->c.tokens = i == 0 ? TOKENS_MIXED : TOKENS_MAX;
+        s->c.routing = i == 2 ? ROUTE_DUPLICATES : ROUTE_UNIFORM;
+        s->c.topk = i == 1 ? 2 : 4;
+        s->flags = i % 2 ? EP_LL_FP8 : 0;
+        s->c.weights = i != 3;
+        s->num_workers = i == 2 ? 1 : 0;
+        ll_build(s);
+    }
+}
+
+static void steps_free(struct steps *all) {
+    for (int i = 0; i < STEPS; i++) {
+        ll_free(&all->s[i]);
+    }
+}
+
+static void setup(struct world_setup *w, struct steps *all, void (*body)(struct world *)) {
+    ll_setup(w, &all->s[1]);
+    w->config.ll_max_tokens = 20;
+    w->config.max_topk = 4;
+    w->config.max_tokens = 16;
+    w->config.max_scale_bytes = 0;
+    w->body = body;
+    w->ctx = all;
+}
+
+static void create_all(struct ll_run r[STEPS], struct world *w) {
+    const struct steps *all = w->ctx;
+
+    for (int i = 0; i < STEPS; i++) {
+        ll_create(&r[i], w, &all->s[i]);
+    }
+}
+
+static void destroy_all(struct ll_run r[STEPS]) {
+    for (int i = 0; i < STEPS; i++) {
+        ll_destroy(&r[i]);
+    }
+}
+
+/* ---- legal orders --------------------------------------------------------------------------- */
+
+static void must(struct world *w, ep_status st, const char *what) {
+    world_is(w, st, EP_OK, what);
+}
+
+/* Two micro-batches, a and b; each rank receives in the order that it likes. */
+static void two_batches(struct world *w, struct ll_run *a, struct ll_run *b, uint64_t *state) {
+    const bool swap = case_rand(state, 2); /* the state is each rank's own */
+    struct ll_run *first = swap ? b : a, *second = swap ? a : b;
+
+    must(w, ll_dispatch(a, CALL_SEND, NULL), "send a");
+    must(w, ll_dispatch(b, CALL_SEND, NULL), "send b");
+    tap_sleep_ms((int)case_rand(state, 3));
+    must(w, ll_dispatch(first, CALL_RECV, NULL), "receive");
+    ll_check_dispatch(first);
+    must(w, ll_dispatch(second, CALL_RECV, NULL), "receive");
+    ll_check_dispatch(second);
+    must(w, ll_combine(a, CALL_SEND, NULL), "send answers of a");
+    if (case_rand(state, 2)) {
+        must(w, ll_combine(a, CALL_RECV, NULL), "receive answers of a");
+        ll_check_combine(a);
+        must(w, ll_combine(b, CALL_BOTH, NULL), "answers of b");
+        ll_check_combine(b);
+        return;
+    }
+    must(w, ll_combine(b, CALL_SEND, NULL), "send answers of b");
+    tap_sleep_ms((int)case_rand(state, 3));
+    must(w, ll_combine(second, CALL_RECV, NULL), "receive answers");
+    must(w, ll_combine(first, CALL_RECV, NULL), "receive answers");
+    ll_check_combine(a);
+    ll_check_combine(b);
+}
+
+static void rounds(struct world *w) {
+    const struct steps *all = w->ctx;
+    uint64_t common = all->seed, own = all->seed + 17 * (uint64_t)(w->rank + 1);
+    struct ll_run r[STEPS];
+
+    create_all(r, w);
+    for (int i = 0; i < all->rounds; i++) {
+        const int a = (int)case_rand(&common, STEPS);
+        const int b = (a + 1 + (int)case_rand(&common, STEPS - 1)) % STEPS;
+        if (case_rand(&common, 3) == 0) {
+            ll_pass(&r[a], case_rand(&common, 2));
+        } else {
+            two_batches(w, &r[a], &r[b], &own);
+        }
+        if (case_rand(&common, 4) == 0) { /* again, of the same handle */
+            must(w, ll_combine(&r[a], CALL_BOTH, NULL), "combine again");
+            ll_check_combine(&r[a]);
+        }
+    }
+    destroy_all(r);
+}
+
+/* A throughput operation between the halves, which not all ranks have at the same place. */
+static void between(struct world *w) {
+    const struct steps *all = w->ctx;
+    const struct test_case *c = &all->s[2].c;
+    struct ep_routing routing;
+    ep_handle *h = NULL;
+    struct ll_run r[STEPS];
+    struct ep_dispatch_args d = EP_DISPATCH_ARGS_INIT;
+
+    create_all(r, w);
+    must(w, ep_handle_create(&h, w->group, NULL), "ep_handle_create");
+    case_routing(c, w->rank, &routing);
+    must(w, call_route(h, &routing, NULL), "route");
+    d.flags = EP_DISPATCH_ARENA;
+    d.x = &c->x[w->rank];
+    for (int i = 0; i < 6; i++) {
+        must(w, ll_dispatch(&r[0], CALL_SEND, NULL), "send");
+        if (w->rank == 1) {
+            must(w, ll_dispatch(&r[0], CALL_RECV, NULL), "receive");
+        }
+        must(w, call_dispatch(h, &d, NULL), "throughput dispatch");
+        if (w->rank != 1) {
+            must(w, ll_dispatch(&r[0], CALL_RECV, NULL), "receive");
+        }
+        ll_check_dispatch(&r[0]);
+        must(w, ll_combine(&r[0], CALL_BOTH, NULL), "combine");
+        ll_check_combine(&r[0]);
+    }
+    ep_handle_destroy(&h);
+    destroy_all(r);
+}
+
+/* Halves on streams of their own. */
+static void streams(struct world *w) {
+    struct ll_run r[STEPS];
+    void *s[2];
+
+    create_all(r, w);
+    for (int i = 0; i < 2; i++) {
+        must(w, call_stream_create(&s[i], w->group), "stream");
+    }
+    for (int i = 0; i < 8; i++) {
+        struct ll_run *a = &r[i % STEPS];
+        must(w, ll_dispatch(a, CALL_SEND, s[i % 2]), "send");
+        must(w, call_stream_sync(w->group, s[i % 2]), "sync");
+        must(w, ll_dispatch(a, CALL_RECV, s[1 - i % 2]), "receive");
+        must(w, call_stream_sync(w->group, s[1 - i % 2]), "sync");
+        ll_check_dispatch(a);
+        must(w, ll_combine(a, CALL_BOTH, s[i % 2]), "combine");
+        must(w, call_stream_sync(w->group, s[i % 2]), "sync");
+        ll_check_combine(a);
+    }
+    for (int i = 0; i < 2; i++) {
+        call_stream_destroy(w->group, &s[i]);
+    }
+    destroy_all(r);
+}
+
+/* ---- what is refused ------------------------------------------------------------------------ */
+
+static void refused(struct world *w, ep_status st, const char *words, const char *what) {
+    world_fails(w, st, EP_ERR_STATE, words, what);
+}
+
+/* Nothing was written since the outputs were poisoned. */
+static void untouched(struct ll_run *r, int from, int to) {
+    for (int i = from; i <= to; i++) {
+        for (size_t b = 0; b < r->bytes[i]; b++) {
+            if (r->got[i][b] != 0xA5) {
+                world_check(r->w, false, "output %d was written", i);
+                break;
+            }
+        }
+    }
+}
+
+static void illegal(struct world *w) {
+    struct ll_run r[STEPS];
+
+    create_all(r, w);
+    refused(w, ll_dispatch(&r[0], CALL_RECV, NULL), "was not sent", "receive before send");
+    refused(w, ll_combine(&r[0], CALL_BOTH, NULL), "no dispatch", "combine before dispatch");
+    must(w, ll_dispatch(&r[0], CALL_SEND, NULL), "send 1");
+    refused(w, ll_combine(&r[0], CALL_BOTH, NULL), "no dispatch", "combine before receive");
+    must(w, ll_dispatch(&r[1], CALL_SEND, NULL), "send 2");
+    refused(w, ll_dispatch(&r[2], CALL_SEND, NULL), "two operations", "a third send");
+    refused(w, ll_dispatch(&r[2], CALL_BOTH, NULL), "two operations", "a third call");
+    untouched(&r[2], LL_X, LL_HANDLE);
+    must(w, ll_dispatch(&r[1], CALL_RECV, NULL), "receive 2");
+    refused(w, ll_dispatch(&r[2], CALL_SEND, NULL), "two operations", "the older is in flight");
+    ll_check_dispatch(&r[1]);
+    refused(w, ll_dispatch(&r[1], CALL_RECV, NULL), "has been received", "a second receive");
+    ll_check_dispatch(&r[1]);
+    must(w, ll_dispatch(&r[0], CALL_RECV, NULL), "receive 1");
+    ll_check_dispatch(&r[0]);
+    refused(w, ll_combine(&r[0], CALL_RECV, NULL), "was not sent", "answers before their send");
+    must(w, ll_combine(&r[0], CALL_BOTH, NULL), "combine");
+    ll_check_combine(&r[0]);
+    r[1].combine.max_tokens++; /* another shape than the handle's */
+    r[1].answers.shape[0] =
+        (int64_t)RANKS * r[1].combine.max_tokens * ep_group_num_local_experts(w->group);
+    r[1].answers.stride[0] = 0;
+    world_fails(w, ll_combine(&r[1], CALL_BOTH, NULL), EP_ERR_ARG, "x", "rows that overlap");
+    r[1].combine.max_tokens--;
+    r[1].answers.shape[0] = r[1].t[LL_X].shape[0];
+    r[1].answers.stride[0] = r[1].s->c.hidden;
+    must(w, ll_combine(&r[1], CALL_BOTH, NULL), "combine");
+    ll_check_combine(&r[1]);
+    ll_pass(&r[3], true);
+    destroy_all(r);
+}
+
+static void run(struct steps *all, void (*body)(struct world *), bool processes,
+                const char *name) {
+    struct world_setup w;
+
+    setup(&w, all, body);
+    w.processes = processes;
+    ok(world_run(&w) == 0, "%s", name);
+}
+
+int main(void) {
+    gpu_program();
+    struct steps all;
+
+    tap_deadline(180);
+    steps_build(&all, tap_seed());
+    all.rounds = (tap_quick() ? 20 : 60) * tap_effort();
+    run(&all, rounds, false, "random rounds of two micro-batches, threads");
+    run(&all, rounds, true, "random rounds of two micro-batches, processes");
+    run(&all, between, false, "throughput operations between the halves");
+    run(&all, streams, false, "halves on two streams");
+    run(&all, illegal, false, "what is out of order is refused, and the group goes on");
+    steps_free(&all);
+    return done_testing();
+}
