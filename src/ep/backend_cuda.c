@@ -156,8 +156,8 @@ static ep_status cuda_make_handle(ep_handle *h) {
 /* All of a handle's memory: what a dispatch that ends early has not filled reads as nothing. */
 static ep_status zero_first(struct epi_op *op, void *stream) {
     ep_handle *h = op->h;
-    const ep_group *g = h->group;
-    if (!h->zeroed) {
+    const ep_group *g = op->g;
+    if (h && !h->zeroed) {
         EPI_TRY(epi_gpu_zero(g->cuda->gpu, stream, (uint64_t)(uintptr_t)h->block,
                              (size_t)g->plan.info.handle_bytes));
         h->zeroed = true;
