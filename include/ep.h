@@ -283,7 +283,7 @@ struct ep_plan_info {
     int64_t arena_bytes;    /* the sum of the above and ll_bytes, rounded up to whole pages */
     int64_t local_bytes;    /* ordinary memory of a rank for tables and num_workers workers
                                    (0: one), without handles */
-    int64_t handle_bytes;   /* ordinary memory of each handle */
+    int64_t handle_bytes;   /* memory of the largest handle (ep_handle_plan) */
     int64_t max_recv_rows;  /* as resolved */
     int64_t max_expanded_rows; /* as resolved, 0 without EP_GROUP_EXPANDED_VIEW */
     int64_t max_combine_rows;  /* answers one rank can receive */
@@ -318,10 +318,12 @@ ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *inf
 ep_status ep_group_create(ep_group **out, const struct ep_group_config *config);
 
 /*
- * Destroys a group and frees all it owns. Collective, blocking: waits until the peers are done
- * with this rank's memory, but not longer than the timeout, and not at all after a fault.
- * Handles, streams and events of the group must have been destroyed before. Safe after any
- * fault.
+ * Destroys a group and frees all it owns. Every rank does, when it likes: a rank does not wait
+ * for the others to call it, so several groups may be destroyed in any order. It waits for its
+ * own operations that are queued, at most as long as the timeout, and to part with its peers, at
+ * most two seconds. What this rank has sent still reaches the peers; an operation that one of
+ * them issues afterwards ends there with EP_ERR_PEER. Handles, streams and events of the group
+ * must have been destroyed before. Safe after any fault.
  */
 void ep_group_destroy(ep_group **group);
 
@@ -504,13 +506,20 @@ struct ep_handle_config {
 
 /*
  * Creates a handle: memory for the routing of one micro-batch, allocated here and never later.
- * Local, but handles must be created in the same order on every rank (an operation names its
- * handle by number, and ranks that name different handles are told so). config may be NULL. Any
- * number of handles may be alive. Does not wait for a device. The group must outlive the handle.
+ * Local: each rank creates and destroys handles as it likes. What must agree is when a routing
+ * was first dispatched: a cached dispatch or a combine takes on every rank a handle whose counts
+ * were exchanged by the same operation of the group, else it is EP_ERR_MISMATCH. config may be
+ * NULL. Any number of handles may be alive. Does not wait for a device. The group must outlive
+ * the handle.
  * EP_ERR_ARG, EP_ERR_VERSION: the configuration. EP_ERR_NOMEM.
  */
 ep_status ep_handle_create(ep_handle **out, ep_group *group,
                            const struct ep_handle_config *config);
+
+/* Memory that such a handle would take: the less, the fewer tokens and experts per token it must
+ * hold. Local, not blocking. EP_ERR_ARG, EP_ERR_VERSION: the configuration. */
+ep_status ep_handle_plan(const ep_group *group, const struct ep_handle_config *config,
+                         int64_t *bytes);
 
 /* Frees the handle. Local, not blocking: operations that were enqueued end as if it were still
  * there, and its memory goes when they have. Only of a host group, and only where a dispatch has
@@ -645,8 +654,9 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
  *   num_rows           [1] EP_I32: rows received (compact) or end of the output (expanded)
  * A dispatch that fails once it is under way leaves counts, offsets and num_rows 0, ids and
  * sources -1, so that work queued behind it stays in bounds.
- * Any output may be NULL. All of x's row bytes, K, scale bytes, and whether topk_weights is
- * given must agree on all ranks; T, the output form, alignment and outputs are each rank's own.
+ * Any output may be NULL. The types and bytes of a row of x and of its scales, K, and whether
+ * topk_weights is given must agree on all ranks; T, the output form, alignment and outputs are
+ * each rank's own.
  */
 struct ep_dispatch_args {
     uint32_t size;

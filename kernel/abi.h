@@ -19,6 +19,13 @@
 
 #include "kernel/lang_types.h"
 
+/*
+ * The number of the operation after number n, in 64 bits or in 32: an epoch is a number's low half,
+ * and is never 0, which memory that nobody has written says. Two numbers are left out, because
+ * words that are used in turn go by whether the epoch is odd.
+ */
+#define K_NEXT(n) ((n) + ((k_u32)((n) + 1) == 0xffffffffu ? 3u : 1u))
+
 /* A word of 64 bits: of which operation (or handle) it is, and what it says. */
 #define K_WORD(epoch, value) (((k_u64)(k_u32)(epoch) << 32) | (k_u32)(value))
 
@@ -51,14 +58,17 @@
  *
  *            63     32 31     16 15  13 12    6    5        4     3    0
  *           +---------+---------+------+-------+---------+--------+------+
- *   word 0  | epoch   | handle  | 0    | top-k | weights | cached | kind |   compared, as the next
+ *   word 0  | epoch   | counted | 0    | top-k | weights | cached | kind |   compared, as the next
  *           +---------+---------+------+-------+---------+--------+------+   two, with the reader's
- *   word 1  | epoch   | row bytes                                        |
+ *   word 1  | epoch   | dtype of rows : 4 | row bytes : 28               |
  *           +---------+--------------------------------------------------+
- *   word 2  | epoch   | dispatch: scale bytes of a row; combine: dtype   |
+ *   word 2  | epoch   | dtype of scales : 4 | scale bytes of a row : 28  |
  *           +---------+--------------------------------------------------+
  *   word 3  | epoch   | where: the slot, or the first landing row        |
  *           +---------+--------------------------------------------------+
+ *
+ * `counted` names the routing: it is the operation that exchanged its counts (the low 16 bits of its
+ * epoch), or 0 where this one does. A rank's handles and those of others have nothing else in common.
  */
 #define K_READY_WORDS 4
 #define K_READY_STRIDE 8 /* words from one message to the next: its own 64 bytes */
@@ -71,7 +81,13 @@
 #define K_SIG_CACHED (1u << 4)
 #define K_SIG_WEIGHTS (1u << 5)
 #define K_SIG_TOPK_SHIFT 6
-#define K_SIG_HANDLE_SHIFT 16
+#define K_SIG_COUNTED_SHIFT 16
+#define K_SIG_TYPE_SHIFT 28 /* of words 1 and 2 */
+#define K_SIG_BYTES(w) ((w) & ((1u << K_SIG_TYPE_SHIFT) - 1u))
+/* The dtypes as kernels get them, and what of that goes into words 1 and 2. */
+#define K_TYPES(rows, scales) ((k_u32)(rows) << K_SIG_TYPE_SHIFT | (k_u32)(scales) << 24)
+#define K_SIG_ROW_TYPE(types) ((types) & (15u << K_SIG_TYPE_SHIFT))
+#define K_SIG_SCALE_TYPE(types) ((types) << 4)
 
 /* Bases, by which a rank answers counts: word 0 is the row at which the reader's rows start there,
  * word 1 the rows that the rank would need if all do not fit, else 0. */
@@ -177,6 +193,7 @@ struct k_board {
     struct k_fault fault; /* holds where `abort` names a kind */
     k_u64
         refused; /* {kind | K_REFUSED_...}: a call of low-latency mode did nothing; 0 once told */
+    k_u64 ended;          /* of a host rank: its last operation that has ended */
 };
 
 /* How an operation ended that did not end well; k_ctl.how_ended. */
@@ -196,7 +213,7 @@ enum k_taken {
 
 /* Control block of a rank: lives in its own memory, read and written by its own kernels. */
 struct k_ctl {
-    k_u64 epoch;       /* operations finished */
+    k_u64 epoch;       /* of the last operation that has ended */
     k_u64 abort;       /* not 0: stop waiting; this rank's kernels have faulted */
     k_u64 go;          /* {epoch | K_GO...}: the exchange is done, handle arrays are filled */
     k_u64 go_recv;     /* {epoch | ..}: offsets of the output are known */
@@ -256,7 +273,7 @@ struct k_group {
 
 /* Counts the host may wait for while the kernel runs. Tickets of calls never get smaller. */
 struct k_counts {
-    k_u64 known; /* {ticket | 0}: rows and need hold */
+    k_u64 known; /* {ticket | epoch of the operation}: rows and need hold */
     k_i64 rows;
     k_u64 need;   /* not 0: max_recv_rows exceeded; K_NEED_PACK of the rank that lacks most */
     k_u64 over;   /* {tag | rows}: outputs were too small; the rows needed */
@@ -294,7 +311,7 @@ struct k_handle {
     k_u32 *expert_rows;  /* [L] */
     k_u32 *remote_base;  /* [R] row at which this rank's rows start at each peer */
     k_u32 *remote_where; /* [R] what each peer's ready message said: slot, or landing row */
-    k_i32 *expand_row;   /* [max_recv_rows][K] expanded row of a selection, or -1 */
+    k_i32 *expand_row;   /* [rows that can come][K] expanded row of a selection, or -1 */
     struct k_counts *counts;
     struct k_counts *notice; /* the same for the host to read; may be `counts` itself */
     k_u64 *sync;             /* [1] how often route has run: the epoch of `totals` */
@@ -342,7 +359,7 @@ struct k_channels {
     struct k_handle h;                                                                         \
     struct k_channels channels;                                                                \
     k_u32 flags, send_blocks;                                                                  \
-    k_i32 handle_id;                                                                           \
+    k_u32 types; /* K_TYPES */                                                                 \
     k_i32 tokens, topk;                                                                        \
     k_i32 row_bytes;
 
@@ -406,7 +423,7 @@ struct k_hooks {
 _Static_assert(sizeof(struct k_array) == 24, "k_array");
 _Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
 _Static_assert(sizeof(struct k_fault) == 48, "k_fault");
-_Static_assert(sizeof(struct k_board) == 7 * 8 + 48, "k_board");
+_Static_assert(sizeof(struct k_board) == 8 * 8 + 48, "k_board");
 _Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
 _Static_assert(sizeof(struct k_handle) == 26 * 8, "k_handle");
 _Static_assert(sizeof(struct k_op) == 216 + 208 + 32 + 24, "k_op");

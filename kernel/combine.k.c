@@ -37,9 +37,9 @@ static K_FN k_bool check_rows(struct k_thread *k, const struct k_combine_args *a
 static K_FN k_bool combine_control(struct k_thread *k, const struct k_combine_args *a) {
     const struct k_group *g = &a->g;
     struct op_signature sig;
-    sig.word0 = signature(k, a->flags, a->topk, a->handle_id);
-    sig.word1 = (k_u32)a->row_bytes;
-    sig.word2 = (k_u32)a->dtype;
+    sig.word0 = signature(k, a->flags, a->topk, &a->h);
+    sig.word1 = (k_u32)a->row_bytes | K_SIG_ROW_TYPE(a->types);
+    sig.word2 = 0;
     for (k_i32 i = k->warp; i < g->num_ranks; i += k->num_warps) {
         k_i32 p = (g->rank + i) % g->num_ranks;
         post_ready(k, p, &sig, a->h.send_base[p]);

@@ -211,16 +211,16 @@ static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args 
 
 /* What has arrived, to a host that may be waiting for it. A graph replays old tickets, which must
  * not hide a newer one. */
-static K_INLINE void report_counts(const struct k_dispatch_args *a) {
+static K_INLINE void report_counts(struct k_thread *k, const struct k_dispatch_args *a) {
     struct k_counts *counts = a->h.counts, *notice = a->h.notice;
     const k_u32 told = (k_u32)(k_load(&counts->known) >> 32);
     const k_u32 ticket = told && (k_i32)(told - a->ticket) > 0 ? told : a->ticket;
     if (notice != counts) {
-        k_store(&counts->known, K_WORD(ticket, 0));
+        k_store(&counts->known, K_WORD(ticket, k->epoch));
         notice->rows = counts->rows;
         notice->need = counts->need;
     }
-    k_publish_local(&notice->known, K_WORD(ticket, 0));
+    k_publish_local(&notice->known, K_WORD(ticket, k->epoch));
 }
 
 /*
@@ -233,9 +233,9 @@ static K_FN k_bool dispatch_control(struct k_thread *k, const struct k_dispatch_
     const k_i32 items = g->num_ranks * (counts ? 1 + num_parts(g) : 1);
     const k_i32 readers = counts && k->num_warps > 1 ? k->num_warps - 1 : k->num_warps;
     struct op_signature sig;
-    sig.word0 = signature(k, a->flags, a->topk, a->handle_id);
-    sig.word1 = (k_u32)a->row_bytes;
-    sig.word2 = (k_u32)(a->num_scales * a->scale_bytes);
+    sig.word0 = signature(k, a->flags, a->topk, &a->h);
+    sig.word1 = (k_u32)a->row_bytes | K_SIG_ROW_TYPE(a->types);
+    sig.word2 = (k_u32)(a->num_scales * a->scale_bytes) | K_SIG_SCALE_TYPE(a->types);
     k_u32 go = last && !counts && a->h.counts->need ? K_GO_NEED : K_GO;
     if (counts && last) {
         post_rows(k, a);
@@ -263,7 +263,7 @@ static K_FN k_bool dispatch_control(struct k_thread *k, const struct k_dispatch_
         k_publish_local(&g->ctl->go, K_WORD(k->epoch, go));
     }
     if (ok && counts && k->warp == 0 && k->lane == 0) {
-        report_counts(a);
+        report_counts(k, a);
     }
     return ok;
 }

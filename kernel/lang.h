@@ -462,7 +462,7 @@ static K_FN void k_finish_kernel(struct k_thread *k, k_bool over) {
         k_fetch_add(&ctl->op_ns[op], (k_u64)(k_now() - (k_i64)k_load((k_u64 *)&ctl->begun_ns)));
         if (over) {
             k_fetch_add(&ctl->num_ops[op], 1);
-            k_store(&ctl->epoch, k_load(&ctl->epoch) + 1);
+            k_store(&ctl->epoch, k->epoch);
         }
         if (k_how_ended(k) == K_END_FAULT) {
             k_publish_local(&k_board_of(k->g, k->g->rank)->failed, K_WORD(k->epoch, 1));
@@ -474,7 +474,7 @@ static K_FN void k_finish_kernel(struct k_thread *k, k_bool over) {
 static K_INLINE void k_enter(struct k_thread *k, const struct k_group *g, k_i32 kind) {
     k->g = g;
     k->kind = kind;
-    k->epoch = (k_u32)(k_load(&g->ctl->epoch) + 1);
+    k->epoch = K_NEXT((k_u32)k_load(&g->ctl->epoch));
     k->board = k_board_of(g, g->rank);
     if (kind && k->block == 0 && k->warp == 0 && k->lane == 0) {
         k_store((k_u64 *)&g->ctl->begun_ns, (k_u64)k_now());

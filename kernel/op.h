@@ -70,11 +70,15 @@ static K_INLINE k_u64 channel_word(const struct k_group *g, k_u64 region, k_i32 
     return region + 8ull * ((k_u64)writer * (k_u64)g->num_channels + (k_u64)c);
 }
 
+/* Word 0 of a ready message. */
 static K_INLINE k_u32 signature(const struct k_thread *k, k_u32 flags, k_i32 topk,
-                                k_i32 handle) {
-    return (k_u32)k->kind | ((flags & K_DO_COUNTS) ? 0u : K_SIG_CACHED) |
-           ((flags & K_DO_WEIGHTS) ? K_SIG_WEIGHTS : 0u) | ((k_u32)topk << K_SIG_TOPK_SHIFT) |
-           ((k_u32)handle << K_SIG_HANDLE_SHIFT);
+                                const struct k_handle *h) {
+    const k_u32 fixed = (k_u32)k->kind | ((flags & K_DO_WEIGHTS) ? K_SIG_WEIGHTS : 0u) |
+                        ((k_u32)topk << K_SIG_TOPK_SHIFT);
+    return (flags & K_DO_COUNTS)
+               ? fixed
+               : fixed | K_SIG_CACHED |
+                     ((k_u32)k_load(&h->counts->known) << K_SIG_COUNTED_SHIFT);
 }
 
 /* The words of a ready message that must agree. Not an array: it must stay in registers. */

@@ -164,7 +164,11 @@ static size_t gap(const void *from, const void *to) {
 static void check_handle(const struct ep_group_config *c, const struct epi_plan *p) {
     struct k_handle h = {0};
     const uintptr_t block = (uintptr_t)1 << 40;
-    const size_t bytes = epi_plan_handle(c, p, block, &h);
+    struct k_handle less = {0};
+    const struct ep_handle_config most = {sizeof(most), c->max_tokens, c->max_topk, 0};
+    const struct ep_handle_config least = {sizeof(least), 1, c->max_topk ? 1 : 0, 0};
+    const size_t bytes = epi_plan_handle(c, p, &most, block, &h);
+    must(epi_plan_handle(c, p, &least, block, &less) <= bytes);
     must(bytes == (size_t)p->info.handle_bytes && (uintptr_t)h.num_dests == block);
     const size_t tokens = (size_t)c->max_tokens, topk = (size_t)c->max_topk;
     must(gap(h.num_dests, h.dest_rank) >= tokens * 4);

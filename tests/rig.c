@@ -225,11 +225,12 @@ static void say(struct rig *r, int p, k_u64 offset, k_u32 epoch, const k_u32 *va
     }
 }
 
-static void say_ready(struct rig *r, int p, k_u32 epoch, k_u32 signature, k_u32 kind_word) {
+static void say_ready(struct rig *r, int p, k_u32 epoch, k_u32 signature) {
     const struct k_group *k = &r->group->k;
     const k_u64 turn = (k_u64)((int)(epoch & 1) * r->num_ranks + r->rank);
     const k_u32 words[K_READY_WORDS] = {signature | RIG_TOPK << K_SIG_TOPK_SHIFT,
-                                        RIG_HIDDEN * 4, kind_word, 0};
+                                        RIG_HIDDEN * 4 | K_SIG_ROW_TYPE(K_TYPES(EP_F32, 0)), 0,
+                                        0};
     say(r, p, k->map.ready + 8 * turn * K_READY_STRIDE, epoch, words, K_READY_WORDS);
 }
 
@@ -252,10 +253,10 @@ void rig_say(struct rig *r, enum rig_said what) {
     const struct k_group *k = &r->group->k;
     for (int p = 0; p < r->num_ranks; p++) {
         if (what == RIG_COMBINE_READY) {
-            say_ready(r, p, 2, K_OP_COMBINE | K_SIG_CACHED, EP_F32);
+            say_ready(r, p, 2, K_OP_COMBINE | K_SIG_CACHED | 1u << K_SIG_COUNTED_SHIFT);
             continue;
         }
-        say_ready(r, p, 1, K_OP_DISPATCH, 0);
+        say_ready(r, p, 1, K_OP_DISPATCH);
         if (what != RIG_READY) {
             say_counts(r, p, what == RIG_ROWS);
         }

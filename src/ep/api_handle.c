@@ -4,12 +4,10 @@
  */
 #include "src/ep/group.h"
 
-ep_status ep_handle_create(ep_handle **out, ep_group *group,
-                           const struct ep_handle_config *config) {
+/* *out is the configuration with the group's maxima where it has none. */
+static ep_status with_maxima(const ep_group *group, const struct ep_handle_config *config,
+                             struct ep_handle_config *out) {
     static const struct ep_handle_config defaults = EP_HANDLE_CONFIG_INIT;
-    EPI_NOT_NULL("ep_handle_create", out);
-    EPI_NOT_NULL("ep_handle_create", group);
-    EPI_NOT_FORKED("ep_handle_create", "group", group->process);
     struct ep_handle_config c = defaults;
     if (config) {
         EPI_TAKE(ep_handle_config, &c, config);
@@ -31,7 +29,28 @@ ep_status ep_handle_create(ep_handle **out, ep_group *group,
     }
     c.max_tokens = c.max_tokens ? c.max_tokens : g->max_tokens;
     c.max_topk = c.max_topk ? c.max_topk : g->max_topk;
+    *out = c;
+    return EP_OK;
+}
+
+ep_status ep_handle_create(ep_handle **out, ep_group *group,
+                           const struct ep_handle_config *config) {
+    struct ep_handle_config c;
+    EPI_NOT_NULL("ep_handle_create", out);
+    EPI_NOT_NULL("ep_handle_create", group);
+    EPI_NOT_FORKED("ep_handle_create", "group", group->process);
+    EPI_TRY(with_maxima(group, config, &c));
     return epi_handle_create(out, group, &c);
+}
+
+ep_status ep_handle_plan(const ep_group *group, const struct ep_handle_config *config,
+                         int64_t *bytes) {
+    struct ep_handle_config c;
+    EPI_NOT_NULL("ep_handle_plan", group);
+    EPI_NOT_NULL("ep_handle_plan", bytes);
+    EPI_TRY(with_maxima(group, config, &c));
+    *bytes = (int64_t)epi_handle_bytes(group, &c);
+    return EP_OK;
 }
 
 void ep_handle_destroy(ep_handle **handle) {

@@ -139,7 +139,7 @@ static ep_status cuda_make_handle(ep_handle *h) {
     pthread_mutex_lock(&g->mutex);
     ep_status st = epi_notice_take(&c->notices, c->gpu, &h->notice);
     if (st == EP_OK) {
-        st = epi_gpu_reserve(c->gpu, &at, (size_t)g->plan.info.handle_bytes);
+        st = epi_gpu_reserve(c->gpu, &at, h->bytes);
         if (st != EP_OK) {
             epi_notice_give(&c->notices, h->notice);
         }
@@ -147,7 +147,7 @@ static ep_status cuda_make_handle(ep_handle *h) {
     pthread_mutex_unlock(&g->mutex);
     if (st == EP_OK) {
         h->block = (void *)(uintptr_t)at;
-        epi_plan_handle(&g->config, &g->plan, at, &h->k);
+        epi_plan_handle(&g->config, &g->plan, &h->config, at, &h->k);
         h->k.notice = h->notice;
     }
     return st;
@@ -156,10 +156,9 @@ static ep_status cuda_make_handle(ep_handle *h) {
 /* All of a handle's memory: what a dispatch that ends early has not filled reads as nothing. */
 static ep_status zero_first(struct epi_op *op, void *stream) {
     ep_handle *h = op->h;
-    const ep_group *g = op->g;
     if (h && !h->zeroed) {
-        EPI_TRY(epi_gpu_zero(g->cuda->gpu, stream, (uint64_t)(uintptr_t)h->block,
-                             (size_t)g->plan.info.handle_bytes));
+        EPI_TRY(
+            epi_gpu_zero(op->g->cuda->gpu, stream, (uint64_t)(uintptr_t)h->block, h->bytes));
         h->zeroed = true;
     }
     return EP_OK;

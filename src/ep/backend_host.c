@@ -99,14 +99,13 @@ static ep_status host_read_memory(ep_group *g, void *out, const void *at, size_t
 
 static ep_status host_make_handle(ep_handle *h) {
     const ep_group *g = h->group;
-    const size_t bytes = (size_t)g->plan.info.handle_bytes;
-    h->block = epi_alloc(bytes);
+    h->block = epi_alloc(h->bytes);
     if (!h->block) {
-        return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)%s", bytes,
+        return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)%s", h->bytes,
                         epi_alloc_why());
     }
     h->own_block = h->block;
-    epi_plan_handle(&g->config, &g->plan, (uintptr_t)h->block, &h->k);
+    epi_plan_handle(&g->config, &g->plan, &h->config, (uintptr_t)h->block, &h->k);
     h->notice = h->k.notice;
     return EP_OK;
 }

@@ -55,7 +55,8 @@ static void set_args(struct epi_op *op, const struct epi_call *call,
                      const struct ep_combine_args *a) {
     const ep_handle *h = op->h;
     struct k_combine_args *k = &op->args.combine;
-    k->x_rows = a->x->shape[0];
+    k->x_rows = a->x->shape[0] < INT32_MAX ? a->x->shape[0] : INT32_MAX;
+    k->types = K_TYPES(a->x->dtype, EP_DTYPE_NONE);
     k->dtype = a->x->dtype;
     k->stages = op->shape.stages;
     k->stage_bytes = op->shape.stage_bytes;

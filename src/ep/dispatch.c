@@ -77,6 +77,23 @@ static ep_status dispatch_before(struct epi_op *op) {
 static ep_status check_output(const struct epi_op *op) {
     const struct k_handle *k = &op->h->k;
     const struct k_dispatch_args *a = &op->args.dispatch;
+    const struct k_dispatch_args *a = &op->args.dispatch;
+    int64_t sum = k->expert_start[a->g.num_local];
+    if (sum < UINT32_MAX) {
+        return sum;
+    }
+    sum = 0;
+    for (int e = 0; e < a->g.num_local; e++) {
+        int64_t rows = 0;
+        for (int s = 0; s < a->g.num_ranks; s++) {
+            rows += k->recv_expert[(int64_t)s * a->g.num_local + e];
+        }
+        sum += (rows + a->alignment - 1) / a->alignment * a->alignment;
+    }
+    return sum;
+}
+
+static ep_status check_output(const struct epi_op *op) {
     const bool expand = (a->flags & K_DO_EXPAND) != 0;
     const int64_t rows = expand ? (int64_t)k->expert_start[a->g.num_local] : k->counts->rows;
     if ((op->flags & EPI_OP_ARENA) && rows > a->x_rows) {
@@ -145,6 +162,7 @@ static void set_inputs(struct epi_op *op, const struct epi_call *call,
     k->scale_bytes = scales ? (k_i32)ep_dtype_bytes((ep_dtype)scales->dtype) : 1;
     k->flags |= K_DO_SEND | (a->topk_weights ? K_DO_WEIGHTS : 0);
     k->stages = op->shape.stages;
+    k->types = K_TYPES(a->x->dtype, scales ? scales->dtype : EP_DTYPE_NONE);
     k->stage_bytes = op->shape.stage_bytes;
     if (h->dispatched) {
         op->flags |= EPI_OP_CACHED;

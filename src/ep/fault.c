@@ -89,8 +89,16 @@ static void tell_peers(ep_group *g, k_u64 word) {
     }
 }
 
+void epi_group_note_end(ep_group *g, uint64_t n) {
+    atomic_store((_Atomic k_u64 *)&atomic_load(&g->board)->ended, n);
+}
+
+bool epi_group_has_ended(const ep_group *g, int rank, uint64_t n) {
+    return read_word(&g->backend->board(g, rank)->ended) >= n;
+}
+
 void epi_group_leave(ep_group *g, uint64_t last) {
-    tell_peers(g, K_ABORT_PACK(EP_OK, g->rank, g->rank, 0, 0, last + 1));
+    tell_peers(g, K_ABORT_PACK(EP_OK, g->rank, g->rank, 0, 0, K_NEXT(last)));
 }
 
 static const char *phase_name(int phase) {
@@ -135,22 +143,26 @@ static void describe_mismatch(const struct k_fault *k, char *out, size_t bytes) 
     const uint32_t a = k->mine, b = k->theirs;
     if (k->kind >= EP_OP_LL_DISPATCH) {
         describe_ll_mismatch(k, out, bytes);
-    } else if (k->word == 1) {
-        epi_format(out, bytes, "row bytes are %u here and %u there", a, b);
-    } else if (k->word == 2 && k->kind == EP_OP_DISPATCH) {
-        epi_format(out, bytes, "scale bytes are %u here and %u there", a, b);
-    } else if (k->word == 2) {
-        epi_format(out, bytes, "the type of x is %s here and %s there", epi_dtype_name((int)a),
-                   epi_dtype_name((int)b));
+    } else if (k->word > 0) {
+        const char *what = k->word == 1 ? "row" : "scale";
+        if (K_SIG_BYTES(a) != K_SIG_BYTES(b)) {
+            epi_format(out, bytes, "%s bytes are %u here and %u there", what, K_SIG_BYTES(a),
+                       K_SIG_BYTES(b));
+        } else {
+            epi_format(out, bytes, "%ss are of type %s here and %s there", what,
+                       epi_dtype_name((int)(a >> K_SIG_TYPE_SHIFT)),
+                       epi_dtype_name((int)(b >> K_SIG_TYPE_SHIFT)));
+        }
     } else if ((a & 15) != (b & 15)) {
         epi_format(out, bytes, "it is a %s here and a %s there", operation_name((int)(a & 15)),
                    operation_name((int)(b & 15)));
-    } else if ((a >> K_SIG_HANDLE_SHIFT) != (b >> K_SIG_HANDLE_SHIFT)) {
-        epi_format(out, bytes, "handle number %u here and %u there", a >> K_SIG_HANDLE_SHIFT,
-                   b >> K_SIG_HANDLE_SHIFT);
     } else if ((a ^ b) & K_SIG_CACHED) {
         epi_format(out, bytes, "the handle's routing is %s here and %s there",
                    a & K_SIG_CACHED ? "cached" : "new", b & K_SIG_CACHED ? "cached" : "new");
+    } else if ((a >> K_SIG_COUNTED_SHIFT) != (b >> K_SIG_COUNTED_SHIFT)) {
+        epi_format(out, bytes,
+                   "the handle was first dispatched in operation %u here and in %u there",
+                   a >> K_SIG_COUNTED_SHIFT, b >> K_SIG_COUNTED_SHIFT);
     } else if ((a ^ b) & K_SIG_WEIGHTS) {
         epi_format(out, bytes, "top-k weights are %s here and %s there",
                    a & K_SIG_WEIGHTS ? "given" : "absent",
@@ -199,7 +211,7 @@ static void describe_word(ep_group *g, k_u64 w, struct ep_fault *f) {
     f->reporter = K_ABORT_REPORTER(w);
     f->operation = K_ABORT_KIND(w);
     const k_u64 failed = read_word(&own_board(g)->failed);
-    f->epoch = (uint32_t)(failed ? failed >> 32 : told ? told : g->issued + 1);
+    f->epoch = (uint32_t)(failed ? failed >> 32 : told ? told : K_NEXT(g->issued));
     epi_format(f->phase, sizeof(f->phase), "%s", phase_name(K_ABORT_PHASE(w)));
     if (is_goodbye(w)) {
         f->reporter = g->rank;
@@ -289,7 +301,7 @@ const struct epi_fault_rule epi_faults_end_group = {check_group, is_group_over,
 
 static uint64_t next_number(ep_group *g) {
     pthread_mutex_lock(&g->mutex);
-    const uint64_t next = g->issued + 1;
+    const uint64_t next = K_NEXT(g->issued);
     pthread_mutex_unlock(&g->mutex);
     return next;
 }

@@ -39,7 +39,8 @@ struct ep_group {
     uint64_t turns_issued, turns_ended; /* operations */
     uint64_t issued;                    /* those of throughput mode */
     ep_handle *open_handle;             /* whose dispatch is between begin and finish */
-    int next_slot, next_handle, num_handles;
+    int next_slot, num_handles;
+    uint32_t last_tag; /* of the handles so far */
     atomic_int num_held; /* handles that the caller has destroyed and operations still use */
 
     atomic_ullong fault_told; /* the operation that returned the fault; 0: none has yet */
@@ -52,7 +53,7 @@ struct ep_handle {
     ep_group *group;
     uint32_t process; /* that made it */
     struct ep_handle_config config;
-    int id;
+    size_t bytes;            /* of kernels' memory ... */
     struct k_handle k;       /* addresses of kernels' memory */
     void *block;             /* that k points into */
     void *own_block;         /* the same where it is this process's memory */
@@ -105,6 +106,9 @@ void epi_group_describe(ep_group *g, struct ep_fault *f);
 /* Ends all waits of this rank, and of the peers from operation n on (all: 0). Operation n returns
  * the status itself. */
 void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n);
+/* Of a host group: operation n has ended here; and whether it has at a rank. */
+void epi_group_note_end(ep_group *g, uint64_t n);
+bool epi_group_has_ended(const ep_group *g, int rank, uint64_t n);
 /* Tells the peers that this rank takes no part in operations after `last`. */
 void epi_group_leave(ep_group *g, uint64_t last);
 /* There is memory: from now on boards are read and written. */
@@ -120,6 +124,8 @@ void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waite
 
 ep_status epi_handle_create(ep_handle **out, ep_group *g,
                             const struct ep_handle_config *config);
+/* Memory that a handle's kernels use. */
+size_t epi_handle_bytes(const ep_group *g, const struct ep_handle_config *config);
 void epi_handle_destroy(ep_handle **handle);
 /* It stays until this is released, also if the caller destroys it. */
 void epi_handle_hold(ep_handle *h);

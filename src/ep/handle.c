@@ -16,6 +16,7 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
     h->group = g;
     h->process = g->process;
     h->config = *config;
+    h->bytes = epi_handle_bytes(g, config);
     atomic_init(&h->refs, 1);
     ep_status st = g->backend->make_handle(h);
     if (st != EP_OK) {
@@ -23,12 +24,16 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
         return st;
     }
     pthread_mutex_lock(&g->mutex);
-    h->id = g->next_handle++ & 0xffff;
-    h->k.tag = (k_u32)g->next_handle;
+    h->k.tag = ++g->last_tag;
     g->num_handles++;
     pthread_mutex_unlock(&g->mutex);
     *out = h;
     return EP_OK;
+}
+
+size_t epi_handle_bytes(const ep_group *g, const struct ep_handle_config *config) {
+    struct k_handle k;
+    return epi_plan_handle(&g->config, &g->plan, config, 0, &k);
 }
 
 void epi_handle_destroy(ep_handle **handle) {

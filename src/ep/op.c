@@ -27,7 +27,6 @@ void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *
     epi_op_of_group(op, kind, h->group, asked, load);
     op->h = h;
     k->h = h->k;
-    k->handle_id = h->id;
     k->tokens = h->tokens;
     k->topk = h->topk;
     k->row_bytes = load->row_bytes;
@@ -59,7 +58,9 @@ static ep_status number_and_launch(struct epi_op *op, void *stream, bool *number
     }
     if (op->kind->faults && !(op->flags & EPI_OP_FINISH)) {
         op->turn = ++g->turns_issued;
-        op->number = op->kind->counts_itself ? 0 : ++g->issued;
+        if (!op->kind->counts_itself) {
+            op->number = g->issued = K_NEXT(g->issued);
+        }
     }
     *numbered = op->turn != 0;
     if (op->kind->issued) {
@@ -106,9 +107,12 @@ static void end_op(const struct epi_op *op, bool ran) {
     if (g->turns_ended < op->turn) {
         /* If it comes before its turn, one before it may be in its kernel. */
         if (!ran && op->number && g->turns_ended == op->turn - 1) {
-            atomic_fetch_add((_Atomic k_u64 *)&g->ctl->epoch, 1);
+            atomic_store((_Atomic k_u64 *)&g->ctl->epoch, (uint32_t)op->number);
         }
         g->turns_ended = op->turn;
+        if (op->number) {
+            epi_group_note_end(g, op->number);
+        }
         pthread_cond_broadcast(&g->turn);
     }
     pthread_mutex_unlock(&g->mutex);

@@ -5,9 +5,9 @@
  * in a table of hooks, and everything else (number, turn, fault, launch, end) is in op.c, once.
  *
  * Order: operations that involve peers get turns when they are issued; each runs when the one before
- * it has ended, whatever streams they are on. Those of throughput mode also get numbers, 1, 2, ...,
- * the same on all ranks: on the host the number is the operation's epoch in the kernels; on a device
- * the control block counts, because graphs replay operations that nobody has issued.
+ * it has ended, whatever streams they are on. Those of throughput mode also get numbers, 1, 2, ...
+ * (K_NEXT), the same on all ranks: on the host the low half of the number is the operation's epoch in
+ * the kernels; on a device the control block counts, because graphs replay operations that nobody has issued.
  */
 #ifndef EPI_OP_H
 #define EPI_OP_H

@@ -292,10 +292,12 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
         p->info.ll_handle_bytes = lay_out_ll_handle(c, num_ranks, &p->ll);
     }
     struct k_handle h;
-    p->info.handle_bytes = (int64_t)epi_plan_handle(c, p, 0, &h);
-    p->info.local_bytes =
-        (int64_t)(epi_plan_table_bytes(c, num_ranks) +
-                  (size_t)(c->num_workers ? c->num_workers : 1) * epi_plan_warp_bytes(c, p));
+    const struct ep_handle_config most = {sizeof(most), c->max_tokens, c->max_topk, 0};
+    p->info.handle_bytes = (int64_t)epi_plan_handle(c, p, &most, 0, &h);
+    /* One more than workers: for what a thread runs beside them (src/run/host.c). */
+    p->info.local_bytes = (int64_t)(epi_plan_table_bytes(c, num_ranks) +
+                                    (size_t)(c->num_workers ? c->num_workers + 1 : 2) *
+                                        epi_plan_warp_bytes(c, p));
     return check_limit(c, &p->info, sums);
 }
 
@@ -331,9 +333,13 @@ size_t epi_plan_warp_bytes(const struct ep_group_config *c, const struct epi_pla
 }
 
 size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p,
-                       uint64_t block, struct k_handle *k) {
-    const int64_t ranks = p->num_ranks, chans = p->info.num_channels, tokens = c->max_tokens;
-    const int64_t experts = c->num_experts, topk = c->max_topk, local = p->max_local;
+                       const struct ep_handle_config *most, uint64_t block,
+                       struct k_handle *k) {
+    const int64_t ranks = p->num_ranks, chans = p->info.num_channels, tokens = most->max_tokens;
+    const int64_t experts = c->num_experts, topk = most->max_topk, local = p->max_local;
+    const int64_t come =
+        tokens + (ranks - 1) * c->max_tokens; /* rows: peers may have larger ones */
+    const int64_t rows = come < p->info.max_recv_rows ? come : p->info.max_recv_rows;
     const int64_t columns = K_ROUTE_COLUMNS(experts, ranks);
     const int64_t blocks = chans < K_MAX_BLOCKS ? chans : K_MAX_BLOCKS; /* of route, at most */
     uint64_t at = block;
@@ -358,7 +364,7 @@ size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p
     TAKE(expert_rows, (local + 1) * 4);
     TAKE(remote_base, ranks * 4);
     TAKE(remote_where, ranks * 4);
-    TAKE(expand_row, p->info.max_recv_rows * topk * 4);
+    TAKE(expand_row, rows * topk * 4);
     TAKE(totals, blocks * columns * 8);
     TAKE(counts, (int64_t)sizeof(struct k_counts));
     TAKE(sync, 8);

@@ -61,9 +61,9 @@ int epi_plan_ll_answer_bytes(int row_bytes);
 size_t epi_plan_table_bytes(const struct ep_group_config *config, int num_ranks);
 size_t epi_plan_warp_bytes(const struct ep_group_config *config, const struct epi_plan *plan);
 
-/* Handle memory: points the fields of *k into one block at `block`, which may be memory of another
- * device, and returns its bytes. */
+/* Memory of a handle for as much as `most` says: points the fields of *k into one block at `block`,
+ * which may be memory of another device, and returns its bytes. */
 size_t epi_plan_handle(const struct ep_group_config *config, const struct epi_plan *plan,
-                       uint64_t block, struct k_handle *k);
+                       const struct ep_handle_config *most, uint64_t block, struct k_handle *k);
 
 #endif
