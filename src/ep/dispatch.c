@@ -128,7 +128,7 @@ static ep_status dispatch_after(struct epi_op *op) {
 static void dispatch_clear(struct epi_op *op) {
     struct k_dispatch_args a = op->args.dispatch;
     a.flags |= K_DO_NOTHING;
-    epi_run_kernel(op->h->group->run, EPI_KERNEL_DISPATCH, &a, 1);
+    epi_run_local(op->h->group->run, EPI_KERNEL_DISPATCH, &a, 1);
 }
 
 /* Nothing was dispatched, unless only the output was small. */

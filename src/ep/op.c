@@ -127,7 +127,8 @@ static ep_status run_kernel(struct epi_op *op) {
     if (kind->before) {
         EPI_TRY(kind->before(op));
     }
-    epi_run_kernel(op->g->run, kind->kernel, &op->args, op->shape.workers);
+    (kind->faults ? epi_run_kernel : epi_run_local)(op->g->run, kind->kernel, &op->args,
+                                                    op->shape.workers);
     op->flags |= EPI_OP_RAN;
     EPI_TRY(check_op(op));
     return kind->after ? kind->after(op) : EP_OK;

@@ -2,7 +2,8 @@
 /*
  * Kernels as host threads. Owns the pool of a rank: its threads, the teams of its blocks and
  * their shared memory, all made at create. A launch wakes as many threads as it needs; with one
- * worker it is a plain call. Must not look into a kernel's arguments.
+ * worker it is a plain call, and so is a local kernel while the pool is in another, which may be
+ * waiting for a peer. Must not look into a kernel's arguments.
  */
 #include "src/run/run.h"
 
@@ -25,23 +26,29 @@ struct worker {
     pthread_t thread;
 };
 
+/* What one kernel at a time has: how its threads are arranged, and their memory. */
+struct launch {
+    pthread_mutex_t busy; /* held while a kernel runs */
+    struct epi_grid grid;
+    k_entry_fn entry;
+    const void *args;
+    struct k_team *team; /* one per block */
+    uint8_t *shared;     /* [workers][warp_bytes] */
+};
+
 struct epi_run {
     uint32_t process; /* that made it, and has its threads */
     int workers, started;
     size_t warp_bytes;
     const struct k_hooks *hooks;
-    struct worker *worker;  /* [workers], [0] unused */
-    struct k_team *team;    /* [workers], one per block */
-    uint8_t *shared;        /* [workers][warp_bytes] */
-    pthread_mutex_t launch; /* held while a kernel runs */
-    pthread_mutex_t mutex;  /* guards what follows */
+    struct worker *worker; /* [workers], [0] unused */
+    struct launch all;     /* a kernel that any of them run */
+    struct launch aside;   /* one that its caller runs alone while they are busy */
+    pthread_mutex_t mutex; /* guards what follows */
     pthread_cond_t wake, done;
     uint64_t generation;
     int active, left;
     bool stop;
-    struct epi_grid grid;
-    k_entry_fn entry;
-    const void *args;
 };
 
 struct epi_grid epi_run_grid(int workers) {
@@ -54,16 +61,16 @@ struct epi_grid epi_run_grid(int workers) {
     return g;
 }
 
-static void run_warp(struct epi_run *run, int index) {
-    const struct epi_grid *g = &run->grid;
+static void run_warp(const struct epi_run *run, const struct launch *l, int index) {
+    const struct epi_grid *g = &l->grid;
     const int block = index / g->warps;
     struct k_thread k = {.block = block,
                          .num_blocks = g->blocks,
                          .warp = index % g->warps,
                          .num_warps = g->warps,
-                         .team = &run->team[block],
+                         .team = &l->team[block],
                          .hooks = run->hooks};
-    run->entry(&k, run->args);
+    l->entry(&k, l->args);
 }
 
 static void *worker_main(void *arg) {
@@ -81,7 +88,7 @@ static void *worker_main(void *arg) {
         }
         seen = run->generation;
         pthread_mutex_unlock(&run->mutex);
-        run_warp(run, w->index);
+        run_warp(run, &run->all, w->index);
         pthread_mutex_lock(&run->mutex);
         if (--run->left == 0) {
             pthread_cond_signal(&run->done);
@@ -91,21 +98,22 @@ static void *worker_main(void *arg) {
     return NULL;
 }
 
-void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *args,
+/* `busy` is held. */
+static void prepare(const struct epi_run *run, struct launch *l, enum epi_kernel kernel,
+                    const void *args, int workers) {
+    l->grid = epi_run_grid(workers);
+    l->entry = entries[kernel];
+    l->args = args;
+    for (int b = 0; b < l->grid.blocks; b++) {
+        memset(&l->team[b], 0, sizeof(l->team[b]));
+        l->team[b].shared = l->shared + (size_t)b * (size_t)l->grid.warps * run->warp_bytes;
+    }
+}
+
+static void run_all(struct epi_run *run, enum epi_kernel kernel, const void *args,
                     int workers) {
-    if (workers < 1 || workers > run->workers) {
-        workers = run->workers;
-    }
-    pthread_mutex_lock(&run->launch);
-    run->grid = epi_run_grid(workers);
-    run->entry = entries[kernel];
-    run->args = args;
-    for (int b = 0; b < run->grid.blocks; b++) {
-        memset(&run->team[b], 0, sizeof(run->team[b]));
-        run->team[b].shared =
-            run->shared + (size_t)b * (size_t)run->grid.warps * run->warp_bytes;
-    }
-    int threads = run->grid.blocks * run->grid.warps;
+    prepare(run, &run->all, kernel, args, workers);
+    int threads = run->all.grid.blocks * run->all.grid.warps;
     if (threads > 1) {
         pthread_mutex_lock(&run->mutex);
         run->generation++;
@@ -114,7 +122,7 @@ void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *arg
         pthread_cond_broadcast(&run->wake);
         pthread_mutex_unlock(&run->mutex);
     }
-    run_warp(run, 0);
+    run_warp(run, &run->all, 0);
     if (threads > 1) {
         pthread_mutex_lock(&run->mutex);
         while (run->left > 0) {
@@ -122,7 +130,37 @@ void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *arg
         }
         pthread_mutex_unlock(&run->mutex);
     }
-    pthread_mutex_unlock(&run->launch);
+    pthread_mutex_unlock(&run->all.busy);
+}
+
+void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *args,
+                    int workers) {
+    pthread_mutex_lock(&run->all.busy);
+    run_all(run, kernel, args, workers < 1 || workers > run->workers ? run->workers : workers);
+}
+
+void epi_run_local(struct epi_run *run, enum epi_kernel kernel, const void *args, int workers) {
+    if (pthread_mutex_trylock(&run->all.busy) == 0) {
+        run_all(run, kernel, args,
+                workers < 1 || workers > run->workers ? run->workers : workers);
+        return;
+    }
+    pthread_mutex_lock(&run->aside.busy);
+    prepare(run, &run->aside, kernel, args, 1);
+    run_warp(run, &run->aside, 0);
+    pthread_mutex_unlock(&run->aside.busy);
+}
+
+static bool launch_init(struct launch *l, int workers, size_t warp_bytes) {
+    pthread_mutex_init(&l->busy, NULL);
+    l->team = epi_alloc_array((size_t)workers, sizeof(*l->team));
+    l->shared = epi_alloc_array((size_t)workers, warp_bytes);
+    return l->team && l->shared;
+}
+
+static void launch_free(struct launch *l) {
+    epi_free(l->team);
+    epi_free(l->shared);
 }
 
 ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes,
@@ -135,7 +173,6 @@ ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes,
     if (!run) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a pool of %d workers", workers);
     }
-    pthread_mutex_init(&run->launch, NULL);
     pthread_mutex_init(&run->mutex, NULL);
     pthread_cond_init(&run->wake, NULL);
     pthread_cond_init(&run->done, NULL);
@@ -144,10 +181,10 @@ ep_status epi_run_create(struct epi_run **out, int workers, size_t warp_bytes,
     run->warp_bytes = warp_bytes;
     run->hooks = hooks;
     run->worker = epi_alloc_array((size_t)workers, sizeof(*run->worker));
-    run->team = epi_alloc_array((size_t)workers, sizeof(*run->team));
-    run->shared = epi_alloc_array((size_t)workers, warp_bytes);
+    const bool all = launch_init(&run->all, workers, warp_bytes);
+    const bool aside = launch_init(&run->aside, 1, warp_bytes);
     ep_status st = EP_OK;
-    if (!run->worker || !run->team || !run->shared) {
+    if (!run->worker || !all || !aside) {
         st = epi_fail(EP_ERR_NOMEM, "no memory for a pool of %d workers%s", workers,
                       epi_alloc_why());
     }
@@ -182,7 +219,8 @@ static void stop_threads(struct epi_run *run) {
     pthread_cond_destroy(&run->wake);
     pthread_cond_destroy(&run->done);
     pthread_mutex_destroy(&run->mutex);
-    pthread_mutex_destroy(&run->launch);
+    pthread_mutex_destroy(&run->all.busy);
+    pthread_mutex_destroy(&run->aside.busy);
 }
 
 void epi_run_destroy(struct epi_run **run_p) {
@@ -194,8 +232,8 @@ void epi_run_destroy(struct epi_run **run_p) {
     if (!epi_is_forked(run->process)) {
         stop_threads(run);
     }
+    launch_free(&run->all);
+    launch_free(&run->aside);
     epi_free(run->worker);
-    epi_free(run->team);
-    epi_free(run->shared);
     epi_free(run);
 }

@@ -41,6 +41,8 @@ void epi_run_destroy(struct epi_run **run);
 /* Runs a kernel with `workers` threads (at most the pool's) and returns when all have left it.
  * The calling thread is one of them. Kernels of one pool run one after the other. */
 void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *args, int workers);
+/* The same for a kernel that waits for no peer: while the pool is busy, alone on this thread. */
+void epi_run_local(struct epi_run *run, enum epi_kernel kernel, const void *args, int workers);
 
 /* ---- kernels on a CUDA device (gpu.c) ------------------------------------------------------- */
 
