@@ -2,7 +2,7 @@
 /*
  * layout: the local counts of a routed handle as the caller's tensors: tokens per rank, node and
  * expert, the prefix over channels, and which token goes where. Local to a rank; every lane of the
- * grid takes rows of the tensors for itself, so nothing is shared and nobody waits.
+ * grid takes rows of the tensors for itself, and every warp nodes, so nobody waits.
  */
 #include "kernel/op.h"
 
@@ -29,16 +29,20 @@ K_KERNEL(layout, k_layout_args) {
     for (k_i32 e = me; a->tokens_per_expert && e < a->g.num_experts; e += all) {
         ((k_i32 *)a->tokens_per_expert)[e] = (k_i32)h->send_expert[e];
     }
-    for (k_i32 n = me; a->tokens_per_node && n < a->num_nodes; n += all) {
-        k_i32 sum = 0;
-        for (k_i32 t = 0; t < a->tokens; t++) {
-            k_i32 hit = 0;
+    for (k_i32 n = k_first(k, 0); a->tokens_per_node && n < a->num_nodes;
+         n += k_stride(k, k->num_blocks)) {
+        k_u32 mine = 0, sum = 0;
+        for (k_i32 t = k->lane; t < a->tokens; t += K_LANES) {
+            k_u32 hit = 0;
             for (k_i32 j = 0; j < h->num_dests[t]; j++) {
-                hit = hit || node_of(a, h->dest_rank[(k_i64)t * a->g.max_dests + j]) == n;
+                hit |= node_of(a, h->dest_rank[(k_i64)t * a->g.max_dests + j]) == n;
             }
-            sum += hit;
+            mine += hit;
         }
-        ((k_i32 *)a->tokens_per_node)[n] = sum;
+        k_scan(k, mine, &sum);
+        if (k->lane == 0) {
+            ((k_i32 *)a->tokens_per_node)[n] = (k_i32)sum;
+        }
     }
     for (k_i32 t = me; a->token_in_rank && t < a->tokens; t += all) {
         k_u8 *row = (k_u8 *)a->token_in_rank + (k_i64)t * ranks;
