@@ -651,7 +651,8 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
  *   expert_counts      [L] EP_I32: rows of each local expert (selections)
  *   expert_offsets     [L+1] EP_I32: expanded only. Start of each group, last: end of the
  *                      output, which is aligned too
- *   num_rows           [1] EP_I32: rows received (compact) or end of the output (expanded)
+ *   num_rows           [1] EP_I32: rows received (compact) or end of the output (expanded).
+ *                      Output that would need 2^31 rows or more is EP_ERR_CAPACITY
  * A dispatch that fails once it is under way leaves counts, offsets and num_rows 0, ids and
  * sources -1, so that work queued behind it stays in bounds.
  * Any output may be NULL. The types and bytes of a row of x and of its scales, K, and whether

@@ -41,9 +41,37 @@ static K_FN k_u32 scan_block(struct k_thread *k, k_u32 x, k_u32 *total) {
     return lower + before;
 }
 
-static K_INLINE k_u32 aligned(const struct k_dispatch_args *a, k_u32 rows) {
+/* scan_block of numbers whose sums may need more than 32 bits, where the host says that they may: the
+ * low bits, of which a thousand lanes' sum fits, and the others. */
+#define K_LOW_BITS 21
+
+static K_FN k_u64 scan_rows(struct k_thread *k, const struct k_dispatch_args *a, k_u64 x,
+                            k_u64 *total) {
+    const k_bool wide = (a->flags & K_DO_WIDE) != 0;
+    k_u32 low = (k_u32)x, sum = 0;
+    if (!wide) {
+        low = scan_block(k, low, &sum);
+        *total = sum;
+        return low;
+    }
+    const k_u32 mask = (1u << K_LOW_BITS) - 1u;
+    k_u32 high_sum = 0;
+    low = scan_block(k, low & mask, &sum);
+    k_barrier(k, 1);
+    const k_u32 high = scan_block(k, (k_u32)(x >> K_LOW_BITS), &high_sum);
+    *total = sum + ((k_u64)high_sum << K_LOW_BITS);
+    return low + ((k_u64)high << K_LOW_BITS);
+}
+
+static K_INLINE k_u64 aligned(const struct k_dispatch_args *a, k_u64 rows) {
     const k_u32 align = (k_u32)a->alignment;
-    return (rows + align - 1) / align * align;
+    return (a->flags & K_DO_WIDE) ? (rows + align - 1) / align * align
+                                  : ((k_u32)rows + align - 1) / align * align;
+}
+
+/* A place in expanded output: what lies beyond those that 31 bits can name is in no output. */
+static K_INLINE k_u32 place_of(k_u64 row) {
+    return row < 0x7fffffffu ? (k_u32)row : 0x7fffffffu;
 }
 
 /* Block 0: rows per expert, where experts start in expanded output, and the small outputs. Each
@@ -54,34 +82,34 @@ static K_FN k_bool prepare_outputs(struct k_thread *k, const struct k_dispatch_a
     const k_i32 me = k->warp * K_LANES + k->lane, all = k->num_warps * K_LANES;
     const k_i32 run = (num_local + all - 1) / all;
     const k_i32 first = k_min(me * run, num_local), end = k_min(first + run, num_local);
-    k_u32 space = 0, total = 0;
+    k_u64 space = 0, total = 0;
     K_ROLLED for (k_i32 e = first; e < end; e++) {
-        k_u32 rows = 0;
+        k_u64 rows = 0;
         for (k_i32 s = 0; s < ranks; s++) {
             rows += h->recv_expert[(k_i64)s * num_local + e];
         }
-        h->expert_rows[e] = rows;
-        write_i32(&a->expert_counts, e, (k_i32)rows);
+        h->expert_rows[e] = place_of(rows);
+        write_i32(&a->expert_counts, e, (k_i32)place_of(rows));
         space += aligned(a, rows);
     }
-    k_u32 start = scan_block(k, space, &total);
+    k_u64 start = scan_rows(k, a, space, &total);
     K_ROLLED for (k_i32 e = first; e < end; e++) {
-        k_u32 at = start;
-        h->expert_start[e] = start;
-        write_i32(&a->expert_offsets, e, (k_i32)start);
+        k_u64 at = start;
+        h->expert_start[e] = place_of(start);
+        write_i32(&a->expert_offsets, e, (k_i32)place_of(start));
         for (k_i32 s = 0; s < ranks; s++) {
-            h->expert_base[(k_i64)s * num_local + e] = at;
+            h->expert_base[(k_i64)s * num_local + e] = place_of(at);
             at += h->recv_expert[(k_i64)s * num_local + e];
         }
         start += aligned(a, at - start);
     }
     if (me == 0) {
-        const k_u32 rows = (a->flags & K_DO_EXPAND) ? total : h->recv_base[ranks];
-        h->expert_start[num_local] = total;
-        write_i32(&a->expert_offsets, num_local, (k_i32)total);
-        write_i32(&a->num_rows, 0, (k_i32)rows);
+        const k_i64 rows = (a->flags & K_DO_EXPAND) ? (k_i64)total : h->recv_base[ranks];
+        h->expert_start[num_local] = (k_u32)(total < 0xffffffffu ? total : 0xffffffffu);
+        write_i32(&a->expert_offsets, num_local, (k_i32)place_of(total));
+        write_i32(&a->num_rows, 0, (k_i32)place_of((k_u64)rows));
         if (rows > a->capacity || (a->recv_x.data && rows > a->x_rows)) {
-            h->notice->over = K_WORD(h->tag, rows);
+            h->notice->over = K_WORD(h->tag, rows < 0xffffffff ? rows : 0xffffffff);
             k_fail_op(k, K_END_OVER);
         }
     }
@@ -175,9 +203,10 @@ static K_FN void fill_row(struct k_thread *k, const struct k_dispatch_args *a, k
 static K_FN void fill_gaps(struct k_thread *k, const struct k_dispatch_args *a, k_i32 warp,
                            k_i32 warps) {
     const struct k_handle *h = &a->h;
+    const k_i64 most = a->x_rows > a->capacity ? a->x_rows : a->capacity;
     for (k_i32 e = warp; e < a->g.num_local; e += warps) {
-        for (k_i64 r = h->expert_start[e] + h->expert_rows[e]; r < h->expert_start[e + 1];
-             r++) {
+        const k_i64 next = h->expert_start[e + 1], end = next < most ? next : most;
+        for (k_i64 r = (k_i64)h->expert_start[e] + h->expert_rows[e]; r < end; r++) {
             if (r < a->capacity) {
                 fill_row(k, a, r);
             }

@@ -210,6 +210,74 @@ static void small_expanded_view(struct world *w) {
     ep_handle_destroy(&handle);
 }
 
+/* Offsets that 31 or 32 bits cannot name are refused, with the rows that would be needed. */
+#define MANY_EXPERTS 65536
+
+static void more_rows_than_offsets_can_name(struct world *w) {
+    static int32_t ids[MANY_EXPERTS / 64][64], offsets[MANY_EXPERTS + 1];
+    static const struct {
+        int alignment;
+        const char *says;
+    } cases[] = {{65536, "4294967296 rows"}, {32768, "2147483648 rows"}, {1, NULL}};
+    _Alignas(16) static uint8_t x[MANY_EXPERTS / 64][16], got[MANY_EXPERTS][16];
+    int32_t num_rows = -1;
+    struct ep_tensor ids_t, x_t, got_t, offsets_t, num_t, out_t;
+    struct ep_routing routing = EP_ROUTING_INIT;
+    struct ep_combine_args combine = EP_COMBINE_ARGS_INIT;
+    ep_handle *handle = NULL;
+
+    for (int e = 0; e < MANY_EXPERTS; e++) {
+        ids[e / 64][e % 64] = e;
+    }
+    ep_tensor_2d(&ids_t, EP_I32, ids, MANY_EXPERTS / 64, 64);
+    ep_tensor_2d(&x_t, EP_F32, x, MANY_EXPERTS / 64, 4);
+    ep_tensor_2d(&got_t, EP_F32, got, MANY_EXPERTS, 4);
+    ep_tensor_2d(&out_t, EP_F32, x, MANY_EXPERTS / 64, 4);
+    ep_tensor_1d(&offsets_t, EP_I32, offsets, MANY_EXPERTS + 1);
+    ep_tensor_1d(&num_t, EP_I32, &num_rows, 1);
+    routing.topk_ids = &ids_t;
+    combine.x = &got_t;
+    combine.out = &out_t;
+    world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, ep_handle_route(handle, &routing, NULL), EP_OK, "ep_handle_route");
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        struct ep_dispatch_args d = EP_DISPATCH_ARGS_INIT;
+        d.flags = EP_DISPATCH_EXPANDED | EP_DISPATCH_ZERO_GAPS;
+        d.alignment = cases[i].alignment;
+        d.x = &x_t;
+        d.recv_x = &got_t;
+        d.expert_offsets = &offsets_t;
+        d.num_rows = &num_t;
+        const bool fits = !cases[i].says;
+        world_fails(w, ep_dispatch(handle, &d, NULL), fits ? EP_OK : EP_ERR_CAPACITY,
+                    fits ? "" : cases[i].says, "ep_dispatch");
+        world_fails(w, ep_combine(handle, &combine, NULL), fits ? EP_OK : EP_ERR_ARG,
+                    fits ? "" : "x.shape[0]", "ep_combine");
+        world_check(w, num_rows == (fits ? MANY_EXPERTS : 0), "num_rows is %d", num_rows);
+        for (int e = 0; e <= MANY_EXPERTS; e++) {
+            if (!world_check(w, offsets[e] == (fits ? e : 0), "offset %d is %d", e,
+                             offsets[e])) {
+                break;
+            }
+        }
+    }
+    ep_handle_destroy(&handle);
+}
+
+static void far_beyond(void) {
+    struct world_setup s;
+
+    world_defaults(&s, 1);
+    s.host = true;
+    s.config.num_experts = MANY_EXPERTS;
+    s.config.max_tokens = MANY_EXPERTS / 64;
+    s.config.max_topk = 64;
+    s.config.max_row_bytes = 16;
+    s.config.num_workers = 3;
+    s.body = more_rows_than_offsets_can_name;
+    ok(world_run(&s) == 0, "more rows than offsets can name");
+}
+
 static void run(uint64_t seed, const struct form *form, void (*body)(struct world *w),
                 const char *name) {
     struct scene s;
@@ -261,5 +329,8 @@ int main(void) {
     run(seed + 3, &expanded, small_output, "small output, expanded");
     run(seed + 4, &two_step, small_output, "small output, two steps");
     run(seed + 5, &view, small_expanded_view, "small expanded view");
+    if (!gpu_wanted()) {
+        far_beyond();
+    }
     return done_testing();
 }

@@ -74,9 +74,9 @@ static ep_status dispatch_before(struct epi_op *op) {
                : EP_OK;
 }
 
-static ep_status check_output(const struct epi_op *op) {
+/* Rows that expanded output takes, which kernels count no further than 32 bits. */
+static int64_t expanded_rows(const struct epi_op *op) {
     const struct k_handle *k = &op->h->k;
-    const struct k_dispatch_args *a = &op->args.dispatch;
     const struct k_dispatch_args *a = &op->args.dispatch;
     int64_t sum = k->expert_start[a->g.num_local];
     if (sum < UINT32_MAX) {
@@ -94,8 +94,9 @@ static ep_status check_output(const struct epi_op *op) {
 }
 
 static ep_status check_output(const struct epi_op *op) {
+    const struct k_dispatch_args *a = &op->args.dispatch;
     const bool expand = (a->flags & K_DO_EXPAND) != 0;
-    const int64_t rows = expand ? (int64_t)k->expert_start[a->g.num_local] : k->counts->rows;
+    const int64_t rows = expand ? expanded_rows(op) : op->h->k.counts->rows;
     if ((op->flags & EPI_OP_ARENA) && rows > a->x_rows) {
         return epi_fail(EP_ERR_CAPACITY,
                         "the expanded view needs %lld rows and max_expanded_rows is %lld",
@@ -161,8 +162,8 @@ static void set_inputs(struct epi_op *op, const struct epi_call *call,
     k->num_scales = scales ? (k_i32)scales->shape[1] : 0;
     k->scale_bytes = scales ? (k_i32)ep_dtype_bytes((ep_dtype)scales->dtype) : 1;
     k->flags |= K_DO_SEND | (a->topk_weights ? K_DO_WEIGHTS : 0);
-    k->stages = op->shape.stages;
     k->types = K_TYPES(a->x->dtype, scales ? scales->dtype : EP_DTYPE_NONE);
+    k->stages = op->shape.stages;
     k->stage_bytes = op->shape.stage_bytes;
     if (h->dispatched) {
         op->flags |= EPI_OP_CACHED;
@@ -206,6 +207,13 @@ static void set_view(struct epi_op *op, const struct ep_dispatch_args *a) {
     }
 }
 
+/* Rows of expanded output, at most. */
+static int64_t most_rows(const struct epi_op *op) {
+    const ep_group *g = op->h->group;
+    return g->plan.info.max_recv_rows * op->h->topk +
+           (int64_t)g->num_local * op->args.dispatch.alignment;
+}
+
 static void set_outputs(struct epi_op *op, const struct epi_call *call,
                         const struct ep_dispatch_args *a) {
     struct k_dispatch_args *k = &op->args.dispatch;
@@ -215,7 +223,9 @@ static void set_outputs(struct epi_op *op, const struct epi_call *call,
                 (a->flags & EP_DISPATCH_ZERO_GAPS ? K_DO_ZERO_GAPS : 0);
     k->alignment = a->alignment ? a->alignment : 1;
     k->id_bytes = a->recv_topk_ids && a->recv_topk_ids->dtype == EP_I64 ? 8 : 4;
-    k->capacity = k->x_rows = capacity < 0 ? INT32_MAX : capacity; /* or no output has rows */
+    /* No output has rows, or more than offsets can name. */
+    k->capacity = k->x_rows = capacity < 0 || capacity > INT32_MAX ? INT32_MAX : capacity;
+    k->flags |= most_rows(op) > INT32_MAX ? K_DO_WIDE : 0;
     epi_args_fill(call, &epi_dispatch_rules, a, EPI_OUT, k);
     if (a->flags & EP_DISPATCH_ARENA) {
         set_view(op, a);

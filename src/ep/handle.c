@@ -143,10 +143,11 @@ static ep_status read_counts(ep_handle *h, int32_t *per_source, int32_t *per_exp
         st = g->backend->read(g, per_source, h->k.recv_count, ranks * 4);
     }
     for (size_t e = 0; st == EP_OK && e < local; e++) {
-        per_expert[e] = 0;
+        int64_t sum = 0;
         for (size_t s = 0; s < ranks; s++) {
-            per_expert[e] += (int32_t)of_source[s * local + e];
+            sum += of_source[s * local + e];
         }
+        per_expert[e] = (int32_t)(sum < INT32_MAX ? sum : INT32_MAX);
     }
     epi_free(of_source);
     return st;
