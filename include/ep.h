@@ -21,7 +21,7 @@
  *     ...the experts compute...
  *     ep_combine(handle, &combine_args, stream);      // collective: answers come back, summed
  *     ep_handle_destroy(&handle);
- *     ep_group_destroy(&group);                       // collective
+ *     ep_group_destroy(&group);                       // waits for nobody
  *
  * Words. A *rank* is one member of a *group*. A *token* is an index into a rank's input; its
  * bytes are a *row*. T is a rank's number of tokens, K the experts per token (top-k), E the

@@ -10,6 +10,8 @@
 
 /* A wait that lasts longer gets a line in the log, and so does one of half the timeout. */
 #define LATE_NS (10 * EPI_NS_PER_S)
+/* How long rank 0 stays for peers that are in an operation which has ended here. */
+#define MOST_STAY_NS EPI_NS_PER_S
 
 /* What must agree on all ranks, and how it is called in messages. */
 #define AGREED_FIELDS(X)                                                                       \
@@ -327,6 +329,23 @@ static void free_forked(ep_group *g) {
     epi_free(g);
 }
 
+/*
+ * Rank 0's boot is the one that passes deaths on. A peer may still be in an operation that has ended
+ * here: if another one dies now, it is to learn that. All have begun it, so this is soon over; who is
+ * stopped in it is left to its deadline.
+ */
+static void await_peers_end(const ep_group *g, uint64_t last) {
+    const bool serves = g->rank == 0 && !epi_boot_is_threads(g->boot) && !g->backend->on_device;
+    const struct epi_deadline d =
+        epi_deadline_after(g->timeout_ns < MOST_STAY_NS ? g->timeout_ns : MOST_STAY_NS);
+    for (int r = 1; serves && r < g->num_ranks; r++) {
+        while (!epi_group_has_ended(g, r, last) && atomic_load(&g->dead_rank) < 0 &&
+               !epi_deadline_expired(d)) {
+            epi_sleep_ns(50 * EPI_NS_PER_US);
+        }
+    }
+}
+
 void epi_group_destroy(ep_group **group) {
     ep_group *g = *group;
     *group = NULL;
@@ -342,10 +361,13 @@ void epi_group_destroy(ep_group **group) {
     }
     const bool settled = g->backend->settle(g);
     if (settled && !epi_group_faulted(g)) {
-        /* Peers may still write here or read what this rank wrote: leave together. One that
-         * is in, or begins, an operation that this rank will not join is not left waiting. */
-        epi_group_leave(g, last_operation(g));
-        epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns));
+        /* Nobody waits for the others to come to this. What they need of the operations that have
+         * ended here lies in their own arenas; what they still write to this rank's goes to pages
+         * that stay as long as they map them. Whoever begins an operation that this rank will not
+         * join is told. */
+        const uint64_t last = last_operation(g);
+        epi_group_leave(g, last);
+        await_peers_end(g, last);
     }
     if (settled) {
         free_group(g);
