@@ -247,8 +247,13 @@ static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame
 
 /* How often a wait looks at the board. An operation that goes well is over before. */
 #define K_LOOK_NS 1000000
+#if defined(__CUDACC__)
 #define K_SPINNER                                                                              \
     { 0, K_LOOK_NS, 0 }
+#else
+#define K_SPINNER                                                                              \
+    { 0, K_LOOK_NS, 0, 0 }
+#endif
 
 /*
  * Whether abort word w, which a peer has told, ends a wait for `peer`. In low-latency mode every fault
@@ -271,11 +276,7 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     if (!k_pause(s)) {
         return 1; /* time is looked at every now and then only */
     }
-    k_i64 now = k_now();
-    if (s->since == 0) {
-        s->since = now;
-    }
-    k_i64 waited = now - s->since;
+    const k_i64 waited = k_waited(s, k_now(), ctl->timeout_ns);
     /* The board is further away than the memory that is awaited. Who works alone (kind 0) goes on
      * when others have left. */
     if (k->kind && waited >= s->look) {

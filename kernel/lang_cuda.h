@@ -233,6 +233,15 @@ static K_INLINE k_bool k_pause(struct k_spinner *s) {
     return (s->turns & 63u) == 0;
 }
 
+/* How long the wait has lasted at time `now`. */
+static K_INLINE k_i64 k_waited(struct k_spinner *s, k_i64 now, k_i64 timeout_ns) {
+    (void)timeout_ns;
+    if (s->since == 0) {
+        s->since = now;
+    }
+    return now - s->since;
+}
+
 static K_INLINE k_bool k_barrier(struct k_thread *k, k_bool ok) {
     (void)k;
     return __syncthreads_and(ok) != 0;

@@ -199,6 +199,7 @@ static K_INLINE void k_syncwarp(struct k_thread *k) {
 struct k_spinner {
     k_i64 since, look; /* when the wait began; how long it may last before the next look */
     k_u32 turns;
+    k_i64 last; /* when it last looked at the clock */
 };
 
 /*
@@ -222,6 +223,27 @@ static K_INLINE k_bool k_pause(struct k_spinner *s) {
     return true;
 }
 
+/* Naps are far shorter, also where ranks outnumber cores. The more of the deadline one look can
+ * count, the more a wait loses each time that its process is stopped. */
+#define K_MOST_STEP_NS 250000000
+
+/*
+ * How long the wait has lasted at time `now`. Who looks at the clock much later than it meant to did
+ * not run: it was stopped, perhaps with all its peers, and is not late for that. Such a step counts
+ * for a part of the deadline only; not for nothing, so that a wait ends however rarely it may run.
+ */
+static inline __attribute__((unused)) k_i64 k_waited(struct k_spinner *s, k_i64 now,
+                                                     k_i64 timeout_ns) {
+    const k_i64 most = timeout_ns / 3 < K_MOST_STEP_NS ? timeout_ns / 3 : K_MOST_STEP_NS;
+    if (s->since == 0) {
+        s->since = now;
+    } else if (now - s->last > most) {
+        s->since += now - s->last - most;
+    }
+    s->last = now;
+    return now - s->since;
+}
+
 static inline __attribute__((unused)) k_bool k_barrier(struct k_thread *k, k_bool ok) {
     struct k_team *t = k->team;
     if (k->num_warps == 1) {
@@ -236,7 +258,7 @@ static inline __attribute__((unused)) k_bool k_barrier(struct k_thread *k, k_boo
         __atomic_store_n(&t->bad[(gen + 1) & 1], 0, __ATOMIC_RELAXED);
         __atomic_store_n(&t->generation, gen + 1, __ATOMIC_RELEASE);
     } else {
-        struct k_spinner s = {0, 0, 0};
+        struct k_spinner s = {0, 0, 0, 0};
         while (__atomic_load_n(&t->generation, __ATOMIC_ACQUIRE) == gen) {
             k_pause(&s); /* every warp of the block arrives: its own waits have deadlines */
         }

@@ -173,7 +173,8 @@ const char *epi_env(const char *name);
 #define EPI_NS_PER_S INT64_C(1000000000)
 
 struct epi_deadline {
-    int64_t at_ns; /* on the clock of epi_now_ns; INT64_MAX is never */
+    int64_t
+        at_ns; /* on a clock that stands still while the process is stopped; INT64_MAX: never */
 };
 
 int64_t epi_now_ns(void);
@@ -182,10 +183,11 @@ struct epi_deadline epi_deadline_never(void);
 struct epi_deadline epi_deadline_min(struct epi_deadline a, struct epi_deadline b);
 bool epi_deadline_expired(struct epi_deadline d);
 int64_t epi_deadline_left_ns(struct epi_deadline d); /* >= 0 */
-int epi_deadline_left_ms(struct epi_deadline d);     /* for poll: rounded up, 0..INT_MAX */
-void epi_sleep_ns(int64_t ns);                       /* the whole time, whatever signals come */
+/* For poll: at most a tenth of a second, unless it is never (INT_MAX): look again then. Rounded up. */
+int epi_deadline_left_ms(struct epi_deadline d);
+void epi_sleep_ns(int64_t ns); /* the whole time, whatever signals come */
 
-/* A condition variable for epi_cond_wait: it counts on the clock of epi_now_ns. 0 or errno. */
+/* A condition variable for epi_cond_wait. 0 or errno. */
 int epi_cond_init(pthread_cond_t *cond);
 /* False when the deadline has passed; may wake early, as condition variables do. */
 bool epi_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, struct epi_deadline d);

@@ -2,7 +2,7 @@
 /*
  * Time: the monotonic clock, deadlines, sleeping, and waiting on a condition with a deadline.
  *
- * Owns no state. Runs on any thread. The only file that reads a clock, so that a wait can be
+ * Owns what was left out of the clock of deadlines. Runs on any thread. The only file that reads a clock, so that a wait can be
  * traced to one place. Deadlines are absolute: handing one down a call chain cannot stretch it.
  * Must not use the wall clock: a wait must survive its being set.
  */
@@ -10,6 +10,8 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <sched.h>
+#include <stdatomic.h>
 
 int64_t epi_now_ns(void) {
     struct timespec now = {0};
@@ -17,8 +19,37 @@ int64_t epi_now_ns(void) {
     return (int64_t)now.tv_sec * EPI_NS_PER_S + now.tv_nsec;
 }
 
+/*
+ * The clock of deadlines: that of epi_now_ns without the time in which this process did not run.
+ * Every wait looks at it several times a second, so that a longer step means that the process was
+ * stopped, or that nobody was waiting. Such a step counts as MOST_STEP_NS.
+ */
+#define MOST_STEP_NS (250 * EPI_NS_PER_MS)
+#define NAP_NS (100 * EPI_NS_PER_MS) /* of a wait, at most */
+#define MOST_TRIES 100000            /* a forked child may find the flag set for good */
+
+static atomic_flag is_stepping = ATOMIC_FLAG_INIT; /* guards the two */
+static _Atomic int64_t last_ns, skipped_ns;
+
+static int64_t deadline_clock(void) {
+    for (int i = 0; i < MOST_TRIES && atomic_flag_test_and_set(&is_stepping); i++) {
+        if (i == MOST_TRIES - 1) {
+            return epi_now_ns() - atomic_load(&skipped_ns);
+        }
+        sched_yield();
+    }
+    const int64_t now_ns = epi_now_ns(), step_ns = now_ns - atomic_load(&last_ns);
+    if (step_ns > MOST_STEP_NS && atomic_load(&last_ns) != 0) {
+        atomic_fetch_add(&skipped_ns, step_ns - MOST_STEP_NS);
+    }
+    atomic_store(&last_ns, now_ns);
+    const int64_t at_ns = now_ns - atomic_load(&skipped_ns);
+    atomic_flag_clear(&is_stepping);
+    return at_ns;
+}
+
 struct epi_deadline epi_deadline_after(int64_t ns) {
-    int64_t now_ns = epi_now_ns();
+    int64_t now_ns = deadline_clock();
     if (ns > INT64_MAX - now_ns) {
         return epi_deadline_never();
     }
@@ -37,7 +68,7 @@ int64_t epi_deadline_left_ns(struct epi_deadline d) {
     if (d.at_ns == INT64_MAX) {
         return INT64_MAX;
     }
-    int64_t now_ns = epi_now_ns();
+    int64_t now_ns = deadline_clock();
     return d.at_ns > now_ns ? d.at_ns - now_ns : 0;
 }
 
@@ -47,8 +78,11 @@ bool epi_deadline_expired(struct epi_deadline d) {
 
 int epi_deadline_left_ms(struct epi_deadline d) {
     int64_t left_ns = epi_deadline_left_ns(d);
-    int64_t left_ms = left_ns / EPI_NS_PER_MS + (left_ns % EPI_NS_PER_MS != 0);
-    return left_ms < INT_MAX ? (int)left_ms : INT_MAX;
+    if (left_ns == INT64_MAX) {
+        return INT_MAX;
+    }
+    left_ns = left_ns < NAP_NS ? left_ns : NAP_NS;
+    return (int)(left_ns / EPI_NS_PER_MS + (left_ns % EPI_NS_PER_MS != 0));
 }
 
 static struct timespec to_timespec(int64_t ns) {
@@ -60,7 +94,8 @@ void epi_sleep_ns(int64_t ns) {
     if (ns <= 0) {
         return;
     }
-    struct timespec until = to_timespec(epi_deadline_after(ns).at_ns);
+    const int64_t now_ns = epi_now_ns();
+    struct timespec until = to_timespec(ns < INT64_MAX - now_ns ? now_ns + ns : INT64_MAX);
     while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL) == EINTR) {
     }
 }
@@ -84,6 +119,8 @@ bool epi_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, struct epi_dead
         pthread_cond_wait(cond, mutex);
         return true;
     }
-    struct timespec until = to_timespec(d.at_ns > 0 ? d.at_ns : 0);
-    return pthread_cond_timedwait(cond, mutex, &until) != ETIMEDOUT;
+    const int64_t left_ns = epi_deadline_left_ns(d);
+    const struct timespec until =
+        to_timespec(epi_now_ns() + (left_ns < NAP_NS ? left_ns : NAP_NS));
+    return pthread_cond_timedwait(cond, mutex, &until) != ETIMEDOUT || !epi_deadline_expired(d);
 }

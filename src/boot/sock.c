@@ -110,8 +110,11 @@ static int finish_connect(int fd, struct epi_deadline deadline) {
         if (n > 0) {
             break;
         }
-        if (n == 0 || errno != EINTR) {
-            return n == 0 ? ETIMEDOUT : errno;
+        if (n == 0 && epi_deadline_expired(deadline)) {
+            return ETIMEDOUT;
+        }
+        if (n < 0 && errno != EINTR) {
+            return errno;
         }
     }
     int err = 0;

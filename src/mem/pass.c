@@ -44,7 +44,7 @@ static bool wait_for(int fd, short events, struct epi_deadline deadline) {
         if (n > 0) {
             return true;
         }
-        if (n == 0 || errno != EINTR) {
+        if (n == 0 ? epi_deadline_expired(deadline) : errno != EINTR) {
             return false;
         }
     }
