@@ -197,6 +197,24 @@ static K_COLD void k_tell_late(const struct k_group *g, k_i32 kind, k_u64 word,
     ((k)->hooks ? (k)->hooks->late : k_tell_late)((k)->g, (k)->kind, word, waited_ns)
 #endif
 
+#if defined(__CUDACC__)
+#define K_IS_ORPHAN(k, peer, waited) 0
+#else
+/*
+ * Whether nobody is left that could bring the rank that is waited for to the operation. It may be on
+ * its way from one thread to another, so that is looked at when the wait, and this, have lasted.
+ */
+#define K_ORPHAN_NS 1000000000
+static K_INLINE k_bool k_is_orphan(const struct k_thread *k, k_i32 peer, k_i64 waited) {
+    if (!k->kind || waited < K_ORPHAN_NS) {
+        return 0;
+    }
+    const k_i64 since = (k_i64)k_load(&k_board_of(k->g, peer)->orphan_since);
+    return since != 0 && k_now() - since > K_ORPHAN_NS;
+}
+#define K_IS_ORPHAN(k, peer, waited) k_is_orphan(k, peer, waited)
+#endif
+
 /* What ends an operation: who is to blame in which phase; of a mismatch also the two values and
  * which ready word they are. */
 struct k_blame {
@@ -290,6 +308,11 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     /* A block that waits for another of its rank is not the one to say for whom. */
     if (waited > ctl->late_ns && phase != K_PHASE_SELF) {
         K_LATE(k, K_WORD(k->epoch, ((k_u32)phase << 16) | (k_u32)peer), waited);
+    }
+    if (K_IS_ORPHAN(k, peer, waited)) {
+        struct k_blame b = {K_ERR_PEER, phase, peer, 0, 0, 0};
+        k_raise(k, waited, b);
+        return 0;
     }
     if (waited > (phase == K_PHASE_SELF ? 2 : 1) * ctl->timeout_ns) {
         struct k_blame b = {K_ERR_TIMEOUT, phase, peer, 0, 0, 0};

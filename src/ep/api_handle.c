@@ -40,6 +40,7 @@ ep_status ep_handle_create(ep_handle **out, ep_group *group,
     EPI_NOT_NULL("ep_handle_create", group);
     EPI_NOT_FORKED("ep_handle_create", "group", group->process);
     EPI_TRY(with_maxima(group, config, &c));
+    epi_life_join(group->life);
     return epi_handle_create(out, group, &c);
 }
 

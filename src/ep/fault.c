@@ -97,6 +97,16 @@ bool epi_group_has_ended(const ep_group *g, int rank, uint64_t n) {
     return read_word(&g->backend->board(g, rank)->ended) >= n;
 }
 
+void epi_group_set_orphan(ep_group *g, bool is_orphan) {
+    struct k_board *b = atomic_load(&g->board);
+    pthread_mutex_lock(&g->mutex);
+    const bool works = g->turns_ended < g->turns_issued;
+    pthread_mutex_unlock(&g->mutex);
+    if (b && !(is_orphan && works)) {
+        atomic_store((_Atomic k_u64 *)&b->orphan_since, is_orphan ? (k_u64)epi_now_ns() : 0);
+    }
+}
+
 void epi_group_leave(ep_group *g, uint64_t last) {
     tell_peers(g, K_ABORT_PACK(EP_OK, g->rank, g->rank, 0, 0, K_NEXT(last)));
 }
@@ -173,6 +183,13 @@ static void describe_mismatch(const struct k_fault *k, char *out, size_t bytes) 
     }
 }
 
+static void describe_orphan(struct ep_fault *f) {
+    epi_format(f->message, sizeof(f->message),
+               "rank %d died: no thread that has used its group is left, and none has called "
+               "ep_group_destroy (noticed by rank %d)",
+               f->rank, f->reporter);
+}
+
 static void describe_own(const ep_group *g, struct ep_fault *f) {
     const struct k_fault *k = &own_board(g)->fault;
     f->status = k->status;
@@ -188,6 +205,8 @@ static void describe_own(const ep_group *g, struct ep_fault *f) {
         epi_format(f->message, sizeof(f->message),
                    "ranks %d and %d disagree in operation %u (%s): %s", g->rank, k->subject,
                    k->epoch, operation_name(k->kind), what);
+    } else if (k->status == K_ERR_PEER) {
+        describe_orphan(f);
     } else if (k->status == K_ERR_ARG) {
         epi_format(f->message, sizeof(f->message),
                    "rank %d, operation %u (%s): x.shape[0] is %u, must be at least the %u rows "
@@ -219,6 +238,8 @@ static void describe_word(ep_group *g, k_u64 w, struct ep_fault *f) {
                    "rank %d has called ep_group_destroy and takes no part in operation %u of "
                    "rank %d",
                    f->rank, f->epoch, g->rank);
+    } else if (f->status == EP_ERR_PEER && K_ABORT_KIND(w) != 0) {
+        describe_orphan(f); /* a kernel has noticed it */
     } else if (f->status == EP_ERR_PEER) {
         f->reporter = g->rank; /* each rank's boot tells it */
         epi_format(f->message, sizeof(f->message), "rank %d died%s%s (noticed by rank %d)",
@@ -328,6 +349,7 @@ ep_status epi_group_check_next(ep_group *g) {
 
 ep_status epi_group_admit(ep_group *g) {
     struct ep_fault f;
+    epi_life_join(g->life);
     if (g->backend->on_device) {
         return epi_group_check_next(g);
     }

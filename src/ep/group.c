@@ -245,6 +245,10 @@ static ep_status make_memory(ep_group *g, const struct epi_exchange *x) {
 static ep_status make_readable(ep_group *g, const struct epi_exchange *x) {
     fill_kernel_group(g);
     epi_group_open_board(g);
+    if (epi_boot_is_threads(g->boot)) {
+        EPI_TRY(epi_life_create(&g->life, g));
+        epi_life_join(g->life);
+    }
     return g->backend->prepare(g, x);
 }
 
@@ -259,6 +263,7 @@ static ep_status form(ep_group *g) {
 }
 
 static void free_group(ep_group *g) {
+    epi_life_close(&g->life);   /* before its board goes */
     epi_boot_destroy(&g->boot); /* first: its thread calls on_dead */
     g->backend->stop(g);
     epi_mem_destroy(&g->mem);
@@ -353,6 +358,7 @@ void epi_group_destroy(ep_group **group) {
         free_forked(g);
         return;
     }
+    epi_life_join(g->life); /* this thread's list forgets the groups that are gone */
     if (g->num_handles) {
         epi_log(EPI_LOG_WARN,
                 "ep_group_destroy: %d handle(s) of the group are alive and must "

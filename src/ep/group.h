@@ -19,6 +19,7 @@ struct ep_group {
     struct ep_group_config config; /* pointers in it are not kept, except world */
     struct epi_plan plan;
     struct epi_boot *boot;
+    struct epi_life *life; /* of a rank that is a thread */
     struct epi_mem *mem;
     const struct epi_backend *backend;
     struct epi_run *run; /* of the host's backend ... */
@@ -40,7 +41,7 @@ struct ep_group {
     uint64_t issued;                    /* those of throughput mode */
     ep_handle *open_handle;             /* whose dispatch is between begin and finish */
     int next_slot, num_handles;
-    uint32_t last_tag; /* of the handles so far */
+    uint32_t last_tag;   /* of the handles so far */
     atomic_int num_held; /* handles that the caller has destroyed and operations still use */
 
     atomic_ullong fault_told; /* the operation that returned the fault; 0: none has yet */
@@ -88,6 +89,16 @@ ep_status epi_fail_before_meeting(const struct ep_group_config *config, ep_statu
 ep_status epi_group_create(ep_group **out, const struct ep_group_config *config);
 void epi_group_destroy(ep_group **group);
 
+/* ---- life.c --------------------------------------------------------------------------------- */
+
+/* The threads of a rank that is a thread; NULL for other ranks. */
+struct epi_life;
+ep_status epi_life_create(struct epi_life **out, ep_group *g);
+/* The group goes: the ends of threads say nothing any more. */
+void epi_life_close(struct epi_life **life);
+/* The calling thread makes a call for the group, and is one of the rank's from now on. */
+void epi_life_join(struct epi_life *life);
+
 /* ---- fault.c -------------------------------------------------------------------------------- */
 
 /* The group's fault as a status for operation n, with its text: the fault itself for the first to
@@ -109,6 +120,8 @@ void epi_group_raise(ep_group *g, ep_status status, int subject, uint64_t n);
 /* Of a host group: operation n has ended here; and whether it has at a rank. */
 void epi_group_note_end(ep_group *g, uint64_t n);
 bool epi_group_has_ended(const ep_group *g, int rank, uint64_t n);
+/* No thread of this rank is left, unless it has work under way; or there is one again. */
+void epi_group_set_orphan(ep_group *g, bool is_orphan);
 /* Tells the peers that this rank takes no part in operations after `last`. */
 void epi_group_leave(ep_group *g, uint64_t last);
 /* There is memory: from now on boards are read and written. */

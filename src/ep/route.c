@@ -108,6 +108,7 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
     EPI_NOT_FORKED("ep_handle_route", "handle", handle->process);
     EPI_TAKE(ep_routing, &r, routing);
     const struct ep_handle_config *most = &handle->config;
+    epi_life_join(handle->group->life);
     if (handle->group->open_handle == handle) {
         return epi_fail(EP_ERR_STATE,
                         "ep_handle_route: the handle's dispatch has begun and not "
