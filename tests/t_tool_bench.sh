@@ -81,6 +81,8 @@ done <<'END'
 0 --ranks 1 --tokens 1 --experts 1 --topk 1 --arena --expanded
 0 --ranks 2 --experts 4 --topk 2 --workers 3 --copy
 0 --ranks 2 --experts 4 --topk 2 --dtype fp8 --hidden 16
+0 --mode ll --ranks 1 --hidden 128 --experts 1 --topk 1 --dtype bf16
+0 --mode ll --ranks 3 --hidden 384 --experts 7 --topk 3 --threads --dtype fp8 --routing skewed
 2 --ranks 0
 2 --ranks 65
 2 --ranks -1
@@ -100,6 +102,15 @@ done <<'END'
 2 --workers 1025
 2 --seed -1
 2 --arena --copy
+2 --mode
+2 --mode latency
+2 --mode ll --hidden 192
+2 --mode ll --hidden 128 --arena
+2 --mode ll --hidden 128 --copy
+2 --mode ll --hidden 128 --expanded
+2 --mode ll --hidden 128 --uncached
+2 --mode ll --hidden 128 --dtype f32
+2 --mode ll --sweep hidden=128,130
 2 --dtype
 2 --device gpu
 2 --routing
@@ -131,6 +142,17 @@ END
 want 0 "$ep" bench $small --sweep 'tokens=8,16;hidden=64,128' --json && is_json "$tmp/out" &&
     [ "$(grep -c '"phase": "route"' "$tmp/out")" = 4 ]
 ok "bench --json with a sweep of four cases"
+low="--mode ll -n 2 --hidden 256 --tokens 8 --iters 1 --warmup 0"
+want 0 "$ep" bench $small $low && has 'data checked' &&
+    for row in 'fp8 round trip' 'bf16 round trip' 'fp8 dispatch' 'bf16 dispatch' \
+        'fp8 dispatch, send half' 'bf16 dispatch, receive half' 'bf16 combine' \
+        'bf16 combine, send half' 'bf16 combine, receive half'; do
+        has "^$row  *[0-9.]* [um]*s " || break
+    done && [ "$row" = 'bf16 combine, receive half' ] && has "^$row  *[0-9.]* [um]*s "
+ok "bench --mode ll measures and checks round trip, dispatch, combine and halves"
+want 0 "$ep" bench $small $low --dtype bf16 --routing "file:$tmp/ids" --json &&
+    is_json "$tmp/out" && ! has nan && has '"phase": "ll_round_trip_bf16"' && has '"output": "packed"'
+ok "bench --mode ll --json, of a routing that sends nothing"
 want 0 "$ep" bench $small --csv && [ "$(wc -l <"$tmp/out")" = 9 ] &&
     [ "$(awk -F, '{ print NF }' "$tmp/out" | sort -u | wc -l)" = 1 ]
 ok "bench --csv has one line per phase, all of one width"

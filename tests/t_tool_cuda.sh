@@ -25,6 +25,11 @@ tiny="-n 2 --tokens 32 --hidden 256 --experts 16 --topk 4 --iters 2 --warmup 1"
 cuda 0 "$ep" bench --device cuda $tiny && has 'data checked' && has '^link: [0-9]' &&
     [ "$(grep -c '  eager  ' "$tmp/out")" = 14 ] && [ "$(grep -c '  graph  ' "$tmp/out")" = 14 ]
 ok "bench --device cuda checks its data, eager and as a graph"
+# shellcheck disable=SC2086
+cuda 0 "$ep" bench --device cuda --mode ll $tiny --tokens 4 --dtype fp8 --workers 1 --iters 1 \
+    --warmup 0 && has 'data checked' && has '^link: [0-9]' && has '^bf16 combine, receive half  ' &&
+    [ "$(grep -c '  eager  ' "$tmp/out")" = 7 ] && [ "$(grep -c '  graph  ' "$tmp/out")" = 7 ]
+ok "bench --device cuda --mode ll checks its data, eager and as a graph"
 cuda 0 "$ep" demo --device cuda -n 2 --tokens 60 --batch 16 && has PASS &&
     has '2 processes' && has 'rows are on 1 x a device for tests, 0'
 ok "demo --device cuda passes"

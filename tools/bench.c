@@ -50,6 +50,16 @@ static int refuse_params(const struct bench_params *p) {
             "%d of %d",
             (int)p->topk, (int)(p->experts / p->ranks), (int)p->experts);
     }
+    if (p->ll && p->hidden % 128 != 0) {
+        return args_refuse("ep bench", "--mode ll: --hidden %d is no multiple of 128",
+                           (int)p->hidden);
+    }
+    if (p->ll && (p->expanded || p->arena_only || p->memory_only || p->uncached ||
+                  p->dtype == BENCH_F32)) {
+        return args_refuse("ep bench",
+                           "--mode ll has packed output of fp8 or bf16 rows: none of "
+                           "--expanded, --arena, --copy, --uncached, --dtype f32");
+    }
     if (p->device == BENCH_CUDA && p->expanded && p->arena_only) {
         return args_refuse("ep bench", "--device cuda measures expanded output in memory only");
     }
@@ -112,9 +122,11 @@ static int set_routing(struct bench_params *p, const char *text) {
 /* What depends on the device, where it was not given. -1, or an exit status after a complaint. */
 static int set_defaults(struct bench_params *p) {
     bool cuda = p->device == BENCH_CUDA;
-    p->dtype = p->dtype < 0 && !cuda ? BENCH_BF16 : p->dtype;
-    p->iters = p->iters > 0 ? p->iters : cuda ? 200 : 20;
-    p->warmup = p->warmup >= 0 ? p->warmup : cuda ? 20 : 3;
+    p->tokens = p->tokens > 0 ? p->tokens : p->ll ? 128 : 4096;
+    p->experts = p->experts > 0 ? p->experts : p->ll ? 288 : 256;
+    p->dtype = p->dtype < 0 && !cuda && !p->ll ? BENCH_BF16 : p->dtype;
+    p->iters = p->iters > 0 ? p->iters : cuda ? 200 : p->ll ? 5 : 20;
+    p->warmup = p->warmup >= 0 ? p->warmup : cuda ? 20 : p->ll ? 1 : 3;
     if (p->ranks == 0 && cuda) {
         const struct gpu_look *look = gpu_look("ep bench");
         if (look->why[0] != '\0') {
@@ -135,12 +147,12 @@ static const char about[] =
     "With --device cuda the ranks are on GPUs: FP8 and BF16, into arena and memory, compact "
     "and "
     "expanded, cached and not, eager and as a graph, against what the link carries in the same "
-    "run. --dtype, --arena, --copy, --expanded and --uncached then choose among these.";
+    "run. --dtype, --arena, --copy, --expanded and --uncached then choose among these. --mode "
+    "ll "
+    "times low-latency dispatch, combine, round trip and halves instead.";
 
-static struct bench_params params = {.tokens = 4096,
-                                     .hidden = 7168,
+static struct bench_params params = {.hidden = 7168,
                                      .topk = 8,
-                                     .experts = 256,
                                      .groups = 8,
                                      .topk_groups = 4,
                                      .dtype = -1, /* this and what is left out: set_defaults */
@@ -151,16 +163,19 @@ static const char *routing = "uniform";
 
 static const struct opt opts[] = {
     {"device", 'd', OPT_CHOICE, &params.device, 0, 0, "host|cuda", "where ranks and rows are"},
+    {"mode", 'm', OPT_CHOICE, &params.ll, 0, 0, "throughput|ll", "which operations"},
     {"ranks", 'n', OPT_INT, &params.ranks, 1, BENCH_MAX_RANKS, "N",
      "how many ranks (4; cuda: one per GPU)"},
     {"threads", 0, OPT_FLAG, &params.threads, 0, 0, NULL, "ranks are threads, not processes"},
-    {"tokens", 't', OPT_INT, &params.tokens, 1, 1 << 20, "T", "tokens per rank"},
+    {"tokens", 't', OPT_INT, &params.tokens, 1, 1 << 20, "T",
+     "tokens per rank (4096; ll: 128)"},
     {"hidden", 0, OPT_INT, &params.hidden, 1, 1 << 20, "H", "elements of a row"},
     {"dtype", 0, OPT_CHOICE, &params.dtype, 0, 0, "bf16|fp8|f32",
      "rows of dispatch; fp8 has scales per 128 and answers in bf16 (bf16; cuda: bf16 and "
      "fp8)"},
     {"topk", 'k', OPT_INT, &params.topk, 1, EP_MAX_TOPK, "K", "experts per token"},
-    {"experts", 'e', OPT_INT, &params.experts, 1, 1 << 16, "E", "experts of the layer"},
+    {"experts", 'e', OPT_INT, &params.experts, 1, 1 << 16, "E",
+     "experts of the layer (256; ll: 288)"},
     {"routing", 0, OPT_TEXT, &routing, 0, 0, "R",
      "uniform, grouped, skewed (Zipf), half (of all rows go to rank 0), or file:F with K "
      "ids per token"},
@@ -173,9 +188,9 @@ static const struct opt opts[] = {
     {"copy", 0, OPT_FLAG, &params.memory_only, 0, 0, NULL, "the caller's own memory only"},
     {"uncached", 0, OPT_FLAG, &params.uncached, 0, 0, NULL, "no dispatch on a cached handle"},
     {"iters", 'i', OPT_INT, &params.iters, 1, 100000, "N",
-     "measured iterations (20; cuda: 200)"},
+     "measured iterations (20; cuda: 200; ll on the host: 5)"},
     {"warmup", 'w', OPT_INT, &params.warmup, 0, 100000, "N",
-     "iterations before them (3; cuda: 20)"},
+     "iterations before them (3; cuda: 20; ll on the host: 1)"},
     {"workers", 0, OPT_INT, &params.workers, 0, 1024, "N",
      "threads per rank, or SMs; 0: libep's choice"},
     {"no-graph", 0, OPT_FLAG, &params.no_graph, 0, 0, NULL, "cuda: eager only"},

@@ -11,7 +11,7 @@
 #include "tools/gpu.h"
 #include "tools/tool.h"
 
-enum { BENCH_MAX_RANKS = 64, BENCH_MAX_ITEMS = 32 };
+enum { BENCH_MAX_RANKS = 64, BENCH_MAX_ITEMS = 32, BENCH_CHAIN = 128 };
 
 enum bench_device { BENCH_HOST, BENCH_CUDA };
 enum bench_dtype { BENCH_BF16, BENCH_FP8, BENCH_F32, BENCH_NUM_DTYPES };
@@ -23,10 +23,11 @@ struct bench_params {
     int64_t ranks, tokens, hidden, topk, experts, groups, topk_groups, iters, warmup, workers;
     int64_t seed;
     int device;
-    int dtype; /* cuda: -1 is bf16 and fp8 */
+    int dtype; /* cuda, low latency: -1 is bf16 and fp8 */
     int routing;
     const char *routing_file;
     bool threads, expanded, uncached, arena_only, memory_only, no_check, no_graph;
+    int ll; /* --mode: 0 throughput, 1 low latency */
 };
 
 /* ---- routing_file.c: what people write ----------------------------------------------------- */
@@ -52,6 +53,8 @@ int sweep_parse(const char *text, struct sweep *out, char *why, size_t why_bytes
 /* The fields of case `index`. */
 void sweep_set(const struct sweep *sweep, int index, struct bench_params *p);
 
+/* "bf16"; "fp8 and bf16". */
+const char *bench_types(const struct bench_params *p);
 /* Bytes of a row, of its scales, and of a row of combine. */
 int64_t bench_row_bytes(const struct bench_params *p, int dtype);
 int64_t bench_scale_bytes(const struct bench_params *p, int dtype);
@@ -60,8 +63,18 @@ int64_t bench_scale_bytes(const struct bench_params *p, int dtype);
 
 struct bench;
 
-/* COPY is the host's limit: all ranks copy rows at once, first and last. */
-enum bench_kind { BENCH_COPY, BENCH_ROUTE, BENCH_DISPATCH, BENCH_COMBINE, BENCH_NUM_KINDS };
+/* COPY is the host's limit: all ranks copy rows at once, first and last. From LL_TRIP on: low-latency
+ * mode, a dispatch and a combine, or one of them. */
+enum bench_kind {
+    BENCH_COPY,
+    BENCH_ROUTE,
+    BENCH_DISPATCH,
+    BENCH_COMBINE,
+    BENCH_LL_TRIP,
+    BENCH_LL_DISPATCH,
+    BENCH_LL_COMBINE,
+    BENCH_NUM_KINDS
+};
 /* Where rows come out. EXPANDED is in memory too; on the host --expanded makes the others so. */
 enum bench_form { BENCH_ARENA, BENCH_MEMORY, BENCH_EXPANDED };
 
@@ -75,6 +88,12 @@ struct bench_op {
     /* What all ranks must read and write, of compact and of expanded rows: T rows go in, N are
      * received, R of them by other ranks, S selections are in expanded output. */
     const char *moved, *moved_expanded;
+    /* Of low-latency mode: what BF16 answers add to the bytes, how many are timed in a row, and what comes
+     * before and after, outside of the time; NULL: nothing. */
+    const char *answers;
+    int chain;
+    ep_status (*before)(struct bench *b);
+    ep_status (*after)(struct bench *b);
 };
 
 /* An operation on rows of one type. */
@@ -93,6 +112,15 @@ struct text bench_item_key(const struct bench_params *p, const struct bench_item
 ep_status bench_prepare(struct bench *b, int mode);
 /* A new routing, where the operation is not cached. */
 ep_status bench_route_anew(struct bench *b);
+/* The operation, without routing, as often in a row as its chain has links. */
+ep_status bench_run(struct bench *b);
+static inline bool bench_is_ll(const struct bench_op *op) {
+    return op->kind >= BENCH_LL_TRIP;
+}
+/* The type of rows that is said of a whole case. */
+static inline int bench_main_dtype(const struct bench_params *p) {
+    return p->dtype < 0 ? BENCH_BF16 : p->dtype;
+}
 
 /* ---- a case -------------------------------------------------------------------------------- */
 
@@ -198,7 +226,7 @@ struct bench_data {
     int first_expert;              /* of this rank */
     char *table[5];                /* the same numbers as elements of 1, 2 and 4 bytes */
     struct bench_buffers at;
-    void *owned[16];
+    void *owned[24];
     int num_owned;
 };
 
@@ -206,11 +234,44 @@ struct bench_data {
 bool bench_data_create(struct bench_data *d, struct rank *rank, const struct bench_case *c,
                        int64_t max_rows);
 void bench_data_destroy(struct bench_data *d);
+/* Zeroed memory that lives as long as the data; NULL: there is none. */
+void *bench_data_get(void *data, int64_t num, int64_t bytes);
+/* What a token's row must be, in elements of so many bytes. */
+const char *bench_row_of(const struct bench_data *d, int64_t source, int64_t token,
+                         size_t element);
 /* Sets what concerns the operation, and fills in x and scales. */
 void bench_data_use(struct bench_data *d, const struct bench_item *item, uint64_t salt);
 /* 0, or 1 after rank_fail: `rows` and what else came, or the sums in `out`. */
 int bench_check_dispatch(struct bench_data *d);
 int bench_check_combine(struct bench_data *d);
+
+/* ---- bench_ll.c: low-latency mode ----------------------------------------------------------- */
+
+struct bench_ll_outputs {
+    float *scales;
+    int32_t *source, *counts;
+    int64_t *ranges;
+};
+
+struct bench_ll {
+    int64_t local, each, handle_bytes; /* experts here; rows that each of them can receive */
+    char *handle, *recv, *answers;
+    struct bench_ll_outputs at, here; /* what the library is given; what is checked */
+};
+
+/* Of a rank's outputs. */
+int64_t bench_ll_bytes(const struct bench_params *p, int rank);
+ep_status bench_ll_open(struct bench *b, int64_t handle_bytes);
+ep_status bench_ll_prepare(struct bench *b);
+ep_status bench_ll_trip(struct bench *b);
+ep_status bench_ll_dispatch(struct bench *b);
+ep_status bench_ll_dispatch_send(struct bench *b);
+ep_status bench_ll_dispatch_recv(struct bench *b);
+ep_status bench_ll_combine(struct bench *b);
+ep_status bench_ll_combine_send(struct bench *b);
+ep_status bench_ll_combine_recv(struct bench *b);
+/* 0, or 1 after rank_fail. */
+int bench_ll_check(struct bench *b);
 
 /* ---- bench_clock.c: a rank, and how time is taken ------------------------------------------ */
 
@@ -225,6 +286,7 @@ struct bench {
     int index;                     /* of the item */
     const struct bench_item *item; /* that is measured */
     struct ep_tensor view;         /* recv_x of the last dispatch */
+    struct bench_ll ll;            /* only with --mode ll */
     struct gpu *gpu;               /* NULL: a host rank */
     struct gpu_graph *graph;       /* NULL: eager */
     int64_t started_ns;            /* the last instant that rank 0 named */

@@ -29,8 +29,8 @@ static int64_t larger(int64_t a, int64_t b) {
 }
 
 int64_t bench_most_rows(const struct bench_case *c, int64_t rank) {
-    int64_t most = 0;
-    for (int i = 0; i < c->num_items; i++) {
+    int64_t most = c->p.ll; /* which has its own outputs, and a row of these to check them */
+    for (int i = 0; !c->p.ll && i < c->num_items; i++) {
         most = larger(most, bench_output_rows(c, rank, c->items[i].expanded));
     }
     return most;
@@ -40,7 +40,8 @@ void bench_config(const struct bench_case *c, struct ep_group_config *config) {
     const struct bench_params *p = &c->p;
     config->num_ranks = (int32_t)p->ranks;
     config->num_experts = (int32_t)p->experts;
-    config->max_tokens = (int32_t)p->tokens;
+    config->max_tokens = p->ll ? 1 : (int32_t)p->tokens;
+    config->ll_max_tokens = p->ll ? (int32_t)p->tokens : 0;
     config->max_topk = (int32_t)p->topk;
     config->max_row_bytes = (int32_t)c->row_bytes;
     config->max_scale_bytes = (int32_t)c->scale_bytes;
@@ -107,6 +108,7 @@ static int refuse_memory(struct bench_case *c, const struct gpu_look *look, bool
         int64_t own = (2 * c->p.tokens + bench_most_rows(c, r)) *
                       (c->row_bytes + c->scale_bytes + 8 * c->p.topk);
         int64_t all = own + plan.arena_bytes + plan.local_bytes + plan.handle_bytes;
+        all += c->p.ll ? bench_ll_bytes(&c->p, r) + plan.ll_handle_bytes : 0;
         on_device[look ? c->gpus.device[r] : 0] += all;
         here += look && c->p.no_check ? 0 : look ? own : all;
     }
@@ -192,6 +194,7 @@ static bool reduce(struct bench_case *c) {
         }
         for (int k = 0; k < iters; k++) {
             ns[k] = iteration_ns(c, bench_samples(c, item, mode, k), &skews[num_skews++]);
+            ns[k] /= larger(c->items[item].op->chain, 1);
         }
         c->result[item][mode] = (struct bench_result){.p50_ns = tool_quantile(ns, iters, 0.50),
                                                       .p99_ns = tool_quantile(ns, iters, 0.99),

@@ -42,12 +42,13 @@ static ep_status host_begin(struct bench *b, int mode) {
 }
 
 static ep_status host_time(struct bench *b, struct bench_sample *sample) {
-    ep_status st = bench_route_anew(b);
+    const struct bench_op *op = b->item->op;
+    ep_status st = op->before ? op->before(b) : bench_route_anew(b);
     rank_barrier(b->rank);
     int64_t start_ns = epi_now_ns();
-    st = st == EP_OK ? b->item->op->run(b) : st;
+    st = st == EP_OK ? bench_run(b) : st;
     *sample = (struct bench_sample){start_ns, epi_now_ns() - start_ns};
-    return st;
+    return st == EP_OK && op->after ? op->after(b) : st;
 }
 
 static ep_status host_fetch(struct bench *b) {
@@ -85,7 +86,7 @@ static ep_status cuda_fill(struct bench *b) {
 
 static ep_status run_with_route(struct bench *b) {
     EPI_TRY(bench_route_anew(b));
-    return b->item->op->run(b);
+    return bench_run(b);
 }
 
 static ep_status cuda_begin(struct bench *b, int mode) {
@@ -125,6 +126,11 @@ static int64_t leave_together(struct bench *b) {
 }
 
 static ep_status cuda_time(struct bench *b, struct bench_sample *sample) {
+    const struct bench_op *op = b->item->op;
+    if (op->before) {
+        EPI_TRY(op->before(b));
+        EPI_TRY(gpu_sync(b->gpu)); /* all ranks have, at the barrier */
+    }
     bool held = gpu_hold(b->gpu);
     if (b->rank->rank == 0) {
         b->c->gpus.held = held;
@@ -145,11 +151,15 @@ static ep_status cuda_time(struct bench *b, struct bench_sample *sample) {
         sample->start_ns = leave_together(b);
     }
     EPI_TRY(gpu_sync(b->gpu));
-    return gpu_elapsed_ns(b->gpu, &sample->ns);
+    EPI_TRY(gpu_elapsed_ns(b->gpu, &sample->ns));
+    return op->after ? op->after(b) : EP_OK;
 }
 
 static ep_status cuda_settle(struct bench *b) {
     EPI_TRY(gpu_sync(b->gpu));
+    if (b->p->ll) {
+        return ep_ll_status(b->group);
+    }
     for (int i = 0; i < 1000; i++) {
         ep_status st = ep_handle_status(b->handle);
         if (st != EP_AGAIN) {
@@ -201,6 +211,9 @@ static int check(struct bench *b) {
     if (b->p->no_check || kind == BENCH_COPY || kind == BENCH_ROUTE) {
         return 0;
     }
+    if (bench_is_ll(b->item->op)) {
+        return bench_ll_check(b);
+    }
     ep_status st = b->c->clock->fetch(b);
     if (st != EP_OK) {
         return rank_fail(b->rank, st, "fetching the output of %s", b->d.what.s);
@@ -247,7 +260,7 @@ static ep_status open_all(struct bench *b) {
     if (b->rank->rank == 0) {
         b->c->arena_bytes = plan.arena_bytes;
     }
-    return EP_OK;
+    return b->p->ll ? bench_ll_open(b, plan.ll_handle_bytes) : EP_OK;
 }
 
 int bench_rank(struct rank *rank, void *arg) {

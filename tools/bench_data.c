@@ -39,8 +39,8 @@ static int64_t start_of(const struct bench_data *d, int64_t source, int64_t toke
     return (int64_t)(tool_rand_hash(row, d->salt) % TABLE_STARTS);
 }
 
-static const char *row_of(const struct bench_data *d, int64_t source, int64_t token,
-                          size_t element) {
+const char *bench_row_of(const struct bench_data *d, int64_t source, int64_t token,
+                         size_t element) {
     return d->table[element] + start_of(d, source, token) * (int64_t)element;
 }
 
@@ -64,8 +64,8 @@ static bool row_is_right(const struct bench_data *d, int64_t i, int64_t source, 
     const struct bench_params *p = d->p;
     bool right = i < d->num_rows && d->at.recv_source[2 * i] == source &&
                  d->at.recv_source[2 * i + 1] == token &&
-                 memcmp(d->rows + i * d->rows_stride, row_of(d, source, token, d->element),
-                        (size_t)d->row_bytes) == 0;
+                 memcmp(d->rows + i * d->rows_stride,
+                        bench_row_of(d, source, token, d->element), (size_t)d->row_bytes) == 0;
     for (int64_t s = 0; right && s < d->num_scales; s++) {
         right = d->at.recv_scales[i * d->num_scales + s] == scale_of(d, source, token, s);
     }
@@ -115,7 +115,7 @@ int bench_check_combine(struct bench_data *d) {
     size_t element = d->element;
     for (int64_t t = 0; t < p->tokens; t++) {
         const int32_t *ids = d->c->ids + (d->rank->rank * p->tokens + t) * p->topk;
-        const char *row = row_of(d, d->rank->rank, t, element);
+        const char *row = bench_row_of(d, d->rank->rank, t, element);
         double factor[BENCH_MAX_RANKS] = {0};
         for (int64_t k = 0; k < p->topk; k++) {
             if (ids[k] >= 0) {
@@ -154,7 +154,7 @@ void bench_data_use(struct bench_data *d, const struct bench_item *item, uint64_
     d->num_scales = bench_scale_bytes(p, item->dtype) / (int64_t)sizeof(float);
     d->element = (size_t)(d->row_bytes / p->hidden);
     for (int64_t t = 0; t < p->tokens; t++) {
-        memcpy(d->at.x + t * d->row_bytes, row_of(d, d->rank->rank, t, d->element),
+        memcpy(d->at.x + t * d->row_bytes, bench_row_of(d, d->rank->rank, t, d->element),
                (size_t)d->row_bytes);
         for (int64_t i = 0; i < d->num_scales; i++) {
             d->at.scales[t * d->num_scales + i] = scale_of(d, d->rank->rank, t, i);
@@ -178,7 +178,7 @@ bool bench_get_buffers(struct bench_buffers *at, const struct bench_case *c, int
 }
 
 /* Zeroed, hence resident: no page fault is timed. */
-static void *get(void *data, int64_t num, int64_t bytes) {
+void *bench_data_get(void *data, int64_t num, int64_t bytes) {
     struct bench_data *d = data;
     return d->owned[d->num_owned++] = epi_alloc_array((size_t)num, (size_t)bytes);
 }
@@ -195,12 +195,12 @@ bool bench_data_create(struct bench_data *d, struct rank *rank, const struct ben
         d->first_expert++;
     }
     d->at.ids = c->ids + rank->rank * p->tokens * p->topk;
-    if (!bench_get_buffers(&d->at, c, max_rows, get, d)) {
+    if (!bench_get_buffers(&d->at, c, max_rows, bench_data_get, d)) {
         return false;
     }
     for (int element = 1; element <= 4; element *= 2) {
         int64_t num = TABLE_STARTS + p->hidden;
-        if (elements[element] && !(d->table[element] = get(d, num, element))) {
+        if (elements[element] && !(d->table[element] = bench_data_get(d, num, element))) {
             return false;
         }
         if (elements[element]) {

@@ -59,11 +59,11 @@ static void add_case(struct members *m, const struct bench_case *c) {
     bool host = c->p.device == BENCH_HOST;
     add(m, "mode", "\"%s\"", p->threads ? "threads" : "processes");
     if (host) {
-        add(m, "dtype", "\"%s\"", bench_dtype_names[p->dtype]);
+        add(m, "dtype", "\"%s\"", bench_types(p));
     }
     add(m, "routing", "\"%s\"", bench_routing_names[p->routing]);
     if (host) {
-        add(m, "output", "\"%s\"", p->expanded ? "expanded" : "compact");
+        add(m, "output", "\"%s\"", p->ll ? "packed" : p->expanded ? "expanded" : "compact");
     }
     add_bool(m, "checked", !p->no_check);
     if (host) {
@@ -81,7 +81,7 @@ static void add_case(struct members *m, const struct bench_case *c) {
     add_int(m, "workers", p->workers);
     add_int(m, "seed", p->seed);
     if (host) {
-        add_int(m, "row_bytes", bench_row_bytes(p, p->dtype));
+        add_int(m, "row_bytes", bench_row_bytes(p, bench_main_dtype(p)));
         add_int(m, "scale_bytes", c->scale_bytes);
         add_int(m, "answer_bytes", c->row_bytes);
     }

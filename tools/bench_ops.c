@@ -8,6 +8,11 @@
 #include "tools/bench.h"
 
 const char *const bench_dtype_names[] = {"bf16", "fp8", "f32"};
+
+const char *bench_types(const struct bench_params *p) {
+    return p->dtype < 0 ? "fp8 and bf16" : bench_dtype_names[p->dtype];
+}
+
 static const ep_dtype row_types[] = {EP_BF16, EP_F8E4M3, EP_F32}; /* by enum bench_dtype */
 static const int element_bytes[] = {2, 1, 4};
 
@@ -96,8 +101,21 @@ ep_status bench_route_anew(struct bench *b) {
     return b->item->op->cached ? EP_OK : run_route(b);
 }
 
+ep_status bench_run(struct bench *b) {
+    ep_status st = EP_OK;
+    for (int i = 0; i == 0 || (i < b->item->op->chain && st == EP_OK); i++) {
+        st = st == EP_OK ? b->item->op->run(b) : st;
+    }
+    return st;
+}
+
 ep_status bench_prepare(struct bench *b, int mode) {
-    bench_data_use(&b->d, b->item, (uint64_t)(b->index * BENCH_NUM_MODES + mode));
+    struct bench_item given = *b->item;
+    if (bench_is_ll(given.op)) {
+        given.dtype = BENCH_BF16; /* which low-latency mode casts itself */
+    }
+    bench_data_use(&b->d, &given, (uint64_t)(b->index * BENCH_NUM_MODES + mode));
+    b->d.what = bench_item_name(b->p, b->item);
     EPI_TRY(b->c->clock->fill(b));
     rank_barrier(b->rank); /* no GPU waits while another rank still makes its rows */
     return b->item->op->prepare ? b->item->op->prepare(b) : EP_OK;
@@ -112,34 +130,60 @@ ep_status bench_prepare(struct bench *b, int mode) {
 #define ANSWERS "read R + write R + read N + write T"
 #define ANSWERS_EXPANDED "read S + write N + read N + write T"
 
+/* Low-latency mode has packed output only. A chain is timed as a whole, without the host between its
+ * links; two sends without a receive are the most there can be, so a half is timed by itself. */
+#define LL(key, name, kind, run, moved)                                                        \
+    key, name, BENCH_LL_##kind, BENCH_MEMORY, true, bench_ll_prepare, bench_ll_##run, NULL,    \
+        moved
+
+/* Timed once, with nothing around it. */
+#define ALONE NULL, 1, NULL, NULL
+
 static const struct bench_op ops[] = {
-    {"memcpy", "memcpy of rows", BENCH_COPY, BENCH_MEMORY, true, NULL, run_copy, NULL, NULL},
-    {"route", "route", BENCH_ROUTE, BENCH_MEMORY, true, NULL, run_route, NULL, NULL},
+    {"memcpy", "memcpy of rows", BENCH_COPY, BENCH_MEMORY, true, NULL, run_copy, NULL, NULL,
+     ALONE},
+    {"route", "route", BENCH_ROUTE, BENCH_MEMORY, true, NULL, run_route, NULL, NULL, ALONE},
     {"dispatch_arena_cached", "dispatch to arena, cached", BENCH_DISPATCH, BENCH_ARENA, true,
-     dispatched, run_dispatch, TO_VIEW, TO_EXPANDED},
+     dispatched, run_dispatch, TO_VIEW, TO_EXPANDED, ALONE},
     {"dispatch_arena", "dispatch to arena", BENCH_DISPATCH, BENCH_ARENA, false, NULL,
-     run_dispatch, TO_VIEW, TO_EXPANDED},
+     run_dispatch, TO_VIEW, TO_EXPANDED, ALONE},
     {"dispatch_memory_cached", "dispatch to memory, cached", BENCH_DISPATCH, BENCH_MEMORY, true,
-     dispatched, run_dispatch, TO_MEMORY, TO_EXPANDED},
+     dispatched, run_dispatch, TO_MEMORY, TO_EXPANDED, ALONE},
     {"dispatch_memory", "dispatch to memory", BENCH_DISPATCH, BENCH_MEMORY, false, NULL,
-     run_dispatch, TO_MEMORY, TO_EXPANDED},
+     run_dispatch, TO_MEMORY, TO_EXPANDED, ALONE},
     {"dispatch_expanded_cached", "dispatch expanded, cached", BENCH_DISPATCH, BENCH_EXPANDED,
-     true, dispatched, run_dispatch, NULL, TO_EXPANDED},
+     true, dispatched, run_dispatch, NULL, TO_EXPANDED, ALONE},
     {"dispatch_expanded", "dispatch expanded", BENCH_DISPATCH, BENCH_EXPANDED, false, NULL,
-     run_dispatch, NULL, TO_EXPANDED},
+     run_dispatch, NULL, TO_EXPANDED, ALONE},
     {"combine_arena", "combine from arena", BENCH_COMBINE, BENCH_ARENA, true, dispatched,
-     run_combine, ANSWERS, ANSWERS_EXPANDED},
+     run_combine, ANSWERS, ANSWERS_EXPANDED, ALONE},
     {"combine_memory", "combine from memory", BENCH_COMBINE, BENCH_MEMORY, true, dispatched,
-     run_combine, ANSWERS, ANSWERS_EXPANDED},
+     run_combine, ANSWERS, ANSWERS_EXPANDED, ALONE},
     {"combine_expanded", "combine expanded, weighted", BENCH_COMBINE, BENCH_EXPANDED, true,
-     dispatched, run_combine, NULL, ANSWERS_EXPANDED},
+     dispatched, run_combine, NULL, ANSWERS_EXPANDED, ALONE},
+    {LL("ll_round_trip", "round trip", TRIP, trip, TO_EXPANDED), ANSWERS_EXPANDED, BENCH_CHAIN,
+     NULL, NULL},
+    {LL("ll_dispatch", "dispatch", DISPATCH, dispatch, TO_EXPANDED), NULL, BENCH_CHAIN, NULL,
+     NULL},
+    {LL("ll_dispatch_send", "dispatch, send half", DISPATCH, dispatch_send, "read T + write N"),
+     NULL, 1, NULL, bench_ll_dispatch_recv},
+    {LL("ll_dispatch_recv", "dispatch, receive half", DISPATCH, dispatch_recv,
+        "read N + write S"),
+     NULL, 1, bench_ll_dispatch_send, NULL},
+    {LL("ll_combine", "combine", COMBINE, combine, ANSWERS_EXPANDED), NULL, BENCH_CHAIN, NULL,
+     NULL},
+    {LL("ll_combine_send", "combine, send half", COMBINE, combine_send, "read S + write N"),
+     NULL, 1, NULL, bench_ll_combine_recv},
+    {LL("ll_combine_recv", "combine, receive half", COMBINE, combine_recv, "read N + write T"),
+     NULL, 1, bench_ll_combine_send, NULL},
 };
 
 /* ---- which of them ------------------------------------------------------------------------ */
 
 /* Answers of FP8 rows are bf16, and what has no rows is measured once. */
 static bool has_type(const struct bench_params *p, const struct bench_op *op, int dtype) {
-    if (op->kind == BENCH_ROUTE || op->kind == BENCH_COMBINE) {
+    if (op->kind == BENCH_ROUTE || op->kind == BENCH_COMBINE || op->kind == BENCH_LL_COMBINE ||
+        (op->kind == BENCH_COPY && p->ll)) {
         return dtype == (p->dtype == BENCH_F32 ? BENCH_F32 : BENCH_BF16);
     }
     return p->dtype < 0 ? dtype != BENCH_F32 : dtype == p->dtype;
@@ -150,7 +194,13 @@ static bool measures(const struct bench_params *p, const struct bench_op *op, in
     if (!has_type(p, op, dtype) || (op->kind == BENCH_COPY && !host)) {
         return false;
     }
-    if (op->kind == BENCH_COPY || op->kind == BENCH_ROUTE) {
+    if (op->kind == BENCH_COPY) {
+        return true;
+    }
+    if (p->ll || bench_is_ll(op)) {
+        return p->ll && bench_is_ll(op);
+    }
+    if (op->kind == BENCH_ROUTE) {
         return true;
     }
     if (op->form == BENCH_ARENA ? p->memory_only : p->arena_only) {
@@ -173,7 +223,9 @@ int bench_items(const struct bench_params *p, struct bench_item items[BENCH_MAX_
         const struct bench_op *op = &ops[i % num_ops];
         int dtype = order[i / num_ops % BENCH_NUM_DTYPES];
         if ((int)op->kind == i / num_ops / BENCH_NUM_DTYPES && measures(p, op, dtype)) {
-            bool expanded = p->device == BENCH_HOST ? p->expanded : op->form == BENCH_EXPANDED;
+            bool expanded = p->ll                     ? true
+                            : p->device == BENCH_HOST ? p->expanded
+                                                      : op->form == BENCH_EXPANDED;
             items[num++] = (struct bench_item){op, dtype, expanded};
         }
     }
@@ -190,7 +242,8 @@ static const char *routed(const struct bench_params *p, const struct bench_op *o
 }
 
 struct text bench_item_name(const struct bench_params *p, const struct bench_item *item) {
-    bool typed = p->device == BENCH_CUDA && item->op->kind != BENCH_ROUTE;
+    bool typed =
+        p->device == BENCH_CUDA ? item->op->kind != BENCH_ROUTE : bench_is_ll(item->op);
     struct text t;
     snprintf(t.s, sizeof(t.s), "%s%s%s%s", typed ? bench_dtype_names[item->dtype] : "",
              typed ? " " : "", routed(p, item->op, "route + "), item->op->name);
@@ -199,6 +252,8 @@ struct text bench_item_name(const struct bench_params *p, const struct bench_ite
 
 struct text bench_item_key(const struct bench_params *p, const struct bench_item *item) {
     struct text t;
-    snprintf(t.s, sizeof(t.s), "%s%s", routed(p, item->op, "route_"), item->op->key);
+    snprintf(t.s, sizeof(t.s), "%s%s%s%s", routed(p, item->op, "route_"), item->op->key,
+             bench_is_ll(item->op) ? "_" : "",
+             bench_is_ll(item->op) ? bench_dtype_names[item->dtype] : "");
     return t;
 }

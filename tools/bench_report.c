@@ -67,8 +67,14 @@ bool bench_line(const struct bench_case *c, int index, int mode, struct bench_li
     l->moved = l->moved ? l->moved : "";
     if (l->moved[0] != '\0') {
         l->moved_bytes = bytes * moved_rows(c, l->moved);
-        l->remote_bytes = bytes * (double)bench_rows(c, true);
         /* A combine sends back what the dispatch brought: the most in or out is the same. */
+        if (op->answers) {
+            double answer = (double)bench_row_bytes(&c->p, BENCH_BF16);
+            l->moved_bytes += answer * moved_rows(c, op->answers);
+            bytes += answer;
+        }
+        bytes = op->before ? 0 : bytes; /* it finds its rows here */
+        l->remote_bytes = bytes * (double)bench_rows(c, true);
         l->crossed_bytes = bytes * (double)c->gpus.crossed_rows;
         l->logical = bytes * (double)bench_rows(c, false) / (double)c->p.ranks / l->ns;
     }
@@ -80,6 +86,17 @@ bool bench_line(const struct bench_case *c, int index, int mode, struct bench_li
         l->extra_ns = l->ns - (double)c->result[index - 1][mode].p50_ns;
     }
     return result->p50_ns != 0;
+}
+
+static void print_chain(const struct bench_case *c) {
+    if (c->p.ll) {
+        printf(
+            "low latency: an operation's time is that of a chain, without the host between its "
+            "links, by\n       their number (%d); a half is timed alone, its other half "
+            "outside "
+            "of the time\n",
+            BENCH_CHAIN);
+    }
 }
 
 /* ---- for people: host --------------------------------------------------------------------- */
@@ -105,11 +122,13 @@ static void host_heading(const struct bench_case *c) {
            "%d tokens per rank, hidden %d, %s, top-%d of %d experts, %s routing%s, %s output\n"
            "%d iterations after %d, seed %d, workers %d, data %s; arena %s per rank\n",
            text_version().s, (int)p->ranks, p->threads ? "threads" : "processes",
-           tool_num_cores(), (int)p->tokens, (int)p->hidden, bench_dtype_names[p->dtype],
-           (int)p->topk, (int)p->experts, bench_routing_names[p->routing], groups_text(p).s,
-           p->expanded ? "expanded" : "compact", (int)p->iters, (int)p->warmup, (int)p->seed,
-           (int)p->workers, p->no_check ? "not checked" : "checked",
-           text_bytes((double)c->arena_bytes).s);
+           tool_num_cores(), (int)p->tokens, (int)p->hidden, bench_types(p), (int)p->topk,
+           (int)p->experts, bench_routing_names[p->routing], groups_text(p).s,
+           p->ll         ? "packed"
+           : p->expanded ? "expanded"
+                         : "compact",
+           (int)p->iters, (int)p->warmup, (int)p->seed, (int)p->workers,
+           p->no_check ? "not checked" : "checked", text_bytes((double)c->arena_bytes).s);
     print_rows(c);
     printf("busiest rank %.2f x the mean\n\n", imbalance(c, p->expanded));
 }
@@ -125,6 +144,15 @@ static void host_line(const struct bench_case *c, const struct bench_line *l) {
     putchar('\n');
 }
 
+static void print_row_bytes(const struct bench_case *c) {
+    int row = (int)bench_row_bytes(&c->p, c->p.ll ? BENCH_FP8 : c->p.dtype);
+    int scales = (int)bench_scale_bytes(&c->p, c->p.ll ? BENCH_FP8 : c->p.dtype);
+    printf("\nmoved: bytes all ranks must read and write, of rows of %d + %d (%s) and %d (%s) "
+           "bytes\n",
+           row, scales, c->p.ll ? "fp8" : "dispatch", (int)c->row_bytes,
+           c->p.ll ? "bf16" : "combine");
+}
+
 static void host_text(const struct bench_case *c) {
     struct bench_line l;
     host_heading(c);
@@ -135,13 +163,13 @@ static void host_text(const struct bench_case *c) {
             host_line(c, &l);
         }
     }
-    printf("\nmoved: bytes all ranks must read and write, of rows of %d + %d (dispatch) and %d "
-           "(combine) bytes\n",
-           (int)bench_row_bytes(&c->p, c->p.dtype), (int)c->scale_bytes, (int)c->row_bytes);
+    print_row_bytes(c);
     for (int i = 0; i < c->num_items; i++) {
         if (bench_line(c, i, BENCH_EAGER, &l) && l.moved_bytes > 0 &&
             (l.item->op->kind != BENCH_DISPATCH || !l.item->op->cached)) {
-            printf("  %-20s %s\n", bench_item_name(&c->p, l.item).s, l.moved);
+            const char *answers = l.item->op->answers;
+            printf("  %-*s %s%s%s\n", c->p.ll ? 28 : 20, bench_item_name(&c->p, l.item).s,
+                   l.moved, answers ? "; bf16: " : "", answers ? answers : "");
         }
     }
     printf(
@@ -149,6 +177,7 @@ static void host_text(const struct bench_case *c) {
         "ranks at once,\n       one thread each\n"
         "logical: GB/s as DeepEP counts: rows received per rank, its own included, over p50\n",
         bench_rate(c));
+    print_chain(c);
 }
 
 /* ---- for people: GPUs --------------------------------------------------------------------- */
@@ -273,6 +302,7 @@ static void gpu_legend(const struct bench_case *c) {
         }
         printf("share: limit / p50. GB/s: the same bytes / p50\n");
     }
+    print_chain(c);
     printf("DeepEP: GB/s as DeepEP counts: rows received per rank, its own included, over p50\n"
            "extra: what route and the first dispatch cost more than a cached dispatch\n");
 }
