@@ -11,6 +11,7 @@
 
 #include "src/cu/driver.h"
 #include "tests/calls.h"
+#include "tests/graph.h"
 #include "tests/stage.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
@@ -22,8 +23,6 @@
 #define NUM_ROUTINGS_HERE 5
 #define NUM_REPLAYS 20
 #define NUM_INPUTS 9
-
-#define CAPTURE_THREAD_LOCAL 1
 
 /* Cases of the same shape with different routings and data. */
 struct scene {
@@ -40,26 +39,6 @@ struct live {
     struct ep_combine_args combine;
     struct stage stage[3];
 };
-
-static struct {
-    int (*begin)(void *stream, int mode);
-    int (*end)(void *stream, void **graph);
-    int (*instantiate)(void **exec, void *graph, unsigned long long flags);
-    int (*launch)(void *exec, void *stream);
-    int (*destroy_exec)(void *exec);
-    int (*destroy)(void *graph);
-} cu;
-
-static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-static void load_symbols(void) {
-    *(void **)&cu.begin = gpu_symbol("cuStreamBeginCapture_v2");
-    *(void **)&cu.end = gpu_symbol("cuStreamEndCapture");
-    *(void **)&cu.instantiate = gpu_symbol("cuGraphInstantiateWithFlags");
-    *(void **)&cu.launch = gpu_symbol("cuGraphLaunch");
-    *(void **)&cu.destroy_exec = gpu_symbol("cuGraphExecDestroy");
-    *(void **)&cu.destroy = gpu_symbol("cuGraphDestroy");
-}
 
 /* ---- data ------------------------------------------------------------------------------ */
 
@@ -155,10 +134,6 @@ static void live_free(struct live *l) {
 
 /* ---- graphs ---------------------------------------------------------------------------- */
 
-static bool good(struct world *w, int result, const char *call) {
-    return world_is(w, epi_cu_result(result, call), EP_OK, call);
-}
-
 /* What cannot be in a graph says so, and the capture goes on. */
 static void check_refusals(struct world *w, struct live *l, ep_handle *handle, void *stream) {
     struct ep_dispatch_args in = EP_DISPATCH_ARGS_INIT;
@@ -178,7 +153,7 @@ static void check_refusals(struct world *w, struct live *l, ep_handle *handle, v
 struct taken {
     void *stream, *second, *beside;
     ep_handle *other;
-    void *graph, *exec;
+    struct graph graph;
 };
 
 /* Dispatch is on a stream that joins the capture; the order of the calls joins the two again, also
@@ -187,7 +162,7 @@ static bool capture(struct world *w, struct live *l, ep_handle *handle, struct t
     const struct epi_cu_device *d = &call_gpu(w->group)->device;
     void *stream = g->stream, *second = g->second, *routed = NULL;
     gpu_must(epi_cu_event_create(d, &routed), "an event");
-    if (!good(w, cu.begin(stream, CAPTURE_THREAD_LOCAL), "cuStreamBeginCapture")) {
+    if (!graph_begin(w, stream)) {
         return false;
     }
     world_is(w, ep_handle_route(handle, &l->routing, stream), EP_OK, "route in a capture");
@@ -198,21 +173,20 @@ static bool capture(struct world *w, struct live *l, ep_handle *handle, struct t
              "route, in no capture");
     check_refusals(w, l, handle, second);
     world_is(w, ep_combine(handle, &l->combine, stream), EP_OK, "combine in a capture");
-    const bool ended = good(w, cu.end(stream, &g->graph), "cuStreamEndCapture");
+    const bool ended = graph_end(w, stream, &g->graph);
     epi_cu_event_destroy(d, &routed);
     gpu_must(epi_cu_stream_sync(d, g->beside), "waiting");
-    return ended &&
-           good(w, cu.instantiate(&g->exec, g->graph, 0), "cuGraphInstantiateWithFlags");
+    return ended;
 }
 
-static bool replay(struct world *w, struct live *l, ep_handle *handle, void *exec,
+static bool replay(struct world *w, struct live *l, ep_handle *handle, const struct graph *g,
                    void *stream) {
     struct gpu *gpu = call_gpu(w->group);
 
     for (int i = 0; i < 3; i++) {
         stage_copy_in(&l->stage[i]);
     }
-    if (!good(w, cu.launch(exec, stream), "cuGraphLaunch")) {
+    if (!graph_launch(w, g, stream)) {
         return false;
     }
     for (int i = 0; i < 3; i++) {
@@ -235,7 +209,7 @@ static void newer_than_the_graph(struct world *w, struct live *l, ep_handle *han
 
     world_is(w, ep_handle_route(handle, &l->routing, g->stream), EP_OK, "a newer route");
     world_is(w, ep_dispatch(handle, &l->dispatch, g->stream), EP_OK, "a newer dispatch");
-    good(w, cu.launch(g->exec, g->stream), "cuGraphLaunch");
+    graph_launch(w, &g->graph, g->stream);
     world_is(w, epi_cu_stream_sync(d, g->stream), EP_OK, "waiting");
     world_is(w, ep_handle_counts(handle, NULL, NULL, NULL), EP_OK, "counts after a replay");
     world_is(w, ep_handle_status(handle), EP_OK, "status after a replay");
@@ -258,7 +232,7 @@ static void replay_all(struct world *w, struct live *l, ep_handle *handle, void 
     bool go = capture(w, l, handle, &g);
     for (int i = 0; go && i < NUM_REPLAYS; i++) {
         adopt(l, &from[(3 * i) % NUM_ROUTINGS_HERE]);
-        go = world_check(w, replay(w, l, handle, g.exec, stream), "replay %d", i);
+        go = world_check(w, replay(w, l, handle, &g.graph, stream), "replay %d", i);
         if (i == NUM_REPLAYS / 2) { /* operations that are in no graph count as well */
             trial_pass(w, &s->t[1], g.other);
         }
@@ -266,12 +240,7 @@ static void replay_all(struct world *w, struct live *l, ep_handle *handle, void 
     if (go) {
         newer_than_the_graph(w, l, handle, &g);
     }
-    if (g.exec) {
-        good(w, cu.destroy_exec(g.exec), "cuGraphExecDestroy");
-    }
-    if (g.graph) {
-        good(w, cu.destroy(g.graph), "cuGraphDestroy");
-    }
+    graph_destroy(w, &g.graph);
     call_stream_destroy(w->group, &g.second);
     call_stream_destroy(w->group, &g.beside);
     ep_handle_destroy(&g.other);
@@ -288,7 +257,6 @@ static void body(struct world *w) {
     ep_handle *handle = NULL;
     void *stream = NULL;
 
-    pthread_once(&once, load_symbols);
     live_create(l, w, &s->t[0]);
     world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
     world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
