@@ -107,6 +107,25 @@ static void rows(void) {
        "the worst expanded view holds every selection");
 }
 
+/* What low-latency mode takes beside the caller's outputs, for a decode step of a large model. */
+static void low_latency(void) {
+    struct ep_group_config c = base(4);
+    struct ep_plan_info without = EP_PLAN_INFO_INIT, with = EP_PLAN_INFO_INIT;
+
+    c.num_experts = 288;
+    c.max_row_bytes = 2 * 7168;
+    const ep_status st = ep_plan(&c, &without);
+    c.ll_max_tokens = 128;
+    ok(st == EP_OK && ep_plan(&c, &with) == EP_OK, "low-latency mode has a plan");
+    ok(without.ll_bytes == 0 && without.ll_handle_bytes == 0 &&
+           with.ll_bytes > 2 * 4 * 128 * 7168 &&
+           with.ll_bytes + with.ll_handle_bytes <= 64 << 20 &&
+           with.arena_bytes - without.arena_bytes <= 64 << 20,
+       "low-latency mode, 128 tokens of 7168 channels, top-8 of 288, 4 ranks: %lld bytes and "
+       "%lld for a handle, at most 64 MB",
+       (long long)with.ll_bytes, (long long)with.ll_handle_bytes);
+}
+
 /* Makes field i larger; false when there is no such field. */
 static bool grow(struct ep_group_config *c, int i, const char **name) {
     static const char *const names[] = {
@@ -292,6 +311,7 @@ int main(void) {
     tap_deadline(60);
     sums(seed);
     rows();
+    low_latency();
     growth();
     limit();
     sms();
