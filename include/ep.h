@@ -860,7 +860,8 @@ struct ep_ll_dispatch_args {
  * Enqueues on `stream`. EP_ERR_ARG: type, shape, stride, alignment, overlap; before anything is
  * sent. EP_ERR_STATE as above. EP_ERR_UNSUPPORTED: the group has no ll_max_tokens.
  * EP_ERR_MISMATCH, EP_ERR_TIMEOUT, EP_ERR_PEER, EP_ERR_FAULTED: see ep_group_fault. After a
- * failure outputs hold anything; counts are not above N all the same.
+ * fault each local expert's count is 0, with ranges of 0, or the true one, so kernels that were
+ * queued behind the receive stay in bounds; other outputs hold anything.
  */
 ep_status ep_ll_dispatch(ep_group *group, const struct ep_ll_dispatch_args *args, void *stream);
 ep_status ep_ll_dispatch_send(ep_group *group, const struct ep_ll_dispatch_args *args,

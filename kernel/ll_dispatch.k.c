@@ -22,7 +22,11 @@ K_KERNEL(ll_dispatch, k_ll_dispatch_args) {
     }
     struct ll_shape s;
     ll_shape_of(a, &c, &s);
-    if ((c.sends && !ll_send(k, a, &c, &s)) || (c.receives && !ll_receive(k, a, &c, &s))) {
+    k_bool ok = !c.sends || ll_send(k, a, &c, &s);
+    if (c.receives) {
+        ok = ll_receive(k, a, &c, &s, ok);
+    }
+    if (!ok) {
         ll_fail(k);
     }
     ll_leave(k, &c);

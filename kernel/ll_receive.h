@@ -45,14 +45,28 @@ static K_FN k_bool ll_take_expert(struct k_thread *k, const struct k_ll_dispatch
     return 1;
 }
 
-/* Warps share out the experts, from the grid's end, as blocks at its start have rows first. */
+/* After a failure the expert has no rows, so that kernels behind this one stay in bounds. */
+static K_FN void ll_clear_expert(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                 k_i32 e) {
+    for (k_i32 s = k->lane; a->ranges.data && s < a->g.num_ranks; s += K_LANES) {
+        *(k_u64 *)k_at(&a->ranges, e, s) = 0;
+    }
+    if (k->lane == 0 && a->expert_counts.data) {
+        *(k_u32 *)k_row(&a->expert_counts, e) = 0;
+    }
+}
+
+/* Warps share out the experts, from the grid's end, as blocks at its start have rows first. `ok`: the
+ * warp has not failed; whoever has clears what is its own, and nobody else writes there. */
 static K_FN k_bool ll_take_counts(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                  const struct ll_call *c) {
+                                  const struct ll_call *c, k_bool ok) {
     const k_i32 last = k->num_blocks - 1;
-    k_bool ok = 1;
-    for (k_i32 e = k->warp * k->num_blocks + last - k->block; ok && e < a->g.num_local;
+    for (k_i32 e = k->warp * k->num_blocks + last - k->block; e < a->g.num_local;
          e += k_stride(k, k->num_blocks)) {
-        ok = ll_take_expert(k, a, c, e);
+        ok = ok && ll_take_expert(k, a, c, e);
+        if (!ok) {
+            ll_clear_expert(k, a, e);
+        }
     }
     return ok;
 }
@@ -230,9 +244,10 @@ static K_FN k_bool ll_is_of_shape(struct k_thread *k, const struct k_ll_dispatch
            ll_refuse(k, K_REFUSED_HANDLE);
 }
 
+/* `ok`: the send half, if there was one, has not failed. */
 static K_FN k_bool ll_receive(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                              const struct ll_call *c, const struct ll_shape *s) {
-    return ll_take_rows(k, a, c, s) && ll_take_counts(k, a, c);
+                              const struct ll_call *c, const struct ll_shape *s, k_bool ok) {
+    return ll_take_counts(k, a, c, ok && ll_take_rows(k, a, c, s));
 }
 
 #endif

@@ -150,24 +150,46 @@ static void differences(uint64_t seed) {
 
 /* ---- a rank that does not come -------------------------------------------------------------- */
 
+/* No rows, whatever was there before. */
+static void empty(struct ll_run *r, const char *what) {
+    for (int i = LL_COUNTS; i <= LL_RANGES; i++) {
+        for (size_t b = 0; b < r->bytes[i]; b++) {
+            if (!world_check(r->w, r->got[i][b] == 0, "%s: byte %zu of %s is %u, must be 0",
+                             what, b, i == LL_COUNTS ? "expert_counts" : "ranges",
+                             r->got[i][b])) {
+                break;
+            }
+        }
+    }
+}
+
 static void late(struct world *w) {
-    struct ll_run r;
+    struct ll_run r, behind;
     struct ep_fault fault = EP_FAULT_INIT;
+    void *stream = NULL;
 
     ll_create(&r, w, w->ctx);
+    ll_create(&behind, w, w->ctx);
+    world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
     if (w->rank == 0) {
-        world_fails(w, ll_dispatch(&r, CALL_BOTH, NULL), EP_ERR_TIMEOUT,
+        world_is(w, ll_dispatch(&r, CALL_BOTH, stream), EP_OK, "dispatch without rank 1");
+        world_is(w, ll_dispatch(&behind, CALL_BOTH, stream), EP_OK, "another behind it");
+        world_fails(w, call_stream_sync(w->group, stream), EP_ERR_TIMEOUT,
                     "rank 1|low-latency dispatch|counts", "dispatch without rank 1");
         ep_group_fault(w->group, &fault);
         world_check(w,
                     fault.status == EP_ERR_TIMEOUT && fault.rank == 1 &&
                         strcmp(fault.phase, "counts") == 0,
                     "fault %d, rank %d, phase %s", fault.status, fault.rank, fault.phase);
+        empty(&r, "what timed out");
+        empty(&behind, "what was queued behind it");
     }
     world_barrier(w);
     if (w->rank == 1) {
         world_check(w, ll_dispatch(&r, CALL_BOTH, NULL) != EP_OK, "dispatch of who was late");
     }
+    call_stream_destroy(w->group, &stream);
+    ll_destroy(&behind);
     ll_destroy(&r);
 }
 

@@ -76,9 +76,22 @@ static ep_status ll_after(struct epi_op *op) {
     return tell_refused(op->g);
 }
 
+/* A host operation behind a fault, whose kernel is not run: it has no rows, as if it had failed. */
+static void clear_counts(struct epi_op *op) {
+    const struct k_ll_dispatch_args *a = &op->args.ll_dispatch;
+    const size_t local = (size_t)a->g.num_local;
+    if (a->expert_counts.data) {
+        memset((void *)a->expert_counts.data, 0, local * sizeof(int32_t));
+    }
+    if (a->ranges.data) {
+        memset((void *)a->ranges.data, 0, local * (size_t)a->g.num_ranks * sizeof(int64_t));
+    }
+}
+
 static const struct epi_op_kind ll_dispatch_kind = {.kernel = EPI_KERNEL_LL_DISPATCH,
                                                     .faults = &epi_faults_end_ll,
                                                     .counts_itself = true,
+                                                    .clear = clear_counts,
                                                     .after = ll_after};
 static const struct epi_op_kind ll_combine_kind = {.kernel = EPI_KERNEL_LL_COMBINE,
                                                    .faults = &epi_faults_end_ll,
