@@ -167,7 +167,8 @@ static uint32_t roles_of(uint32_t part) {
     return (part & K_LL_SEND ? EPI_IN : 0) | (part & K_LL_RECEIVE ? EPI_OUT : 0);
 }
 
-/* All SMs, unless the caller or the group says less. */
+/* All SMs that the group may have, unless the caller or the group says less. On a device those are what
+ * it was promised (cuda_sms.c), so blocks that wait here are in the sum of the process too. */
 static int workers_of(const ep_group *g, int asked) {
     return asked ? asked : g->workers ? g->workers : g->most_workers;
 }
