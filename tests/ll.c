@@ -220,7 +220,8 @@ static bool check(struct ll_run *r, int from, int to) {
     bool good = true;
 
     for (int i = from; i <= to; i++) {
-        for (size_t b = 0; b < r->bytes[i]; b++) {
+        const bool same = memcmp(r->got[i], r->want[i], r->bytes[i]) == 0;
+        for (size_t b = 0; !same && b < r->bytes[i]; b++) {
             if (r->got[i][b] != r->want[i][b]) {
                 good = world_check(r->w, false, "%s: byte %zu of %zu is %u, must be %u",
                                    names[i], b, r->bytes[i], r->got[i][b], r->want[i][b]);
