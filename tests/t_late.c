@@ -17,7 +17,7 @@
 
 #define RANKS 4
 #define TIMEOUT_MS 700
-#define STAGGER_MS 100 /* survivors begin to wait one after the other */
+#define STAGGER_MS 250 /* survivors begin to wait one after the other */
 
 enum moment {
     DISPATCH_READY,
@@ -117,7 +117,7 @@ static void check_told(struct stage *s, struct rig *r, ep_status st) {
         ok(strstr(text, who) && strstr(text, "ms"), "it names %s and the time: \"%s\"", who,
            text);
         ok(fault.waited_ms >= timeout_ms() &&
-               fault.waited_ms < timeout_ms() + 500 * rig_scale(),
+               fault.waited_ms < timeout_ms() + 1000 * rig_scale(),
            "it waited %lld ms", (long long)fault.waited_ms);
         s->own_accounts++;
     }
@@ -198,9 +198,9 @@ static void check_times(struct stage *s, const char *name) {
         slowest = s->destroyed_in[r] > slowest ? s->destroyed_in[r] : slowest;
     }
     const double waited = 1e3 * (first - earliest);
-    ok(waited > 0.9 * timeout_ms() && waited < timeout_ms() + 500 * rig_scale(),
+    ok(waited > 0.9 * timeout_ms() && waited < timeout_ms() + 1000 * rig_scale(),
        "%s: the first was told after %.0f ms", name, waited);
-    ok(last - first < rig_within(0.2), "%s: the last %.0f ms later", name,
+    ok(last - first < rig_within(0.45), "%s: the last %.0f ms later", name,
        1e3 * (last - first));
     ok(slowest < rig_within(1.5), "%s: the slowest destroy took %.0f ms", name, 1e3 * slowest);
     ok(s->own_accounts >= 1, "%s: %d gave their own account", name, s->own_accounts);

@@ -44,7 +44,7 @@ void epi_conn_drop_queue(struct epi_conn *conn) {
 
 void epi_conn_close(struct epi_conn *conn) {
     epi_conn_drop_queue(conn);
-    epi_sock_close(&conn->fd);
+    epi_fd_close(&conn->fd);
     epi_free(conn->in);
     conn->in = NULL;
     conn->in_bytes = conn->in_used = conn->in_cap = 0;

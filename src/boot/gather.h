@@ -10,7 +10,7 @@
 
 #define EPI_REASON_BYTES 320
 
-struct stranger {
+struct epi_stranger {
     struct epi_conn conn;
     struct epi_shake shake;
     struct epi_deadline deadline;
@@ -19,7 +19,7 @@ struct stranger {
     char name[EPI_ADDR_TEXT_BYTES];
 };
 
-struct gathering {
+struct epi_gathering {
     const struct epi_meet *meet;
     struct epi_conn *conns; /* [num_ranks], fd -1 until the rank is here */
     bool *here;             /* [num_ranks] */
@@ -28,7 +28,7 @@ struct gathering {
     struct epi_deadline deadline;
     ep_status verdict; /* not EP_OK: it is over, and who comes now is told so */
     char verdict_text[EPI_WIRE_TEXT_BYTES];
-    struct stranger *strangers;
+    struct epi_stranger *strangers;
     int num_strangers;
     int max_strangers;
     uint64_t num_came;
@@ -44,23 +44,24 @@ struct gathering {
 
 /* ---- strangers.c; index is the place in g->strangers, which another may have afterwards ------- */
 
-void epi_strangers_accept(struct gathering *g, int listen_fd);
-void epi_stranger_let_in(struct gathering *g, int fd, const struct epi_addr *from);
+void epi_strangers_accept(struct epi_gathering *g, int listen_fd);
+void epi_stranger_let_in(struct epi_gathering *g, int fd, const struct epi_addr *from);
 /* Reads what it has said; true when its place in the array is now another's, or nobody's. */
-bool epi_stranger_hear(struct gathering *g, int index);
+bool epi_stranger_hear(struct epi_gathering *g, int index);
 /* Ends it: with a line in the log; with a last word, for one who has proved himself; with both. */
-void epi_stranger_drop(struct gathering *g, int index, const char *why);
-void epi_stranger_part(struct gathering *g, int index, const struct epi_frame *head,
+void epi_stranger_drop(struct epi_gathering *g, int index, const char *why);
+void epi_stranger_part(struct epi_gathering *g, int index, const struct epi_frame *head,
                        const char *text);
-void epi_stranger_turn_away(struct gathering *g, int index, ep_status status, const char *text);
+void epi_stranger_turn_away(struct epi_gathering *g, int index, ep_status status,
+                            const char *text);
 /* It is none any more; its connection is somebody else's. */
-void epi_stranger_forget(struct gathering *g, int index);
-void epi_strangers_end(struct gathering *g);
+void epi_stranger_forget(struct epi_gathering *g, int index);
+void epi_strangers_end(struct epi_gathering *g);
 
 /* ---- meet_root.c ----------------------------------------------------------------------------- */
 
 /* A stranger has proved that it holds the key, and says who it is. */
-void epi_gather_claim(struct gathering *g, int index, const struct epi_claim *c,
+void epi_gather_claim(struct epi_gathering *g, int index, const struct epi_claim *c,
                       const struct epi_frame *frame);
 
 #endif

@@ -185,7 +185,7 @@ static enum outcome try_address(struct visit *v, const struct epi_addr *addr) {
                                                   : strerror(-fd));
     }
     if (addr->ss.ss_family == AF_UNIX && !epi_sock_is_same_user(fd, &uid, &pid)) {
-        epi_sock_close(&fd);
+        epi_fd_close(&fd);
         epi_format(v->last, sizeof(v->last),
                    "process %d of user %d listens there, who is not this user", pid, uid);
         return OUTCOME_RETRY;

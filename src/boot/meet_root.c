@@ -21,7 +21,7 @@ uint32_t epi_meet_version(void) {
 
 /* ---- claims ------------------------------------------------------------------------------ */
 
-static ep_status check_claim(struct gathering *g, const struct epi_claim *c,
+static ep_status check_claim(struct epi_gathering *g, const struct epi_claim *c,
                              char text[EPI_REASON_BYTES]) {
     const struct epi_meet *m = g->meet;
     const uint64_t host = epi_this_host();
@@ -67,7 +67,7 @@ static ep_status check_claim(struct gathering *g, const struct epi_claim *c,
     return EP_OK;
 }
 
-static void admit(struct gathering *g, int index, const struct epi_claim *c) {
+static void admit(struct epi_gathering *g, int index, const struct epi_claim *c) {
     struct epi_conn *conn = &g->conns[c->rank];
     *conn = g->strangers[index].conn;
     epi_log(EPI_LOG_DEBUG, "rendezvous: rank %u is here, from %s", c->rank,
@@ -84,13 +84,13 @@ static void admit(struct gathering *g, int index, const struct epi_claim *c) {
 }
 
 /* Another thread of a process whose rank is here makes another group: it comes again. */
-static bool is_other_group(struct gathering *g, const struct epi_claim *c) {
+static bool is_other_group(struct epi_gathering *g, const struct epi_claim *c) {
     return c->rank > 0 && c->rank < (uint32_t)g->meet->num_ranks && g->here[c->rank] &&
            g->process[c->rank] == c->process;
 }
 
 /* Of a rank that nobody needs to wait for any more. One without a rank of ours stands for another. */
-static void count_told(struct gathering *g, const struct epi_claim *c) {
+static void count_told(struct epi_gathering *g, const struct epi_claim *c) {
     const bool is_rank = c->rank < (uint32_t)g->meet->num_ranks;
     g->num_here += !is_rank || !g->here[c->rank];
     if (is_rank) {
@@ -99,7 +99,7 @@ static void count_told(struct gathering *g, const struct epi_claim *c) {
 }
 
 /* A rank that has failed before it could come says why: all fail with it. */
-static void on_failed_rank(struct gathering *g, int index, const struct epi_claim *c,
+static void on_failed_rank(struct epi_gathering *g, int index, const struct epi_claim *c,
                            const struct epi_frame *frame) {
     char why[EPI_WIRE_TEXT_BYTES + 1];
     struct epi_frame text = *frame;
@@ -118,7 +118,7 @@ static void on_failed_rank(struct gathering *g, int index, const struct epi_clai
     }
 }
 
-void epi_gather_claim(struct gathering *g, int index, const struct epi_claim *c,
+void epi_gather_claim(struct epi_gathering *g, int index, const struct epi_claim *c,
                       const struct epi_frame *frame) {
     char text[EPI_REASON_BYTES];
     if (c->status != EP_OK) {
@@ -152,7 +152,7 @@ void epi_gather_claim(struct gathering *g, int index, const struct epi_claim *c,
 
 /* ---- ranks that are here ----------------------------------------------------------------- */
 
-static void text_of_missing_ranks(struct gathering *g, char *out, size_t out_bytes) {
+static void text_of_missing_ranks(struct epi_gathering *g, char *out, size_t out_bytes) {
     char list[LIST_BYTES];
     epi_rank_list(g->here, false, g->meet->num_ranks, list, sizeof(list));
     const bool has_story = g->turned_away[0] != '\0';
@@ -173,7 +173,7 @@ static void text_of_missing_ranks(struct gathering *g, char *out, size_t out_byt
         g->doubt, g->doubt[0] != '\0' ? "" : note);
 }
 
-static void read_frames_of_rank(struct gathering *g, struct epi_conn *conn) {
+static void read_frames_of_rank(struct epi_gathering *g, struct epi_conn *conn) {
     struct epi_frame frame;
     epi_conn_fill(conn);
     while (epi_conn_next(conn, &frame) > 0) {
@@ -217,7 +217,7 @@ void epi_meet_reject_all(struct epi_conn *conns, int num_ranks, ep_status status
 
 /* ---- the loop ---------------------------------------------------------------------------- */
 
-static int fill_polls(struct gathering *g, const struct epi_listeners *listeners,
+static int fill_polls(struct epi_gathering *g, const struct epi_listeners *listeners,
                       struct epi_deadline *wake) {
     int num = 0;
     *wake = g->deadline;
@@ -239,7 +239,7 @@ static int fill_polls(struct gathering *g, const struct epi_listeners *listeners
 }
 
 /* Ranks first, then those who spoke, then those who come: no crowd keeps a rank from being heard. */
-static void gather_step(struct gathering *g, const struct epi_listeners *listeners) {
+static void gather_step(struct epi_gathering *g, const struct epi_listeners *listeners) {
     struct epi_deadline wake;
     int num = fill_polls(g, listeners, &wake);
     int num_ready = poll(g->polls, (nfds_t)num, epi_deadline_left_ms(wake));
@@ -279,10 +279,10 @@ static void gather_step(struct gathering *g, const struct epi_listeners *listene
     }
 }
 
-static void begin_gathering(struct gathering *g, const struct epi_meet *meet,
+static void begin_gathering(struct epi_gathering *g, const struct epi_meet *meet,
                             struct epi_conn *conns) {
     size_t n = (size_t)meet->num_ranks;
-    *g = (struct gathering){.meet = meet, .conns = conns, .num_here = 1};
+    *g = (struct epi_gathering){.meet = meet, .conns = conns, .num_here = 1};
     g->max_strangers = meet->num_ranks + NUM_SPARE_STRANGERS;
     g->deadline = meet->deadline;
     g->verdict = meet->has_failed ? EP_ERR_PEER : EP_OK;
@@ -301,7 +301,7 @@ static void begin_gathering(struct gathering *g, const struct epi_meet *meet,
     g->here[0] = true;
 }
 
-static void end_gathering(struct gathering *g) {
+static void end_gathering(struct epi_gathering *g) {
     epi_strangers_end(g);
     epi_free(g->here);
     epi_free(g->process);
@@ -309,7 +309,7 @@ static void end_gathering(struct gathering *g) {
     epi_free(g->polls);
 }
 
-static void await_ranks(struct gathering *g, const struct epi_listeners *listeners) {
+static void await_ranks(struct epi_gathering *g, const struct epi_listeners *listeners) {
     while (g->status == EP_OK && g->num_here < g->meet->num_ranks) {
         gather_step(g, listeners);
     }
@@ -317,7 +317,7 @@ static void await_ranks(struct gathering *g, const struct epi_listeners *listene
 
 /* It has failed: those that are here are told, and those that come within a moment. What ranks
  * disagree in, and a deadline, are everyone's; what else befell rank 0 is its own. */
-static void tell_all(struct gathering *g, const struct epi_listeners *listeners) {
+static void tell_all(struct epi_gathering *g, const struct epi_listeners *listeners) {
     const ep_status st = g->status;
     char text[EPI_ERROR_TEXT_BYTES];
     const bool is_shared = st == EP_ERR_TIMEOUT || st == EP_ERR_MISMATCH ||
@@ -337,7 +337,7 @@ static void tell_all(struct gathering *g, const struct epi_listeners *listeners)
 
 ep_status epi_meet_root(const struct epi_meet *meet, const struct epi_listeners *listeners,
                         struct epi_conn *conns) {
-    struct gathering g;
+    struct epi_gathering g;
     begin_gathering(&g, meet, conns);
     if (listeners->guest > 0 && g.status == EP_OK) {
         epi_stranger_let_in(&g, listeners->guest, &(struct epi_addr){.ss.ss_family = AF_UNIX});

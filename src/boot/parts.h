@@ -51,7 +51,6 @@ void epi_addr_unix(const char *name, struct epi_addr *out);
 bool epi_sock_is_same_user(int fd, int *uid, int *pid);
 /* An eventfd that is, as the sockets are, closed in forked children. */
 int epi_sock_kicker(void);
-void epi_sock_close(int *fd); /* -1 is fine; sets *fd to -1 */
 
 /* Bytes the peer's kernel has not acknowledged yet. */
 bool epi_sock_has_unacked(int fd);

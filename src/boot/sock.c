@@ -18,10 +18,6 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-void epi_sock_close(int *fd) {
-    epi_fd_close(fd);
-}
-
 /* ---- sockets ----------------------------------------------------------------------------- */
 
 /* An idle connection to a vanished host ends after 2 + 3 * 1 s; one with bytes on the way is
@@ -60,7 +56,7 @@ int epi_sock_listen(const struct epi_addr *addr) {
     if (bind(fd, (const struct sockaddr *)&addr->ss, addr->len) != 0 ||
         listen(fd, SOMAXCONN) != 0) {
         int err = errno;
-        epi_sock_close(&fd);
+        epi_fd_close(&fd);
         return -err;
     }
     return fd;
@@ -138,7 +134,7 @@ int epi_sock_connect(const struct epi_addr *addr, struct epi_deadline deadline) 
         err = ECONNREFUSED;
     }
     if (err != 0) {
-        epi_sock_close(&fd);
+        epi_fd_close(&fd);
         return -err;
     }
     if (addr->ss.ss_family != AF_UNIX) {

@@ -71,7 +71,7 @@ void epi_star_free(struct epi_star *star) {
     for (int i = 0; star->conns && i < star->num_conns; i++) {
         epi_conn_close(&star->conns[i]);
     }
-    epi_sock_close(&star->kick_fd);
+    epi_fd_close(&star->kick_fd);
     epi_rounds_clear(&star->rounds);
     epi_free(star->conns);
     epi_free(star->polls);

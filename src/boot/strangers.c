@@ -19,7 +19,7 @@
 #define LOG_PAUSE_NS EPI_NS_PER_S
 
 /* However many come, there is one line per second. */
-static void log_stranger(struct gathering *g, const char *name, const char *verb,
+static void log_stranger(struct epi_gathering *g, const char *name, const char *verb,
                          const char *why) {
     if (!epi_deadline_expired(g->quiet_until)) {
         g->num_unlogged++;
@@ -35,12 +35,12 @@ static void log_stranger(struct gathering *g, const char *name, const char *verb
     g->num_unlogged = 0;
 }
 
-void epi_stranger_forget(struct gathering *g, int index) {
+void epi_stranger_forget(struct epi_gathering *g, int index) {
     g->strangers[index] = g->strangers[--g->num_strangers];
 }
 
-void epi_stranger_drop(struct gathering *g, int index, const char *why) {
-    struct stranger *s = &g->strangers[index];
+void epi_stranger_drop(struct epi_gathering *g, int index, const char *why) {
+    struct epi_stranger *s = &g->strangers[index];
     if (s->shake.has_answered) { /* it speaks libep's language: worth a word at a timeout */
         epi_format(g->turned_away, sizeof(g->turned_away), "%s: %s", s->name, why);
     }
@@ -50,7 +50,7 @@ void epi_stranger_drop(struct gathering *g, int index, const char *why) {
 }
 
 /* The last word to one who has proved himself. */
-void epi_stranger_part(struct gathering *g, int index, const struct epi_frame *head,
+void epi_stranger_part(struct epi_gathering *g, int index, const struct epi_frame *head,
                        const char *text) {
     struct epi_conn *conn = &g->strangers[index].conn;
     epi_conn_send_text(conn, head, text);
@@ -59,7 +59,7 @@ void epi_stranger_part(struct gathering *g, int index, const struct epi_frame *h
     epi_stranger_forget(g, index);
 }
 
-void epi_stranger_turn_away(struct gathering *g, int index, ep_status status,
+void epi_stranger_turn_away(struct epi_gathering *g, int index, ep_status status,
                             const char *text) {
     epi_format(g->turned_away, sizeof(g->turned_away), "%s", text);
     log_stranger(g, g->strangers[index].name, "turned away", text);
@@ -68,11 +68,11 @@ void epi_stranger_turn_away(struct gathering *g, int index, ep_status status,
 }
 
 /* The oldest goes first, of those that have said nothing yet if there are any. False: none is here. */
-static bool drop_oldest(struct gathering *g, const char *why) {
+static bool drop_oldest(struct epi_gathering *g, const char *why) {
     int oldest = -1;
     for (int i = 0; i < g->num_strangers; i++) {
-        const struct stranger *s = &g->strangers[i];
-        const struct stranger *o = oldest >= 0 ? &g->strangers[oldest] : NULL;
+        const struct epi_stranger *s = &g->strangers[i];
+        const struct epi_stranger *o = oldest >= 0 ? &g->strangers[oldest] : NULL;
         if (!o || s->shake.has_answered < o->shake.has_answered ||
             (s->shake.has_answered == o->shake.has_answered && s->number < o->number)) {
             oldest = i;
@@ -97,18 +97,18 @@ static bool is_passing(int err) {
     return false;
 }
 
-static void refuse_to_accept(struct gathering *g, int err) {
+static void refuse_to_accept(struct epi_gathering *g, int err) {
     const bool is_full = err == EMFILE || err == ENFILE;
     g->status =
         epi_fail(EP_ERR_SYSTEM, "rendezvous: rank 0 cannot accept a connection: %s%s",
                  strerror(err), is_full ? "; raise the limit of open files (ulimit -n)" : "");
 }
 
-void epi_stranger_let_in(struct gathering *g, int fd, const struct epi_addr *from) {
+void epi_stranger_let_in(struct epi_gathering *g, int fd, const struct epi_addr *from) {
     if (g->num_strangers == g->max_strangers) {
         drop_oldest(g, "too many connections that prove nothing");
     }
-    struct stranger *s = &g->strangers[g->num_strangers];
+    struct epi_stranger *s = &g->strangers[g->num_strangers];
     memset(s, 0, sizeof(*s));
     s->number = g->num_came++;
     s->is_ready = true;
@@ -121,7 +121,7 @@ void epi_stranger_let_in(struct gathering *g, int fd, const struct epi_addr *fro
         if (!is_ours) {
             log_stranger(g, s->name, "dropped a connection from",
                          "another user's ranks cannot join");
-            epi_sock_close(&fd);
+            epi_fd_close(&fd);
             return;
         }
     } else {
@@ -131,7 +131,7 @@ void epi_stranger_let_in(struct gathering *g, int fd, const struct epi_addr *fro
     g->num_strangers++;
 }
 
-void epi_strangers_accept(struct gathering *g, int listen_fd) {
+void epi_strangers_accept(struct epi_gathering *g, int listen_fd) {
     for (int i = 0; i < MAX_ACCEPTS && g->status == EP_OK; i++) {
         struct epi_addr from;
         int fd = epi_sock_accept(listen_fd, &from);
@@ -150,8 +150,8 @@ void epi_strangers_accept(struct gathering *g, int listen_fd) {
 }
 
 /* Returns true when the stranger's place in the array is now another's, or nobody's. */
-bool epi_stranger_hear(struct gathering *g, int index) {
-    struct stranger *s = &g->strangers[index];
+bool epi_stranger_hear(struct epi_gathering *g, int index) {
+    struct epi_stranger *s = &g->strangers[index];
     struct epi_frame frame;
     struct epi_claim claim;
     s->is_ready = false;
@@ -184,7 +184,7 @@ bool epi_stranger_hear(struct gathering *g, int index) {
     }
 }
 
-void epi_strangers_end(struct gathering *g) {
+void epi_strangers_end(struct epi_gathering *g) {
     if (g->num_unlogged > 0) {
         epi_log(EPI_LOG_WARN, "rendezvous: dropped %llu more connections",
                 (unsigned long long)g->num_unlogged);

@@ -302,7 +302,7 @@ static enum holder find_holder(const struct epi_addr *addr, int *pid) {
         return HOLDER_NOBODY;
     }
     bool is_ours = fd >= 0 && epi_sock_is_same_user(fd, &uid, pid);
-    epi_sock_close(&fd);
+    epi_fd_close(&fd);
     if (!is_ours) {
         return HOLDER_OTHER_USER;
     }
@@ -440,6 +440,6 @@ ep_status epi_meet_listen(const struct epi_meet *meet, struct epi_listeners *out
 
 void epi_listeners_close(struct epi_listeners *listeners) {
     while (listeners->num > 0) {
-        epi_sock_close(&listeners->fds[--listeners->num]);
+        epi_fd_close(&listeners->fds[--listeners->num]);
     }
 }
