@@ -805,9 +805,10 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
  * ------------------------------------------------------------------------------------------ */
 
 /* Rows travel and arrive as EP_F8E4M3, cast from EP_BF16 by the sender in groups of 128 channels: a
- * group's scale s = amax / 448, amax the largest magnitude but at least 1e-4; a channel becomes
- * x * (448 / amax), rounded to nearest even and saturated at 448. float32 throughout. A NaN is 0x7f
- * and does not count for amax; of a group with an infinity that is 0x7f and the rest 0. */
+ * group's scale s = amax * (1 / 448), amax the largest magnitude but at least 1e-4; a channel
+ * becomes x * (448 / amax), rounded to nearest even and saturated at 448. float32 throughout. A
+ * NaN is 0x7f and does not count for amax; of a group with an infinity that is 0x7f and the rest
+ * 0. */
 #define EP_LL_FP8 1u
 /* With EP_LL_FP8: s is rounded up to a power of two, at most 2^127, and x multiplied by its
  * reciprocal. */
