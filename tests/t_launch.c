@@ -497,9 +497,8 @@ static void test_resolution(void) {
 
 /* Process 0 is a rank 0 that was left over, 1 and 2 are the next job, which differs in nothing. */
 static int newer_rank(int number, void *ctx) {
-    static const char *const set[] = {TORCH, TORCH,
-                                      "RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost "
-                                      "MASTER_PORT=500 "};
+    static const char second[] = "RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=500 ";
+    static const char *const set[] = {TORCH, TORCH, second};
     struct epi_boot *boot = NULL;
     struct epi_boot_config config = {.rank = -1, .num_ranks = -1, .timeout_ns = MEET_LONG_NS};
     (void)ctx;

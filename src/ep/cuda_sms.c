@@ -35,7 +35,8 @@ static int64_t process_id(void) {
     return atomic_load(&id);
 }
 
-/* What a group wants that leaves it to the library: the formula's most, for rows of its size. */
+/* What a group wants that leaves it to the library: the formula's most, for rows of its size. It is
+ * given no more than half of what other groups have left, so that another always finds some. */
 static int wanted_sms(const ep_group *g, const struct epi_cu_device *d, bool nvlink) {
     const struct epi_load load = {g->config.max_row_bytes, g->config.max_topk, true, false};
     return epi_sms_for(d->major, nvlink, g->num_ranks, &load).all;
@@ -91,7 +92,7 @@ static ep_status divide_sms(struct epi_cuda_sms *out, const ep_group *g,
     out->promised = asked;
     if (!asked) {
         const bool nvlink = out->one_device || epi_mem_on_device(g->mem);
-        const int fair = rest / num_rest, want = wanted_sms(g, d, nvlink);
+        const int fair = one_at_least(rest / num_rest / 2), want = wanted_sms(g, d, nvlink);
         out->promised = most < fair ? most : fair;
         out->promised = want < out->promised ? want : out->promised;
     }
