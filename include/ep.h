@@ -463,9 +463,9 @@ ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
  *     rows_per_expert, and a new handle's first operation behind a stream that the caller holds.
  *   - Kernels of groups and ranks wait for each other, so all that the live groups of a process may
  *     run at once on a device must fit there. Create promises a rank num_workers SMs, or, where that
- *     is 0, what the formula wants for rows of max_row_bytes and other groups leave; EP_ERR_ARG
- *     says what was promised to whom. Processes do not see each other: where several share a GPU by
- *     MPS, let num_workers of all of them have a sum of at most its SMs.
+ *     is 0, what the formula wants for rows of max_row_bytes, at most half of what other groups
+ *     leave; EP_ERR_ARG says what was promised to whom. Processes do not see each other: where
+ *     several share a GPU by MPS, let num_workers of all of them have a sum of at most its SMs.
  *   - Operations of several groups on one stream run in the order of the calls: it must be the same
  *     on all ranks, as if they were of one group. Otherwise give each group a stream.
  *   - Calls of CUDA that wait for all streams of a device (cudaFree, cudaFreeHost,
