@@ -66,8 +66,10 @@ static void ranks_body(int rank, const struct rig_meeting *m) {
     ok(ep_stream_create(&stream, r.group) == EP_OK && ep_event_create(&event, r.group) == EP_OK,
        "a stream and an event");
     r.stream = stream;
-    rig_pass(&r);
-    ok(ep_event_record(event, stream) == EP_OK && ep_stream_sync(stream) == EP_OK, "are used");
+    ok(rig_dispatch(&r) == EP_OK && rig_combine(&r) == EP_OK &&
+           ep_event_record(event, stream) == EP_OK && ep_stream_sync(stream) == EP_OK,
+       "are used: %s", ep_last_error());
+    ok(rig_dispatch_right(&r) && rig_combine_right(&r), "right rows and sums");
     ep_event_destroy(&event);
     check_reads(false, "handles, operations, streams");
     rig_destroy(&r); /* its stream, too */
