@@ -127,7 +127,7 @@ help:
 	@echo 'make            the library, the program build/ep, examples'
 	@echo 'make demo       build, then a Mixture-of-Experts layer over 4 processes'
 	@echo 'make test       the inner loop: a minute; T="t_combine t_args" for some of the tests'
-	@echo 'make check      everything a change must pass (under 10 minutes on 2 cores)'
+	@echo 'make check      everything a change must pass (a quarter of an hour on 2 cores)'
 	@echo 'make check-gpu  the tests on the GPUs of this machine, ARGS=--quick for some, GPU_SECONDS=N'
 	@echo 'make soak       the tests with many seeds, SOAK_SECONDS=600'
 	@echo 'make asan|ubsan|tsan   the tests under one sanitizer'
