@@ -26,7 +26,7 @@
 /* To all that comes from here but the guard, which must go on. */
 static void signal_all(struct crew *crew, int sig) {
     const bool by_group = sig != SIGKILL && sig != SIGSTOP; /* the others it blocks */
-    struct process *below = NULL;
+    struct epi_process *below = NULL;
     if (by_group && crew->guard > 0) {
         kill(-crew->guard, sig);
     }
@@ -250,7 +250,7 @@ static bool start_guard(struct crew *crew, const sigset_t *mask) {
 
 /* What this process had for children before: not ours. */
 static void note_children(struct crew *crew) {
-    struct process *below = NULL;
+    struct epi_process *below = NULL;
     const int num = processes_below(getpid(), NULL, 0, &below);
     crew->spared = num > 0 ? calloc((size_t)num, sizeof(*crew->spared)) : NULL;
     for (int i = 0; i < num && crew->spared; i++) {

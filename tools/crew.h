@@ -24,15 +24,9 @@ struct report {
  * `control` any more. Children get the signal mask. Does not return. */
 void guard_run(struct crew *crew, int control, int reports, const sigset_t *mask);
 
-struct process {
-    pid_t pid, parent, group;
-    char state; /* 'Z': has ended */
-    char name[16];
-};
-
 /* The processes that come from `root`, parents first, without those spared and what comes from these.
  * *out is freed by the caller. -1: there is no /proc. */
-int processes_below(pid_t root, const pid_t *spared, int num_spared, struct process **out);
+int processes_below(pid_t root, const pid_t *spared, int num_spared, struct epi_process **out);
 /* Kills all that comes from this process. False: not all of it has ended after a while. */
 bool processes_end(const pid_t *spared, int num_spared);
 

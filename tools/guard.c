@@ -12,7 +12,6 @@
 
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -27,43 +26,21 @@
 
 /* ---- finding processes --------------------------------------------------------------------- */
 
-/* From /proc/PID/stat: "PID (NAME) STATE PARENT GROUP ...", where a name may hold anything. */
-static bool read_process(const char *pid, struct process *out) {
-    char path[64], text[512];
-    snprintf(path, sizeof(path), "/proc/%.20s/stat", pid);
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    const ssize_t n = fd >= 0 ? read(fd, text, sizeof(text) - 1) : -1;
-    if (fd >= 0) {
-        close(fd);
-    }
-    text[n > 0 ? n : 0] = '\0';
-    char *name = strchr(text, '('), *end = strrchr(text, ')');
-    if (!name || !end ||
-        sscanf(end + 1, " %c %d %d", &out->state, &out->parent, &out->group) != 3) {
-        return false;
-    }
-    *end = '\0';
-    snprintf(out->name, sizeof(out->name), "%.15s", name + 1);
-    out->pid = atoi(pid);
-    return true;
-}
-
 /* All processes of the machine that can be seen; -1 without /proc. */
-static int read_all(struct process **out) {
+static int read_all(struct epi_process **out) {
     DIR *dir = opendir("/proc");
     int num = 0, room = 0;
     *out = NULL;
     for (struct dirent *e; dir && (e = readdir(dir));) {
         if (num == room) {
             room = room > 0 ? 2 * room : 256;
-            struct process *more = realloc(*out, (size_t)room * sizeof(*more));
+            struct epi_process *more = realloc(*out, (size_t)room * sizeof(*more));
             if (!more) {
                 break;
             }
             *out = more;
         }
-        num +=
-            e->d_name[0] >= '1' && e->d_name[0] <= '9' && read_process(e->d_name, &(*out)[num]);
+        num += epi_process_see(atoi(e->d_name), &(*out)[num]);
     }
     if (dir) {
         closedir(dir);
@@ -71,9 +48,9 @@ static int read_all(struct process **out) {
     return num > 0 ? num : -1;
 }
 
-int processes_below(pid_t root, const pid_t *spared, int num_spared, struct process **out) {
+int processes_below(pid_t root, const pid_t *spared, int num_spared, struct epi_process **out) {
     const int num = read_all(out);
-    struct process *all = *out;
+    struct epi_process *all = *out;
     int found = 0;
     pid_t parent = root;
     for (int next = 0; num > 0;) {
@@ -83,7 +60,7 @@ int processes_below(pid_t root, const pid_t *spared, int num_spared, struct proc
                 is_spared = is_spared || all[i].pid == spared[s];
             }
             if (all[i].parent == parent && !is_spared) {
-                const struct process p = all[i];
+                const struct epi_process p = all[i];
                 all[i] = all[found];
                 all[found++] = p;
             }
@@ -99,7 +76,7 @@ int processes_below(pid_t root, const pid_t *spared, int num_spared, struct proc
 bool processes_end(const pid_t *spared, int num_spared) {
     const struct epi_deadline limit = epi_deadline_after(END_NS);
     for (int num_empty = 0; num_empty < 2;) {
-        struct process *below = NULL;
+        struct epi_process *below = NULL;
         int num = processes_below(getpid(), spared, num_spared, &below), num_alive = 0;
         for (int i = 0; i < num; i++) {
             kill(below[i].pid, SIGKILL);
@@ -191,7 +168,7 @@ static bool reap(struct guard *g) {
 }
 
 static void tell_left(const struct guard *g) {
-    struct process *below = NULL;
+    struct epi_process *below = NULL;
     const int num = processes_below(getpid(), NULL, 0, &below);
     for (int i = 0; i < num; i++) {
         struct report report = {.what = REPORT_LEFT, .index = below[i].pid};

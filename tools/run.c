@@ -13,7 +13,6 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -146,7 +145,7 @@ static void become_rank(void *arg, int rank) {
 static bool set_key(void) {
     unsigned char key[32];
     char text[2 * sizeof(key) + 1];
-    if (getrandom(key, sizeof(key), 0) != (ssize_t)sizeof(key)) {
+    if (!epi_random(key, sizeof(key))) {
         return false;
     }
     for (size_t i = 0; i < sizeof(key); i++) {

@@ -233,6 +233,9 @@ void epi_hmac_begin(struct epi_hmac *h, const void *key, size_t key_bytes);
 void epi_hmac_add(struct epi_hmac *h, const void *data, size_t bytes);
 void epi_hmac_end(struct epi_hmac *h, uint8_t out[EPI_SHA256_BYTES]);
 
+/* Bytes that nobody can guess. False, and errno: the system has none. */
+bool epi_random(void *out, size_t bytes);
+
 /* Whether both are equal, in a time that does not tell how far they are. */
 bool epi_same_bytes(const void *a, const void *b, size_t bytes);
 
@@ -274,8 +277,20 @@ void epi_room_below(const char *root, enum epi_room_kind kind, struct epi_room *
 bool epi_room_has(enum epi_room_kind kind, uint64_t bytes, struct epi_room *room);
 uint64_t epi_room_step(const struct epi_room *room); /* bytes until one has to ask again */
 
-/* The beginning of a text file, as a string; "" when there is none. */
-void epi_read_text(const char *path, char *out, size_t bytes);
+/* ---- procfs.c ---------------------------------------------------------------------------- */
+
+/* The beginning of a file, up to bytes - 1 of it, and a 0; how many. 0 and "" when there is none. */
+size_t epi_read_text(const char *path, char *out, size_t bytes);
+
+struct epi_process {
+    int pid, parent, group, session;
+    char state;               /* 'Z': has ended */
+    unsigned long long start; /* ticks since boot: no two processes have number and start */
+    char name[20];
+};
+
+/* False: it is not there, or cannot be seen. */
+bool epi_process_see(int pid, struct epi_process *out);
 
 /* ---- fork.c ------------------------------------------------------------------------------ */
 

@@ -9,32 +9,14 @@
  */
 #include "src/base/base.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <unistd.h>
 
 #define PATH_BYTES 1024
 #define FILE_BYTES                                                                             \
     8192 /* of a file that is read whole; what is looked for stands at its beginning */
-
-void epi_read_text(const char *path, char *out, size_t bytes) {
-    size_t len = 0;
-    epi_fd_begin();
-    int fd = epi_fd_keep(open(path, O_RDONLY | O_CLOEXEC));
-    while (fd >= 0 && len < bytes - 1) {
-        const ssize_t n = read(fd, out + len, bytes - 1 - len);
-        if (n <= 0 && !(n < 0 && errno == EINTR)) {
-            break;
-        }
-        len += n > 0 ? (size_t)n : 0;
-    }
-    out[len] = '\0';
-    epi_fd_close(&fd);
-}
 
 /* The number after `key` at the beginning of a line; -1: there is none. */
 static int64_t number_after(const char *text, const char *key) {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * SHA-256 (FIPS 180-4) and HMAC-SHA-256 (RFC 2104): how a rank proves that it holds the job's key
- * without saying it.
+ * without saying it; and random bytes, of which keys and questions are made.
  *
  * Owns nothing: the state is the caller's. Pure, for any thread. tests/t_sha256.c has the
  * published vectors. Here it hashes a few hundred bytes per connection, so it is written to be
@@ -10,7 +10,9 @@
  */
 #include "src/base/base.h"
 
+#include <errno.h>
 #include <string.h>
+#include <sys/random.h>
 
 #define BLOCK_BYTES 64
 #define NUM_ROUNDS 64
@@ -132,6 +134,18 @@ void epi_hmac_end(struct epi_hmac *h, uint8_t out[EPI_SHA256_BYTES]) {
     epi_sha256_end(&h->inner, out);
     epi_sha256_add(&h->outer, out, EPI_SHA256_BYTES);
     epi_sha256_end(&h->outer, out);
+}
+
+bool epi_random(void *out, size_t bytes) {
+    size_t have = 0;
+    while (have < bytes) {
+        const ssize_t n = getrandom((uint8_t *)out + have, bytes - have, 0);
+        if (n < 0 && errno != EINTR) {
+            return false;
+        }
+        have += n > 0 ? (size_t)n : 0;
+    }
+    return true;
 }
 
 bool epi_same_bytes(const void *a, const void *b, size_t bytes) {

@@ -231,7 +231,6 @@ struct epi_shake {
 
 /* `secret` may be of no bytes, where something else says who is at the other end. */
 void epi_key_make(struct epi_key *key, const void *secret, size_t bytes, const char *job);
-bool epi_random(void *out, size_t bytes);
 
 /* The peer's side, in this order. False: this host gives no random numbers. */
 bool epi_shake_hello(struct epi_shake *s, const struct epi_key *key, struct epi_conn *conn);

@@ -10,17 +10,12 @@
 #include "src/boot/parts.h"
 
 #include <string.h>
-#include <sys/random.h>
 #include <unistd.h>
 
 /* With their final 0, so that no text is the beginning of another. */
 static const char root_label[] = "libep rank 0";
 static const char peer_label[] = "libep peer";
 static const char key_label[] = "libep key";
-
-bool epi_random(void *out, size_t bytes) {
-    return getrandom(out, bytes, 0) == (ssize_t)bytes;
-}
 
 void epi_key_make(struct epi_key *key, const void *secret, size_t bytes, const char *job) {
     struct epi_hmac h;

@@ -23,53 +23,12 @@
 #define CMDLINE_BYTES 4096
 #define VALUE_BYTES 64
 
-/* What /proc/PID/stat says of a process. */
-struct process {
-    int parent;
-    int group;
-    int session;
-    unsigned long long
-        start; /* clock ticks since boot: no two processes have number and start */
-    char name[20];
-};
-
 /* ---- one process ------------------------------------------------------------------------- */
 
-static int open_of(int pid, const char *what) {
+static size_t read_command(int pid, char out[CMDLINE_BYTES]) {
     char path[64];
-    epi_format(path, sizeof(path), "/proc/%d/%s", pid, what);
-    epi_fd_begin();
-    return epi_fd_keep(open(path, O_RDONLY | O_CLOEXEC));
-}
-
-/* Up to bytes - 1 bytes and a 0; how many, 0 when it cannot be read. */
-static size_t read_of(int pid, const char *what, char *out, size_t bytes) {
-    size_t len = 0;
-    int fd = open_of(pid, what);
-    for (ssize_t n = 1; fd >= 0 && n > 0 && len<bytes - 1; len += n> 0 ? (size_t)n : 0) {
-        n = read(fd, out + len, bytes - 1 - len);
-    }
-    epi_fd_close(&fd);
-    out[len] = '\0';
-    return len;
-}
-
-static bool see_process(int pid, struct process *out) {
-    char text[1024];
-    memset(out, 0, sizeof(*out));
-    if (pid <= 0 || read_of(pid, "stat", text, sizeof(text)) == 0) {
-        return false;
-    }
-    const char *name = strchr(text, '(');
-    const char *rest = strrchr(text, ')'); /* a name may hold parentheses and blanks */
-    if (!name || !rest || rest < name) {
-        return false;
-    }
-    epi_format(out->name, sizeof(out->name), "%.*s", (int)(rest - name - 1), name + 1);
-    return sscanf(rest + 1,
-                  " %*c %d %d %d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d "
-                  "%llu",
-                  &out->parent, &out->group, &out->session, &out->start) == 4;
+    epi_format(path, sizeof(path), "/proc/%d/cmdline", pid);
+    return epi_read_text(path, out, CMDLINE_BYTES);
 }
 
 /* The value of a variable in the environment with which a process was started, cut to fit. */
@@ -78,7 +37,10 @@ static bool variable_of(int pid, const char *name, char *out, size_t bytes) {
     const size_t name_len = strlen(name);
     size_t at = 0; /* bytes of this entry that were seen */
     bool matches = true, done = false;
-    int fd = open_of(pid, "environ");
+    char path[64];
+    epi_format(path, sizeof(path), "/proc/%d/environ", pid);
+    epi_fd_begin();
+    int fd = epi_fd_keep(open(path, O_RDONLY | O_CLOEXEC));
     for (ssize_t n = 1; fd >= 0 && n > 0 && !done;) {
         n = read(fd, chunk, sizeof(chunk));
         for (ssize_t i = 0; i < n && !done; i++, at++) {
@@ -133,9 +95,8 @@ static bool is_subshell(int pid, int parent) {
     if (!is_shell) {
         return false;
     }
-    size_t len = read_of(pid, "cmdline", mine, sizeof(mine));
-    return len > 0 && read_of(parent, "cmdline", theirs, sizeof(theirs)) == len &&
-           memcmp(mine, theirs, len) == 0;
+    size_t len = read_command(pid, mine);
+    return len > 0 && read_command(parent, theirs) == len && memcmp(mine, theirs, len) == 0;
 }
 
 /* Processes that adopt those whose parents have ended, and start the services of a system: to have
@@ -156,14 +117,14 @@ static bool adopts_anybody(const char *name) {
 
 static bool find_starter(int pid, const char *name, const char *value, bool by_hand,
                          struct epi_starter *out) {
-    struct process self, p;
+    struct epi_process self, p;
     memset(out, 0, sizeof(*out));
-    if (!see_process(pid, &self)) {
+    if (!epi_process_see(pid, &self)) {
         return false;
     }
     int at = self.parent;
     for (int i = 0; i < MAX_ANCESTORS; i++) {
-        if (!see_process(at, &p)) {
+        if (!epi_process_see(at, &p)) {
             return false;
         }
         bool between = was_started_with(at, name, value) ||
@@ -216,12 +177,12 @@ struct census {
 static int rank_of(const struct census *c, int pid) {
     static const char *const same[] = {"WORLD_SIZE", "MASTER_PORT"};
     char text[VALUE_BYTES];
-    struct process p;
+    struct epi_process p;
     struct epi_starter starter;
     int64_t rank = -1;
     if (!program_of(pid, text, sizeof(text)) || strcmp(text, c->program) != 0 ||
         !variable_of(pid, "RANK", text, sizeof(text)) ||
-        !epi_parse_int(text, 10, 0, c->num_ranks - 1, &rank) || !see_process(pid, &p) ||
+        !epi_parse_int(text, 10, 0, c->num_ranks - 1, &rank) || !epi_process_see(pid, &p) ||
         was_started_with(p.parent, "RANK", text) ||
         !find_starter(pid, "RANK", text, true, &starter) || starter.pid != c->starter.pid ||
         starter.start != c->starter.start) {

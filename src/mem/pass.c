@@ -14,7 +14,6 @@
 #include <poll.h>
 #include <stddef.h>
 #include <string.h>
-#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -73,18 +72,6 @@ static bool is_same_user(int s, int64_t *uid) {
     return known && who.uid == geteuid();
 }
 
-static bool fill_random(uint8_t *out, size_t bytes) {
-    size_t have = 0;
-    while (have < bytes) {
-        const ssize_t n = getrandom(out + have, bytes - have, 0);
-        if (n < 0 && errno != EINTR) {
-            return false;
-        }
-        have += n > 0 ? (size_t)n : 0;
-    }
-    return true;
-}
-
 int epi_fd_listen(uint8_t token[EPI_FD_TOKEN], ep_status *st) {
     int s = open_socket(st);
     if (s < 0) {
@@ -92,7 +79,7 @@ int epi_fd_listen(uint8_t token[EPI_FD_TOKEN], ep_status *st) {
     }
     struct sockaddr_un a;
     const char *what = "getrandom";
-    bool good = fill_random(token, EPI_FD_TOKEN);
+    bool good = epi_random(token, EPI_FD_TOKEN);
     if (good) {
         const socklen_t len = token_address(&a, token);
         what = "cannot listen on a Unix socket";
