@@ -10,17 +10,10 @@
 #include <string.h>
 
 #include "src/cu/jit.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+#include "tests/fuzz.h"
 
 #define MOST_CHANGES 64
 #define HEAD_BYTES 56 /* its hash is at the end of it */
-
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
 
 static void check_changes(const uint8_t *file, size_t bytes, const struct epi_jit_key *key) {
     struct epi_cache_entry entry;

@@ -13,30 +13,15 @@
 #include <unistd.h>
 
 #include "src/boot/parts.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+#include "tests/fuzz.h"
 
 #define MAX_RANKS 5
 #define AT_RANK 8 /* of a card, cards.c */
 
 struct input {
-    const uint8_t *at;
-    size_t left;
+    struct fuzz_input data;
     int rank, num_ranks, num_changes;
 };
-
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
-
-static uint8_t next(struct input *in) {
-    const uint8_t byte = in->left ? *in->at : 0;
-    in->at += in->left > 0;
-    in->left -= in->left > 0;
-    return byte;
-}
 
 static int allgather(void *ctx, const void *mine, void *out, size_t bytes) {
     struct input *in = ctx;
@@ -45,12 +30,13 @@ static int allgather(void *ctx, const void *mine, void *out, size_t bytes) {
         memcpy(cards + (size_t)r * bytes, mine, bytes);
         epi_put_u32(cards + (size_t)r * bytes + AT_RANK, (uint32_t)r);
     }
-    while (in->left) {
-        uint8_t *card = cards + next(in) % in->num_ranks * bytes;
-        const size_t from = next(in) + 256u * (next(in) & 1), len = next(in);
+    while (in->data.left) {
+        uint8_t *card = cards + fuzz_next(&in->data) % in->num_ranks * bytes;
+        const size_t from = fuzz_next(&in->data) + 256u * (fuzz_next(&in->data) & 1),
+                     len = fuzz_next(&in->data);
         in->num_changes++;
         for (size_t i = 0; i < len; i++) {
-            const uint8_t byte = next(in);
+            const uint8_t byte = fuzz_next(&in->data);
             if (from + i < bytes) {
                 card[from + i] = byte;
             }
@@ -60,9 +46,9 @@ static int allgather(void *ctx, const void *mine, void *out, size_t bytes) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
-    struct input in = {data, bytes, 0, 0, 0};
+    struct input in = {{data, bytes}, 0, 0, 0};
     struct epi_listeners listeners = {0};
-    const uint8_t how = next(&in);
+    const uint8_t how = fuzz_next(&in.data);
     in.num_ranks = 2 + how % (MAX_RANKS - 1);
     in.rank = (how >> 3) % in.num_ranks;
     const struct epi_boot_config config = {.allgather = allgather, .allgather_ctx = &in};

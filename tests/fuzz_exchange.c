@@ -12,45 +12,26 @@
 #include <string.h>
 
 #include "src/base/base.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+#include "tests/fuzz.h"
 
 #define MAX_RANKS 17
 #define MAX_BYTES 512 /* of one rank's contribution */
 
-struct input {
-    const uint8_t *at;
-    size_t left;
-};
-
 struct call {
-    struct input *in;
+    struct fuzz_input *in;
     int rank, num_ranks, num;
     bool failed;
     int32_t status[MAX_RANKS]; /* what each contribution begins with, as exchange.c reads it */
 };
 
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
-
-static uint8_t next(struct input *in) {
-    const uint8_t byte = in->left ? *in->at : 0;
-    in->at += in->left > 0;
-    in->left -= in->left > 0;
-    return byte;
-}
-
 /* Another rank's contribution: mostly a sound one with some text, sometimes any bytes. */
-static void contribute(struct input *in, uint8_t *out, size_t bytes) {
-    const uint8_t how = next(in);
-    const size_t len = how & 1 ? bytes : next(in);
+static void contribute(struct fuzz_input *in, uint8_t *out, size_t bytes) {
+    const uint8_t how = fuzz_next(in);
+    const size_t len = how & 1 ? bytes : fuzz_next(in);
     int32_t status = -(int32_t)(how >> 1 & 15);
     memset(out, how & 0x20 ? 0xff : 0, bytes);
     for (size_t i = 0; i < len && i < bytes; i++) {
-        out[i] = next(in);
+        out[i] = fuzz_next(in);
     }
     if (!(how & 0x40) && bytes >= sizeof(status)) {
         memmove(out + sizeof(status), out, bytes - sizeof(status));
@@ -62,7 +43,7 @@ static ep_status gather(void *ctx, const void *mine, size_t bytes, void *out) {
     struct call *c = ctx;
     must(bytes >= sizeof(int32_t) && bytes <= MAX_BYTES);
     c->num++;
-    if (next(c->in) % 8 == 7) {
+    if (fuzz_next(c->in) % 8 == 7) {
         c->failed = true;
         return epi_fail(EP_ERR_TIMEOUT, "not all ranks came");
     }
@@ -101,8 +82,8 @@ static void check(const struct call *c, ep_status mine, ep_status st, bool optio
     }
 }
 
-static void agree(struct input *in, bool optional) {
-    const uint8_t head = next(in), how = next(in);
+static void agree(struct fuzz_input *in, bool optional) {
+    const uint8_t head = fuzz_next(in), how = fuzz_next(in);
     struct call c = {.in = in, .num_ranks = 1 + head % MAX_RANKS};
     c.rank = (head / MAX_RANKS) % c.num_ranks;
     const struct epi_exchange x = {gather, &c, c.rank, c.num_ranks};
@@ -117,7 +98,7 @@ static void agree(struct input *in, bool optional) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
-    struct input in = {data, bytes};
+    struct fuzz_input in = {data, bytes};
     for (int i = 0; i < 4; i++) {
         agree(&in, i % 2);
     }

@@ -13,16 +13,9 @@
 
 #include "src/base/base.h"
 #include "src/boot/parts.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+#include "tests/fuzz.h"
 
 #define MAX_TEXT 4096
-
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
 
 /* The names of all variables that libep reads. */
 static const char *name_of(size_t i) {

@@ -20,8 +20,7 @@
 #include <unistd.h>
 
 #include "src/boot/parts.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+#include "tests/fuzz.h"
 
 #define DEADLINE_NS (10 * EPI_NS_PER_MS)
 #define MOST_NS (20 * EPI_NS_PER_S) /* a machine may be slow; never means for ever */
@@ -42,24 +41,10 @@ struct other {
     struct scene s;
     struct epi_key key;
     int fd;
-    const uint8_t *at;
-    size_t left;
+    struct fuzz_input data;
     uint8_t stream[MAX_STREAM];
     size_t bytes;
 };
-
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
-
-static uint8_t next(struct other *o) {
-    const uint8_t byte = o->left ? *o->at : 0;
-    o->at += o->left > 0;
-    o->left -= o->left > 0;
-    return byte;
-}
 
 /* ---- the other end -------------------------------------------------------------------------- */
 
@@ -81,11 +66,12 @@ static void add_frame(struct other *o, const struct epi_frame *frame) {
 
 /* A frame of any kind, or any bytes. */
 static void add_item(struct other *o) {
-    const uint8_t type = next(o), fields = next(o), rank = next(o);
+    const uint8_t type = fuzz_next(&o->data), fields = fuzz_next(&o->data),
+                  rank = fuzz_next(&o->data);
     uint8_t data[256];
-    size_t len = next(o);
+    size_t len = fuzz_next(&o->data);
     for (size_t i = 0; i < len; i++) {
-        data[i] = next(o);
+        data[i] = fuzz_next(&o->data);
     }
     if (type & 0x80) {
         add(o, data, len);
@@ -156,7 +142,7 @@ static void shake_as_peer(struct other *o, struct epi_conn *conn, int from) {
     const bool believed = !epi_shake_check_root(&s, &frame);
     must(believed == o->s.knows_key);
     if (o->s.claims) {
-        const uint8_t how = next(o), rank = next(o);
+        const uint8_t how = fuzz_next(&o->data), rank = fuzz_next(&o->data);
         const struct epi_claim c = {epi_meet_version() + (how & 1),
                                     (uint32_t)o->s.num_ranks + (how >> 1 & 1),
                                     rank,
@@ -195,7 +181,7 @@ static void *other_main(void *arg) {
         close(pair[0]);
         epi_conn_close(&conn);
     }
-    while (o->left) {
+    while (o->data.left) {
         add_item(o);
     }
     send_stream(o);
@@ -274,8 +260,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     pthread_t thread;
     int pair[2];
     setenv("EP_LOG", "error", 1);
-    o = (struct other){.at = data, .left = bytes};
-    const uint8_t how = next(&o), more = next(&o);
+    o = (struct other){.data = {data, bytes}};
+    const uint8_t how = fuzz_next(&o.data), more = fuzz_next(&o.data);
     o.s.side = (enum side)(how % NUM_SIDES);
     o.s.knows_key = how & 4;
     o.s.says_hello = how & 8;

@@ -16,31 +16,16 @@
 #include <unistd.h>
 
 #include "src/mem/shared.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+#include "tests/fuzz.h"
 
 #define MAX_FDS 4
 #define MAX_RANKS 5
 #define VERDICT_BYTES 200 /* a greeting is shorter */
 
 struct input {
-    const uint8_t *at;
-    size_t left;
+    struct fuzz_input data;
     int rank, num_ranks;
 };
-
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
-
-static uint8_t next(struct input *in) {
-    const uint8_t byte = in->left ? *in->at : 0;
-    in->at += in->left > 0;
-    in->left -= in->left > 0;
-    return byte;
-}
 
 static void check_text(ep_status st) {
     must((st == EP_OK) == (epi_error_text()[0] == '\0'));
@@ -78,14 +63,14 @@ static void send_message(struct input *in, int to) {
     _Alignas(struct cmsghdr) char control[CMSG_SPACE(MAX_FDS * sizeof(int))] = {0};
     int fds[MAX_FDS];
     uint8_t bytes[8];
-    const int num = next(in) % (MAX_FDS + 1);
-    struct iovec io = {bytes, next(in) % sizeof(bytes)};
+    const int num = fuzz_next(&in->data) % (MAX_FDS + 1);
+    struct iovec io = {bytes, fuzz_next(&in->data) % sizeof(bytes)};
     struct msghdr m = {.msg_iov = &io, .msg_iovlen = 1};
     for (size_t i = 0; i < io.iov_len; i++) {
-        bytes[i] = next(in);
+        bytes[i] = fuzz_next(&in->data);
     }
     for (int i = 0; i < num; i++) {
-        fds[i] = open_something(next(in));
+        fds[i] = open_something(fuzz_next(&in->data));
     }
     if (num) {
         m.msg_control = control;
@@ -105,7 +90,7 @@ static void send_message(struct input *in, int to) {
 }
 
 static void check_message(struct input *in) {
-    const bool is_silent = next(in) % 8 == 7;
+    const bool is_silent = fuzz_next(&in->data) % 8 == 7;
     ep_status st = EP_OK;
     int pair[2];
     must(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
@@ -132,11 +117,11 @@ static ep_status gather(void *ctx, const void *mine, size_t bytes, void *out) {
             memcpy(all + (size_t)r * bytes, mine, bytes);
         }
     }
-    while (bytes < VERDICT_BYTES && in->left) {
-        uint8_t *one = all + (size_t)(next(in) % in->num_ranks) * bytes;
-        const size_t from = next(in) % bytes, len = next(in) % 32;
+    while (bytes < VERDICT_BYTES && in->data.left) {
+        uint8_t *one = all + (size_t)(fuzz_next(&in->data) % in->num_ranks) * bytes;
+        const size_t from = fuzz_next(&in->data) % bytes, len = fuzz_next(&in->data) % 32;
         for (size_t i = 0; i < len; i++) {
-            const uint8_t byte = next(in);
+            const uint8_t byte = fuzz_next(&in->data);
             if (from + i < bytes) {
                 one[from + i] = byte;
             }
@@ -146,7 +131,7 @@ static ep_status gather(void *ctx, const void *mine, size_t bytes, void *out) {
 }
 
 static void check_greetings(struct input *in) {
-    const uint8_t how = next(in);
+    const uint8_t how = fuzz_next(&in->data);
     struct epi_share share;
     in->num_ranks = 2 + how % (MAX_RANKS - 1);
     in->rank = (how >> 2) % in->num_ranks;
@@ -162,7 +147,7 @@ static void check_greetings(struct input *in) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
-    struct input in = {.at = data, .left = bytes};
+    struct input in = {.data = {data, bytes}};
     setenv("EP_LOG", "error", 1);
     epi_clear_error();
     check_descriptors();

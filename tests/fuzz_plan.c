@@ -11,8 +11,7 @@
 #include <string.h>
 
 #include "src/ep/plan.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+#include "tests/fuzz.h"
 
 #define PAGE 4096
 #define ALIGN 256
@@ -22,12 +21,6 @@ struct input {
     const uint8_t *at;
     size_t left;
 };
-
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
 
 static uint64_t raw(struct input *in, int num_bytes) {
     uint64_t v = 0;

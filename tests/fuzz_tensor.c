@@ -12,20 +12,13 @@
 #include <string.h>
 
 #include "src/ep/group.h"
+#include "tests/fuzz.h"
 
 #define TOKENS 5
 #define TOPK 3
 #define NUMBER_BYTES 9
 #define RECORD_BYTES (4 + 2 * EP_MAX_DIMS * NUMBER_BYTES)
 #define MOST_ELEMENTS 64 /* of tensors that are compared byte by byte */
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
 
 static ep_status any_place(const ep_group *g, const char *name, const struct ep_tensor *t) {
     (void)g, (void)name, (void)t;

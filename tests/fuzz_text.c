@@ -10,17 +10,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/fuzz.h"
 #include "tools/bench.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
 #define MAX_IDS 4096
-
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
 
 static void check_why(const char *why) {
     must(*why != '\0');

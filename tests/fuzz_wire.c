@@ -12,14 +12,7 @@
 
 #include "src/base/base.h"
 #include "src/boot/wire.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-static void must(bool cond) {
-    if (!cond) {
-        abort();
-    }
-}
+#include "tests/fuzz.h"
 
 /* What is read from a frame's data is all that is in it. */
 static void check_data(const struct epi_frame *frame) {

@@ -4,6 +4,7 @@
  * mutants of the files. Usage: fuzz_x NUM_MUTANTS FILE...; the sanitizers are the judges.
  * Each input lies in a block of its exact size, so that a read past its end is seen.
  */
+#include "tests/fuzz.h"
 #include "tests/tap.h"
 
 #include <stdio.h>
@@ -11,8 +12,6 @@
 #include <string.h>
 
 #define MAX_BYTES (1 << 16)
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
 
 static void feed(const uint8_t *data, size_t bytes) {
     uint8_t *copy = malloc(bytes ? bytes : 1);
