@@ -317,32 +317,42 @@ ep_status call_combine(ep_handle *h, const struct ep_combine_args *a, void *stre
 
 /* ---- low-latency mode ---------------------------------------------------------------------- */
 
-ep_status call_ll_dispatch(ep_group *g, const struct ep_ll_dispatch_args *a,
-                           enum call_half half, void *stream) {
+ep_status plain_ll_dispatch(ep_group *g, const struct ep_ll_dispatch_args *a,
+                            enum call_half half, void *stream) {
     ep_status (*const call[])(ep_group *, const struct ep_ll_dispatch_args *, void *) = {
         ep_ll_dispatch, ep_ll_dispatch_send, ep_ll_dispatch_recv};
+    return call[half](g, a, stream);
+}
+
+ep_status plain_ll_combine(ep_group *g, const struct ep_ll_combine_args *a, enum call_half half,
+                           void *stream) {
+    ep_status (*const call[])(ep_group *, const struct ep_ll_combine_args *,
+                              void *) = {ep_ll_combine, ep_ll_combine_send, ep_ll_combine_recv};
+    return call[half](g, a, stream);
+}
+
+ep_status call_ll_dispatch(ep_group *g, const struct ep_ll_dispatch_args *a,
+                           enum call_half half, void *stream) {
     struct call *c = a ? new_group_call(g, NULL, stream) : NULL;
 
     if (!c) {
-        return call[half](g, a, stream);
+        return plain_ll_dispatch(g, a, half, stream);
     }
     struct ep_ll_dispatch_args staged = *a;
     stage_all(&c->stage, &epi_ll_dispatch_rules, &staged, 0);
-    return end_call(c, call[half](g, &staged, lay(c)), stream != NULL);
+    return end_call(c, plain_ll_dispatch(g, &staged, half, lay(c)), stream != NULL);
 }
 
 ep_status call_ll_combine(ep_group *g, const struct ep_ll_combine_args *a, enum call_half half,
                           void *stream) {
-    ep_status (*const call[])(ep_group *, const struct ep_ll_combine_args *,
-                              void *) = {ep_ll_combine, ep_ll_combine_send, ep_ll_combine_recv};
     struct call *c = a ? new_group_call(g, NULL, stream) : NULL;
 
     if (!c) {
-        return call[half](g, a, stream);
+        return plain_ll_combine(g, a, half, stream);
     }
     struct ep_ll_combine_args staged = *a;
     stage_all(&c->stage, &epi_ll_combine_rules, &staged, 0);
-    return end_call(c, call[half](g, &staged, lay(c)), stream != NULL);
+    return end_call(c, plain_ll_combine(g, &staged, half, lay(c)), stream != NULL);
 }
 
 /* ---- streams ------------------------------------------------------------------------------- */

@@ -31,6 +31,10 @@ ep_status call_combine(ep_handle *h, const struct ep_combine_args *a, void *stre
 
 /* Of low-latency mode: all of an operation, or a half. */
 enum call_half { CALL_BOTH, CALL_SEND, CALL_RECV };
+ep_status plain_ll_dispatch(ep_group *g, const struct ep_ll_dispatch_args *a,
+                            enum call_half half, void *stream);
+ep_status plain_ll_combine(ep_group *g, const struct ep_ll_combine_args *a, enum call_half half,
+                           void *stream); /* these two stage nothing: a is the call's own */
 ep_status call_ll_dispatch(ep_group *g, const struct ep_ll_dispatch_args *a,
                            enum call_half half, void *stream);
 ep_status call_ll_combine(ep_group *g, const struct ep_ll_combine_args *a, enum call_half half,

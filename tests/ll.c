@@ -63,6 +63,43 @@ void ll_setup(struct world_setup *w, const struct ll_step *s) {
     w->config.ll_max_tokens = s->max_tokens;
 }
 
+void ll_steps_build(struct ll_steps *all, int num_ranks, uint64_t seed) {
+    static const int64_t hidden[LL_STEPS] = {256, 640, 128, 256};
+    static const int tokens[LL_STEPS] = {12, 5, 16, 1};
+
+    all->seed = seed;
+    for (int i = 0; i < LL_STEPS; i++) {
+        struct ll_step *s = &all->s[i];
+        ll_init(s, num_ranks, seed + (uint64_t)i);
+        s->c.hidden = hidden[i];
+        s->c.max_tokens = tokens[i];
+        s->max_tokens = tokens[i] + i;
+        s->c.tokens = i == 0 ? TOKENS_MIXED : TOKENS_MAX;
+        s->c.routing = i == 2 ? ROUTE_DUPLICATES : ROUTE_UNIFORM;
+        s->c.topk = i == 1 ? 2 : 4;
+        s->flags = i % 2 ? EP_LL_FP8 : 0;
+        s->c.weights = i != 3;
+        s->num_workers = i == 2 ? 1 : 0;
+        ll_build(s);
+    }
+}
+
+void ll_steps_free(struct ll_steps *all) {
+    for (int i = 0; i < LL_STEPS; i++) {
+        ll_free(&all->s[i]);
+    }
+}
+
+void ll_steps_setup(struct world_setup *w, struct ll_steps *all, void (*body)(struct world *)) {
+    ll_setup(w, &all->s[1]); /* which has the longest rows */
+    w->config.ll_max_tokens = 20;
+    w->config.max_topk = 4;
+    w->config.max_tokens = 16;
+    w->config.max_scale_bytes = 0;
+    w->body = body;
+    w->ctx = all;
+}
+
 /* ---- a rank's buffers ----------------------------------------------------------------------- */
 
 static void add(struct ll_run *r, int what, int dtype, int64_t rows, int64_t cols) {

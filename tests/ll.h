@@ -33,6 +33,17 @@ void ll_free(struct ll_step *s);
 /* A group that is just large enough. */
 void ll_setup(struct world_setup *w, const struct ll_step *s);
 
+/* Steps of several shapes, for one group that is large enough for each. */
+#define LL_STEPS 4
+struct ll_steps {
+    struct ll_step s[LL_STEPS];
+    uint64_t seed;
+};
+void ll_steps_build(struct ll_steps *all, int num_ranks, uint64_t seed);
+void ll_steps_free(struct ll_steps *all);
+/* The group, whose ranks run `body` with the steps as their context. */
+void ll_steps_setup(struct world_setup *w, struct ll_steps *all, void (*body)(struct world *));
+
 enum { LL_X, LL_SCALES, LL_SOURCE, LL_COUNTS, LL_RANGES, LL_HANDLE, LL_Y, LL_OUTPUTS };
 
 struct ll_run {

@@ -65,6 +65,18 @@ static void *pages(size_t bytes) {
 
 static int warm = -1; /* the device that rig_warm has opened for this process's rank */
 
+struct ep_group_config rig_tiny(int rank, int num_ranks, int timeout_ms) {
+    struct ep_group_config c = EP_GROUP_CONFIG_INIT;
+    c.rank = rank;
+    c.num_ranks = num_ranks;
+    c.num_experts = num_ranks;
+    c.max_tokens = 4;
+    c.max_topk = 1;
+    c.max_row_bytes = 16;
+    c.timeout_ms = timeout_ms;
+    return c;
+}
+
 void rig_config(struct ep_group_config *c, const struct rig_meeting *m, int rank,
                 char address[32]) {
     static const int workers[] = {1, 2, 4, 1};

@@ -65,6 +65,15 @@ static bool reads(const struct epi_cache *c, const struct epi_jit_key *key) {
     return same;
 }
 
+/* A folder with one entry, and the entry's file. */
+static const char *one_entry(struct epi_cache *c, const char *folder,
+                             const struct epi_jit_key *key) {
+    set_folder(folder);
+    epi_cache_open(c);
+    epi_cache_write(c, key, &kernel, 13020);
+    return scratch_find(folder, ".cubin");
+}
+
 static int entries(int rank, void *ctx) {
     const char *folder = scratch_path(scratch_folder(), "entries");
     const struct epi_jit_key key = key_of("one"), other = key_of("two");
@@ -115,10 +124,7 @@ static int odd_entries(int rank, void *ctx) {
     struct epi_cache c;
     (void)rank;
     (void)ctx;
-    set_folder(folder);
-    epi_cache_open(&c);
-    epi_cache_write(&c, &key, &kernel, 13020);
-    const char *path = scratch_find(folder, ".cubin");
+    const char *path = one_entry(&c, folder, &key);
     unlink(path);
     ok(mkfifo(path, 0600) == 0 && !reads(&c, &key), "a pipe is not waited for");
     ok(epi_cache_write(&c, &key, &kernel, 13020) && reads(&c, &key), "and replaced");
@@ -152,10 +158,7 @@ static int entries_of_others(int rank, void *ctx) {
     struct stat st;
     (void)rank;
     (void)ctx;
-    set_folder(folder);
-    epi_cache_open(&c);
-    epi_cache_write(&c, &key, &kernel, 13020);
-    const char *path = scratch_find(folder, ".cubin");
+    const char *path = one_entry(&c, folder, &key);
     ok(stat(path, &st) == 0 && (st.st_mode & 07777) == 0600, "only its user can read an entry");
     chmod(path, 0620);
     ok(!reads(&c, &key), "one that the group can write to is not run");
@@ -197,10 +200,7 @@ static int old_files(int rank, void *ctx) {
     char name[64];
     (void)rank;
     (void)ctx;
-    set_folder(folder);
-    epi_cache_open(&c);
-    epi_cache_write(&c, &key, &kernel, 13020);
-    const char *mine = scratch_find(folder, ".cubin");
+    const char *mine = one_entry(&c, folder, &key);
     struct timespec times[2] = {{0, UTIME_OMIT}, {.tv_sec = 1000000000}};
     utimensat(AT_FDCWD, mine, times, 0);
     ok(reads(&c, &key) && stat(mine, &st) == 0 && st.st_mtime > 1000000000,
@@ -332,9 +332,7 @@ static int read_only(int rank, void *ctx) {
     struct epi_cache c;
     (void)rank;
     (void)ctx;
-    set_folder(folder);
-    epi_cache_open(&c);
-    epi_cache_write(&c, &key, &kernel, 13020);
+    one_entry(&c, folder, &key);
     chmod(folder, 0500);
     if (!scratch_obey_permissions()) {
         return 0;

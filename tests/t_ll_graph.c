@@ -17,14 +17,7 @@
 #include "tests/tap.h"
 
 #define RANKS 3
-#define STEPS 4
 #define TURNS 24
-#define MOST_TOKENS 20
-
-struct steps {
-    struct ll_step s[STEPS];
-    uint64_t seed;
-};
 
 /* A step whose tensors have images at addresses that stay. */
 struct live {
@@ -36,27 +29,9 @@ struct live {
 
 struct scene {
     struct world *w;
-    struct live l[STEPS];
+    struct live l[LL_STEPS];
     void *stream;
 };
-
-static void steps_build(struct steps *all, uint64_t seed) {
-    static const int64_t hidden[STEPS] = {256, 640, 128, 256};
-    static const int tokens[STEPS] = {12, 5, 16, 1};
-
-    all->seed = seed;
-    for (int i = 0; i < STEPS; i++) {
-        struct ll_step *s = &all->s[i];
-        ll_init(s, RANKS, seed + (uint64_t)i);
-        s->c.hidden = hidden[i];
-        s->c.max_tokens = tokens[i];
-        s->max_tokens = tokens[i] + i;
-        s->c.tokens = i == 0 ? TOKENS_MIXED : TOKENS_MAX;
-        s->c.routing = i == 2 ? ROUTE_DUPLICATES : ROUTE_UNIFORM;
-        s->flags = i % 2 ? EP_LL_FP8 : 0;
-        ll_build(s);
-    }
-}
 
 static void live_create(struct live *l, struct world *w, const struct ll_step *s) {
     uint64_t arena;
@@ -96,21 +71,13 @@ static void check_all(struct scene *s, struct live *l) {
 /* ---- calls, captured or not ----------------------------------------------------------------- */
 
 static void dispatch(struct scene *s, int step, enum call_half half) {
-    ep_status (*const call[])(ep_group *, const struct ep_ll_dispatch_args *,
-                              void *) = {[CALL_BOTH] = ep_ll_dispatch,
-                                         [CALL_SEND] = ep_ll_dispatch_send,
-                                         [CALL_RECV] = ep_ll_dispatch_recv};
-
-    world_is(s->w, call[half](s->w->group, &s->l[step].dispatch, s->stream), EP_OK, "dispatch");
+    world_is(s->w, plain_ll_dispatch(s->w->group, &s->l[step].dispatch, half, s->stream), EP_OK,
+             "dispatch");
 }
 
 static void combine(struct scene *s, int step, enum call_half half) {
-    ep_status (*const call[])(ep_group *, const struct ep_ll_combine_args *,
-                              void *) = {[CALL_BOTH] = ep_ll_combine,
-                                         [CALL_SEND] = ep_ll_combine_send,
-                                         [CALL_RECV] = ep_ll_combine_recv};
-
-    world_is(s->w, call[half](s->w->group, &s->l[step].combine, s->stream), EP_OK, "combine");
+    world_is(s->w, plain_ll_combine(s->w->group, &s->l[step].combine, half, s->stream), EP_OK,
+             "combine");
 }
 
 /* One operation of each kind. */
@@ -176,14 +143,14 @@ static bool capture(struct scene *s, void (*calls)(struct scene *), struct graph
 /* ---- legal replays -------------------------------------------------------------------------- */
 
 static void turns(struct scene *s) {
-    const struct steps *all = s->w->ctx;
+    const struct ll_steps *all = s->w->ctx;
     uint64_t state = all->seed; /* the same on all ranks */
     struct graph a, b;
 
     if (capture(s, whole, &a) && capture(s, halves, &b)) {
         for (int i = 0; i < TURNS; i++) {
             const int what = (int)case_rand(&state, 4), times = 1 + (int)case_rand(&state, 3);
-            for (int j = 0; j < STEPS; j++) {
+            for (int j = 0; j < LL_STEPS; j++) {
                 renew(&s->l[j]);
             }
             for (int j = 0; j < times; j++) {
@@ -272,7 +239,7 @@ static void out_of_order(struct scene *s) {
         good = capture(s, calls[i], &g[i]) && good;
     }
     for (int i = 0; good && i < 2; i++) { /* from even and from odd numbers */
-        for (int j = 0; j < STEPS; j++) {
+        for (int j = 0; j < LL_STEPS; j++) {
             renew(&s->l[j]);
         }
         wrong_order(s, g);
@@ -288,12 +255,12 @@ static void out_of_order(struct scene *s) {
 /* ---- the test ------------------------------------------------------------------------------- */
 
 static void in_scene(struct world *w, void (*body)(struct scene *)) {
-    const struct steps *all = w->ctx;
+    const struct ll_steps *all = w->ctx;
     struct pool pool = {0};
     struct scene *s = pool_zero(&pool, sizeof(*s));
 
     s->w = w;
-    for (int i = 0; i < STEPS; i++) {
+    for (int i = 0; i < LL_STEPS; i++) {
         live_create(&s->l[i], w, &all->s[i]);
     }
     world_is(w, call_stream_create(&s->stream, w->group), EP_OK, "a stream");
@@ -302,7 +269,7 @@ static void in_scene(struct world *w, void (*body)(struct scene *)) {
         epi_cu_leave();
     }
     call_stream_destroy(w->group, &s->stream);
-    for (int i = 0; i < STEPS; i++) {
+    for (int i = 0; i < LL_STEPS; i++) {
         stage_end(&s->l[i].stage);
         ll_destroy(&s->l[i].run);
     }
@@ -317,29 +284,24 @@ static void illegal_body(struct world *w) {
     in_scene(w, out_of_order);
 }
 
-static void run(struct steps *all, void (*body)(struct world *), bool processes,
+static void run(struct ll_steps *all, void (*body)(struct world *), bool processes,
                 const char *name) {
     struct world_setup w;
 
-    ll_setup(&w, &all->s[1]); /* which has the longest rows */
-    w.config.ll_max_tokens = MOST_TOKENS;
+    ll_steps_setup(&w, all, body);
     w.processes = processes;
-    w.body = body;
-    w.ctx = all;
     ok(world_run(&w) == 0, "%s, %s", name, gpu_processes(processes) ? "processes" : "threads");
 }
 
 int main(void) {
     gpu_only();
-    struct steps all;
+    struct ll_steps all;
 
     tap_deadline(180);
-    steps_build(&all, tap_seed());
+    ll_steps_build(&all, RANKS, tap_seed());
     run(&all, legal_body, false, "two graphs and eager calls in turn");
     run(&all, legal_body, true, "two graphs and eager calls in turn");
     run(&all, illegal_body, false, "replays that are out of order are refused");
-    for (int i = 0; i < STEPS; i++) {
-        ll_free(&all.s[i]);
-    }
+    ll_steps_free(&all);
     return done_testing();
 }

@@ -13,62 +13,17 @@
 #include "tests/tap.h"
 
 #define RANKS 3
-#define STEPS 4
 
-/* Steps of several shapes, for groups that are large enough for each. */
-struct steps {
-    struct ll_step s[STEPS];
-    int rounds;
-    uint64_t seed;
-};
+static void create_all(struct ll_run r[LL_STEPS], struct world *w) {
+    const struct ll_steps *all = w->ctx;
 
-static void steps_build(struct steps *all, uint64_t seed) {
-    static const int64_t hidden[STEPS] = {256, 640, 128, 256};
-    static const int tokens[STEPS] = {12, 5, 16, 1};
-
-    all->seed = seed;
-    for (int i = 0; i < STEPS; i++) {
-        struct ll_step *s = &all->s[i];
-        ll_init(s, RANKS, seed + (uint64_t)i);
-        s->c.hidden = hidden[i];
-        s->c.max_tokens = tokens[i];
-        s->max_tokens = tokens[i] + i;
-        s->c.tokens = i == 0 ? TOKENS_MIXED : TOKENS_MAX;
-        s->c.routing = i == 2 ? ROUTE_DUPLICATES : ROUTE_UNIFORM;
-        s->c.topk = i == 1 ? 2 : 4;
-        s->flags = i % 2 ? EP_LL_FP8 : 0;
-        s->c.weights = i != 3;
-        s->num_workers = i == 2 ? 1 : 0;
-        ll_build(s);
-    }
-}
-
-static void steps_free(struct steps *all) {
-    for (int i = 0; i < STEPS; i++) {
-        ll_free(&all->s[i]);
-    }
-}
-
-static void setup(struct world_setup *w, struct steps *all, void (*body)(struct world *)) {
-    ll_setup(w, &all->s[1]);
-    w->config.ll_max_tokens = 20;
-    w->config.max_topk = 4;
-    w->config.max_tokens = 16;
-    w->config.max_scale_bytes = 0;
-    w->body = body;
-    w->ctx = all;
-}
-
-static void create_all(struct ll_run r[STEPS], struct world *w) {
-    const struct steps *all = w->ctx;
-
-    for (int i = 0; i < STEPS; i++) {
+    for (int i = 0; i < LL_STEPS; i++) {
         ll_create(&r[i], w, &all->s[i]);
     }
 }
 
-static void destroy_all(struct ll_run r[STEPS]) {
-    for (int i = 0; i < STEPS; i++) {
+static void destroy_all(struct ll_run r[LL_STEPS]) {
+    for (int i = 0; i < LL_STEPS; i++) {
         ll_destroy(&r[i]);
     }
 }
@@ -108,14 +63,15 @@ static void two_batches(struct world *w, struct ll_run *a, struct ll_run *b, uin
 }
 
 static void rounds(struct world *w) {
-    const struct steps *all = w->ctx;
+    const struct ll_steps *all = w->ctx;
     uint64_t common = all->seed, own = all->seed + 17 * (uint64_t)(w->rank + 1);
-    struct ll_run r[STEPS];
+    struct ll_run r[LL_STEPS];
 
     create_all(r, w);
-    for (int i = 0; i < all->rounds; i++) {
-        const int a = (int)case_rand(&common, STEPS);
-        const int b = (a + 1 + (int)case_rand(&common, STEPS - 1)) % STEPS;
+    const int num = (tap_quick() ? 20 : 60) * tap_effort();
+    for (int i = 0; i < num; i++) {
+        const int a = (int)case_rand(&common, LL_STEPS);
+        const int b = (a + 1 + (int)case_rand(&common, LL_STEPS - 1)) % LL_STEPS;
         if (case_rand(&common, 3) == 0) {
             ll_pass(&r[a], case_rand(&common, 2));
         } else {
@@ -131,11 +87,11 @@ static void rounds(struct world *w) {
 
 /* A throughput operation between the halves, which not all ranks have at the same place. */
 static void between(struct world *w) {
-    const struct steps *all = w->ctx;
+    const struct ll_steps *all = w->ctx;
     const struct test_case *c = &all->s[2].c;
     struct ep_routing routing;
     ep_handle *h = NULL;
-    struct ll_run r[STEPS];
+    struct ll_run r[LL_STEPS];
     struct ep_dispatch_args d = EP_DISPATCH_ARGS_INIT;
 
     create_all(r, w);
@@ -163,7 +119,7 @@ static void between(struct world *w) {
 
 /* Halves on streams of their own. */
 static void streams(struct world *w) {
-    struct ll_run r[STEPS];
+    struct ll_run r[LL_STEPS];
     void *s[2];
 
     create_all(r, w);
@@ -171,7 +127,7 @@ static void streams(struct world *w) {
         must(w, call_stream_create(&s[i], w->group), "stream");
     }
     for (int i = 0; i < 8; i++) {
-        struct ll_run *a = &r[i % STEPS];
+        struct ll_run *a = &r[i % LL_STEPS];
         must(w, ll_dispatch(a, CALL_SEND, s[i % 2]), "send");
         must(w, call_stream_sync(w->group, s[i % 2]), "sync");
         must(w, ll_dispatch(a, CALL_RECV, s[1 - i % 2]), "receive");
@@ -206,7 +162,7 @@ static void untouched(struct ll_run *r, int from, int to) {
 }
 
 static void illegal(struct world *w) {
-    struct ll_run r[STEPS];
+    struct ll_run r[LL_STEPS];
 
     create_all(r, w);
     refused(w, ll_dispatch(&r[0], CALL_RECV, NULL), "was not sent", "receive before send");
@@ -241,27 +197,26 @@ static void illegal(struct world *w) {
     destroy_all(r);
 }
 
-static void run(struct steps *all, void (*body)(struct world *), bool processes,
+static void run(struct ll_steps *all, void (*body)(struct world *), bool processes,
                 const char *name) {
     struct world_setup w;
 
-    setup(&w, all, body);
+    ll_steps_setup(&w, all, body);
     w.processes = processes;
     ok(world_run(&w) == 0, "%s", name);
 }
 
 int main(void) {
     gpu_program();
-    struct steps all;
+    struct ll_steps all;
 
     tap_deadline(180);
-    steps_build(&all, tap_seed());
-    all.rounds = (tap_quick() ? 20 : 60) * tap_effort();
+    ll_steps_build(&all, RANKS, tap_seed());
     run(&all, rounds, false, "random rounds of two micro-batches, threads");
     run(&all, rounds, true, "random rounds of two micro-batches, processes");
     run(&all, between, false, "throughput operations between the halves");
     run(&all, streams, false, "halves on two streams");
     run(&all, illegal, false, "what is out of order is refused, and the group goes on");
-    steps_free(&all);
+    ll_steps_free(&all);
     return done_testing();
 }

@@ -9,6 +9,7 @@
 #include <stdio.h>
 
 #include "tests/calls.h"
+#include "tests/rig.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -30,16 +31,9 @@ static int in_any_order(int rank, void *ctx) {
     int bad = 0;
 
     for (int i = 0; i < 2; i++) {
-        struct ep_group_config c = EP_GROUP_CONFIG_INIT;
+        struct ep_group_config c = rig_tiny(rank, RANKS, TIMEOUT_MS);
         c.world = m->world;
         c.address = m->world ? NULL : m->address[i];
-        c.rank = rank;
-        c.num_ranks = RANKS;
-        c.num_experts = RANKS;
-        c.max_tokens = 4;
-        c.max_topk = 1;
-        c.max_row_bytes = 16;
-        c.timeout_ms = TIMEOUT_MS;
         bad += !ok(call_group_create(&group[i], &c) == EP_OK, "create: %s", ep_last_error());
     }
     const double start = tap_now();

@@ -10,6 +10,7 @@
 #include <stdio.h>
 
 #include "tests/gpu.h"
+#include "tests/rig.h"
 #include "tests/tap.h"
 #include "tests/world.h"
 
@@ -55,18 +56,11 @@ static ep_status one_dispatch(ep_group *group, int rank) {
 
 static int rank_main(int rank, void *ctx) {
     struct job *job = ctx;
-    struct ep_group_config c = EP_GROUP_CONFIG_INIT;
+    struct ep_group_config c = rig_tiny(rank, RANKS, TIMEOUT_MS);
     ep_group *group = NULL;
     const bool last = rank == RANKS - 1;
 
     c.address = job->address;
-    c.rank = rank;
-    c.num_ranks = RANKS;
-    c.num_experts = RANKS;
-    c.max_tokens = 4;
-    c.max_topk = 1;
-    c.max_row_bytes = 16;
-    c.timeout_ms = TIMEOUT_MS;
     if (last) {
         wait_for(&job->may_create, 1);
     } else {

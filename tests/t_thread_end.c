@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 
 #include "tests/gpu.h"
+#include "tests/rig.h"
 #include "tests/tap.h"
 #include "tests/world.h"
 
@@ -29,15 +30,8 @@ struct scene {
 };
 
 static ep_status make(ep_group **out, struct scene *s, int rank) {
-    struct ep_group_config c = EP_GROUP_CONFIG_INIT;
+    struct ep_group_config c = rig_tiny(rank, RANKS, TIMEOUT_MS);
     c.world = s->world;
-    c.rank = rank;
-    c.num_ranks = RANKS;
-    c.num_experts = RANKS;
-    c.max_tokens = 4;
-    c.max_topk = 1;
-    c.max_row_bytes = 16;
-    c.timeout_ms = TIMEOUT_MS;
     return ep_group_create(out, &c);
 }
 
