@@ -62,6 +62,8 @@ static struct ep_fault fault = EP_FAULT_INIT;
 static struct ep_group_stats stats = EP_GROUP_STATS_INIT;
 static struct ep_dispatch_args dispatch = EP_DISPATCH_ARGS_INIT;
 static struct ep_combine_args combine = EP_COMBINE_ARGS_INIT;
+static struct ep_ll_dispatch_args ll_dispatch = EP_LL_DISPATCH_ARGS_INIT;
+static struct ep_ll_combine_args ll_combine = EP_LL_COMBINE_ARGS_INIT;
 static struct ep_routing routing = EP_ROUTING_INIT;
 static struct ep_layout layout = EP_LAYOUT_INIT;
 static struct ep_tensor view = EP_TENSOR_INIT;
@@ -86,6 +88,13 @@ CALL(dispatch_begin, ep_dispatch_begin(h->handle, &dispatch, NULL))
 CALL(dispatch_finish, ep_dispatch_finish(h->handle, &dispatch, NULL))
 CALL(dispatch_queued, ep_dispatch(h->handle, &dispatch, h->stream))
 CALL(combine, ep_combine(h->handle, &combine, NULL))
+CALL(ll_dispatch, ep_ll_dispatch(h->group, &ll_dispatch, NULL))
+CALL(ll_dispatch_send, ep_ll_dispatch_send(h->group, &ll_dispatch, NULL))
+CALL(ll_dispatch_recv, ep_ll_dispatch_recv(h->group, &ll_dispatch, NULL))
+CALL(ll_combine, ep_ll_combine(h->group, &ll_combine, NULL))
+CALL(ll_combine_send, ep_ll_combine_send(h->group, &ll_combine, NULL))
+CALL(ll_combine_recv, ep_ll_combine_recv(h->group, &ll_combine, NULL))
+CALL(ll_status, ep_ll_status(h->group))
 CALL(stream_run, ep_stream_run(h->stream, no_task, NULL))
 CALL(stream_sync, ep_stream_sync(h->stream))
 CALL(stream_wait, ep_stream_wait(h->stream, h->event))
@@ -116,6 +125,13 @@ static const struct call {
     {"ep_dispatch_begin", call_dispatch_begin, false},
     {"ep_dispatch_finish", call_dispatch_finish, false},
     {"ep_combine", call_combine, false},
+    {"ep_ll_dispatch", call_ll_dispatch, false},
+    {"ep_ll_dispatch_send", call_ll_dispatch_send, false},
+    {"ep_ll_dispatch_recv", call_ll_dispatch_recv, false},
+    {"ep_ll_combine", call_ll_combine, false},
+    {"ep_ll_combine_send", call_ll_combine_send, false},
+    {"ep_ll_combine_recv", call_ll_combine_recv, false},
+    {"ep_ll_status", call_ll_status, false},
     {"ep_stream_run", call_stream_run, true},
     {"ep_stream_sync", call_stream_sync, true},
     {"ep_stream_wait", call_stream_wait, true},

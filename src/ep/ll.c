@@ -102,6 +102,7 @@ static const struct epi_op_kind ll_combine_kind = {.kernel = EPI_KERNEL_LL_COMBI
 
 static ep_status check_call(ep_group *g, const char *fn, int max_tokens, int num_workers) {
     const int most = g->config.ll_max_tokens;
+    EPI_NOT_FORKED(fn, "group", g->process);
     EPI_TRY(epi_group_admit(g));
     if (!most) {
         return epi_fail(EP_ERR_UNSUPPORTED,
@@ -328,6 +329,7 @@ ep_status ep_ll_combine_recv(ep_group *group, const struct ep_ll_combine_args *a
 
 ep_status ep_ll_status(ep_group *group) {
     EPI_NOT_NULL("ep_ll_status", group);
+    EPI_NOT_FORKED("ep_ll_status", "group", group->process);
     if (epi_group_faulted(group)) {
         return epi_group_check_next(group);
     }
