@@ -351,7 +351,7 @@ ep_status epi_group_admit(ep_group *g) {
     struct ep_fault f;
     epi_life_join(g->life);
     if (g->backend->on_device) {
-        return epi_group_check_next(g);
+        return epi_group_faulted(g) ? epi_group_check_next(g) : EP_OK;
     }
     if (atomic_load(&g->fault_told) == 0) {
         return EP_OK;
