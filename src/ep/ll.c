@@ -140,8 +140,9 @@ static ep_status check_handle(const struct ep_tensor *t) {
 }
 
 /* T, K and H of a send; H of a receive, whose T and K are in the handle. */
-static ep_status check_lengths(const struct epi_call *c, int max_tokens, int64_t hidden) {
+static ep_status check_lengths(const struct epi_call *c, int max_tokens) {
     const int64_t tokens = c->dim[EPI_DIM_T], topk = c->dim[EPI_DIM_K];
+    const int64_t hidden = c->dim[EPI_DIM_HIDDEN];
     const int most = c->group->config.max_topk;
     if (hidden < K_LL_GROUP || hidden % K_LL_GROUP ||
         hidden > c->group->config.max_row_bytes / 2) {
@@ -255,7 +256,7 @@ static ep_status ll_dispatch(const char *fn, ep_group *g,
     EPI_TRY(epi_args_check(&c, &epi_ll_dispatch_rules, &a, roles_of(part)));
     const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
     EPI_TRY(check_handle(a.handle));
-    EPI_TRY(check_lengths(&c, max_tokens, hidden));
+    EPI_TRY(check_lengths(&c, max_tokens));
     if (part & K_LL_RECEIVE) {
         EPI_TRY(check_scales(&c, &a));
     }
@@ -282,7 +283,7 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     EPI_TRY(epi_args_check(&c, &epi_ll_combine_rules, &a, roles_of(part)));
     EPI_TRY(check_handle(a.handle));
     const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
-    EPI_TRY(check_lengths(&c, max_tokens, hidden));
+    EPI_TRY(check_lengths(&c, max_tokens));
     const struct epi_load load = {(int)hidden * 2, g->config.max_topk, true, true};
     epi_op_of_group(&op, &ll_combine_kind, g, workers_of(g, a.num_workers), &load);
     struct k_ll_combine_args *k = &op.args.ll_combine;

@@ -53,9 +53,7 @@ void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded) {
 static ep_status number_and_launch(struct epi_op *op, void *stream, bool *numbered) {
     ep_group *g = op->g;
     const struct epi_backend *b = g->backend;
-    if (b->order) {
-        EPI_TRY(b->order(op, stream));
-    }
+    EPI_TRY(b->order(op, stream));
     if (op->kind->faults && !(op->flags & EPI_OP_FINISH)) {
         op->turn = ++g->turns_issued;
         if (!op->kind->counts_itself) {

@@ -32,7 +32,7 @@ int epi_plan_stage_bytes(int row_bytes);
 struct epi_plan {
     struct ep_plan_info info;
     struct k_map map;
-    struct k_ll_map ll; /* zeros without low-latency mode */
+    struct k_ll_map ll; /* regions of no bytes without low-latency mode */
     int num_ranks, num_slots;
     int max_local; /* the most experts any rank has */
     int max_dests; /* destinations a token can have */
