@@ -140,11 +140,7 @@ ep_status epi_cu_memory_create(const struct epi_cu_device *d, size_t bytes,
 }
 
 ep_status epi_cu_memory_admit(const struct epi_cu_memory *m, const struct epi_cu_device *d) {
-    int mode;
-    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
-    const ep_status st = grant(m, d);
-    epi_cu_leave_relaxed(mode);
-    return st;
+    CU_WITHIN_RELAXED(d, grant(m, d));
 }
 
 ep_status epi_cu_memory_export(const struct epi_cu_memory *m, int *fd) {

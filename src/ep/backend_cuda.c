@@ -21,7 +21,6 @@ _Static_assert(sizeof(struct k_board) <= BOARD_BYTES, "a board has so much memor
 
 struct epi_cuda {
     struct epi_gpu *gpu;
-    bool nvlink; /* how peers are reached */
     struct epi_cuda_sms sms;
     uint64_t tables, ctl;
     struct epi_notices notices; /* guarded by the group's mutex, as is `stop` */
@@ -180,8 +179,8 @@ static struct epi_shape cuda_shape(const ep_group *g, int asked, const struct ep
     const struct epi_gpu_shape s = epi_gpu_shape(g->cuda->gpu);
     const int channels = (g->plan.info.num_channels + s.warps - 1) / s.warps;
     const int row = (load->row_bytes + 127) / 128 * 128;
-    const struct epi_sms sms =
-        epi_sms_for(epi_gpu_device(g->cuda->gpu)->major, g->cuda->nvlink, g->num_ranks, load);
+    const struct epi_sms sms = epi_sms_for(epi_gpu_device(g->cuda->gpu)->major,
+                                           g->cuda->sms.nvlink, g->num_ranks, load);
     const int all = asked ? asked : load->row_bytes ? sms.all : channels;
     const int most = load->row_bytes ? g->most_workers : g->cuda->sms.local;
     struct epi_shape out = {all < most ? all : most, 0, s.stages, s.stage_bytes};
@@ -319,7 +318,6 @@ static ep_status cuda_prepare(ep_group *g, const struct epi_exchange *x) {
     if (st == EP_OK) {
         g->workers = g->config.num_workers;
         g->most_workers = c->sms.promised;
-        c->nvlink = c->sms.one_device || epi_mem_on_device(g->mem);
         st = fill_tables(g);
     }
     if (st == EP_OK) {
@@ -336,12 +334,6 @@ static bool cuda_settle(ep_group *g) {
     ep_status st;
     while ((st = epi_gpu_idle(g->cuda->gpu)) == EP_AGAIN && !epi_deadline_expired(d)) {
         epi_sleep_ns(20 * EPI_NS_PER_US);
-    }
-    if (st == EP_AGAIN) {
-        epi_log(EPI_LOG_WARN,
-                "ep_group_destroy: operations of the group are still queued on a stream after "
-                "%lld ms; its memory is left mapped",
-                (long long)(g->timeout_ns / EPI_NS_PER_MS));
     }
     return st != EP_AGAIN;
 }

@@ -54,14 +54,7 @@ static bool host_settle(ep_group *g) {
     while (atomic_load(&g->num_held) > 0 && !epi_deadline_expired(d)) {
         epi_sleep_ns(50 * EPI_NS_PER_US);
     }
-    const bool settled = atomic_load(&g->num_held) == 0;
-    if (!settled) {
-        epi_log(EPI_LOG_WARN,
-                "ep_group_destroy: operations of the group are still queued on a stream after "
-                "%lld ms; its memory is left mapped",
-                (long long)(g->timeout_ns / EPI_NS_PER_MS));
-    }
-    return settled;
+    return atomic_load(&g->num_held) == 0;
 }
 
 static void host_stop(ep_group *g) {

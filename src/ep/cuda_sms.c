@@ -91,8 +91,8 @@ static ep_status divide_sms(struct epi_cuda_sms *out, const ep_group *g,
     out->local = most;
     out->promised = asked;
     if (!asked) {
-        const bool nvlink = out->one_device || epi_mem_on_device(g->mem);
-        const int fair = one_at_least(rest / num_rest / 2), want = wanted_sms(g, d, nvlink);
+        const int fair = one_at_least(rest / num_rest / 2),
+                  want = wanted_sms(g, d, out->nvlink);
         out->promised = most < fair ? most : fair;
         out->promised = want < out->promised ? want : out->promised;
     }
@@ -147,7 +147,8 @@ ep_status epi_cuda_sms_promise(struct epi_cuda_sms *out, const ep_group *g,
     }
     if (st == EP_OK) {
         const struct sharing s = count_sharing(all, g->num_ranks, &mine);
-        *out = (struct epi_cuda_sms){.device = d->index, .one_device = s.others == 0};
+        *out = (struct epi_cuda_sms){.device = d->index,
+                                     .nvlink = s.others == 0 || epi_mem_on_device(g->mem)};
         st = divide_sms(out, g, d, &s, mine.asked);
         st = st == EP_OK ? take_sms(out, d) : st;
     }

@@ -11,10 +11,10 @@
 struct epi_cu_device;
 
 struct epi_cuda_sms {
-    int device;      /* index */
-    int promised;    /* of it, to this rank; 0: none yet */
-    int local;       /* that work without peers may take */
-    bool one_device; /* all ranks are on this rank's device */
+    int device;   /* index */
+    int promised; /* of it, to this rank; 0: none yet */
+    int local;    /* that work without peers may take */
+    bool nvlink;  /* peers are reached by it, or lie on this device */
 };
 
 /* Collective. EP_ERR_ARG: there are not so many, or other groups of the process have them. */

@@ -366,6 +366,12 @@ void epi_group_destroy(ep_group **group) {
                 g->num_handles);
     }
     const bool settled = g->backend->settle(g);
+    if (!settled) {
+        epi_log(EPI_LOG_WARN,
+                "ep_group_destroy: operations of the group are still queued on a stream after "
+                "%lld ms; its memory is left mapped",
+                (long long)(g->timeout_ns / EPI_NS_PER_MS));
+    }
     if (settled && !epi_group_faulted(g)) {
         /* Nobody waits for the others to come to this. What they need of the operations that have
          * ended here lies in their own arenas; what they still write to this rank's goes to pages

@@ -6,17 +6,15 @@
  * unless another thread comes to take it over. Runs on threads that make calls, and where they end.
  * Must not touch a group that is destroyed: `closed` says so, under the lock.
  */
-#include <unistd.h>
-
 #include "src/ep/group.h"
 
 struct epi_life {
     pthread_mutex_t lock;
-    int refs;    /* the group's and one per member */
-    int members; /* threads that have made a call and not ended */
-    bool closed; /* the group is gone */
-    bool unsure; /* a thread could not be counted */
-    pid_t process;
+    int refs;         /* the group's and one per member */
+    int members;      /* threads that have made a call and not ended */
+    bool closed;      /* the group is gone */
+    bool unsure;      /* a thread could not be counted */
+    uint32_t process; /* that made the group, which a child of it may have freed */
     ep_group *group;
 };
 
@@ -44,7 +42,7 @@ static void release(struct epi_life *l) {
 /* The lock is held. What a stream has yet to run comes without the thread that queued it. */
 static void note_end(struct epi_life *l) {
     l->members--;
-    if (l->members == 0 && !l->closed && !l->unsure && l->process == getpid()) {
+    if (l->members == 0 && !l->closed && !l->unsure && !epi_is_forked(l->process)) {
         epi_group_set_orphan(l->group, true);
     }
 }
@@ -96,7 +94,7 @@ ep_status epi_life_create(struct epi_life **out, ep_group *g) {
     }
     pthread_mutex_init(&l->lock, NULL);
     l->refs = 1;
-    l->process = getpid();
+    l->process = g->process;
     l->group = g;
     *out = l;
     return EP_OK;

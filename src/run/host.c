@@ -112,7 +112,8 @@ static void prepare(const struct epi_run *run, struct launch *l, enum epi_kernel
 
 static void run_all(struct epi_run *run, enum epi_kernel kernel, const void *args,
                     int workers) {
-    prepare(run, &run->all, kernel, args, workers);
+    const bool fits = workers >= 1 && workers <= run->workers;
+    prepare(run, &run->all, kernel, args, fits ? workers : run->workers);
     int threads = run->all.grid.blocks * run->all.grid.warps;
     if (threads > 1) {
         pthread_mutex_lock(&run->mutex);
@@ -136,13 +137,12 @@ static void run_all(struct epi_run *run, enum epi_kernel kernel, const void *arg
 void epi_run_kernel(struct epi_run *run, enum epi_kernel kernel, const void *args,
                     int workers) {
     pthread_mutex_lock(&run->all.busy);
-    run_all(run, kernel, args, workers < 1 || workers > run->workers ? run->workers : workers);
+    run_all(run, kernel, args, workers);
 }
 
 void epi_run_local(struct epi_run *run, enum epi_kernel kernel, const void *args, int workers) {
     if (pthread_mutex_trylock(&run->all.busy) == 0) {
-        run_all(run, kernel, args,
-                workers < 1 || workers > run->workers ? run->workers : workers);
+        run_all(run, kernel, args, workers);
         return;
     }
     pthread_mutex_lock(&run->aside.busy);
