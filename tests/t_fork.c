@@ -319,9 +319,20 @@ static bool may(enum deed deed) {
 
 /* ---- ranks ---------------------------------------------------------------------------------- */
 
+/*
+ * AddressSanitizer's allocator takes no notice of fork(): a lock that another thread held then stays
+ * held in the child for ever. With it, no thread may be working while a child is made.
+ */
+#ifdef __SANITIZE_ADDRESS__
+enum { WORK_WHILE_FORKING = 0 };
+#else
+enum { WORK_WHILE_FORKING = 1 };
+#endif
+
 struct scene {
     struct rig_meeting meeting;
     bool while_running; /* an operation of another thread is under way */
+    atomic_bool forked; /* ranks that are threads: rank 1 has had its children */
 };
 
 static int children(const struct heritage *h, const char *when) {
@@ -349,7 +360,7 @@ static void *pass_on(void *arg) {
 }
 
 static int forking_rank(int rank, void *ctx) {
-    const struct scene *s = ctx;
+    struct scene *s = ctx;
     const bool host = !gpu_wanted();
     struct rig r;
     struct heritage h = {.world = s->meeting.world};
@@ -374,6 +385,10 @@ static int forking_rank(int rank, void *ctx) {
     } else {
         if (rank == 1) {
             children(&h, s->meeting.world ? "threads" : "processes");
+            atomic_store(&s->forked, true);
+        }
+        while (s->meeting.world && !WORK_WHILE_FORKING && !atomic_load(&s->forked)) {
+            tap_sleep_ms(2);
         }
         pass_on(&w);
     }
@@ -415,16 +430,19 @@ int main(void) {
     gpu_program();
     tap_deadline(200);
     tap_expect_log("alive but late");
-    struct scene processes = {{2, tap_free_port(), NULL, 20000 * rig_scale()}, false};
-    struct scene busy = {{2, tap_free_port(), NULL, 20000 * rig_scale()}, true};
-    struct scene alone = {{1, tap_free_port(), NULL, 20000 * rig_scale()}, false};
+    struct scene processes = {{2, tap_free_port(), NULL, 20000 * rig_scale()}, false, false};
+    struct scene busy = {{2, tap_free_port(), NULL, 20000 * rig_scale()}, true, false};
+    struct scene alone = {{1, tap_free_port(), NULL, 20000 * rig_scale()}, false, false};
     ok(tap_spawn_ranks(2, forking_rank, &processes, 100) == 0, "ranks that are processes");
     if (gpu_wanted()) {
         return done_testing();
     }
-    ok(tap_spawn_ranks(2, forking_rank, &busy, 100) == 0, "ranks that are busy in a thread");
+    if (WORK_WHILE_FORKING) {
+        ok(tap_spawn_ranks(2, forking_rank, &busy, 100) == 0,
+           "ranks that are busy in a thread");
+    }
     ok(tap_spawn_ranks(1, outlived, &alone, 100) == 0, "a child that outlives the group");
-    struct scene threads = {{2, 0, NULL, 20000 * rig_scale()}, false};
+    struct scene threads = {{2, 0, NULL, 20000 * rig_scale()}, false, false};
     ok(ep_world_create(&threads.meeting.world, 2) == EP_OK &&
            ep_world_create(&idle_world, 2) == EP_OK,
        "two worlds");
