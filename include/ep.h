@@ -834,6 +834,7 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
  *   recv_source   [L * N] EP_I32: each row's token at its source rank
  *   expert_counts [L] EP_I32: rows of each local expert
  *   ranges        [L][R] EP_I64: rows of each source << 0, the first of them (from 0) << 32
+ *   expert_totals [L] EP_I32: to which each expert's rows are added, by replays too
  */
 struct ep_ll_dispatch_args {
     uint32_t size;
@@ -849,11 +850,12 @@ struct ep_ll_dispatch_args {
     struct ep_tensor *recv_source;
     struct ep_tensor *expert_counts;
     struct ep_tensor *ranges;
+    struct ep_tensor *expert_totals;
 };
 #define EP_LL_DISPATCH_ARGS_INIT                                                               \
     {                                                                                          \
         sizeof(struct ep_ll_dispatch_args), 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
-            NULL, NULL                                                                         \
+            NULL, NULL, NULL                                                                   \
     }
 
 /*

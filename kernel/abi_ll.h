@@ -103,7 +103,7 @@ struct k_ll_dispatch_args {
     k_i32 packed_scales; /* four exponents in a word */
     k_i32 side_at;       /* where a row's sidecar begins, of a send */
     struct k_array x, ids, weights;
-    struct k_array recv_x, recv_scales, recv_source, expert_counts, ranges;
+    struct k_array recv_x, recv_scales, recv_source, expert_counts, expert_totals, ranges;
 };
 
 struct k_ll_combine_args {
@@ -118,7 +118,7 @@ _Static_assert(sizeof(struct k_ll_map) == 6 * 16 + 6 * 8, "k_ll_map");
 _Static_assert(sizeof(struct k_ll_head) == 56, "k_ll_head");
 _Static_assert(sizeof(struct k_ll) == 16 + sizeof(struct k_ll_map) + 16, "k_ll");
 _Static_assert(sizeof(struct k_ll_dispatch_args) ==
-                   sizeof(struct k_op) + sizeof(struct k_ll) + 16 + 8 * 24,
+                   sizeof(struct k_op) + sizeof(struct k_ll) + 16 + 9 * 24,
                "k_ll_dispatch_args");
 _Static_assert(sizeof(struct k_ll_combine_args) ==
                    sizeof(struct k_op) + sizeof(struct k_ll) + 8 + 2 * 24,

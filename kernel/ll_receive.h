@@ -42,6 +42,9 @@ static K_FN k_bool ll_take_expert(struct k_thread *k, const struct k_ll_dispatch
     if (k->lane == 0 && a->expert_counts.data) {
         *(k_u32 *)k_row(&a->expert_counts, e) = sum;
     }
+    if (k->lane == 0 && a->expert_totals.data) {
+        *(k_u32 *)k_row(&a->expert_totals, e) += sum;
+    }
     return 1;
 }
 

@@ -227,6 +227,7 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->dispatch.ranges = &r->t[LL_RANGES];
     r->combine = (struct ep_ll_combine_args)EP_LL_COMBINE_ARGS_INIT;
     r->combine.max_tokens = s->max_tokens;
+    add(r, LL_TOTALS, EP_I32, local, 1);
     r->combine.num_workers = s->num_workers;
     r->combine.handle = &r->t[LL_HANDLE];
     r->combine.x = &r->answers;
@@ -237,6 +238,7 @@ void ll_destroy(struct ll_run *r) {
     pool_free(&r->pool);
 }
 
+    ll_expect(r, 1);
 ep_status ll_dispatch(struct ll_run *r, enum call_half half, void *stream) {
     for (int i = LL_X; half != CALL_RECV && i <= LL_HANDLE; i++) {
         memset(r->got[i], 0xA5, r->bytes[i]);
@@ -250,12 +252,24 @@ ep_status ll_combine(struct ll_run *r, enum call_half half, void *stream) {
     }
     return call_ll_combine(r->w->group, &r->combine, half, stream);
 }
+    r->dispatch.expert_totals = &r->t[LL_TOTALS];
 
 static bool check(struct ll_run *r, int from, int to) {
-    static const char *const names[] = {"recv_x", "recv_scales", "recv_source", "expert_counts",
-                                        "ranges", "handle",      "out"};
+    static const char *const names[] = {"recv_x",        "recv_scales", "recv_source",
+                                        "expert_counts", "ranges",      "expert_totals",
+                                        "handle",        "out"};
     bool good = true;
 
+    r->combine.topk_weights = s->weights_now ? &s->now[w->rank] : NULL;
+}
+
+void ll_expect(struct ll_run *r, int dispatches) {
+    for (size_t b = 0; b < r->bytes[LL_TOTALS]; b += 4) {
+        uint32_t count;
+        memcpy(&count, r->want[LL_COUNTS] + b, 4);
+        count = 0xA5A5A5A5u + (uint32_t)dispatches * count;
+        memcpy(r->want[LL_TOTALS] + b, &count, 4);
+    }
     for (int i = from; i <= to; i++) {
         const bool same = memcmp(r->got[i], r->want[i], r->bytes[i]) == 0;
         for (size_t b = 0; !same && b < r->bytes[i]; b++) {
@@ -270,7 +284,7 @@ static bool check(struct ll_run *r, int from, int to) {
 }
 
 bool ll_check_dispatch(struct ll_run *r) {
-    return check(r, LL_X, LL_RANGES);
+    return check(r, LL_X, LL_TOTALS);
 }
 
 bool ll_check_combine(struct ll_run *r) {

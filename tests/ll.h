@@ -44,7 +44,17 @@ void ll_steps_free(struct ll_steps *all);
 /* The group, whose ranks run `body` with the steps as their context. */
 void ll_steps_setup(struct world_setup *w, struct ll_steps *all, void (*body)(struct world *));
 
-enum { LL_X, LL_SCALES, LL_SOURCE, LL_COUNTS, LL_RANGES, LL_HANDLE, LL_Y, LL_OUTPUTS };
+enum {
+    LL_X,
+    LL_SCALES,
+    LL_SOURCE,
+    LL_COUNTS,
+    LL_RANGES,
+    LL_TOTALS,
+    LL_HANDLE,
+    LL_Y,
+    LL_OUTPUTS
+};
 
 struct ll_run {
     struct world *w;
@@ -62,6 +72,8 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s);
 void ll_destroy(struct ll_run *r);
 /* Call; with CALL_BOTH and CALL_SEND after the outputs were poisoned. */
 ep_status ll_dispatch(struct ll_run *r, enum call_half half, void *stream);
+/* The outputs are poisoned once before so many dispatches: totals are what these add to the poison. */
+void ll_expect(struct ll_run *r, int dispatches);
 ep_status ll_combine(struct ll_run *r, enum call_half half, void *stream);
 bool ll_check_dispatch(struct ll_run *r);
 bool ll_check_combine(struct ll_run *r);

@@ -62,8 +62,9 @@ static void fetch(struct scene *s, struct live *l) {
     world_is(s->w, stage_check(&l->stage), EP_OK, "what was written");
 }
 
-static void check_all(struct scene *s, struct live *l) {
+static void check_all(struct scene *s, struct live *l, int dispatches) {
     fetch(s, l);
+    ll_expect(&l->run, dispatches);
     ll_check_dispatch(&l->run);
     ll_check_combine(&l->run);
 }
@@ -163,14 +164,14 @@ static void turns(struct scene *s) {
             }
             if (what == 3) {
                 eager(s);
-                check_all(s, &s->l[3]);
+                check_all(s, &s->l[3], 1);
             }
             if (what != 1) {
-                check_all(s, &s->l[0]);
+                check_all(s, &s->l[0], times + (what == 3));
             }
             if (what == 1 || what == 2) {
-                check_all(s, &s->l[1]);
-                check_all(s, &s->l[2]);
+                check_all(s, &s->l[1], times);
+                check_all(s, &s->l[2], times);
             }
             if (!world_is(s->w, ep_ll_status(s->w->group), EP_OK, "ep_ll_status")) {
                 diag("turn %d of kind %d, %d times", i, what, times);
@@ -245,7 +246,7 @@ static void out_of_order(struct scene *s) {
         wrong_order(s, g);
         renew(&s->l[0]);
         graph_launch(s->w, &g[WHOLE], s->stream);
-        check_all(s, &s->l[0]);
+        check_all(s, &s->l[0], 1);
     }
     for (int i = 0; i < NUM_GRAPHS; i++) {
         graph_destroy(s->w, &g[i]);

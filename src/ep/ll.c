@@ -29,6 +29,8 @@ static const struct epi_rule ll_dispatch_rules[] = {
      EPI_AS(NONE, DENSE), 0},
     {FIELD(expert_counts, expert_counts), EPI_OUT, EPI_DIMS(L, NONE), EPI_TYPE(EP_I32),
      EPI_AS(NONE, DENSE), 0},
+    {FIELD(expert_totals, expert_totals), EPI_OUT, EPI_DIMS(L, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
     {FIELD(ranges, ranges), EPI_OUT, EPI_DIMS(L, R), EPI_TYPE(EP_I64), EPI_AS(NONE, DENSE), 0},
 };
 #undef FIELD
