@@ -819,7 +819,8 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
  *   x             [T][H] EP_BF16, rows contiguous; H a multiple of 128, T at most M
  *   topk_ids      [T][K] EP_I32 or EP_I64, contiguous. Global expert ids; an id outside 0..E-1 is
  *                 not selected. An expert named twice gets the row twice
- *   topk_weights  [T][K] EP_F32, any strides, or NULL: by which combine multiplies
+ *   topk_weights  [T][K] EP_F32, any strides, or NULL: by which combine multiplies, unless it is
+ *                 given others
  * In and out, both halves, and combine:
  *   handle        [ll_handle_bytes of the plan] EP_U8, contiguous, at a multiple of 16 bytes: what
  *                 later calls need. The send writes it from nothing; it may be moved when nothing
@@ -876,12 +877,14 @@ ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args 
  *   x       [L * N][H] EP_BF16, rows contiguous: the answers, in the rows of recv_x; rows past an
  *           expert's count are not read. Looked at by the send half
  *   handle  of a dispatch that was received, with the same M, H and T
+ *   topk_weights  [T][K] EP_F32, any strides, or NULL: those of the dispatch. Given on all ranks or on
+ *           none, in both halves; looked at by the send half, which brings them to the experts' ranks
  *   out     [T][H] EP_BF16, rows contiguous; looked at by the receive half
  *
  * out[t] = round(0 + sum over the ranks r that t was sent to, ascending, of y_r), where y_r is
  * round(0 + sum over the selections k of t at r, ascending, of weight[k] * row) with the weights
- * of the dispatch, or without them 1; in float32, to nearest even. Products are rounded before
- * they are added. A token that was sent nowhere yields zeros. A NaN becomes 0x7fff.
+ * given here, else those of the dispatch, else 1; in float32, to nearest even. Products are rounded
+ * before they are added. A token that was sent nowhere yields zeros. A NaN becomes 0x7fff.
  */
 struct ep_ll_combine_args {
     uint32_t size;
@@ -891,9 +894,10 @@ struct ep_ll_combine_args {
     struct ep_tensor *handle;
     const struct ep_tensor *x;
     struct ep_tensor *out;
+    const struct ep_tensor *topk_weights;
 };
 #define EP_LL_COMBINE_ARGS_INIT                                                                \
-    { sizeof(struct ep_ll_combine_args), 0, 0, 0, NULL, NULL, NULL }
+    { sizeof(struct ep_ll_combine_args), 0, 0, 0, NULL, NULL, NULL, NULL }
 
 /*
  * Answers back to the owners of the tokens, and summed there: all of it, or its halves. A handle may be

@@ -126,6 +126,7 @@
 #define K_PHASE_ANSWERS 5
 #define K_PHASE_SELF 6     /* another block of the same rank */
 #define K_PHASE_CONSUMED 7 /* low-latency mode: that a peer has received an earlier operation */
+#define K_PHASE_WEIGHTS 8  /* low-latency mode: those that a combine's caller gives */
 
 /*
  * An abort word ends waits; struct k_board says who writes one. By bits:
@@ -148,7 +149,7 @@
 #define K_ABORT_REPORTER(w) ((k_i32)(((w) >> 38) & 0x3ff))
 #define K_ABORT_SUBJECT(w) ((k_i32)(((w) >> 27) & 0x7ff) - 1)
 #define K_ABORT_KIND(w) ((k_i32)(((w) >> 24) & 0x7))
-#define K_ABORT_PHASE(w) ((k_i32)(((w) >> 20) & 0x7))
+#define K_ABORT_PHASE(w) ((k_i32)(((w) >> 20) & 0xf))
 /* Whether abort word w ends operation `epoch`. */
 #define K_ABORT_ENDS(w, epoch)                                                                 \
     ((w) != 0 && (K_ABORT_STATUS(w) == K_ERR_PEER || K_ABORT_STATUS(w) == K_ERR_INTERRUPTED || \

@@ -25,21 +25,60 @@ static K_INLINE struct ll_span ll_warp_part(const struct k_thread *k, struct ll_
 
 /* ---- send ----------------------------------------------------------------------------------- */
 
-/* Rows of the experts that make up the answer for row j of an owner, from byte `from` on. */
+/* Where a row's weights are in the region of their owner. */
+static K_INLINE k_u64 ll_weights_at(const struct k_ll *ll, k_i32 row) {
+    return 8ull * (k_u64)row * (k_u64)ll->group_topk;
+}
+
+/*
+ * Weights that are given now go to the ranks that multiply by them, before this rank waits for anybody:
+ * no send waits for a send that waits for it. What they overwrite was read by an answer that this
+ * rank has received.
+ */
+static K_FN void ll_push_weights(struct k_thread *k, const struct k_ll_combine_args *a,
+                                 const struct ll_call *c) {
+    const struct k_ll *ll = &a->ll;
+    const k_i32 *dest = (const k_i32 *)ll_in_handle(ll, ll->map.dest);
+    const k_u64 part = ll_part(&a->g, c, &ll->map.weights, a->g.rank);
+    for (k_i32 t = k->block; t < a->tokens; t += k->num_blocks) {
+        for (k_i32 i = k->warp; i < a->topk; i += k->num_warps) {
+            const k_i32 d = dest[(k_i64)t * ll->group_topk + i];
+            for (k_i32 w = k->lane; d >= 0 && w < a->topk; w += K_LANES) {
+                k_post(k_peer_at(&a->g, K_LL_DEST_RANK(d),
+                                 part + ll_weights_at(ll, K_LL_DEST_ROW(d)) + 8ull * (k_u64)w),
+                       K_WORD(c->tag, *(const k_u32 *)k_at(&a->weights, t, w)));
+            }
+        }
+    }
+}
+
+/* Rows of the experts that make up the answer for row j of an owner, from byte `from` on; -1: their
+ * weights do not come. */
 static K_FN k_i32 ll_answer_terms(struct k_thread *k, const struct k_ll_combine_args *a,
+                                  const struct ll_call *c, const struct ll_header *h,
                                   k_i32 owner, k_i32 j, k_i32 from, struct k_term *terms) {
     const struct k_ll *ll = &a->ll;
     const k_i64 first = ll_row_of(ll, owner, j, ll->group_topk);
+    const k_bool now = (a->form & K_LL_SIG_WEIGHTS_NOW) != 0;
+    const k_u64 *words = (const k_u64 *)k_own(
+        &a->g, ll_part(&a->g, c, &ll->map.weights, owner) + ll_weights_at(ll, j));
     const k_i32 *place = (const k_i32 *)ll_in_handle(ll, ll->map.place) + first;
     const k_f32 *weight = (const k_f32 *)ll_in_handle(ll, ll->map.weight) + first;
     k_i32 num = 0;
     for (k_i32 base = 0; base < a->ll.head->topk; base += K_LANES) {
         const k_i32 i = base + k->lane, row = i < a->ll.head->topk ? place[i] : -1;
-        k_u32 all = 0;
+        k_u32 all = 0, given = 0;
         const k_i32 at = num + (k_i32)k_scan(k, row >= 0, &all);
+        if (now && !k_await_word(k, row >= 0 ? words + i : 0, c->tag, owner, K_PHASE_WEIGHTS,
+                                 &given)) {
+            /* An owner that gives none has said so in its header. */
+            ll_await_header(k, c, ll_own_words(&a->g, c, &ll->map.header, owner), owner, h,
+                            &all, &given);
+            return -1;
+        }
         if (row >= 0) {
             terms[at].row = (const k_u8 *)k_row(&a->x, row) + from;
-            terms[at].weight = weight[i];
+            terms[at].weight = now ? k_float(given) : weight[i];
         }
         num += (k_i32)all;
     }
@@ -48,23 +87,27 @@ static K_FN k_i32 ll_answer_terms(struct k_thread *k, const struct k_ll_combine_
 }
 
 static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine_args *a,
-                                   const struct ll_call *c, k_i32 owner, k_i32 j, k_i32 slice,
-                                   k_i32 slices) {
+                                   const struct ll_call *c, const struct ll_header *h,
+                                   k_i32 owner, k_i32 j, k_i32 slice, k_i32 slices) {
     const struct k_group *g = &a->g;
     const struct k_ll *ll = &a->ll;
     struct k_term *terms = ll_terms(k);
     const k_i32 token =
         ((const k_i32 *)ll_in_handle(ll, ll->map.token))[ll_row_of(ll, owner, j, 1)];
     const struct ll_span part = ll_warp_part(k, ll_cut(a->row_bytes, 16, slices, slice));
-    const k_bool ok = ll_await_free(k, c, k->lane == 0 ? owner : -1);
+    const k_u32 weighted = K_LL_SIG_WEIGHTS | K_LL_SIG_WEIGHTS_NOW;
+    k_bool ok = ll_await_free(k, c, k->lane == 0 ? owner : -1);
     if (ok && part.from < part.end) {
-        const k_i32 num = ll_answer_terms(k, a, owner, j, part.from, terms);
-        k_reduce(k,
-                 k_peer_at(g, owner,
-                           ll_part(g, c, &ll->map.answers, g->rank) +
-                               (k_u64)token * (k_u64)ll->wire_bytes + (k_u64)part.from),
-                 a->dtype, (a->ll.head->signature & K_LL_SIG_WEIGHTS) != 0,
-                 part.end - part.from, terms, num);
+        const k_i32 num = ll_answer_terms(k, a, c, h, owner, j, part.from, terms);
+        ok = num >= 0;
+        if (ok) {
+            k_reduce(k,
+                     k_peer_at(g, owner,
+                               ll_part(g, c, &ll->map.answers, g->rank) +
+                                   (k_u64)token * (k_u64)ll->wire_bytes + (k_u64)part.from),
+                     a->dtype, ((ll->head->signature | a->form) & weighted) != 0,
+                     part.end - part.from, terms, num);
+        }
     }
     if (!k_barrier(k, ok)) {
         return 0;
@@ -91,7 +134,7 @@ static K_FN k_i32 ll_answer_slices(const struct k_ll_combine_args *a) {
 }
 
 static K_INLINE void ll_combine_header(const struct k_ll_combine_args *a, struct ll_header *h) {
-    h->compared[0] = a->ll.head->signature;
+    h->compared[0] = a->ll.head->signature | a->form;
     h->compared[1] = (k_u32)a->row_bytes;
     h->compared[2] = (k_u32)a->dtype;
     h->compared[3] = K_LL_TAG(a->ll.head->number[0]);
@@ -107,6 +150,9 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
     if (k_first(k, 0) == 0 && k->lane == 0) {
         a->ll.head->number[1] = c->number;
     }
+    if (a->form & K_LL_SIG_WEIGHTS_NOW) {
+        ll_push_weights(k, a, c);
+    }
     for (k_i32 p = k_first(k, 0); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
         ok = ll_await_free(k, c, k->lane == 0 ? p : -1);
         if (ok) {
@@ -119,7 +165,7 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
         const k_i32 owner = (g->rank + 1 + i) % g->num_ranks;
         const k_i32 units = ll_rows_from(&a->ll, owner) * slices;
         for (k_i32 u = ll_first_unit(k, before); ok && u < units; u += k->num_blocks) {
-            ok = ll_answer_slice(k, a, c, owner, u / slices, u % slices, slices);
+            ok = ll_answer_slice(k, a, c, h, owner, u / slices, u % slices, slices);
         }
         before += units;
     }
@@ -138,7 +184,8 @@ static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_a
         (const k_i32 *)ll_in_handle(ll, ll->map.dest) + (k_i64)t * ll->group_topk;
     k_i32 num = 0;
     for (k_i32 base = 0; base < a->ll.head->topk; base += K_LANES) {
-        const k_i32 i = base + k->lane, p = i < a->ll.head->topk ? dest[i] : -1;
+        const k_i32 i = base + k->lane, d = i < a->ll.head->topk ? dest[i] : -1;
+        const k_i32 p = d < 0 ? -1 : K_LL_DEST_RANK(d);
         k_u32 rows = 0, slices = 1, all = 0;
         const k_u64 *words = p >= 0 ? ll_own_words(g, c, &ll->map.answered, p) : 0;
         if (!ll_await_header(k, c, p >= 0 ? ll_own_words(g, c, &ll->map.header, p) : 0, p, h,
@@ -200,10 +247,10 @@ static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_comb
 static K_FN k_bool ll_knows(struct k_thread *k, const struct k_ll_combine_args *a) {
     const struct k_ll_head *h = a->ll.head;
     const k_u64 n = h->number[0];
-    const k_bool good = h->owner == (k_u64)a->ll.ctl && n > 0 &&
-                        (a->tokens < 0 || h->tokens == a->tokens) &&
-                        h->max_tokens == a->ll.max_tokens && h->row_bytes == a->row_bytes &&
-                        ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
+    const k_bool good =
+        h->owner == (k_u64)a->ll.ctl && n > 0 && (a->tokens < 0 || h->tokens == a->tokens) &&
+        (a->topk == 0 || h->topk == a->topk) && h->max_tokens == a->ll.max_tokens &&
+        h->row_bytes == a->row_bytes && ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
     return good || ll_refuse(k, K_REFUSED_HANDLE);
 }
 

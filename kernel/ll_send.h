@@ -166,7 +166,7 @@ static K_FN void ll_send_side(struct k_thread *k, const struct k_ll_dispatch_arg
     }
 }
 
-/* What combine needs of token t: the ranks that it went to, ascending, then -1. */
+/* What combine needs of token t: where it went, ranks ascending, then -1. */
 static K_FN void ll_note_dests(struct k_thread *k, const struct k_ll_dispatch_args *a, k_i32 t,
                                const struct ll_dests *d) {
     k_i32 *dest = (k_i32 *)ll_in_handle(&a->ll, a->ll.map.dest) + (k_i64)t * a->ll.group_topk;
@@ -183,7 +183,7 @@ static K_FN void ll_note_dests(struct k_thread *k, const struct k_ll_dispatch_ar
             for (k_i32 j = 0; j < a->topk; j++) {
                 lower += ll_is_dest(d, j) && d->rank[j] < d->rank[i];
             }
-            dest[lower] = d->rank[i];
+            dest[lower] = K_LL_DEST(d->rank[i], d->row[i]);
         }
     }
 }

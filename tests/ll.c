@@ -17,6 +17,19 @@ void ll_init(struct ll_step *s, int num_ranks, uint64_t seed) {
     s->max_tokens = s->c.max_tokens;
 }
 
+/* Weights of all ranks for combine. */
+static void build_weights(struct ll_step *s, uint64_t *state) {
+    s->now = pool_zero(&s->pool, (size_t)s->c.num_ranks * sizeof(*s->now));
+    for (int r = 0; r < s->c.num_ranks; r++) {
+        const int64_t tokens = s->c.in[r].num_tokens, num = tokens * s->c.topk;
+        float *w = pool_zero(&s->pool, (size_t)num * sizeof(*w));
+        for (int64_t i = 0; i < num; i++) {
+            w[i] = case_weight(state);
+        }
+        s->now[r] = case_tensor(&s->pool, EP_F32, w, tokens, s->c.topk, s->c.weight_stride);
+    }
+}
+
 /* Answers of every expert for its rows. */
 static void build_answers(struct ll_step *s, int rank, uint64_t *state) {
     const struct ref_recv *v = &s->recv[rank];
@@ -25,6 +38,16 @@ static void build_answers(struct ll_step *s, int rank, uint64_t *state) {
     a->x = pool_zero(&s->pool, (size_t)(v->num_rows * s->c.hidden) * 2);
     a->weights = v->weights;
     case_fill_finite(EP_BF16, a->x, v->num_rows * s->c.hidden, state);
+    if (!s->weights_now) {
+        return;
+    }
+    a->weights = pool_zero(&s->pool, (size_t)v->num_rows * sizeof(float));
+    for (int64_t i = 0; i < v->num_rows; i++) {
+        const struct ep_tensor *t = &s->now[v->source[2 * i]];
+        a->weights[i] =
+            ((const float *)
+                 t->data)[v->source[2 * i + 1] * t->stride[0] + v->selection[i] * t->stride[1]];
+    }
 }
 
 void ll_build(struct ll_step *s) {
@@ -33,6 +56,7 @@ void ll_build(struct ll_step *s) {
 
     s->c.id_stride = STRIDE_PACKED;
     case_build(&s->c);
+    build_weights(s, &state);
     s->recv = pool_zero(&s->pool, ranks * sizeof(*s->recv));
     s->answers = pool_zero(&s->pool, ranks * sizeof(*s->answers));
     s->y = pool_zero(&s->pool, ranks * sizeof(*s->y));
@@ -79,6 +103,7 @@ void ll_steps_build(struct ll_steps *all, int num_ranks, uint64_t seed) {
         s->c.topk = i == 1 ? 2 : 4;
         s->flags = i % 2 ? EP_LL_FP8 : 0;
         s->c.weights = i != 3;
+        s->weights_now = i == 1 || i == 3;
         s->num_workers = i == 2 ? 1 : 0;
         ll_build(s);
     }
@@ -202,6 +227,7 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->t[LL_RANGES].shape[1] = s->c.num_ranks;
     r->t[LL_RANGES].stride[0] = s->c.num_ranks;
     r->t[LL_RANGES].stride[1] = 1;
+    add(r, LL_TOTALS, EP_I32, local, 1);
     add(r, LL_HANDLE, EP_U8, info.ll_handle_bytes, 1);
     add(r, LL_Y, EP_BF16, s->c.in[w->rank].num_tokens, s->c.hidden);
     memcpy(r->want[LL_Y], s->y[w->rank], r->bytes[LL_Y]);
@@ -212,6 +238,7 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     for (int e = 0; e < local; e++) {
         want_expert(r, e);
     }
+    ll_expect(r, 1);
     r->dispatch = (struct ep_ll_dispatch_args)EP_LL_DISPATCH_ARGS_INIT;
     r->dispatch.flags = s->flags;
     r->dispatch.max_tokens = s->max_tokens;
@@ -225,20 +252,29 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->dispatch.recv_source = &r->t[LL_SOURCE];
     r->dispatch.expert_counts = &r->t[LL_COUNTS];
     r->dispatch.ranges = &r->t[LL_RANGES];
+    r->dispatch.expert_totals = &r->t[LL_TOTALS];
     r->combine = (struct ep_ll_combine_args)EP_LL_COMBINE_ARGS_INIT;
     r->combine.max_tokens = s->max_tokens;
-    add(r, LL_TOTALS, EP_I32, local, 1);
     r->combine.num_workers = s->num_workers;
     r->combine.handle = &r->t[LL_HANDLE];
     r->combine.x = &r->answers;
     r->combine.out = &r->t[LL_Y];
+    r->combine.topk_weights = s->weights_now ? &s->now[w->rank] : NULL;
+}
+
+void ll_expect(struct ll_run *r, int dispatches) {
+    for (size_t b = 0; b < r->bytes[LL_TOTALS]; b += 4) {
+        uint32_t count;
+        memcpy(&count, r->want[LL_COUNTS] + b, 4);
+        count = 0xA5A5A5A5u + (uint32_t)dispatches * count;
+        memcpy(r->want[LL_TOTALS] + b, &count, 4);
+    }
 }
 
 void ll_destroy(struct ll_run *r) {
     pool_free(&r->pool);
 }
 
-    ll_expect(r, 1);
 ep_status ll_dispatch(struct ll_run *r, enum call_half half, void *stream) {
     for (int i = LL_X; half != CALL_RECV && i <= LL_HANDLE; i++) {
         memset(r->got[i], 0xA5, r->bytes[i]);
@@ -252,7 +288,6 @@ ep_status ll_combine(struct ll_run *r, enum call_half half, void *stream) {
     }
     return call_ll_combine(r->w->group, &r->combine, half, stream);
 }
-    r->dispatch.expert_totals = &r->t[LL_TOTALS];
 
 static bool check(struct ll_run *r, int from, int to) {
     static const char *const names[] = {"recv_x",        "recv_scales", "recv_source",
@@ -260,16 +295,6 @@ static bool check(struct ll_run *r, int from, int to) {
                                         "handle",        "out"};
     bool good = true;
 
-    r->combine.topk_weights = s->weights_now ? &s->now[w->rank] : NULL;
-}
-
-void ll_expect(struct ll_run *r, int dispatches) {
-    for (size_t b = 0; b < r->bytes[LL_TOTALS]; b += 4) {
-        uint32_t count;
-        memcpy(&count, r->want[LL_COUNTS] + b, 4);
-        count = 0xA5A5A5A5u + (uint32_t)dispatches * count;
-        memcpy(r->want[LL_TOTALS] + b, &count, 4);
-    }
     for (int i = from; i <= to; i++) {
         const bool same = memcmp(r->got[i], r->want[i], r->bytes[i]) == 0;
         for (size_t b = 0; !same && b < r->bytes[i]; b++) {

@@ -15,15 +15,17 @@
 
 struct ll_step {
     struct test_case c;
-    int max_tokens; /* M of the call; at least the case's */
-    uint32_t flags; /* EP_LL_... */
-    bool packed;    /* scales as exponents, four in an element */
+    int max_tokens;   /* M of the call; at least the case's */
+    uint32_t flags;   /* EP_LL_... */
+    bool packed;      /* scales as exponents, four in an element */
+    bool weights_now; /* given to combine; those of the dispatch are not these */
     int num_workers;
 
     struct pool pool;
     struct ref_recv *recv;       /* [R] */
     struct ref_answers *answers; /* [R] of the experts */
     uint8_t **y;                 /* [R] what combine gives */
+    struct ep_tensor *now;       /* [R] weights given to combine */
 };
 
 /* Rows of 256 channels of bf16, with weights, M the case's; to be changed before ll_build. */
@@ -70,10 +72,10 @@ struct ll_run {
 
 void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s);
 void ll_destroy(struct ll_run *r);
-/* Call; with CALL_BOTH and CALL_SEND after the outputs were poisoned. */
-ep_status ll_dispatch(struct ll_run *r, enum call_half half, void *stream);
 /* The outputs are poisoned once before so many dispatches: totals are what these add to the poison. */
 void ll_expect(struct ll_run *r, int dispatches);
+/* Call; with CALL_BOTH and CALL_SEND after the outputs were poisoned. */
+ep_status ll_dispatch(struct ll_run *r, enum call_half half, void *stream);
 ep_status ll_combine(struct ll_run *r, enum call_half half, void *stream);
 bool ll_check_dispatch(struct ll_run *r);
 bool ll_check_combine(struct ll_run *r);

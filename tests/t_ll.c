@@ -29,6 +29,7 @@ static void forms(uint64_t seed) {
         s.packed = i % 4 == 3;
         s.c.hidden = i < 4 ? 256 : 640;
         s.c.weights = i != 1;
+        s.weights_now = i == 1 || i == 3;
         s.c.id_dtype = i % 2 ? EP_I32 : EP_I64;
         snprintf(name, sizeof(name), "%s%s%s, hidden %d", i % 4 ? "E4M3" : "bf16",
                  i % 4 > 1 ? ", powers of two" : "", s.packed ? " as bytes" : "",
@@ -64,10 +65,13 @@ static void shapes(uint64_t seed) {
     ll_init(&s, 4, seed + 6);
     s.c.routing = ROUTE_HOLES;
     s.c.map = MAP_UNEVEN;
-    ll_case(&s, true, "holes, uneven");
+    s.weights_now = true;
+    ll_case(&s, true, "holes, uneven, other weights at combine");
     ll_init(&s, 2, seed + 7);
     s.c.topk = EP_MAX_TOPK;
     s.c.num_experts = 80;
+    s.c.weights = false;
+    s.weights_now = true;
     ll_case(&s, false, "top-64");
     ll_init(&s, 4, seed + 8);
     s.c.num_experts = 896;
@@ -80,6 +84,7 @@ static void shapes(uint64_t seed) {
     s.num_workers = 1;
     s.c.x_stride = STRIDE_PADDED;
     s.c.weight_stride = STRIDE_SPARSE;
+    s.weights_now = true;
     ll_case(&s, false, "one worker, strides");
 }
 

@@ -75,6 +75,16 @@ static void arguments(struct world *w) {
     r.combine.out = NULL;
     arg(w, ll_combine(&r, CALL_BOTH, NULL), "out is NULL", "no output of combine");
     r.combine = good_combine;
+    t = s->now[w->rank];
+    t.shape[0]--;
+    r.combine.topk_weights = &t;
+    arg(w, ll_combine(&r, CALL_BOTH, NULL), "shape[0]", "weights of fewer tokens");
+    t = s->now[w->rank];
+    t.shape[1]--;
+    world_is(w, ll_dispatch(&r, CALL_BOTH, NULL), EP_OK, "dispatch");
+    world_fails(w, ll_combine(&r, CALL_BOTH, NULL), EP_ERR_STATE, "no dispatch of this shape",
+                "weights of fewer selections");
+    r.combine = good_combine;
     ll_pass(&r, false);
     ll_destroy(&r);
 }
@@ -95,9 +105,19 @@ static void no_mode(struct world *w) {
 
 /* ---- ranks that differ ---------------------------------------------------------------------- */
 
-enum difference { TOPK, MAX_TOKENS, HIDDEN, WEIGHTS, CAST, POWER_OF_2, NUM_DIFFERENCES };
+enum difference {
+    TOPK,
+    MAX_TOKENS,
+    HIDDEN,
+    WEIGHTS,
+    CAST,
+    POWER_OF_2,
+    WEIGHTS_NOW,
+    NUM_DIFFERENCES
+};
 static const char *const difference_words[] = {"top-k is",    "max_tokens is", "bytes of a row",
-                                               "weights are", "EP_LL_FP8 is|", "POWER_OF_2 is"};
+                                               "weights are", "EP_LL_FP8 is|", "POWER_OF_2 is",
+                                               "weights are"};
 
 struct odd {
     struct ll_step s[2]; /* of rank 0 and of rank 1 */
@@ -109,11 +129,18 @@ static void differ(struct world *w) {
     struct ll_run r;
     struct ep_fault fault = EP_FAULT_INIT;
 
+    const bool combine = o->what == WEIGHTS_NOW;
+
     ll_create(&r, w, &o->s[w->rank]);
-    world_fails(w, ll_dispatch(&r, CALL_BOTH, NULL), EP_ERR_MISMATCH, difference_words[o->what],
-                "dispatch");
+    if (combine) {
+        world_is(w, ll_dispatch(&r, CALL_BOTH, NULL), EP_OK, "dispatch");
+    }
+    world_fails(w, combine ? ll_combine(&r, CALL_BOTH, NULL) : ll_dispatch(&r, CALL_BOTH, NULL),
+                EP_ERR_MISMATCH, difference_words[o->what], "it");
     world_is(w, ep_group_fault(w->group, &fault), EP_OK, "ep_group_fault");
-    world_check(w, fault.operation == EP_OP_LL_DISPATCH && fault.rank == 1 - w->rank,
+    world_check(w,
+                fault.operation == (combine ? EP_OP_LL_COMBINE : EP_OP_LL_DISPATCH) &&
+                    fault.rank == 1 - w->rank,
                 "operation %d, rank %d: %s", fault.operation, fault.rank, fault.message);
     world_check(
         w, strstr(fault.message, "ranks 0 and 1") || strstr(fault.message, "ranks 1 and 0"),
@@ -133,6 +160,7 @@ static void differences(uint64_t seed) {
             s->c.hidden = i == HIDDEN && r ? 128 : 256;
             s->max_tokens += i == MAX_TOKENS && r;
             s->c.weights = !(i == WEIGHTS && r);
+            s->weights_now = i == WEIGHTS_NOW && r;
             s->flags = i == CAST         ? (r ? EP_LL_FP8 : 0)
                        : i == POWER_OF_2 ? EP_LL_FP8 | (r ? EP_LL_SCALES_POWER_OF_2 : 0)
                                          : 0;
@@ -193,6 +221,25 @@ static void late(struct world *w) {
     ll_destroy(&r);
 }
 
+/* The send half of a combine ends without weights that it was to get. */
+static void late_weights(struct world *w) {
+    struct ll_run r;
+    struct ep_fault fault = EP_FAULT_INIT;
+
+    ll_create(&r, w, w->ctx);
+    r.combine.topk_weights = &r.s->now[w->rank];
+    world_is(w, ll_dispatch(&r, CALL_BOTH, NULL), EP_OK, "dispatch");
+    if (w->rank == 0) {
+        world_fails(w, ll_combine(&r, CALL_SEND, NULL), EP_ERR_TIMEOUT, "rank 1|weights",
+                    "combine without rank 1");
+        ep_group_fault(w->group, &fault);
+        world_check(w, fault.rank == 1 && strcmp(fault.phase, "weights") == 0,
+                    "rank %d, phase %s", fault.rank, fault.phase);
+    }
+    world_barrier(w);
+    ll_destroy(&r);
+}
+
 /* It has sent all, and left: whoever is still receiving gets it. */
 static void leaves(struct world *w) {
     struct ll_run r;
@@ -231,6 +278,7 @@ int main(void) {
     run(&s, arguments, "arguments");
     run(&s, no_mode, "a group without low-latency mode");
     run(&s, late, "a rank that does not come");
+    run(&s, late_weights, "weights of a rank that does not come");
     run(&s, leaves, "a rank that has sent all and left");
     ll_free(&s);
     differences(seed + 1);

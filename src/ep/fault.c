@@ -112,9 +112,9 @@ void epi_group_leave(ep_group *g, uint64_t last) {
 }
 
 static const char *phase_name(int phase) {
-    static const char *const names[] = {"",     "ready",   "counts", "bases",
-                                        "rows", "answers", "self",   "consumed"};
-    return phase >= 0 && phase < 8 ? names[phase] : "?";
+    static const char *const names[] = {"",        "ready", "counts",   "bases",  "rows",
+                                        "answers", "self",  "consumed", "weights"};
+    return phase >= 0 && phase <= K_PHASE_WEIGHTS ? names[phase] : "?";
 }
 
 static const char *operation_name(int op) {
@@ -137,14 +137,19 @@ static void describe_ll_mismatch(const struct k_fault *k, char *out, size_t byte
         epi_format(out, bytes, "top-k is %u here and %u there", a >> K_LL_SIG_TOPK_SHIFT,
                    b >> K_LL_SIG_TOPK_SHIFT);
     } else {
-        const uint32_t bit = differ & K_LL_SIG_WEIGHTS ? K_LL_SIG_WEIGHTS
-                             : differ & K_LL_SIG_CAST  ? K_LL_SIG_CAST
-                                                       : K_LL_SIG_POWER_OF_2;
-        epi_format(out, bytes, "%s %s here and %s there",
-                   bit == K_LL_SIG_WEIGHTS ? "top-k weights are"
-                   : bit == K_LL_SIG_CAST  ? "EP_LL_FP8 is"
-                                           : "EP_LL_SCALES_POWER_OF_2 is",
-                   a & bit ? "given" : "absent", b & bit ? "given" : "absent");
+        const struct {
+            uint32_t bit;
+            const char *name;
+        } form[] = {{K_LL_SIG_WEIGHTS, "top-k weights are"},
+                    {K_LL_SIG_CAST, "EP_LL_FP8 is"},
+                    {K_LL_SIG_POWER_OF_2, "EP_LL_SCALES_POWER_OF_2 is"},
+                    {K_LL_SIG_WEIGHTS_NOW, "top-k weights are"}};
+        int i = 0;
+        while (!(differ & form[i].bit)) {
+            i++;
+        }
+        epi_format(out, bytes, "%s %s here and %s there", form[i].name,
+                   a & form[i].bit ? "given" : "absent", b & form[i].bit ? "given" : "absent");
     }
 }
 

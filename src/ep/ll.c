@@ -42,6 +42,8 @@ static const struct epi_rule ll_combine_rules[] = {
      EPI_DIMS(LL_HANDLE, NONE), EPI_TYPE(EP_U8), EPI_AS(NONE, DENSE), 0},
     {FIELD(x, x), EPI_IN | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(LL_ROWS, HIDDEN),
      EPI_TYPE(EP_BF16), EPI_AS(NONE, ROWS), 0},
+    {FIELD(topk_weights, weights), EPI_IN, EPI_DIMS(T, K), EPI_TYPE(EP_F32), EPI_AS(NONE, ANY),
+     0},
     {FIELD(out, out), EPI_OUT | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(T, HIDDEN),
      EPI_TYPE(EP_BF16), EPI_AS(NONE, ROWS), 0},
 };
@@ -293,7 +295,9 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     k->flags = part;
     k->row_bytes = 2 * (k_i32)hidden;
     k->dtype = EP_BF16;
-    k->tokens = part & K_LL_RECEIVE ? (k_i32)c.dim[EPI_DIM_T] : -1;
+    k->form = a.topk_weights ? K_LL_SIG_WEIGHTS_NOW : 0;
+    k->tokens = (k_i32)c.dim[EPI_DIM_T]; /* -1, as of K 0: not known to this half */
+    k->topk = c.dim[EPI_DIM_K] < 0 ? 0 : (k_i32)c.dim[EPI_DIM_K];
     k->ll.wire_bytes = epi_plan_ll_answer_bytes(k->row_bytes);
     epi_args_fill(&c, &epi_ll_combine_rules, &a, roles_of(part), k);
     return epi_op_issue(&op, stream);

@@ -157,6 +157,7 @@ static void set_ll_parts(const struct ep_group_config *c, struct epi_plan *p) {
     m->arrived.stride = (tokens < K_LL_CUT_BELOW ? K_LL_CUT_BELOW : tokens) * 8;
     m->header.stride = K_LL_HEADER * 8;
     m->answered.stride = tokens * K_LL_MOST_SLICES * 8;
+    m->weights.stride = tokens * (uint64_t)topk * 8;
     m->rows.stride = tokens * (uint64_t)(plain > cast ? plain : cast);
     m->answers.stride = tokens * (uint64_t)epi_plan_ll_answer_bytes(row);
 }
@@ -185,6 +186,7 @@ static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
         {LOW_LATENCY, &ll->arrived.at, NULL, ll_parts * (int64_t)ll->arrived.stride},
         {LOW_LATENCY, &ll->header.at, NULL, ll_parts * (int64_t)ll->header.stride},
         {LOW_LATENCY, &ll->answered.at, NULL, ll_parts * (int64_t)ll->answered.stride},
+        {LOW_LATENCY, &ll->weights.at, NULL, ll_parts * (int64_t)ll->weights.stride},
         {LOW_LATENCY, &ll->consumed, NULL, ll_parts * K_LL_KINDS * 8},
         {LOW_LATENCY, &ll->rows.at, NULL, ll_parts * (int64_t)ll->rows.stride},
         {LOW_LATENCY, &ll->answers.at, NULL, ll_parts * (int64_t)ll->answers.stride},

@@ -16,6 +16,7 @@
  *   OPS      sends of each rank before the barrier
  *   MORE     sends behind it
  *   PAUSES   1: a rank may be paused, and masked; 0: none
+ *   WEIGHTS  a send waits for words (weights) that the others' sends of its number bring
  *   WHO      the rank that may be; else any
  */
 #ifndef RANKS
@@ -48,6 +49,10 @@ byte head[RANKS * RANKS * 2], tail[RANKS * RANKS * 2]; /* of a row: ROW */
 byte word[RANKS * RANKS * 2];
 byte consumed[RANKS * RANKS * 2]; /* WORD(src, dst, n): dst has received n */
 bool masked_by[RANKS * RANKS];    /* PAIR(me, p): p has masked me */
+
+#ifdef WEIGHTS
+byte weighed[RANKS * RANKS * 2];
+#endif
 
 /* A rank's own. */
 byte sent[RANKS];
@@ -110,8 +115,27 @@ inline begin_kernel(me, p) {
     ((n) <= floor_of[me] + 2 || consumed[WORD(me, p, n)] == (n) - 2)
 #endif
 
+/* Weights go before all waits of a send; what they overwrite was read by an answer received here. */
+#ifdef WEIGHTS
+#define IS_FED(me, p, n) (weighed[WORD(me, p, n)] == (n))
+inline push_weights(me, p, n) {
+    p = 0;
+    do
+    :: p < RANKS -> weighed[WORD(p, me, n)] = n; p++
+    :: else -> break
+    od;
+    p = 0
+}
+#else
+#define IS_FED(me, p, n) true
+#endif
+#define MAY_ANSWER(me, p, n) (IS_FREE(me, p, n) && IS_FED(me, p, n))
+
 /* To all ranks. Nobody sees half of what a rank sends to itself. */
 inline send_half(me, p, n) {
+#if defined(WEIGHTS) && !defined(WEIGHTS_LAST)
+    atomic { RUNS(me); push_weights(me, p, n) };
+#endif
     do
     :: atomic { p < RANKS && RUNS(me) && p != me && IS_MASKED(me, p) -> p++ }
     :: atomic { p == me && RUNS(me) ->
@@ -119,7 +143,7 @@ inline send_half(me, p, n) {
            tail[PLACE(me, me, n)] = ROW(n, me);
            word[WORD(me, me, n)] = n;
            p++ }
-    :: atomic { p < RANKS && RUNS(me) && p != me && !IS_MASKED(me, p) && IS_FREE(me, p, n) ->
+    :: atomic { p < RANKS && RUNS(me) && p != me && !IS_MASKED(me, p) && MAY_ANSWER(me, p, n) ->
 #ifdef WORD_FIRST
            word[WORD(p, me, n)] = n };
        atomic { RUNS(me); head[PLACE(p, me, n)] = ROW(n, me) };
@@ -129,10 +153,13 @@ inline send_half(me, p, n) {
        atomic { RUNS(me); tail[PLACE(p, me, n)] = ROW(n, me) };
        atomic { RUNS(me); word[WORD(p, me, n)] = n; p++ }
 #endif
-    :: atomic { p < RANKS && RUNS(me) && p != me && !IS_MASKED(me, p) && !IS_FREE(me, p, n) &&
+    :: atomic { p < RANKS && RUNS(me) && p != me && !IS_MASKED(me, p) && !MAY_ANSWER(me, p, n) &&
                 MAY_EXPIRE(me, p) -> set_mask(me, p); p++ }
     :: atomic { p == RANKS && RUNS(me) -> p = 0; break }
     od
+#ifdef WEIGHTS_LAST
+    ; atomic { RUNS(me); push_weights(me, p, n) }
+#endif
 }
 
 inline receive_half(me, p, n) {
