@@ -88,7 +88,7 @@ FUZZ_SRC := $(sort $(wildcard tests/fuzz_*.c))
 SUPPORT_SRC := $(filter-out $(TEST_SRC) $(FUZZ_SRC) tests/replay.c,$(sort $(wildcard tests/*.c)))
 EXAMPLE_SRC := $(sort $(wildcard examples/*.c))
 FMT_SRC = $(sort $(wildcard $(foreach d,include src src/* kernel tools tests tests/* examples \
-    examples/*, $(d)/*.c $(d)/*.h)))
+    examples/* python/ep/src, $(d)/*.c $(d)/*.h)))
 
 # The host bodies of kernels, which call nothing above them.
 KERNEL_OBJ := $(KERNEL_SRC:%.c=$(B)/obj/%.o) $(LATE_SRC:%.c=$(B)/obj/%.o)

@@ -7,8 +7,8 @@
 # A directory includes its own files, src/base, and the <dir>.h of lower layers; kernel/abi.h
 # may be included from src/, kernels.h and lang*.h from src/run. kernel/ includes kernel/ only;
 # tools/ ep.h and src/base/base.h, its gpu*.c also src/cu/cu.h; examples/ ep.h, and
-# examples/demo/, which is built into ep, tools/tool.h and tools/gpu.h. Each test says its class
-# (scripts/run_tests.sh). The self-test plants violations in a copy: each must be caught.
+# examples/demo/, which is built into ep, tools/tool.h and tools/gpu.h; python/ ep.h alone. Each test
+# says its class (scripts/run_tests.sh). The self-test plants violations in a copy: each must be caught.
 #
 # Also the dialect in which all of these are written: sizeof(x), and in conditions p and !p rather
 # than p == NULL, no (void) before a call; in src/ EPI_TRY, too. In kernel/ every macro begins with
@@ -62,7 +62,7 @@ law() {
 }
 
 includes() {
-    files=$(find include src kernel tools examples tests -name '*.[ch]' 2>/dev/null | LC_ALL=C sort)
+    files=$(find include src kernel tools examples tests python -name '*.[ch]' 2>/dev/null | LC_ALL=C sort)
     [ -n "$files" ] || { echo "law: no sources"; return 1; }
     # shellcheck disable=SC2086
     { if [ -z "$clean" ]; then
@@ -121,6 +121,8 @@ includes() {
             if (file ~ /^examples\/demo\// && inc ~ /^(examples\/demo\/|tools\/(tool|gpu)\.h$)/)
                 return
             bad("examples include ep.h only, demo/ also tools/tool.h and tools/gpu.h: " inc)
+        } else if (file ~ /^python\// && !angle && inc !~ /^(ep|binding|bindings|dlpack)\.h$/) {
+            bad("python/ sees only ep.h, and its own headers: " inc)
         }
     }
     # The name that a line at file scope defines; "" for none. A line that ends in ";" only declares.
@@ -226,7 +228,7 @@ fi
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 mkdir -p "$tmp/src" "$tmp/kernel" "$tmp/tools" "$tmp/examples"
-for d in include src kernel tools examples tests; do
+for d in include src kernel tools examples tests python; do
     [ -d $d ] && cp -r $d "$tmp/"
 done
 cd "$tmp" || exit 1
@@ -236,7 +238,7 @@ if ! law >clean.txt; then
     exit 1
 fi
 # shellcheck disable=SC2046
-code_of $(find include src kernel tools examples -name '*.[ch]') >code.txt
+code_of $(find include src kernel tools examples python -name '*.[ch]') >code.txt
 clean=code.txt
 planted=0
 plant() { # plant FILE LINE-OF-CODE: must be caught, and named by file
@@ -282,6 +284,7 @@ plant tests/t_zz.c 'int x; /* class: fast */'
 plant tests/t_zz.sh 'echo 1..0'
 plant examples/zz.c '#include "tools/tool.h"'
 plant examples/demo/zz.c '#include "tools/bench.h"'
+plant python/ep/src/zz.c '#include "src/base/base.h"'
 plant src/ep/zz.c '#include "handle.h"'
 plant src/ep/zz.c 'const char *x = getenv("HOME");'
 plant tools/zz.c 'const char *x = getenv("HOME");'

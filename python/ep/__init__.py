@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""libep: expert-parallel communication. Rows of tokens to the ranks of their experts, and back.
+
+    import ep
+    group = ep.Group(num_experts=256, max_tokens=4096, max_topk=8, max_row_bytes=14336)
+    handle = ep.Handle(group)
+    handle.route(topk_ids=topk_ids)
+    received = ep.dispatch(handle, x)              # rows of all ranks for this rank's experts
+    y = ep.combine(handle, experts(received.x))    # their answers, summed per token
+
+World, Group, Handle, Stream and Event are ep.h's objects, one to one: the keywords of a method are
+the fields of its struct, a tensor is one of torch, or anything with __dlpack__, None is NULL, and
+the documentation of a method is the header's. Errors are exceptions with libep's own sentence.
+dispatch, combine, ll_dispatch and ll_combine make the outputs as well. ep.torch has both as functions
+that autograd knows.
+
+`stream` is None, an ep.Stream (host groups), or a CUDA stream as a number or an object of torch's; a
+CUDA group's work goes by default to the stream on which the tensors' library works. What a call on an
+ep.Stream uses is kept alive until it has run; of CUDA streams that is the caller's to see to.
+
+Importing this opens nothing and needs no device.
+"""
+import atexit as _atexit
+from types import TracebackType as _TracebackType
+from typing import Optional as _Optional, Type as _Type
+
+from . import _ep
+from ._ep import *  # noqa: F401,F403  (EP_BF16 of the header is ep.BF16, and so on)
+from ._ep import Tensor, plan
+from ._errors import (ArgumentError, CapacityError, Counts, Error, Fault, FaultedError,
+                      InternalError, InterruptedError_, MismatchError, OutOfMemoryError, PeerError,
+                      Plan, StateError, Stats, SystemError_, TimeoutError_, UnsupportedError,
+                      VersionError, make_error as _make_error, make_record as _make_record)
+
+__version__ = _ep.version()
+_ep.set_hooks(_make_error, _make_record)
+_atexit.register(_ep.leave)
+
+
+class World(_ep.World):
+    __doc__ = _ep.World.__doc__
+    __slots__ = ("__weakref__",)
+
+
+class Group(_ep.Group):
+    __doc__ = _ep.Group.__doc__
+    __slots__ = ("__weakref__",)
+
+    def fault(self) -> _Optional[Fault]:
+        """What ended the group, or None."""
+        fault = super().fault()
+        return None if fault.status == "EP_OK" else fault
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, kind: _Optional[_Type[BaseException]], value: _Optional[BaseException],
+                 trace: _Optional[_TracebackType]) -> None:
+        self.destroy()
+
+
+class Handle(_ep.Handle):
+    __doc__ = _ep.Handle.__doc__
+    __slots__ = ("__weakref__",)
+
+
+class Stream(_ep.Stream):
+    __doc__ = _ep.Stream.__doc__
+    __slots__ = ("__weakref__",)
+
+
+class Event(_ep.Event):
+    __doc__ = _ep.Event.__doc__
+    __slots__ = ("__weakref__",)
