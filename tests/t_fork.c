@@ -280,7 +280,18 @@ static int do_deed(struct heritage *h, enum deed deed) {
     return bad;
 }
 
-static pid_t start(const struct heritage *h, enum deed deed) {
+/*
+ * AddressSanitizer's allocator takes no notice of fork(): a lock that another thread held then stays
+ * held in the child for ever. With it, the test's threads do not work while a child is made, and as
+ * the library's own may, a child that hangs is tried again.
+ */
+#ifdef __SANITIZE_ADDRESS__
+enum { WORK_WHILE_FORKING = 0, CHILD_S = 3, NUM_TRIES = 5 };
+#else
+enum { WORK_WHILE_FORKING = 1, CHILD_S = 60, NUM_TRIES = 1 };
+#endif
+
+static int have_child(const struct heritage *h, enum deed deed) {
     fflush(NULL);
     const pid_t child = deed == UNANNOUNCED
                             ? (pid_t)syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL)
@@ -289,19 +300,23 @@ static pid_t start(const struct heritage *h, enum deed deed) {
         struct heritage mine = *h;
         tap_become_rank(1); /* what it checks is told by how it ends */
         signal(SIGALRM, SIG_DFL);
-        alarm((unsigned)tap_scaled(60));
+        alarm((unsigned)tap_scaled(CHILD_S));
         const int bad = do_deed(&mine, deed);
         if (deed == EXIT) {
             exit(bad);
         }
         _exit(bad);
     }
-    return child;
-}
-
-static bool ended_well(pid_t child, enum deed deed) {
     int status = 0;
     waitpid(child, &status, 0);
+    return status;
+}
+
+static bool child_ends_well(const struct heritage *h, enum deed deed) {
+    int status = have_child(h, deed);
+    for (int i = 1; i < NUM_TRIES && WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM; i++) {
+        status = have_child(h, deed);
+    }
     if (deed == TOUCH && WIFSIGNALED(status)) {
         return WTERMSIG(status) == SIGSEGV;
     }
@@ -319,16 +334,6 @@ static bool may(enum deed deed) {
 
 /* ---- ranks ---------------------------------------------------------------------------------- */
 
-/*
- * AddressSanitizer's allocator takes no notice of fork(): a lock that another thread held then stays
- * held in the child for ever. With it, no thread may be working while a child is made.
- */
-#ifdef __SANITIZE_ADDRESS__
-enum { WORK_WHILE_FORKING = 0 };
-#else
-enum { WORK_WHILE_FORKING = 1 };
-#endif
-
 struct scene {
     struct rig_meeting meeting;
     bool while_running; /* an operation of another thread is under way */
@@ -339,8 +344,7 @@ static int children(const struct heritage *h, const char *when) {
     int bad = 0;
     for (int deed = 0; deed < NUM_DEEDS; deed++) {
         if (may(deed)) {
-            bad +=
-                !ok(ended_well(start(h, deed), deed), "%s: a child %s", when, deed_names[deed]);
+            bad += !ok(child_ends_well(h, deed), "%s: a child %s", when, deed_names[deed]);
         }
     }
     return bad;
@@ -379,7 +383,7 @@ static int forking_rank(int rank, void *ctx) {
     pthread_t thread;
     if (s->while_running && pthread_create(&thread, NULL, pass_on, &w) == 0) {
         for (int i = 0; rank == 1 && i < 6; i++) {
-            ok(ended_well(start(&h, TRY_AND_FREE), TRY_AND_FREE), "a child of a busy rank");
+            ok(child_ends_well(&h, TRY_AND_FREE), "a child of a busy rank");
         }
         pthread_join(thread, NULL);
     } else {
@@ -419,7 +423,9 @@ static int outlived(int rank, void *ctx) {
     ok(num_held() == 0, "nothing is left in the parent");
     close(go[0]);
     close(go[1]);
-    ok(ended_well(child, FREE), "nor in its child");
+    int status = 0;
+    waitpid(child, &status, 0);
+    ok(WIFEXITED(status) && WEXITSTATUS(status) == 0, "nor in its child");
     return 0;
 }
 
