@@ -245,7 +245,7 @@ struct ep_group_config {
                                      the launcher's job id. 1 to 200 characters. By the
                                      environment it is added to those: groups made at the same
                                      time by threads of a process need different names */
-    int32_t num_experts;        /* E >= 1 */
+    int32_t num_experts;        /* E >= 1; calls may name fewer, and another map */
     int32_t max_tokens;         /* per rank and operation, >= 1 */
     int32_t max_topk;           /* 1..EP_MAX_TOPK; or 0 if every routing is a mask */
     int32_t max_row_bytes;      /* of dispatch and of combine; a multiple of EP_ROW_ALIGN */
@@ -335,7 +335,7 @@ void ep_group_destroy(ep_group **group);
 /* Local, not blocking; 0 or -1 for NULL. */
 int ep_group_rank(const ep_group *group);
 int ep_group_num_ranks(const ep_group *group);
-int ep_group_num_local_experts(const ep_group *group);
+int ep_group_num_local_experts(const ep_group *group); /* by the group's own map */
 
 /* The plan the group was made with. Local. EP_ERR_ARG, EP_ERR_VERSION. */
 ep_status ep_group_plan(const ep_group *group, struct ep_plan_info *info);
@@ -480,7 +480,7 @@ ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
  *   - Tensors are memory that the group's device can use: its own, managed, or pinned host memory;
  *     anything else is EP_ERR_ARG. A host group refuses device memory.
  *   - Kernels are compiled when a group is created, at the latest; no operation compiles,
- *     allocates or waits for the device.
+ *     allocates or waits for the device, but the first routing that names other experts.
  *   - What the enqueued work finds out (a bad expert id, rows that did not fit) is told by
  *     ep_handle_status and ep_handle_counts, a fault also by ep_group_fault and by the next
  *     operation. Work on the stream goes on in bounds.
@@ -550,21 +550,31 @@ ep_status ep_handle_status(ep_handle *handle);
  *   token_in_rank  [T][R] EP_U8, any strides: not 0 = the token goes to that rank. Needs
  *                  mask_routing in the group's configuration; gives no expert counts and no
  *                  expanded output.
+ *   num_experts    E of this routing, at most the group's; 0: the group's number and map. E, L and
+ *                  expert ids mean this one wherever the handle is used
+ *   expert_rank    [E] the rank that holds each expert; borrowed during the call. NULL: the default
+ *                  map, as in ep_group_config. No rank may hold more experts than one does in the
+ *                  group's map
+ * The experts must agree on all ranks: the first dispatch compares E, or a hash of 16 bits of a map
+ * that is not the default one. The group keeps a table of each number or map that it is shown, 12
+ * bytes for each expert, until it is destroyed; a CUDA group copies a new one to the device in this
+ * call, also in a capture, and waits for the copy.
  */
 struct ep_routing {
     uint32_t size;
-    uint32_t reserved;
+    int32_t num_experts;
     const struct ep_tensor *topk_ids;
     const struct ep_tensor *token_in_rank;
+    const int32_t *expert_rank;
 };
 #define EP_ROUTING_INIT                                                                        \
-    { sizeof(struct ep_routing), 0, NULL, NULL }
+    { sizeof(struct ep_routing), 0, NULL, NULL, NULL }
 
 /*
  * Computes the routing of a micro-batch into the handle, which may have been routed before.
  * Local; enqueues on `stream`. The ids are copied: they may change once the stream has passed.
- * EP_ERR_ARG: shape, type, T over max_tokens; or an id outside 0..E-1 (and not -1): the message
- * names token and k. The ids are looked at by the enqueued work: with stream NULL the error is
+ * EP_ERR_ARG: shape, type, T over max_tokens, experts; or an id outside 0..E-1 (and not -1): the
+ * message names token and k. The ids are looked at by the enqueued work: with stream NULL the error is
  * returned here and the handle is left unrouted; with a stream it is returned by
  * ep_stream_sync, and the operations queued behind it treat that id as -1, so that peers are
  * not kept waiting and nothing is written out of bounds.
@@ -606,7 +616,7 @@ ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, vo
  * graph: read num_rows and expert_counts.
  *   rows             rows this rank receives: one per (source rank, token) that selected it
  *   rows_per_source  [R]
- *   rows_per_expert  [L] selections of each local expert, all sources
+ *   rows_per_expert  [L] selections of each local expert of the routing, all sources
  * EP_ERR_STATE: the handle was not dispatched since it was routed, or captured. EP_ERR_TIMEOUT: its
  * stream did not come to the dispatch within twice the group's timeout; the group has not faulted,
  * and the call may be repeated. Errors as of ep_handle_status.

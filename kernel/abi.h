@@ -56,10 +56,10 @@
  * operation to be". One per (reader, writer), two of them used in turn: a writer is never two
  * operations ahead of a reader, because every operation waits for every peer's ready message.
  *
- *            63     32 31     16 15  13 12    6    5        4     3    0
- *           +---------+---------+------+-------+---------+--------+------+
- *   word 0  | epoch   | counted | 0    | top-k | weights | cached | kind |   compared, as the next
- *           +---------+---------+------+-------+---------+--------+------+   two, with the reader's
+ *            63     32 31     16 15    13 12    6    5        4     3    0
+ *           +---------+---------+--------+-------+---------+--------+------+
+ *   word 0  | epoch   | counted | mapped | top-k | weights | cached | kind |   compared, as the next
+ *           +---------+---------+--------+-------+---------+--------+------+   two, with the reader's
  *   word 1  | epoch   | dtype of rows : 4 | row bytes : 28               |
  *           +---------+--------------------------------------------------+
  *   word 2  | epoch   | dtype of scales : 4 | scale bytes of a row : 28  |
@@ -68,7 +68,9 @@
  *           +---------+--------------------------------------------------+
  *
  * `counted` names the routing: it is the operation that exchanged its counts (the low 16 bits of its
- * epoch), or 0 where this one does. A rank's handles and those of others have nothing else in common.
+ * epoch). A rank's handles and those of others have nothing else in common. Where this operation
+ * exchanges them it names the experts: E - 1, or, `mapped`, 16 bits of a hash of another map than the
+ * default one.
  */
 #define K_READY_WORDS 4
 #define K_READY_STRIDE 8 /* words from one message to the next: its own 64 bytes */
@@ -81,6 +83,7 @@
 #define K_SIG_CACHED (1u << 4)
 #define K_SIG_WEIGHTS (1u << 5)
 #define K_SIG_TOPK_SHIFT 6
+#define K_SIG_MAPPED (1u << 13)
 #define K_SIG_COUNTED_SHIFT 16
 #define K_SIG_TYPE_SHIFT 28 /* of words 1 and 2 */
 #define K_SIG_BYTES(w) ((w) & ((1u << K_SIG_TYPE_SHIFT) - 1u))
@@ -248,7 +251,8 @@ struct k_map {
     k_u64 land_side; /* [combine rows][max top-k] float32 */
 };
 
-/* Everything about a group that its kernels need; constant after create. */
+/* Everything about a group that its kernels need: constant after create, but for the experts, which
+ * are those of the operation's routing. */
 struct k_group {
     k_i32 rank, num_ranks;
     k_i32 num_experts, num_local; /* E, and L of this rank */
@@ -257,7 +261,7 @@ struct k_group {
     k_i32 side_stride;            /* bytes */
     k_i32 max_dests;              /* destinations a token can have */
     k_i32 scratch_bytes;          /* of shared memory, per warp */
-    k_i32 pad;
+    k_u32 experts;                /* how a ready message names them */
     k_i64 max_recv_rows;
     const k_u64 *peer;         /* [R] address of each rank's arena as mapped here */
     const k_u64 *board;        /* [R] the same of its board */

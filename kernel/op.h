@@ -76,7 +76,7 @@ static K_INLINE k_u32 signature(const struct k_thread *k, k_u32 flags, k_i32 top
     const k_u32 fixed = (k_u32)k->kind | ((flags & K_DO_WEIGHTS) ? K_SIG_WEIGHTS : 0u) |
                         ((k_u32)topk << K_SIG_TOPK_SHIFT);
     return (flags & K_DO_COUNTS)
-               ? fixed
+               ? fixed | k->g->experts
                : fixed | K_SIG_CACHED |
                      ((k_u32)k_load(&h->counts->known) << K_SIG_COUNTED_SHIFT);
 }

@@ -353,6 +353,8 @@ void case_describe(const struct test_case *c, char *text, size_t bytes) {
 
 void case_routing(const struct test_case *c, int rank, struct ep_routing *routing) {
     *routing = (struct ep_routing)EP_ROUTING_INIT;
+    routing->num_experts = c->num_experts;
+    routing->expert_rank = c->map == MAP_EVEN ? NULL : c->expert_rank;
     if (c->mask) {
         routing->token_in_rank = &c->mask_t[rank];
     } else {

@@ -84,7 +84,7 @@ void case_build(struct test_case *c);
 void case_free(struct test_case *c);
 /* One line that says what the case is. */
 void case_describe(const struct test_case *c, char *text, size_t bytes);
-/* Points `routing` at the ids or the mask of a rank. */
+/* Points `routing` at the ids or the mask of a rank, and names the experts. */
 void case_routing(const struct test_case *c, int rank, struct ep_routing *routing);
 
 /* Finite numbers: zeros of both signs, denormals, close and far exponents; sums of up to 64 of

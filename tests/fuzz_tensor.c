@@ -165,8 +165,8 @@ static ep_group *make_group(void) {
     group.config.max_row_bytes = 256;
     group.config.max_scale_bytes = 32;
     group.num_ranks = 2;
-    group.num_local = 3;
     group.backend = &backend;
+    must(epi_experts_create(&group.experts, &group, 6, NULL) == EP_OK);
     must(epi_plan(&group.config, group.num_ranks, &group.plan) == EP_OK);
     return &group;
 }

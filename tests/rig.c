@@ -268,7 +268,7 @@ void rig_say(struct rig *r, enum rig_said what) {
             say_ready(r, p, 2, K_OP_COMBINE | K_SIG_CACHED | 1u << K_SIG_COUNTED_SHIFT);
             continue;
         }
-        say_ready(r, p, 1, K_OP_DISPATCH);
+        say_ready(r, p, 1, K_OP_DISPATCH | k->experts);
         if (what != RIG_READY) {
             say_counts(r, p, what == RIG_ROWS);
         }

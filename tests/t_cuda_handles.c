@@ -70,9 +70,10 @@ static void replay(struct world *w, struct graph *g, void *stream) {
     good(w, destroy(g->graph), "cuGraphDestroy");
 }
 
-/* Routes, dispatches and combines with tensors that lie on the device already. */
+/* Routes, dispatches and combines with tensors that lie on the device already; and routes by experts
+ * that the group has not seen. */
 static void capture(struct world *w, struct run *r, struct stage stage[3], ep_handle *h,
-                    void *stream) {
+                    ep_handle *other, void *stream) {
     struct ep_routing routing;
     struct ep_dispatch_args dispatch = r->dispatch;
     struct ep_combine_args combine = r->combine;
@@ -88,6 +89,8 @@ static void capture(struct world *w, struct run *r, struct stage stage[3], ep_ha
     world_is(w, ep_handle_route(h, &routing, stream), EP_OK, "route in a capture");
     world_is(w, ep_dispatch(h, &dispatch, stream), EP_OK, "dispatch in a capture");
     world_is(w, ep_combine(h, &combine, stream), EP_OK, "combine in a capture");
+    routing.num_experts = 3;
+    world_is(w, ep_handle_route(other, &routing, stream), EP_OK, "new experts in a capture");
 }
 
 static void made_in_a_capture(struct world *w) {
@@ -97,7 +100,8 @@ static void made_in_a_capture(struct world *w) {
     struct stage *stage = pool_zero(&pool, 3 * sizeof(*stage));
     struct graph g = {NULL, NULL};
     void *stream = NULL;
-    ep_handle *h = NULL, *before = NULL;
+    const struct ep_handle_config lenient = {sizeof(lenient), 0, 0, EP_HANDLE_LENIENT_IDS};
+    ep_handle *h = NULL, *other = NULL, *before = NULL;
     struct run r;
     uint64_t arena;
     size_t arena_bytes;
@@ -122,7 +126,8 @@ static void made_in_a_capture(struct world *w) {
                 ep_handle_destroy(&h);
             }
         }
-        capture(w, &r, stage, h, stream);
+        world_is(w, ep_handle_create(&other, w->group, &lenient), EP_OK, "and another");
+        capture(w, &r, stage, h, other, stream);
         if (good(w, end(stream, &g.graph), "cuStreamEndCapture")) {
             world_barrier(w);
             replay(w, &g, stream);
@@ -141,6 +146,7 @@ static void made_in_a_capture(struct world *w) {
     run_check_combine(&r);
     call_stream_destroy(w->group, &stream);
     ep_handle_destroy(&h);
+    ep_handle_destroy(&other);
     run_free(&r);
     pool_free(&pool);
 }

@@ -105,6 +105,9 @@ enum difference {
     SCALES,
     ROW_TYPE,
     SCALE_TYPE,
+    EXPERTS,
+    MAP,
+    MAPS,
     KIND,
     HANDLE,
     CACHED,
@@ -114,12 +117,21 @@ enum difference {
     NUM_DIFFERENCES
 };
 
-static const char *const difference_names[] = {"row bytes",         "top-k",
-                                               "top-k weights",     "scale bytes",
-                                               "type of rows",      "type of scales",
-                                               "kind of operation", "handle",
-                                               "cached or not",     "row bytes of combine",
-                                               "type of combine",   "weights of combine"};
+static const char *const difference_names[] = {"row bytes",
+                                               "top-k",
+                                               "top-k weights",
+                                               "scale bytes",
+                                               "type of rows",
+                                               "type of scales",
+                                               "experts",
+                                               "map of experts",
+                                               "maps of experts",
+                                               "kind of operation",
+                                               "handle",
+                                               "cached or not",
+                                               "row bytes of combine",
+                                               "type of combine",
+                                               "weights of combine"};
 
 struct buffers {
     int64_t ids[4][4];
@@ -166,6 +178,15 @@ static void prepare(struct buffers *b, enum difference what, bool odd) {
     b->combine.out = &b->out_t;
 }
 
+/* All ranks name six of the group's experts, but for the difference. */
+static void name_experts(struct ep_routing *routing, enum difference what, bool odd) {
+    static const int32_t maps[2][6] = {{0, 1, 2, 0, 1, 2}, {0, 1, 2, 0, 2, 1}};
+    routing->num_experts = what == EXPERTS && odd ? 5 : 6;
+    if ((what == MAP && odd) || what == MAPS) {
+        routing->expert_rank = maps[what == MAPS && odd];
+    }
+}
+
 static void faulted(struct world *w, ep_handle *handle, const struct buffers *b) {
     struct ep_fault fault = EP_FAULT_INIT;
 
@@ -182,6 +203,7 @@ static void faulted(struct world *w, ep_handle *handle, const struct buffers *b)
 static void body(struct world *w) {
     const enum difference what = *(const enum difference *)w->ctx;
     const bool odd = w->rank == 1;
+    const struct ep_handle_config lenient = {sizeof(lenient), 0, 0, EP_HANDLE_LENIENT_IDS};
     struct ep_routing routing = EP_ROUTING_INIT;
     struct buffers good, b;
     ep_handle *handle[2] = {NULL, NULL}, *used;
@@ -191,7 +213,11 @@ static void body(struct world *w) {
     prepare(&b, what, odd);
     for (int i = 0; i < 2; i++) {
         routing.topk_ids = what == TOPK ? &b.ids_t : &good.ids_t;
-        world_is(w, ep_handle_create(&handle[i], w->group, NULL), EP_OK, "ep_handle_create");
+        if (what >= EXPERTS && what <= MAPS) {
+            name_experts(&routing, what, odd);
+        }
+        world_is(w, ep_handle_create(&handle[i], w->group, &lenient), EP_OK,
+                 "ep_handle_create");
         world_is(w, call_route(handle[i], &routing, NULL), EP_OK, "ep_handle_route");
         if (what >= KIND) {
             world_is(w, call_dispatch(handle[i], &good.dispatch, NULL), EP_OK, "ep_dispatch");
@@ -210,11 +236,15 @@ static void body(struct world *w) {
     const bool type = what == ROW_TYPE || what == SCALE_TYPE || what == COMBINE_DTYPE;
     const bool noticed = !strstr(ep_last_error(), "ended the group"); /* here, not at a peer */
     world_fails(w, st, EP_ERR_MISMATCH,
-                !noticed         ? "rank"
-                : what == HANDLE ? w->rank == 1 ? "rank|operation 2 here and in 1 there"
-                                                : "rank|operation 1 here and in 2 there"
-                : type           ? "rank|of type EP_"
-                                 : "rank",
+                !noticed          ? "rank"
+                : what == HANDLE  ? w->rank == 1 ? "rank|operation 2 here and in 1 there"
+                                                 : "rank|operation 1 here and in 2 there"
+                : what == EXPERTS ? w->rank == 1 ? "num_experts is 5 here and 6 there"
+                                                 : "num_experts is 6 here and 5 there"
+                : what == MAP     ? "map of experts is|expert_rank|default"
+                : what == MAPS    ? "expert_rank (its hash) is"
+                : type            ? "rank|of type EP_"
+                                  : "rank",
                 difference_names[what]);
     if (w->rank == 0) {
         diag("%s: %s", difference_names[what], ep_last_error());

@@ -134,6 +134,22 @@ void trial_free(struct trial *t) {
     pool_free(&t->pool);
 }
 
+/* Every other group has room for more experts, by another map. */
+static void set_experts(struct ep_group_config *config, const struct test_case *c) {
+    int most = 1;
+
+    for (int r = 0; r < c->num_ranks; r++) {
+        const int local = ref_num_local(&c->problem, r);
+        most = local > most ? local : most;
+    }
+    config->num_experts = c->num_experts;
+    config->expert_rank = c->map == MAP_EVEN ? NULL : c->expert_rank;
+    if (c->seed % 2) {
+        config->num_experts = c->num_ranks * most + (int)(c->seed / 2 % 3);
+        config->expert_rank = NULL;
+    }
+}
+
 void trial_setup(struct world_setup *s, const struct trial *t) {
     const struct test_case *c = t->c;
     const size_t combine_bytes = (size_t)t->hidden * ep_dtype_bytes((ep_dtype)t->dtype);
@@ -141,12 +157,11 @@ void trial_setup(struct world_setup *s, const struct trial *t) {
     struct ep_group_config *config = &s->config;
 
     world_defaults(s, c->num_ranks);
-    config->num_experts = c->num_experts;
+    set_experts(config, c);
     config->max_tokens = c->max_tokens;
     config->max_topk = c->topk;
     config->max_row_bytes = (int32_t)(row_bytes > combine_bytes ? row_bytes : combine_bytes);
     config->max_scale_bytes = (int32_t)c->problem.scale_bytes;
-    config->expert_rank = c->map == MAP_EVEN ? NULL : c->expert_rank;
     config->mask_routing = c->mask;
     for (int r = 0; r < c->num_ranks; r++) {
         if (t->form[r].expanded && t->form[r].arena) {

@@ -66,7 +66,7 @@ void trial_build(struct trial *t);
 /* The results again, after a test has changed the answers. */
 void trial_rebuild(struct trial *t);
 void trial_free(struct trial *t);
-/* A group that is just large enough. */
+/* A group that is just large enough, or has room for more experts. */
 void trial_setup(struct world_setup *s, const struct trial *t);
 
 struct output {

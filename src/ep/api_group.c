@@ -73,7 +73,7 @@ int ep_group_num_ranks(const ep_group *group) {
 }
 
 int ep_group_num_local_experts(const ep_group *group) {
-    return group ? group->num_local : 0;
+    return group ? group->experts->num_local : 0;
 }
 
 int ep_group_num_nodes(const ep_group *group) {

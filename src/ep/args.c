@@ -71,6 +71,12 @@ bool epi_rule_holds(const struct epi_rule *rule, uint32_t roles, uint32_t is) {
 
 /* ---- a call --------------------------------------------------------------------------------- */
 
+void epi_call_experts(struct epi_call *c, const struct epi_experts *e) {
+    c->dim[EPI_DIM_E] = e->num;
+    c->dim[EPI_DIM_L] = e->num_local;
+    c->dim[EPI_DIM_L_END] = e->num_local + 1;
+}
+
 void epi_call_begin(struct epi_call *c, const ep_group *g) {
     memset(c, 0, sizeof(*c));
     for (int i = 0; i < EPI_NUM_DIMS; i++) {
@@ -79,9 +85,7 @@ void epi_call_begin(struct epi_call *c, const ep_group *g) {
     c->group = g;
     c->dim[EPI_DIM_1] = 1;
     c->dim[EPI_DIM_2] = 2;
-    c->dim[EPI_DIM_E] = g->config.num_experts;
-    c->dim[EPI_DIM_L] = g->num_local;
-    c->dim[EPI_DIM_L_END] = g->num_local + 1;
+    epi_call_experts(c, g->experts);
     c->dim[EPI_DIM_R] = g->num_ranks;
     c->dim[EPI_DIM_NODES] = 1;
     c->dim[EPI_DIM_CHANNELS] = g->plan.info.num_channels;

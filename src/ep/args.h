@@ -133,8 +133,10 @@ struct epi_call {
     struct epi_extent seen[EPI_MAX_TENSORS]; /* those that have elements */
 };
 
-/* Knows the lengths of the group, and no others. */
+/* Knows the lengths of the group, and no others; E and L may be those of another map of experts. */
 void epi_call_begin(struct epi_call *call, const ep_group *g);
+struct epi_experts;
+void epi_call_experts(struct epi_call *call, const struct epi_experts *e);
 
 /*
  * Checks the tensors of `args` whose role is among `roles` (EPI_IN, EPI_OUT), and makes `args`, a

@@ -42,6 +42,10 @@ struct epi_backend {
     ep_status (*read_ctl)(ep_group *g, struct k_ctl *out);
     /* Memory of kernels; waits for the copy only. */
     ep_status (*read)(ep_group *g, void *out, const void *at, size_t bytes);
+    /* Copies tables to where kernels read them, and gives that memory back; NULL: they read the
+     * host's. Waits for the copy only. */
+    ep_status (*place)(ep_group *g, const void *from, size_t bytes, uint64_t *at);
+    void (*displace)(ep_group *g, uint64_t *at);
     /* Kernels' memory of a handle: block, k, notice. */
     ep_status (*make_handle)(ep_handle *h);
     void (*drop_handle)(ep_handle *h);

@@ -91,33 +91,30 @@ static void cuda_choose_memory(ep_group *g, struct epi_mem_config *m,
 
 /* ---- what kernels read ---------------------------------------------------------------------- */
 
+static ep_status cuda_place(ep_group *g, const void *from, size_t bytes, uint64_t *at) {
+    struct epi_gpu *gpu = g->cuda->gpu;
+    EPI_TRY(epi_gpu_reserve(gpu, at, bytes));
+    const ep_status st = epi_gpu_in(gpu, *at, from, bytes);
+    if (st != EP_OK) {
+        epi_gpu_free(gpu, at);
+    }
+    return st;
+}
+
+static void cuda_displace(ep_group *g, uint64_t *at) {
+    epi_gpu_free(g->cuda->gpu, at);
+}
+
 /* The group's tables, made in host memory, and its control block go to the device. */
 static ep_status fill_tables(ep_group *g) {
     struct epi_cuda *c = g->cuda;
-    const size_t bytes = epi_plan_table_bytes(&g->config, g->num_ranks);
-    ep_status st = epi_gpu_alloc(c->gpu, &c->tables, bytes);
-    if (st == EP_OK) {
-        st = epi_gpu_in(c->gpu, c->tables, g->tables, bytes);
-    }
-    if (st == EP_OK) {
-        st = epi_gpu_alloc(c->gpu, &c->ctl, sizeof(*g->ctl));
-    }
-    if (st == EP_OK) {
-        st = epi_gpu_in(c->gpu, c->ctl, g->ctl, sizeof(*g->ctl));
-    }
-    if (st != EP_OK) {
-        return st;
-    }
-    const uint64_t at = c->tables - (uint64_t)(uintptr_t)g->tables;
-#define MOVE(field) g->k.field = (const void *)(uintptr_t)((uint64_t)(uintptr_t)g->k.field + at)
-    MOVE(peer);
-    MOVE(board);
-    MOVE(expert_rank);
-    MOVE(expert_local);
-    MOVE(rank_expert);
-    MOVE(rank_first);
-#undef MOVE
+    EPI_TRY(cuda_place(g, g->tables, epi_plan_table_bytes(g->num_ranks), &c->tables));
+    EPI_TRY(cuda_place(g, g->ctl, sizeof(*g->ctl), &c->ctl));
+    EPI_TRY(epi_experts_place(g, g->experts));
+    epi_experts_use(g->experts, &g->k);
     g->ll_ctl = (struct k_ll_ctl *)(uintptr_t)c->tables;
+    g->k.peer = (const k_u64 *)(g->ll_ctl + 1);
+    g->k.board = g->k.peer + g->num_ranks;
     g->k.ctl = (struct k_ctl *)(uintptr_t)c->ctl;
     return EP_OK;
 }
@@ -391,6 +388,8 @@ const struct epi_backend epi_backend_cuda = {
     .board_address = cuda_board_address,
     .read_ctl = cuda_read_ctl,
     .read = cuda_read_memory,
+    .place = cuda_place,
+    .displace = cuda_displace,
     .make_handle = cuda_make_handle,
     .drop_handle = cuda_drop_handle,
     .take_findings = cuda_take_findings,

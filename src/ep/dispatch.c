@@ -211,7 +211,7 @@ static void set_view(struct epi_op *op, const struct ep_dispatch_args *a) {
 static int64_t most_rows(const struct epi_op *op) {
     const ep_group *g = op->h->group;
     return g->plan.info.max_recv_rows * op->h->topk +
-           (int64_t)g->num_local * op->args.dispatch.alignment;
+           (int64_t)op->args.op.g.num_local * op->args.dispatch.alignment;
 }
 
 static void set_outputs(struct epi_op *op, const struct epi_call *call,
@@ -278,7 +278,7 @@ static ep_status run_dispatch(ep_handle *h, const struct epi_call *call,
     h->captured = (op.flags & EPI_OP_CAPTURED) != 0;
     if (st == EP_OK && (op.flags & EPI_OP_ARENA) && !b->on_device && !stream && a->recv_x) {
         a->recv_x->shape[0] =
-            h->expanded ? (int64_t)h->k.expert_start[h->group->num_local] : h->k.counts->rows;
+            h->expanded ? (int64_t)h->k.expert_start[h->experts->num_local] : h->k.counts->rows;
     }
     return st;
 }

@@ -174,7 +174,16 @@ static void describe_mismatch(const struct k_fault *k, char *out, size_t bytes) 
     } else if ((a ^ b) & K_SIG_CACHED) {
         epi_format(out, bytes, "the handle's routing is %s here and %s there",
                    a & K_SIG_CACHED ? "cached" : "new", b & K_SIG_CACHED ? "cached" : "new");
-    } else if ((a >> K_SIG_COUNTED_SHIFT) != (b >> K_SIG_COUNTED_SHIFT)) {
+    } else if ((a ^ b) & K_SIG_MAPPED) {
+        epi_format(out, bytes, "the map of experts is %s here and %s there",
+                   a & K_SIG_MAPPED ? "expert_rank" : "the default one",
+                   b & K_SIG_MAPPED ? "expert_rank" : "the default one");
+    } else if ((a ^ b) >> K_SIG_COUNTED_SHIFT && !(a & K_SIG_CACHED)) {
+        const uint32_t more = a & K_SIG_MAPPED ? 0 : 1;
+        epi_format(out, bytes, "%s %u here and %u there",
+                   more ? "num_experts is" : "expert_rank (its hash) is",
+                   (a >> K_SIG_COUNTED_SHIFT) + more, (b >> K_SIG_COUNTED_SHIFT) + more);
+    } else if ((a ^ b) >> K_SIG_COUNTED_SHIFT) {
         epi_format(out, bytes,
                    "the handle was first dispatched in operation %u here and in %u there",
                    a >> K_SIG_COUNTED_SHIFT, b >> K_SIG_COUNTED_SHIFT);

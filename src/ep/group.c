@@ -63,8 +63,7 @@ static void fill_agreed(const ep_group *g, struct agreed *a) {
     a->max_expanded_rows = g->plan.info.max_expanded_rows;
     a->memory_limit_bytes = c->memory_limit_bytes;
     a->timeout_ms = g->timeout_ns / EPI_NS_PER_MS;
-    const size_t map_bytes = (size_t)c->num_experts * sizeof(*g->k.expert_rank);
-    a->expert_rank = (int64_t)(epi_hash(EPI_HASH_BEGIN, g->k.expert_rank, map_bytes) >> 1);
+    a->expert_rank = (int64_t)(g->experts->hash >> 1);
 }
 
 static ep_status gather(void *ctx, const void *in, size_t bytes, void *out) {
@@ -121,52 +120,24 @@ static k_u64 *peers_of(const ep_group *g) {
     return (k_u64 *)((struct k_ll_ctl *)g->tables + 1);
 }
 
-/* The tables that kernels index: one block, pointers into it. */
+/* What kernels index, in host memory. */
 static ep_status make_tables(ep_group *g) {
-    const struct ep_group_config *c = &g->config;
-    const size_t ranks = (size_t)g->num_ranks, experts = (size_t)c->num_experts;
-    size_t bytes = epi_plan_table_bytes(c, g->num_ranks);
+    const size_t bytes = epi_plan_table_bytes(g->num_ranks);
     g->tables = epi_alloc(bytes);
     if (!g->tables) {
-        return epi_fail(EP_ERR_NOMEM, "no memory for the expert tables (%zu bytes)", bytes);
+        return epi_fail(EP_ERR_NOMEM, "no memory for the group's tables (%zu bytes)", bytes);
     }
-    k_u64 *peer = peers_of(g), *board = peer + ranks;
-    k_i32 *rank = (k_i32 *)(board + ranks), *local = rank + experts, *of = local + experts;
-    k_i32 *first = of + experts;
-    k_i32 at = 0;
-    for (int e = 0; e < c->num_experts; e++) {
-        rank[e] = c->expert_rank ? c->expert_rank[e]
-                                 : epi_default_rank(c->num_experts, g->num_ranks, e);
-        first[rank[e] + 1]++;
-    }
-    for (size_t r = 0; r < ranks; r++) {
-        first[r + 1] += first[r];
-    }
-    for (int r = 0; r < g->num_ranks; r++) {
-        for (int e = 0; e < c->num_experts; e++) {
-            if (rank[e] == r) {
-                local[e] = at - first[r];
-                of[at++] = e;
-            }
-        }
-    }
-    g->num_local = first[g->rank + 1] - first[g->rank];
     g->ll_ctl = g->tables;
-    g->k.peer = peer;
-    g->k.board = board;
-    g->k.expert_rank = rank;
-    g->k.expert_local = local;
-    g->k.rank_expert = of;
-    g->k.rank_first = first;
-    return EP_OK;
+    g->k.peer = peers_of(g);
+    g->k.board = g->k.peer + g->num_ranks;
+    return epi_experts_create(&g->experts, g, g->config.num_experts, g->config.expert_rank);
 }
 
 static void fill_kernel_group(ep_group *g) {
     struct k_group *k = &g->k;
     k->rank = g->rank;
     k->num_ranks = g->num_ranks;
-    k->num_experts = g->config.num_experts;
-    k->num_local = g->num_local;
+    epi_experts_use(g->experts, k);
     k->num_channels = g->plan.info.num_channels;
     k->count_words = g->plan.count_words;
     k->side_stride = (k_i32)g->plan.info.sidecar_row_bytes;
@@ -266,6 +237,7 @@ static void free_group(ep_group *g) {
     epi_life_close(&g->life);   /* before its board goes */
     epi_boot_destroy(&g->boot); /* first: its thread calls on_dead */
     g->backend->stop(g);
+    epi_experts_free(g, false);
     epi_mem_destroy(&g->mem);
     g->backend->close(g);
     epi_free(g->tables);
@@ -329,6 +301,7 @@ static void free_forked(ep_group *g) {
     epi_run_destroy(&g->run);
     epi_mem_destroy(&g->mem);
     epi_free(g->cuda);
+    epi_experts_free(g, true);
     epi_free(g->tables);
     epi_free(g->ctl);
     epi_free(g);

@@ -15,6 +15,17 @@
 #include "src/ep/op.h"
 #include "src/ep/plan.h"
 
+/* Which rank holds each expert, as kernels read it. The table is [E] the rank, [E] the index among its
+ * experts, [E] experts grouped by rank, [R + 1] where each group starts. */
+struct epi_experts {
+    struct epi_experts *next; /* another map of the group */
+    int num, num_local;
+    bool is_default; /* the map is the default one of so many */
+    uint64_t hash;   /* of the map */
+    uint64_t at;     /* of the table, or of its copy in kernels' memory */
+    k_i32 table[];
+};
+
 struct ep_group {
     struct ep_group_config config; /* pointers in it are not kept, except world */
     struct epi_plan plan;
@@ -26,13 +37,14 @@ struct ep_group {
     struct epi_cuda
         *cuda;        /* ... and what the CUDA backend has instead; both know their own only */
     uint32_t process; /* that made it */
-    int rank, num_ranks, num_local;
+    int rank, num_ranks;
     int workers, most_workers; /* of an operation: by default (CUDA, 0: by formula), at most */
     int64_t timeout_ns;
     struct k_group k;
-    void *tables;            /* the arrays that k points to, or a copy of them in host memory */
-    struct k_ll_ctl *ll_ctl; /* kernels' memory */
-    struct k_ctl *ctl;       /* of the host; on a device what its own began as */
+    void *tables;                /* other arrays that k points to, or a copy in host memory */
+    struct k_ll_ctl *ll_ctl;     /* kernels' memory */
+    struct k_ctl *ctl;           /* of the host; on a device what its own began as */
+    struct epi_experts *experts; /* of the configuration, then what routings have named */
     _Atomic(struct k_board *) board; /* this rank's, once there is memory */
 
     pthread_mutex_t mutex;
@@ -65,6 +77,7 @@ struct ep_handle {
 
     /* As issued; the calling thread's view. */
     int tokens, topk;
+    const struct epi_experts *experts; /* of the last routing, or the group's */
     bool by_mask, routed, dispatched;
     uint64_t counted_by; /* operation that exchanged this routing's counts */
     int slot;            /* of the last dispatch */
@@ -88,6 +101,20 @@ struct ep_handle {
 ep_status epi_fail_before_meeting(const struct ep_group_config *config, ep_status st);
 ep_status epi_group_create(ep_group **out, const struct ep_group_config *config);
 void epi_group_destroy(ep_group **group);
+
+/* ---- experts.c ------------------------------------------------------------------------------ */
+
+/* A table in host memory, and its copy where kernels read it, if that is elsewhere. */
+ep_status epi_experts_create(struct epi_experts **out, const ep_group *g, int num,
+                             const int32_t *map);
+ep_status epi_experts_place(ep_group *g, struct epi_experts *e);
+/* Those of a call: num experts held as `map` says (NULL: the default map), or with 0 the group's. The
+ * first call that names them makes their table. EP_ERR_ARG names a field of `tag`. */
+ep_status epi_experts_find(ep_group *g, const char *tag, int num, const int32_t *map,
+                           const struct epi_experts **out);
+/* For an operation's kernel. */
+void epi_experts_use(const struct epi_experts *e, struct k_group *k);
+void epi_experts_free(ep_group *g, bool forked);
 
 /* ---- life.c --------------------------------------------------------------------------------- */
 

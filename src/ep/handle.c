@@ -16,6 +16,7 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
     h->group = g;
     h->process = g->process;
     h->config = *config;
+    h->experts = g->experts;
     h->bytes = epi_handle_bytes(g, config);
     atomic_init(&h->refs, 1);
     ep_status st = g->backend->make_handle(h);
@@ -129,7 +130,8 @@ ep_status epi_fail_need(const struct k_counts *c, int64_t max_recv_rows) {
 /* The counts that kernels left in their memory; the caller's are written when all are known. */
 static ep_status read_counts(ep_handle *h, int32_t *per_source, int32_t *per_expert) {
     ep_group *g = h->group;
-    const size_t ranks = (size_t)g->num_ranks, local = per_expert ? (size_t)g->num_local : 0;
+    const size_t ranks = (size_t)g->num_ranks,
+                 local = per_expert ? (size_t)h->experts->num_local : 0;
     k_u32 *of_source = NULL;
     ep_status st = EP_OK;
     if (local) {

@@ -132,7 +132,7 @@ static ep_status check_call(ep_group *g, const char *fn, int max_tokens, int num
 static void begin_call(struct epi_call *c, const ep_group *g, int max_tokens) {
     epi_call_begin(c, g);
     c->dim[EPI_DIM_LL_EACH] = (int64_t)g->num_ranks * max_tokens;
-    c->dim[EPI_DIM_LL_ROWS] = c->dim[EPI_DIM_LL_EACH] * g->num_local;
+    c->dim[EPI_DIM_LL_ROWS] = c->dim[EPI_DIM_LL_EACH] * g->experts->num_local;
     c->dim[EPI_DIM_LL_HANDLE] = g->plan.info.ll_handle_bytes;
 }
 
@@ -208,13 +208,14 @@ static ep_status check_scales(const struct epi_call *c, const struct ep_ll_dispa
         return epi_fail(EP_ERR_ARG, "recv_scales is EP_I32, exponents: they need "
                                     "EP_LL_SCALES_POWER_OF_2");
     }
-    return t && t->shape[0] != c->group->num_local * columns
+    return t && t->shape[0] != c->group->experts->num_local * columns
                ? epi_fail(
                      EP_ERR_ARG,
                      "recv_scales.shape[0] is %lld, must be %lld: %lld for each of %d local "
                      "experts",
-                     (long long)t->shape[0], (long long)(c->group->num_local * columns),
-                     (long long)columns, c->group->num_local)
+                     (long long)t->shape[0],
+                     (long long)(c->group->experts->num_local * columns), (long long)columns,
+                     c->group->experts->num_local)
                : EP_OK;
 }
 

@@ -26,6 +26,7 @@ void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *
     struct k_op *k = &op->args.op;
     epi_op_of_group(op, kind, h->group, asked, load);
     op->h = h;
+    epi_experts_use(h->experts, &k->g);
     k->h = h->k;
     k->tokens = h->tokens;
     k->topk = h->topk;
@@ -43,6 +44,7 @@ ep_status epi_check_not_open(const char *fn, const ep_handle *h) {
 
 void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded) {
     epi_call_begin(c, h->group);
+    epi_call_experts(c, h->experts);
     c->is = (h->by_mask ? EPI_BY_MASK : 0) | (expanded ? EPI_EXPANDED : EPI_COMPACT);
     c->dim[EPI_DIM_T] = h->tokens;
     c->dim[EPI_DIM_K] = h->topk;

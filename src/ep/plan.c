@@ -28,6 +28,16 @@ static ep_status check_range(const char *name, int64_t value, int64_t min, int64
     return EP_OK;
 }
 
+ep_status epi_check_map(const char *tag, const int32_t *map, int num_experts, int num_ranks) {
+    for (int e = 0; map && e < num_experts; e++) {
+        if (map[e] < 0 || map[e] >= num_ranks) {
+            return epi_fail(EP_ERR_ARG, "%s.expert_rank[%d] is %d, must be 0..%d", tag, e,
+                            map[e], num_ranks - 1);
+        }
+    }
+    return EP_OK;
+}
+
 static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
     const struct {
         const char *name;
@@ -68,13 +78,7 @@ static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
                         "low-latency mode needs expert ids",
                         c->ll_max_tokens);
     }
-    for (int e = 0; c->expert_rank && e < c->num_experts; e++) {
-        if (c->expert_rank[e] < 0 || c->expert_rank[e] >= num_ranks) {
-            return epi_fail(EP_ERR_ARG, "ep_group_config.expert_rank[%d] is %d, must be 0..%d",
-                            e, c->expert_rank[e], num_ranks - 1);
-        }
-    }
-    return EP_OK;
+    return epi_check_map("ep_group_config", c->expert_rank, c->num_experts, num_ranks);
 }
 
 static int most_local_experts(const struct ep_group_config *c, int num_ranks) {
@@ -297,7 +301,8 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
     const struct ep_handle_config most = {sizeof(most), c->max_tokens, c->max_topk, 0};
     p->info.handle_bytes = (int64_t)epi_plan_handle(c, p, &most, 0, &h);
     /* One more than workers: for what a thread runs beside them (src/run/host.c). */
-    p->info.local_bytes = (int64_t)(epi_plan_table_bytes(c, num_ranks) +
+    p->info.local_bytes = (int64_t)(epi_plan_table_bytes(num_ranks) +
+                                    epi_plan_expert_bytes(c->num_experts, num_ranks) +
                                     (size_t)(c->num_workers ? c->num_workers + 1 : 2) *
                                         epi_plan_warp_bytes(c, p));
     return check_limit(c, &p->info, sums);
@@ -318,9 +323,12 @@ void epi_plan_channels(const struct epi_plan *p, int tokens, struct k_channels *
     }
 }
 
-size_t epi_plan_table_bytes(const struct ep_group_config *c, int num_ranks) {
-    return sizeof(struct k_ll_ctl) + (size_t)num_ranks * 16 + (size_t)c->num_experts * 12 +
-           ((size_t)num_ranks + 1) * 4;
+size_t epi_plan_table_bytes(int num_ranks) {
+    return sizeof(struct k_ll_ctl) + (size_t)num_ranks * 16;
+}
+
+size_t epi_plan_expert_bytes(int num_experts, int num_ranks) {
+    return (size_t)num_experts * 12 + ((size_t)num_ranks + 1) * 4;
 }
 
 int epi_plan_stage_bytes(int row_bytes) {

@@ -57,8 +57,12 @@ struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, bool 
 /* The same of an answer. */
 int epi_plan_ll_answer_bytes(int row_bytes);
 
-/* Ordinary memory of a rank: tables its kernels index; shared memory of each worker. */
-size_t epi_plan_table_bytes(const struct ep_group_config *config, int num_ranks);
+/* EP_ERR_ARG for a rank that is none in tag.expert_rank; NULL is the default map. */
+ep_status epi_check_map(const char *tag, const int32_t *map, int num_experts, int num_ranks);
+
+/* Ordinary memory of a rank: tables its kernels index, and those of each map of experts; shared memory of each worker. */
+size_t epi_plan_table_bytes(int num_ranks);
+size_t epi_plan_expert_bytes(int num_experts, int num_ranks);
 size_t epi_plan_warp_bytes(const struct ep_group_config *config, const struct epi_plan *plan);
 
 /* Memory of a handle for as much as `most` says: points the fields of *k into one block at `block`,

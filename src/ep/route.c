@@ -38,7 +38,7 @@ ep_status epi_bad_selection(const ep_handle *h, int topk, uint64_t number, int64
     const long long token = (long long)(number / each), k = (long long)(number % each);
     return epi_fail(EP_ERR_ARG,
                     "topk_ids[%lld][%lld] is %lld, must be -1 or 0..%d (token %lld, k %lld)%s",
-                    token, k, (long long)id, h->group->config.num_experts - 1, token, k, then);
+                    token, k, (long long)id, h->experts->num - 1, token, k, then);
 }
 
 static ep_status route_before(struct epi_op *op) {
@@ -133,6 +133,8 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
                         r.topk_ids ? "topk_ids" : "token_in_rank", (long long)tokens,
                         most->max_tokens);
     }
+    EPI_TRY(epi_experts_find(handle->group, "ep_routing", r.num_experts, r.expert_rank,
+                             &handle->experts));
     return run_route(handle, &c, &r, stream);
 }
 
@@ -146,9 +148,7 @@ ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, vo
     if (!handle->routed) {
         return epi_fail(EP_ERR_STATE, "ep_handle_layout: the handle is not routed");
     }
-    epi_call_begin(&c, handle->group);
-    c.is = handle->by_mask ? EPI_BY_MASK : 0;
-    c.dim[EPI_DIM_T] = handle->tokens;
+    epi_call_of(&c, handle, false);
     EPI_TRY(epi_args_check(&c, &epi_layout_rules, &l, EPI_OUT));
     return run_layout(handle, &c, &l, stream);
 }

@@ -1,0 +1,141 @@
+/* SPDX-License-Identifier: MIT */
+/* class: rest */
+/*
+ * One group, made with maxima, serves routings of any number of experts held by any ranks, with other
+ * top-k, rows and scales each time: handles side by side, and one handle routed again and again. What
+ * a routing may not name is refused before the handle changes.
+ */
+#include <string.h>
+
+#include "tests/calls.h"
+#include "tests/tap.h"
+#include "tests/trial.h"
+
+#define RANKS 4
+#define MANY 10
+
+struct many {
+    struct test_case c[MANY];
+    struct trial t[MANY];
+};
+
+static int32_t larger(int32_t a, int32_t b) {
+    return a > b ? a : b;
+}
+
+/* A group for all of them. */
+static void setup(struct world_setup *s, const struct many *m) {
+    trial_setup(s, &m->t[0]);
+    s->config.expert_rank = NULL;
+    s->config.mask_routing = 1;
+    for (int i = 0; i < MANY; i++) {
+        struct ep_group_config *c = &s->config;
+        struct world_setup one;
+        trial_setup(&one, &m->t[i]);
+        for (int r = 0; r < RANKS; r++) {
+            const int local = ref_num_local(&m->c[i].problem, r);
+            c->num_experts = larger(c->num_experts, RANKS * local);
+        }
+        c->max_tokens = larger(c->max_tokens, one.config.max_tokens);
+        c->max_topk = larger(c->max_topk, one.config.max_topk);
+        c->max_row_bytes = larger(c->max_row_bytes, one.config.max_row_bytes);
+        c->max_scale_bytes = larger(c->max_scale_bytes, one.config.max_scale_bytes);
+        c->flags |= one.config.flags;
+        c->max_expanded_rows = c->max_expanded_rows > one.config.max_expanded_rows
+                                   ? c->max_expanded_rows
+                                   : one.config.max_expanded_rows;
+    }
+}
+
+/* Dispatched and combined again, from what it knows. */
+static void again(struct world *w, const struct trial *t, ep_handle *h) {
+    struct run r;
+
+    run_create(&r, w, t);
+    if (world_is(w, run_dispatch(&r, h, NULL), EP_OK, "ep_dispatch, cached")) {
+        run_check_dispatch(&r, h);
+    }
+    if (world_is(w, run_combine(&r, h, NULL), EP_OK, "ep_combine, again")) {
+        run_check_combine(&r);
+    }
+    run_free(&r);
+}
+
+static void refused(struct world *w, ep_handle *h) {
+    static const int32_t bad[3] = {0, RANKS, 0};
+    int32_t crowded[1024] = {0};
+    int64_t id = 0;
+    struct ep_tensor ids;
+    struct ep_routing r = EP_ROUTING_INIT;
+    const int most = ep_group_num_local_experts(w->group); /* of rank 0, which has most */
+
+    ep_tensor_2d(&ids, EP_I64, &id, 1, 1);
+    r.topk_ids = &ids;
+    r.num_experts = -1;
+    world_fails(w, call_route(h, &r, NULL), EP_ERR_ARG, "num_experts is -1|0..", "-1 experts");
+    r.num_experts = 100000;
+    world_fails(w, call_route(h, &r, NULL), EP_ERR_ARG, "num_experts is 100000|group",
+                "more experts than the group's");
+    r.num_experts = 0;
+    r.expert_rank = bad;
+    world_fails(w, call_route(h, &r, NULL), EP_ERR_ARG, "expert_rank is given|num_experts is 0",
+                "a map without a number");
+    r.num_experts = 3;
+    world_fails(w, call_route(h, &r, NULL), EP_ERR_ARG, "expert_rank[1] is 4|0..3",
+                "an expert of no rank");
+    r.num_experts = most + 1;
+    r.expert_rank = crowded;
+    if (w->rank == 0) {
+        world_fails(w, call_route(h, &r, NULL), EP_ERR_ARG, "gives rank 0|experts, at most",
+                    "a rank with more experts than any has in the group's map");
+    }
+}
+
+static void body(struct world *w) {
+    const struct many *m = w->ctx;
+    ep_handle *own[MANY] = {NULL}, *reused = NULL;
+
+    world_is(w, ep_handle_create(&reused, w->group, NULL), EP_OK, "ep_handle_create");
+    for (int i = 0; i < MANY; i++) {
+        world_is(w, ep_handle_create(&own[i], w->group, NULL), EP_OK, "ep_handle_create");
+        trial_pass(w, &m->t[i], own[i]);
+        trial_pass(w, &m->t[i], reused);
+        again(w, &m->t[i / 2], own[i / 2]);
+    }
+    refused(w, own[1]);
+    again(w, &m->t[1], own[1]);
+    for (int i = 0; i < MANY; i++) {
+        ep_handle_destroy(&own[(i * 3 + w->rank) % MANY]); /* in another order on each rank */
+    }
+    ep_handle_destroy(&reused);
+}
+
+int main(void) {
+    gpu_program();
+    static struct many m;
+    struct world_setup s;
+    const uint64_t seed = tap_seed();
+
+    tap_deadline(120);
+    for (int i = 0; i < MANY; i++) {
+        case_random(&m.c[i], seed + (uint64_t)i);
+        m.c[i].num_ranks = RANKS;
+        case_build(&m.c[i]);
+        trial_init(&m.t[i], &m.c[i]);
+        trial_random(&m.t[i], seed + 100 + (uint64_t)i);
+        trial_build(&m.t[i]);
+    }
+    for (int processes = 0; processes < 2; processes++) {
+        setup(&s, &m);
+        s.processes = processes;
+        s.body = body;
+        s.ctx = &m;
+        ok(world_run(&s) == 0, "experts, top-k, rows and scales vary in one group, %s",
+           gpu_processes(processes) ? "processes" : "threads");
+    }
+    for (int i = 0; i < MANY; i++) {
+        trial_free(&m.t[i]);
+        case_free(&m.c[i]);
+    }
+    return done_testing();
+}
