@@ -806,8 +806,8 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
  *     flight. A send whose kind's last but one was not received is EP_ERR_STATE, and so is a
  *     second receive, or a receive before its send; nothing is written then. Throughput operations
  *     between the halves are legal.
- *   - T, K and M may differ from call to call; M, K, H and flags must agree on all ranks. Outputs
- *     may be of any stream order that the two halves have; nothing is written past a count.
+ *   - T, K and M may differ from call to call; M, K, types and bytes of rows and
+ *     scales, and flags must agree on all ranks. Nothing is written past a count.
  *   - All may be captured in CUDA graphs, in any number, and replayed in any order and as often as
  *     wanted, together with calls that are not captured, if all ranks do the same.
  *   - Host groups: with stream NULL a call returns when its work is done and tells how it ended. Else
@@ -826,7 +826,11 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
 
 /*
  * Inputs, looked at by the send half, of this rank's T tokens:
- *   x             [T][H] EP_BF16, rows contiguous; H a multiple of 128, T at most M
+ *   x             [T][H], rows contiguous, any dtype, T at most M: bytes that travel as they are,
+ *                 packed FP4 too; a row is a multiple of EP_ROW_ALIGN bytes. With EP_LL_FP8
+ *                 EP_BF16, H a multiple of 128
+ *   scales        [T][S] of a 1-, 2- or 4-byte dtype, any strides, that go with the rows; or NULL.
+ *                 At most max_scale_bytes of a row; none with EP_LL_FP8
  *   topk_ids      [T][K] EP_I32 or EP_I64, contiguous. Global expert ids; an id outside 0..E-1 is
  *                 not selected. An expert named twice gets the row twice
  *   topk_weights  [T][K] EP_F32, any strides, or NULL: by which combine multiplies, unless it is
@@ -836,12 +840,13 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
  *                 later calls need. The send writes it from nothing; it may be moved when nothing
  *                 uses it, and must not change until the last combine
  * Outputs, looked at by the receive half; each may be NULL:
- *   recv_x        [L * N][H] EP_BF16, or EP_F8E4M3 with EP_LL_FP8, rows contiguous; required.
+ *   recv_x        [L * N][H] dtype of x, or EP_F8E4M3 with EP_LL_FP8, rows contiguous; required.
  *                 Rows e * N .. of local expert e: by source rank, token, k, without gaps
- *   recv_scales   with EP_LL_FP8: column g of expert e is row e * S + g of an [L * S][N] matrix
- *                 whose rows start at multiples of 16 bytes. EP_F32: the scales s, S = H / 128.
- *                 EP_I32, powers of two only: their exponents + 127 as bytes, four to an element,
- *                 the lowest first, S = H / 512 rounded up, bytes to spare 0
+ *   recv_scales   column g of expert e is row e * S + g of an [L * S][N] matrix whose rows start at
+ *                 multiples of 16 bytes. Without EP_LL_FP8 dtype of scales. With it EP_F32: the
+ *                 scales s, S = H / 128; or EP_I32, powers of two only: their exponents + 127 as
+ *                 bytes, four to an element, the lowest first, S = H / 512 rounded up, bytes to
+ *                 spare 0
  *   recv_source   [L * N] EP_I32: each row's token at its source rank
  *   expert_counts [L] EP_I32: rows of each local expert
  *   ranges        [L][R] EP_I64: rows of each source << 0, the first of them (from 0) << 32
@@ -862,11 +867,12 @@ struct ep_ll_dispatch_args {
     struct ep_tensor *expert_counts;
     struct ep_tensor *ranges;
     struct ep_tensor *expert_totals;
+    const struct ep_tensor *scales;
 };
 #define EP_LL_DISPATCH_ARGS_INIT                                                               \
     {                                                                                          \
         sizeof(struct ep_ll_dispatch_args), 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
-            NULL, NULL, NULL                                                                   \
+            NULL, NULL, NULL, NULL                                                             \
     }
 
 /*
@@ -886,7 +892,7 @@ ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args 
 /*
  *   x       [L * N][H] EP_BF16, rows contiguous: the answers, in the rows of recv_x; rows past an
  *           expert's count are not read. Looked at by the send half
- *   handle  of a dispatch that was received, with the same M, H and T
+ *   handle  of a dispatch that was received, with the same M and T; H may be another
  *   topk_weights  [T][K] EP_F32, any strides, or NULL: those of the dispatch. Given on all ranks or on
  *           none, in both halves; looked at by the send half, which brings them to the experts' ranks
  *   out     [T][H] EP_BF16, rows contiguous; looked at by the receive half

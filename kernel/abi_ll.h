@@ -39,9 +39,9 @@ struct k_ll_region {
  * The header of a message, words that carry their own values. Of a dispatch the counts of the reader's
  * experts follow.
  *   0  what the call is: K_LL_SIG_...                 compared with the reader's, as the next four
- *   1  bytes of a row of x
- *   2  bytes of a row on the wire
- *   3  experts
+ *   1  types, and how many scales a row has: K_TYPES
+ *   2  bytes of a row of x
+ *   3  experts; of a combine the number of its dispatch
  *   4  the most tokens of a call
  *   5  rows for the reader
  *   6  slices of each row: each has its word
@@ -88,7 +88,8 @@ struct k_ll_head {
     k_u64 number[K_LL_KINDS]; /* of its dispatch, of its last combine */
     k_i32 tokens, topk, max_tokens;
     k_u32 signature;
-    k_i32 row_bytes, side_at, wire_bytes, pad; /* of x; and of a row on the wire */
+    k_i32 row_bytes, side_at, wire_bytes; /* of x; and of a row on the wire */
+    k_u32 types;
 };
 
 struct k_ll {
@@ -103,6 +104,9 @@ struct k_ll {
 #define K_LL_SEND 1u /* flags: the halves that the kernel does */
 #define K_LL_RECEIVE 2u
 
+/* `types` of their fields has the number of a row's scales in its lowest bits. */
+#define K_LL_NUM_SCALES(types) ((k_i32)((types)&0xffffffu))
+
 struct k_ll_dispatch_args {
     K_OP_FIELDS
     struct k_ll ll;
@@ -110,7 +114,9 @@ struct k_ll_dispatch_args {
     k_i32 id_bytes;
     k_i32 packed_scales; /* four exponents in a word */
     k_i32 side_at;       /* where a row's sidecar begins, of a send */
-    struct k_array x, ids, weights;
+    k_i32 scale_bytes;   /* of one that comes with the rows; 0: there are none */
+    k_i32 pad;
+    struct k_array x, scales, ids, weights;
     struct k_array recv_x, recv_scales, recv_source, expert_counts, expert_totals, ranges;
 };
 
@@ -126,7 +132,7 @@ _Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 6 * 8, "k_ll_map");
 _Static_assert(sizeof(struct k_ll_head) == 56, "k_ll_head");
 _Static_assert(sizeof(struct k_ll) == 16 + sizeof(struct k_ll_map) + 16, "k_ll");
 _Static_assert(sizeof(struct k_ll_dispatch_args) ==
-                   sizeof(struct k_op) + sizeof(struct k_ll) + 16 + 9 * 24,
+                   sizeof(struct k_op) + sizeof(struct k_ll) + 24 + 10 * 24,
                "k_ll_dispatch_args");
 _Static_assert(sizeof(struct k_ll_combine_args) ==
                    sizeof(struct k_op) + sizeof(struct k_ll) + 8 + 3 * 24,

@@ -135,8 +135,8 @@ static K_FN k_i32 ll_answer_slices(const struct k_ll_combine_args *a) {
 
 static K_INLINE void ll_combine_header(const struct k_ll_combine_args *a, struct ll_header *h) {
     h->compared[0] = a->ll.head->signature | a->form;
-    h->compared[1] = (k_u32)a->row_bytes;
-    h->compared[2] = (k_u32)a->dtype;
+    h->compared[1] = a->types;
+    h->compared[2] = (k_u32)a->row_bytes;
     h->compared[3] = K_LL_TAG(a->ll.head->number[0]);
     h->compared[4] = (k_u32)a->ll.max_tokens;
 }
@@ -250,7 +250,7 @@ static K_FN k_bool ll_knows(struct k_thread *k, const struct k_ll_combine_args *
     const k_bool good =
         h->owner == (k_u64)a->ll.ctl && n > 0 && (a->tokens < 0 || h->tokens == a->tokens) &&
         (a->topk == 0 || h->topk == a->topk) && h->max_tokens == a->ll.max_tokens &&
-        h->row_bytes == a->row_bytes && ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
+        ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
     return good || ll_refuse(k, K_REFUSED_HANDLE);
 }
 

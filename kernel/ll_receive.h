@@ -132,25 +132,35 @@ static K_FN void ll_note_row(struct k_thread *k, const struct k_ll_dispatch_args
     }
 }
 
-/* Scales of groups `first` to `end` of the row: a column of the output for each, or for each four. */
+/* The row's scales: a column of the output for each, or for each four exponents. */
 static K_FN void ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                const struct ll_shape *s, const k_u32 *scales, k_i32 first,
-                                k_i32 end, const struct ll_places *to) {
-    const k_i32 most = ll_expert_rows(a), all = a->row_bytes / (2 * K_LL_GROUP);
-    const k_i32 in_word = a->packed_scales ? 4 : 1, words = (all + in_word - 1) / in_word;
-    for (k_i32 w = first / in_word + k->warp * K_LANES + k->lane; w * in_word < end;
-         w += k->num_warps * K_LANES) {
-        k_u32 word = scales[w * in_word];
+                                const struct ll_shape *s, const k_u32 *scales,
+                                const struct ll_places *to) {
+    const k_bool cast = (s->signature & K_LL_SIG_CAST) != 0;
+    const k_i32 most = ll_expert_rows(a), bytes = cast ? 4 : a->scale_bytes;
+    const k_i32 all = cast ? a->row_bytes / (2 * K_LL_GROUP) : K_LL_NUM_SCALES(s->types);
+    const k_i32 columns = a->packed_scales ? (all + 3) / 4 : all;
+    for (k_i32 w = k->warp * K_LANES + k->lane; w < columns; w += k->num_warps * K_LANES) {
+        k_u32 word = 0;
         if (a->packed_scales) {
-            word = 0;
             for (k_i32 b = 0; b < 4 && w * 4 + b < all; b++) {
                 word |= (scales[w * 4 + b] >> 23 & 0xffu) << (8 * b);
             }
+        } else {
+            word = scales[w * bytes / 4] >> (8 * (w * bytes % 4));
         }
         for (k_i32 i = 0; i < s->topk; i++) {
             if (to->at[i] >= 0) {
                 const k_i32 e = to->at[i] / most;
-                *(k_u32 *)k_at(&a->recv_scales, (k_i64)e * words + w, to->at[i] % most) = word;
+                const k_u64 at =
+                    k_at(&a->recv_scales, (k_i64)e * columns + w, to->at[i] % most);
+                if (bytes == 4) {
+                    *(k_u32 *)at = word;
+                } else if (bytes == 2) {
+                    *(k_u16 *)at = (k_u16)word;
+                } else {
+                    *(k_u8 *)at = (k_u8)word;
+                }
             }
         }
     }
@@ -204,8 +214,8 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
     if (slice == 0 && k->warp == 0) {
         ll_note_row(k, a, s, source, j, (k_i32)side[0], to);
     }
-    if (slice == 0 && cast && a->recv_scales.data) {
-        ll_take_scales(k, a, s, side + s->side_words, 0, a->row_bytes / (2 * K_LL_GROUP), to);
+    if (slice == 0 && a->recv_scales.data) {
+        ll_take_scales(k, a, s, side + s->side_words, to);
     }
     k_syncwarp(k); /* the scratch can be used again */
     return 1;
@@ -238,12 +248,15 @@ static K_FN k_bool ll_take_rows(struct k_thread *k, const struct k_ll_dispatch_a
     return 1;
 }
 
-/* A kernel that only receives: the handle is of a dispatch of this shape. */
+/* A kernel that only receives: the handle is of a dispatch of this shape. It knows of scales where it
+ * takes them. */
 static K_FN k_bool ll_is_of_shape(struct k_thread *k, const struct k_ll_dispatch_args *a) {
     const struct k_ll_head *h = a->ll.head;
     const k_u32 form = K_LL_SIG_CAST | K_LL_SIG_POWER_OF_2;
     return (h->row_bytes == a->row_bytes && h->max_tokens == a->ll.max_tokens &&
-            (h->signature & form) == (a->signature & form)) ||
+            (h->signature & form) == (a->signature & form) &&
+            K_SIG_ROW_TYPE(h->types ^ a->types) == 0 &&
+            (a->scale_bytes == 0 || K_SIG_SCALE_TYPE(h->types ^ a->types) == 0)) ||
            ll_refuse(k, K_REFUSED_HANDLE);
 }
 

@@ -13,7 +13,7 @@ struct ll_shape {
     k_i32 topk, tokens;
     k_i32 side_at, side_words; /* of a sidecar, without scales */
     k_i32 wire_bytes;
-    k_u32 signature;
+    k_u32 signature, types;
     struct ll_header header;
 };
 
@@ -24,12 +24,13 @@ static K_INLINE void ll_shape_of(const struct k_ll_dispatch_args *a, const struc
     s->tokens = c->sends ? a->tokens : head->tokens;
     s->signature =
         c->sends ? a->signature | ((k_u32)a->topk << K_LL_SIG_TOPK_SHIFT) : head->signature;
+    s->types = c->sends ? a->types : head->types;
     s->side_at = c->sends ? a->side_at : head->side_at;
     s->wire_bytes = c->sends ? a->ll.wire_bytes : head->wire_bytes;
     s->side_words = K_SIDE_SCALES(s->topk, s->signature & K_LL_SIG_WEIGHTS);
     s->header.compared[0] = s->signature;
-    s->header.compared[1] = (k_u32)a->row_bytes;
-    s->header.compared[2] = (k_u32)s->wire_bytes;
+    s->header.compared[1] = s->types;
+    s->header.compared[2] = (k_u32)a->row_bytes;
     s->header.compared[3] = (k_u32)a->g.num_experts;
     s->header.compared[4] = (k_u32)a->ll.max_tokens;
 }
@@ -146,18 +147,37 @@ static K_INLINE k_bool ll_is_dest(const struct ll_dests *d, k_i32 i) {
     return !k_is_nowhere(d->at[i]);
 }
 
-/* The sidecar of token t, without scales, to each rank that it goes to: warps take turns. */
+/* Four bytes of token t's scales from byte `byte` on; past the end zeros. */
+static K_INLINE k_u32 ll_scales_word(const struct k_ll_dispatch_args *a, k_i32 t, k_i32 byte) {
+    k_u32 word = 0;
+    for (k_i32 b = 0; b < 4; b += a->scale_bytes) {
+        const k_i32 j = (byte + b) / a->scale_bytes;
+        if (j < K_LL_NUM_SCALES(a->types)) {
+            const k_u64 at = k_at(&a->scales, t, j);
+            word |= (a->scale_bytes == 4   ? *(const k_u32 *)at
+                     : a->scale_bytes == 2 ? *(const k_u16 *)at
+                                           : *(const k_u8 *)at)
+                    << (8 * b);
+        }
+    }
+    return word;
+}
+
+/* The sidecar of token t, without scales of a cast, to each rank that it goes to: warps take turns. */
 static K_FN void ll_send_side(struct k_thread *k, const struct k_ll_dispatch_args *a,
                               const struct ll_shape *s, k_i32 t, const struct ll_dests *d) {
+    const k_i32 words = s->side_words + (K_LL_NUM_SCALES(a->types) * a->scale_bytes + 3) / 4;
     for (k_i32 i = k->warp; i < a->topk; i += k->num_warps) {
         if (!ll_is_dest(d, i)) {
             continue;
         }
         const struct k_peer side = k_peer_plus(d->at[i], (k_u64)a->side_at);
-        for (k_i32 w = k->lane; w < s->side_words; w += K_LANES) {
+        for (k_i32 w = k->lane; w < words; w += K_LANES) {
             const k_i32 what = w == 0 ? 0 : (w - 1) / a->topk,
                         j = w == 0 ? 0 : (w - 1) % a->topk;
-            const k_u32 word = w == 0      ? (k_u32)t
+            const k_u32 word = w == 0 ? (k_u32)t
+                               : w >= s->side_words
+                                   ? ll_scales_word(a, t, 4 * (w - s->side_words))
                                : what == 0 ? (k_u32)ll_id(a, t * a->topk + j)
                                : what == 1 ? d->index[j]
                                            : *(const k_u32 *)k_at(&a->weights, t, j);
@@ -305,6 +325,7 @@ static K_INLINE void ll_write_head(struct k_thread *k, const struct k_ll_dispatc
         h->row_bytes = a->row_bytes;
         h->side_at = a->side_at;
         h->wire_bytes = a->ll.wire_bytes;
+        h->types = a->types;
     }
 }
 

@@ -83,7 +83,9 @@ void ll_setup(struct world_setup *w, const struct ll_step *s) {
     w->config.expert_rank = s->c.expert_rank;
     w->config.max_tokens = 1;
     w->config.max_topk = s->c.topk;
-    w->config.max_row_bytes = (int32_t)s->c.hidden * 2;
+    const int32_t rows = (int32_t)s->c.problem.row_bytes, answers = (int32_t)s->c.hidden * 2;
+    w->config.max_row_bytes = rows > answers ? rows : answers;
+    w->config.max_scale_bytes = (int32_t)s->c.problem.scale_bytes;
     w->config.ll_max_tokens = s->max_tokens;
 }
 
@@ -102,6 +104,9 @@ void ll_steps_build(struct ll_steps *all, int num_ranks, uint64_t seed) {
         s->c.routing = i == 2 ? ROUTE_DUPLICATES : ROUTE_UNIFORM;
         s->c.topk = i == 1 ? 2 : 4;
         s->flags = i % 2 ? EP_LL_FP8 : 0;
+        s->c.row_dtype = i == 2 ? EP_U8 : EP_BF16;
+        s->c.num_scales = i == 2 ? 9 : 0;
+        s->c.scale_dtype = EP_U8;
         s->c.weights = i != 3;
         s->weights_now = i == 1 || i == 3;
         s->num_workers = i == 2 ? 1 : 0;
@@ -120,7 +125,7 @@ void ll_steps_setup(struct world_setup *w, struct ll_steps *all, void (*body)(st
     w->config.ll_max_tokens = 20;
     w->config.max_topk = 4;
     w->config.max_tokens = 16;
-    w->config.max_scale_bytes = 0;
+    w->config.max_scale_bytes = 9;
     w->body = body;
     w->ctx = all;
 }
@@ -138,19 +143,30 @@ static void add(struct ll_run *r, int what, int dtype, int64_t rows, int64_t col
     }
 }
 
+static int scale_dtype(const struct ll_step *s) {
+    return s->packed ? EP_I32 : s->c.num_scales ? s->c.scale_dtype : EP_F32;
+}
+
+/* Of an expert. */
+static int64_t scale_columns(const struct ll_step *s) {
+    const int64_t groups = s->c.hidden / 128;
+    return s->packed ? (groups + 3) / 4 : s->c.num_scales ? s->c.num_scales : groups;
+}
+
 static int64_t each(const struct ll_step *s) {
     return (int64_t)s->c.num_ranks * s->max_tokens;
 }
 
 /* Columns are padded to multiples of 16 bytes. */
 static int64_t pitch(const struct ll_step *s) {
-    return (each(s) + 3) / 4 * 4;
+    const int64_t in_16 = 16 / (int64_t)ep_dtype_bytes((ep_dtype)scale_dtype(s));
+    return (each(s) + in_16 - 1) / in_16 * in_16;
 }
 
 /* Row `row` of expert e: what the reference has as row i. */
 static void want_cast(struct ll_run *r, int e, int64_t row, const uint8_t *x) {
     const struct ll_step *s = r->s;
-    const int64_t groups = s->c.hidden / 128, columns = s->packed ? (groups + 3) / 4 : groups;
+    const int64_t groups = s->c.hidden / 128, columns = scale_columns(s);
     uint8_t *out = r->want[LL_X] + (e * each(s) + row) * s->c.hidden;
 
     for (int64_t g = 0; g < groups; g++) {
@@ -176,13 +192,19 @@ static void want_cast(struct ll_run *r, int e, int64_t row, const uint8_t *x) {
 static void want_row(struct ll_run *r, int e, int64_t row, int64_t i) {
     const struct ll_step *s = r->s;
     const struct ref_recv *v = &s->recv[r->w->rank];
-    const size_t bytes = (size_t)s->c.hidden * 2;
+    const size_t bytes = (size_t)s->c.hidden * 2, own = s->c.problem.row_bytes;
     const int64_t at = e * each(s) + row;
 
     if (s->flags & EP_LL_FP8) {
         want_cast(r, e, row, v->x + (size_t)i * bytes);
     } else {
-        memcpy(r->want[LL_X] + (size_t)at * bytes, v->x + (size_t)i * bytes, bytes);
+        memcpy(r->want[LL_X] + (size_t)at * own, v->x + (size_t)i * own, own);
+    }
+    for (int64_t j = 0; j < s->c.num_scales; j++) {
+        const size_t elem = ep_dtype_bytes((ep_dtype)s->c.scale_dtype);
+        const int64_t column = e * s->c.num_scales + j;
+        memcpy(r->want[LL_SCALES] + (size_t)(column * pitch(s) + row) * elem,
+               v->scales + (size_t)(i * s->c.num_scales + j) * elem, elem);
     }
     memcpy(r->want[LL_SOURCE] + at * 4, &v->source[2 * i + 1], 4);
     memcpy((uint8_t *)r->answers.data + (size_t)at * bytes,
@@ -208,7 +230,7 @@ static void want_expert(struct ll_run *r, int e) {
 
 void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     const int local = ref_num_local(&s->c.problem, w->rank);
-    const int64_t rows = local * each(s), groups = s->c.hidden / 128;
+    const int64_t rows = local * each(s);
     const bool cast = (s->flags & EP_LL_FP8) != 0;
     struct ep_plan_info info = EP_PLAN_INFO_INIT;
 
@@ -216,9 +238,8 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->w = w;
     r->s = s;
     world_is(w, ep_group_plan(w->group, &info), EP_OK, "ep_group_plan");
-    add(r, LL_X, cast ? EP_F8E4M3 : EP_BF16, rows, s->c.hidden);
-    add(r, LL_SCALES, s->packed ? EP_I32 : EP_F32,
-        local * (s->packed ? (groups + 3) / 4 : groups), pitch(s));
+    add(r, LL_X, cast ? EP_F8E4M3 : s->c.row_dtype, rows, s->c.hidden);
+    add(r, LL_SCALES, scale_dtype(s), local * scale_columns(s), pitch(s));
     r->t[LL_SCALES].shape[1] = each(s);
     add(r, LL_SOURCE, EP_I32, rows, 1);
     add(r, LL_COUNTS, EP_I32, local, 1);
@@ -248,7 +269,8 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->dispatch.topk_weights = s->c.weights ? &s->c.topk_weights[w->rank] : NULL;
     r->dispatch.handle = &r->t[LL_HANDLE];
     r->dispatch.recv_x = &r->t[LL_X];
-    r->dispatch.recv_scales = cast ? &r->t[LL_SCALES] : NULL;
+    r->dispatch.scales = s->c.num_scales ? &s->c.scales[w->rank] : NULL;
+    r->dispatch.recv_scales = cast || s->c.num_scales ? &r->t[LL_SCALES] : NULL;
     r->dispatch.recv_source = &r->t[LL_SOURCE];
     r->dispatch.expert_counts = &r->t[LL_COUNTS];
     r->dispatch.ranges = &r->t[LL_RANGES];

@@ -38,6 +38,28 @@ static void forms(uint64_t seed) {
     }
 }
 
+/* Rows that are quantised already: bytes of odd lengths, scales of every width. */
+static void opaque(uint64_t seed) {
+    static const int rows[] = {EP_U8, EP_F8E4M3, EP_F8E5M2, EP_F32};
+    static const int scales[] = {EP_U8, EP_I16, EP_F32, EP_BF16};
+    static const int hidden[] = {208, 512, 48, 136};
+    for (int i = 0; i < 4; i++) {
+        struct ll_step s;
+        char name[64];
+        ll_init(&s, 2 + i % 3, seed + (uint64_t)i);
+        s.c.row_dtype = rows[i];
+        s.c.scale_dtype = scales[i];
+        s.c.hidden = hidden[i];
+        s.c.num_scales = i == 3 ? 0 : 1 + 6 * i;
+        s.c.scale_stride = (enum case_stride)(i % NUM_STRIDES);
+        s.c.tokens = i == 1 ? TOKENS_ONE : TOKENS_MIXED;
+        s.weights_now = i % 2;
+        snprintf(name, sizeof(name), "rows as they are, %d of type %d, %d scales", hidden[i],
+                 rows[i], (int)s.c.num_scales);
+        ll_case(&s, false, name);
+    }
+}
+
 static void shapes(uint64_t seed) {
     struct ll_step s;
 
@@ -94,6 +116,7 @@ int main(void) {
 
     tap_deadline(120);
     forms(seed);
+    opaque(seed + 50);
     shapes(seed + 100);
     return done_testing();
 }

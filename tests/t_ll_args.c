@@ -55,11 +55,29 @@ static void arguments(struct world *w) {
     t = *good.x;
     t.dtype = EP_F16;
     r.dispatch.x = &t;
-    BAD("x|EP_BF16", "rows of another type");
+    BAD("recv_x.dtype is EP_BF16, must be EP_F16", "rows of another type");
+    r.dispatch.flags = EP_LL_FP8;
+    r.dispatch.x = &t;
+    BAD("x|EP_BF16", "a cast of another type");
+    r.dispatch.flags = EP_LL_FP8;
+    BAD("recv_x.dtype is EP_BF16, must be EP_F8E4M3", "a cast into other rows");
     t = *good.x;
     t.shape[1] = 192;
+    r.dispatch.flags = EP_LL_FP8;
     r.dispatch.x = &t;
-    BAD("192", "half a group of channels");
+    t.stride[0] = 192;
+    {
+        struct ep_tensor y = r.t[LL_X];
+        y.dtype = EP_F8E4M3;
+        y.shape[1] = 192;
+        r.dispatch.recv_x = &y;
+        BAD("192", "half a group of channels");
+    }
+    r.dispatch.scales = good.topk_weights;
+    BAD("max_scale_bytes", "scales that the group has no memory for");
+    r.dispatch.flags = EP_LL_FP8;
+    r.dispatch.scales = good.topk_weights;
+    BAD("makes its own", "scales with a cast");
     r.dispatch.recv_x = NULL;
     BAD("recv_x is NULL", "no output");
     t = r.t[LL_X];
@@ -112,12 +130,15 @@ enum difference {
     WEIGHTS,
     CAST,
     POWER_OF_2,
+    TYPE,
+    SCALES,
     WEIGHTS_NOW,
     NUM_DIFFERENCES
 };
-static const char *const difference_words[] = {"top-k is",    "max_tokens is", "bytes of a row",
-                                               "weights are", "EP_LL_FP8 is|", "POWER_OF_2 is",
-                                               "weights are"};
+static const char *const difference_words[] = {
+    "top-k is",      "max_tokens is", "bytes of a row",        "weights are",
+    "EP_LL_FP8 is|", "POWER_OF_2 is", "rows are of type EP_|", "scales of a row are",
+    "weights are"};
 
 struct odd {
     struct ll_step s[2]; /* of rank 0 and of rank 1 */
@@ -160,6 +181,9 @@ static void differences(uint64_t seed) {
             s->c.hidden = i == HIDDEN && r ? 128 : 256;
             s->max_tokens += i == MAX_TOKENS && r;
             s->c.weights = !(i == WEIGHTS && r);
+            s->c.row_dtype = i == TYPE && r ? EP_F16 : EP_BF16;
+            s->c.scale_dtype = EP_U8;
+            s->c.num_scales = i == SCALES ? 4 - r : 0;
             s->weights_now = i == WEIGHTS_NOW && r;
             s->flags = i == CAST         ? (r ? EP_LL_FP8 : 0)
                        : i == POWER_OF_2 ? EP_LL_FP8 | (r ? EP_LL_SCALES_POWER_OF_2 : 0)

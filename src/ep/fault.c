@@ -128,10 +128,17 @@ static void describe_ll_mismatch(const struct k_fault *k, char *out, size_t byte
     const uint32_t a = k->mine, b = k->theirs, differ = a ^ b;
     const bool combine = k->kind == EP_OP_LL_COMBINE;
     const char *const names[] = {
-        NULL, combine ? "bytes of a row of out are" : "bytes of a row of x are",
-        combine ? "dtype is" : "bytes of a row on the wire are",
+        NULL, NULL, combine ? "bytes of a row of out are" : "bytes of a row of x are",
         combine ? "number of the dispatch is" : "num_experts is", "max_tokens is"};
-    if (k->word > 0 && k->word < K_LL_COMPARED) {
+    if (k->word == 1 && K_SIG_ROW_TYPE(differ)) {
+        epi_format(out, bytes, "rows are of type %s here and %s there",
+                   epi_dtype_name((int)(a >> K_SIG_TYPE_SHIFT)),
+                   epi_dtype_name((int)(b >> K_SIG_TYPE_SHIFT)));
+    } else if (k->word == 1) {
+        epi_format(out, bytes, "scales of a row are %d of type %s here and %d of type %s there",
+                   K_LL_NUM_SCALES(a), epi_dtype_name((int)(a >> 24 & 15)), K_LL_NUM_SCALES(b),
+                   epi_dtype_name((int)(b >> 24 & 15)));
+    } else if (k->word > 0 && k->word < K_LL_COMPARED) {
         epi_format(out, bytes, "%s %u here and %u there", names[k->word], a, b);
     } else if (differ >> K_LL_SIG_TOPK_SHIFT) {
         epi_format(out, bytes, "top-k is %u here and %u there", a >> K_LL_SIG_TOPK_SHIFT,

@@ -13,18 +13,20 @@
 
 #define FIELD(f, to) EPI_FIELD(ep_ll_dispatch_args, f, k_ll_dispatch_args, to)
 static const struct epi_rule ll_dispatch_rules[] = {
-    {FIELD(x, x), EPI_IN | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(T, HIDDEN), EPI_TYPE(EP_BF16),
-     EPI_AS(NONE, ROWS), 0},
+    {FIELD(x, x), EPI_IN | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(T, HIDDEN), EPI_ROWS,
+     EPI_AS(X, ROWS), 0},
+    {FIELD(scales, scales), EPI_IN | EPI_SCALE_BYTES, EPI_DIMS(T, SCALES), EPI_SCALES,
+     EPI_AS(SCALES, ANY), 0},
     {FIELD(topk_ids, ids), EPI_IN | EPI_REQUIRED, EPI_DIMS(T, K), EPI_IDS, EPI_AS(NONE, DENSE),
      0},
     {FIELD(topk_weights, weights), EPI_IN, EPI_DIMS(T, K), EPI_TYPE(EP_F32), EPI_AS(NONE, ANY),
      0},
     {FIELD(handle, ll.head), EPI_IN | EPI_OUT | EPI_REQUIRED | EPI_ADDRESS,
      EPI_DIMS(LL_HANDLE, NONE), EPI_TYPE(EP_U8), EPI_AS(NONE, DENSE), 0},
-    {FIELD(recv_x, recv_x), EPI_OUT | EPI_REQUIRED, EPI_DIMS(LL_ROWS, HIDDEN),
-     EPI_TYPE(EP_BF16) | EPI_TYPE(EP_F8E4M3), EPI_AS(X, ROWS), 0},
-    {FIELD(recv_scales, recv_scales), EPI_OUT, EPI_DIMS(LL_COLUMNS, LL_EACH),
-     EPI_TYPE(EP_F32) | EPI_TYPE(EP_I32), EPI_AS(NONE, ROWS), EPI_NO_SCALES},
+    {FIELD(recv_x, recv_x), EPI_OUT | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(LL_ROWS, HIDDEN),
+     EPI_ROWS, EPI_AS(NONE, ROWS), 0},
+    {FIELD(recv_scales, recv_scales), EPI_OUT, EPI_DIMS(LL_COLUMNS, LL_EACH), EPI_SCALES,
+     EPI_AS(SCALES, ROWS), EPI_NO_SCALES},
     {FIELD(recv_source, recv_source), EPI_OUT, EPI_DIMS(LL_ROWS, NONE), EPI_TYPE(EP_I32),
      EPI_AS(NONE, DENSE), 0},
     {FIELD(expert_counts, expert_counts), EPI_OUT, EPI_DIMS(L, NONE), EPI_TYPE(EP_I32),
@@ -143,18 +145,10 @@ static ep_status check_handle(const struct ep_tensor *t) {
                : EP_OK;
 }
 
-/* T, K and H of a send; H of a receive, whose T and K are in the handle. */
+/* T and K of a send; those of a receive are in the handle. */
 static ep_status check_lengths(const struct epi_call *c, int max_tokens) {
     const int64_t tokens = c->dim[EPI_DIM_T], topk = c->dim[EPI_DIM_K];
-    const int64_t hidden = c->dim[EPI_DIM_HIDDEN];
     const int most = c->group->config.max_topk;
-    if (hidden < K_LL_GROUP || hidden % K_LL_GROUP ||
-        hidden > c->group->config.max_row_bytes / 2) {
-        return epi_fail(EP_ERR_ARG,
-                        "rows of %lld channels: must be a multiple of %d, at most %d (half of "
-                        "max_row_bytes)",
-                        (long long)hidden, K_LL_GROUP, c->group->config.max_row_bytes / 2);
-    }
     if (tokens > max_tokens) {
         return epi_fail(EP_ERR_ARG, "%lld tokens, must be at most %d (max_tokens)",
                         (long long)tokens, max_tokens);
@@ -188,34 +182,71 @@ static void set_ll(struct epi_op *op, struct k_ll *ll, int max_tokens) {
     ll->max_tokens = max_tokens;
 }
 
-static ep_status check_flags(uint32_t flags) {
+/* Before the tables' checks, which it tells the form of the call. */
+static ep_status check_ll_form(struct epi_call *c, const struct ep_ll_dispatch_args *a,
+                               uint32_t part) {
     const uint32_t known = EP_LL_FP8 | EP_LL_SCALES_POWER_OF_2;
-    return (flags & ~known) || flags == EP_LL_SCALES_POWER_OF_2
-               ? epi_fail(EP_ERR_ARG,
-                          "ep_ll_dispatch_args.flags is 0x%x, known are 0x%x, and "
-                          "EP_LL_SCALES_POWER_OF_2 only with EP_LL_FP8",
-                          flags, known)
+    if ((a->flags & ~known) || a->flags == EP_LL_SCALES_POWER_OF_2) {
+        return epi_fail(EP_ERR_ARG,
+                        "ep_ll_dispatch_args.flags is 0x%x, known are 0x%x, and "
+                        "EP_LL_SCALES_POWER_OF_2 only with EP_LL_FP8",
+                        a->flags, known);
+    }
+    if (a->flags & EP_LL_FP8) {
+        c->like[EPI_LIKE_X] = EPI_TYPE(EP_BF16);
+        c->like[EPI_LIKE_SCALES] = EPI_TYPE(EP_F32) | EPI_TYPE(EP_I32);
+        return a->scales ? epi_fail(EP_ERR_ARG, "scales are given with EP_LL_FP8, which makes "
+                                                "its own")
+                         : EP_OK;
+    }
+    c->is = (part & K_LL_SEND) && !a->scales ? EPI_NO_SCALES : 0;
+    return EP_OK;
+}
+
+/* Of x. */
+static int row_dtype(const struct ep_ll_dispatch_args *a, uint32_t part) {
+    return a->flags & EP_LL_FP8 ? EP_BF16 : part & K_LL_SEND ? a->x->dtype : a->recv_x->dtype;
+}
+
+/* After them: rows. */
+static ep_status check_types(const struct epi_call *c, const struct ep_ll_dispatch_args *a,
+                             uint32_t part) {
+    const int64_t hidden = c->dim[EPI_DIM_HIDDEN];
+    const bool cast = (a->flags & EP_LL_FP8) != 0;
+    const int want = cast ? EP_F8E4M3 : row_dtype(a, part);
+    if (cast && hidden % K_LL_GROUP) {
+        return epi_fail(EP_ERR_ARG, "rows of %lld channels: with EP_LL_FP8 a multiple of %d",
+                        (long long)hidden, K_LL_GROUP);
+    }
+    return (part & K_LL_RECEIVE) && a->recv_x->dtype != want
+               ? epi_fail(EP_ERR_ARG, "recv_x.dtype is %s, must be %s",
+                          epi_dtype_name(a->recv_x->dtype), epi_dtype_name(want))
                : EP_OK;
 }
 
-/* After the tables' checks. */
-static ep_status check_scales(const struct epi_call *c, const struct ep_ll_dispatch_args *a) {
+/* And what is taken of scales: as many as are sent, if that is known to this half. */
+static ep_status check_scales(struct epi_call *c, const struct ep_ll_dispatch_args *a) {
     const struct ep_tensor *t = a->recv_scales;
-    const int64_t groups = c->dim[EPI_DIM_HIDDEN] / K_LL_GROUP;
-    const bool packed = t && t->dtype == EP_I32;
-    const int64_t columns = packed ? (groups + 3) / 4 : groups;
+    const int64_t local = c->group->experts->num_local,
+                  groups = c->dim[EPI_DIM_HIDDEN] / K_LL_GROUP;
+    const bool cast = (a->flags & EP_LL_FP8) != 0, packed = cast && t && t->dtype == EP_I32;
+    const int64_t sent = c->dim[EPI_DIM_SCALES];
+    const int64_t columns = packed                   ? (groups + 3) / 4
+                            : cast                   ? groups
+                            : sent < 0 && t && local ? t->shape[0] / local
+                                                     : sent;
+    c->dim[EPI_DIM_SCALES] = columns;
     if (packed && !(a->flags & EP_LL_SCALES_POWER_OF_2)) {
         return epi_fail(EP_ERR_ARG, "recv_scales is EP_I32, exponents: they need "
                                     "EP_LL_SCALES_POWER_OF_2");
     }
-    return t && t->shape[0] != c->group->experts->num_local * columns
+    return t && t->shape[0] != local * columns
                ? epi_fail(
                      EP_ERR_ARG,
                      "recv_scales.shape[0] is %lld, must be %lld: %lld for each of %d local "
                      "experts",
-                     (long long)t->shape[0],
-                     (long long)(c->group->experts->num_local * columns), (long long)columns,
-                     c->group->experts->num_local)
+                     (long long)t->shape[0], (long long)(local * columns), (long long)columns,
+                     (int)local)
                : EP_OK;
 }
 
@@ -225,11 +256,18 @@ static void set_dispatch(struct epi_op *op, const struct epi_call *c,
     const bool cast = (a->flags & EP_LL_FP8) != 0;
     const int hidden = (int)c->dim[EPI_DIM_HIDDEN];
     const int topk = part & K_LL_SEND ? (int)c->dim[EPI_DIM_K] : 0;
-    const struct epi_ll_wire wire =
-        epi_plan_ll_wire(2 * hidden, topk, a->topk_weights != NULL, cast);
+    const struct ep_tensor *scales = part & K_LL_SEND ? a->scales : a->recv_scales;
+    const int num_scales = cast || !scales ? 0 : (int)c->dim[EPI_DIM_SCALES];
     set_ll(op, &k->ll, max_tokens);
     k->flags = part;
-    k->row_bytes = 2 * hidden;
+    k->types = K_TYPES(row_dtype(a, part), num_scales > 0 ? scales->dtype : EP_DTYPE_NONE);
+    if (num_scales > 0) { /* where there is no expert, a receive does not know */
+        k->types |= (k_u32)num_scales;
+        k->scale_bytes = (int)ep_dtype_bytes((ep_dtype)scales->dtype);
+    }
+    const struct epi_ll_wire wire = epi_plan_ll_wire(
+        cast ? hidden : k->row_bytes, topk, a->topk_weights != NULL,
+        cast ? hidden / K_LL_GROUP * 4 : K_LL_NUM_SCALES(k->types) * k->scale_bytes);
     k->signature = (a->topk_weights ? K_LL_SIG_WEIGHTS : 0) | (cast ? K_LL_SIG_CAST : 0) |
                    (a->flags & EP_LL_SCALES_POWER_OF_2 ? K_LL_SIG_POWER_OF_2 : 0);
     k->ll.wire_bytes = wire.bytes;
@@ -239,7 +277,8 @@ static void set_dispatch(struct epi_op *op, const struct epi_call *c,
         k->topk = topk;
         k->id_bytes = a->topk_ids->dtype == EP_I64 ? 8 : 4;
     }
-    k->packed_scales = part & K_LL_RECEIVE && a->recv_scales && a->recv_scales->dtype == EP_I32;
+    k->packed_scales =
+        cast && (part & K_LL_RECEIVE) && a->recv_scales && a->recv_scales->dtype == EP_I32;
     epi_args_fill(c, &epi_ll_dispatch_rules, a, roles_of(part), k);
 }
 
@@ -255,18 +294,19 @@ static ep_status ll_dispatch(const char *fn, ep_group *g,
     EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
     const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
     begin_call(&c, g, max_tokens);
-    c.is = a.flags & EP_LL_FP8 ? 0 : EPI_NO_SCALES;
-    c.like[EPI_LIKE_X] = a.flags & EP_LL_FP8 ? EPI_TYPE(EP_F8E4M3) : EPI_TYPE(EP_BF16);
-    EPI_TRY(check_flags(a.flags));
+    EPI_TRY(check_ll_form(&c, &a, part));
     EPI_TRY(epi_args_check(&c, &epi_ll_dispatch_rules, &a, roles_of(part)));
-    const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
     EPI_TRY(check_handle(a.handle));
     EPI_TRY(check_lengths(&c, max_tokens));
+    EPI_TRY(check_types(&c, &a, part));
     if (part & K_LL_RECEIVE) {
         EPI_TRY(check_scales(&c, &a));
     }
-    const struct epi_load load = {(int)hidden * 2, g->config.max_topk, true, false};
+    const int row_bytes =
+        (int)c.dim[EPI_DIM_HIDDEN] * (int)ep_dtype_bytes((ep_dtype)row_dtype(&a, part));
+    const struct epi_load load = {row_bytes, g->config.max_topk, true, false};
     epi_op_of_group(&op, &ll_dispatch_kind, g, workers_of(g, a.num_workers), &load);
+    op.args.op.row_bytes = row_bytes;
     set_dispatch(&op, &c, &a, part, max_tokens);
     return epi_op_issue(&op, stream);
 }
@@ -296,6 +336,7 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     k->flags = part;
     k->row_bytes = 2 * (k_i32)hidden;
     k->dtype = EP_BF16;
+    k->types = K_TYPES(EP_BF16, EP_DTYPE_NONE);
     k->form = a.topk_weights ? K_LL_SIG_WEIGHTS_NOW : 0;
     k->tokens = (k_i32)c.dim[EPI_DIM_T]; /* -1, as of K 0: not known to this half */
     k->topk = c.dim[EPI_DIM_K] < 0 ? 0 : (k_i32)c.dim[EPI_DIM_K];

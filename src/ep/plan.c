@@ -123,12 +123,9 @@ struct region {
     int64_t bytes;     /* of a part */
 };
 
-struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, bool cast) {
-    const int row = cast ? row_bytes / 2 : row_bytes;
-    const int scales = cast ? row_bytes / 2 / K_LL_GROUP * 4 : 0;
-    const int side_at = (int)align_up(row, 16);
-    const int side = 4 * K_SIDE_SCALES(topk, weights) + scales;
-    struct epi_ll_wire w = {side_at, (int)align_up(side_at + side, K_LL_GROUP)};
+struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, int scale_bytes) {
+    const int side = K_SIDE_BYTES(K_SIDE_SCALES(topk, weights), scale_bytes);
+    struct epi_ll_wire w = {row_bytes, (int)align_up(row_bytes + side, K_LL_GROUP)};
     return w;
 }
 
@@ -155,14 +152,14 @@ static void set_ll_parts(const struct ep_group_config *c, struct epi_plan *p) {
     struct k_ll_map *m = &p->ll;
     const int row = c->max_row_bytes, topk = c->max_topk;
     const uint64_t tokens = (uint64_t)c->ll_max_tokens;
-    const int plain = epi_plan_ll_wire(row, topk, true, false).bytes;
-    const int cast = epi_plan_ll_wire(row, topk, true, true).bytes;
     m->counts.stride = (uint64_t)(K_LL_HEADER + p->max_local) * 8;
     m->arrived.stride = (tokens < K_LL_CUT_BELOW ? K_LL_CUT_BELOW : tokens) * 8;
     m->header.stride = K_LL_HEADER * 8;
     m->answered.stride = tokens * K_LL_MOST_SLICES * 8;
     m->weights.stride = tokens * (uint64_t)topk * 8;
-    m->rows.stride = tokens * (uint64_t)(plain > cast ? plain : cast);
+    /* Rows that are cast are shorter, also with the scales of the cast. */
+    m->rows.stride =
+        tokens * (uint64_t)epi_plan_ll_wire(row, topk, true, c->max_scale_bytes).bytes;
     m->answers.stride = tokens * (uint64_t)epi_plan_ll_answer_bytes(row);
 }
 

@@ -49,11 +49,12 @@ ep_status epi_plan(const struct ep_group_config *config, int num_ranks, struct e
 /* How T tokens are cut into the group's channels. */
 void epi_plan_channels(const struct epi_plan *plan, int tokens, struct k_channels *out);
 
-/* A row of a low-latency dispatch on the wire: where its sidecar begins, and from one to the next. */
+/* A row of a low-latency dispatch on the wire, as it travels: where its sidecar begins, and from one
+ * to the next. */
 struct epi_ll_wire {
     int side_at, bytes;
 };
-struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, bool cast);
+struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, int scale_bytes);
 /* The same of an answer. */
 int epi_plan_ll_answer_bytes(int row_bytes);
 
