@@ -200,6 +200,7 @@ typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t byte
 
 /* Flags of ep_group_config. */
 #define EP_GROUP_EXPANDED_VIEW 1u /* room in the arena for expanded output as a view */
+#define EP_GROUP_LL_EXACT 2u /* room for answers of low-latency combines with EP_LL_EXACT */
 
 /*
  * How a group is made. Ranks meet in one of four ways, the first that is set:
@@ -889,22 +890,26 @@ ep_status ep_ll_dispatch_send(ep_group *group, const struct ep_ll_dispatch_args 
 ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args *args,
                               void *stream);
 
+/* In a group with EP_GROUP_LL_EXACT: every expert's row travels as it is, so sums are rounded once;
+ * that takes K rows of a token across the link where else one of each rank would do. */
+#define EP_LL_EXACT 4u
+
 /*
  *   x       [L * N][H] EP_BF16, rows contiguous: the answers, in the rows of recv_x; rows past an
  *           expert's count are not read. Looked at by the send half
  *   handle  of a dispatch that was received, with the same M and T; H may be another
  *   topk_weights  [T][K] EP_F32, any strides, or NULL: those of the dispatch. Given on all ranks or on
- *           none, in both halves; looked at by the send half, which brings them to the experts' ranks
+ *           none, in both halves, which both read them
  *   out     [T][H] EP_BF16, rows contiguous; looked at by the receive half
  *
  * out[t] = round(0 + sum over the ranks r that t was sent to, ascending, of y_r), where y_r is
  * round(0 + sum over the selections k of t at r, ascending, of weight[k] * row) with the weights
- * given here, else those of the dispatch, else 1; in float32, to nearest even. Products are rounded
- * before they are added. A token that was sent nowhere yields zeros. A NaN becomes 0x7fff.
+ * given here, else those of the dispatch, else 1; with EP_LL_EXACT round(0 + sum over k, ascending,
+ * of weight[k] * row). In float32, to nearest even; products are rounded before they are added. A token that was sent nowhere yields zeros. A NaN becomes 0x7fff.
  */
 struct ep_ll_combine_args {
     uint32_t size;
-    uint32_t flags;      /* 0 */
+    uint32_t flags;      /* 0 or EP_LL_EXACT */
     int32_t max_tokens;  /* as of the dispatch */
     int32_t num_workers; /* of this call; 0: the group's */
     struct ep_tensor *handle;

@@ -55,22 +55,26 @@ struct k_ll_region {
 #define K_LL_SIG_CAST 2u /* rows are cast to E4M3, with a scale for each K_LL_GROUP channels */
 #define K_LL_SIG_POWER_OF_2 4u  /* and scales are powers of two */
 #define K_LL_SIG_WEIGHTS_NOW 8u /* of a combine: it brings the weights */
+#define K_LL_SIG_EXACT 16u      /* of a combine: every expert's row travels as it is */
 #define K_LL_GROUP 128
 #define K_LL_MOST_SLICES 8
 #define K_LL_CUT_BELOW 128 /* tokens: rows of so many or more are not cut */
 
 struct k_ll_map {
-    struct k_ll_region counts;   /* a dispatch's header and counts, by source */
-    struct k_ll_region arrived;  /* a word for each slice of a row, by source */
-    struct k_ll_region header;   /* a combine's, by answering rank */
-    struct k_ll_region answered; /* K_LL_MOST_SLICES words for each token, by answering rank */
-    struct k_ll_region weights;  /* words: those given at combine, [row][K], by owner */
-    struct k_ll_region rows;     /* received rows, each with its sidecar, by source */
-    struct k_ll_region answers;  /* [tokens][row], by answering rank */
+    struct k_ll_region counts;  /* a dispatch's header and counts, by source */
+    struct k_ll_region arrived; /* a word for each slice of a row, by source */
+    struct k_ll_region header;  /* a combine's, by answering rank */
+    /* K_LL_MOST_SLICES words for each token, or exact for each selection, by answering rank. */
+    struct k_ll_region answered;
+    struct k_ll_region weights; /* words: those given at combine, [row][K], by owner */
+    struct k_ll_region rows;    /* received rows, each with its sidecar, by source */
+    struct k_ll_region answers; /* [tokens][row] or [tokens][K][row], by answering rank */
     k_u64 consumed; /* [R][4] words by writer: {kind, slot} whose operation it has received */
     /* In a handle, from its start. */
     k_u64
         dest; /* [tokens][K] K_LL_DEST of the ranks that a token goes to, ascending, then -1 */
+    k_u64 chosen; /* [tokens][K] the rank of each selection, or -1 */
+    k_u64 given;  /* [tokens][K] weights of the dispatch, or 1 */
     k_u64 count;  /* [R] rows received from each source */
     k_u64 token;  /* [R][tokens] their tokens */
     k_u64 place;  /* [R][tokens][K] their rows at the experts, in the order of k; or -1 */
@@ -123,12 +127,12 @@ struct k_ll_dispatch_args {
 struct k_ll_combine_args {
     K_OP_FIELDS
     struct k_ll ll;
-    k_i32 dtype;
     k_u32 form; /* K_LL_SIG_... that this combine adds to its dispatch's */
+    k_u32 pad;
     struct k_array x, weights, out;
 };
 
-_Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 6 * 8, "k_ll_map");
+_Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 8 * 8, "k_ll_map");
 _Static_assert(sizeof(struct k_ll_head) == 56, "k_ll_head");
 _Static_assert(sizeof(struct k_ll) == 16 + sizeof(struct k_ll_map) + 16, "k_ll");
 _Static_assert(sizeof(struct k_ll_dispatch_args) ==

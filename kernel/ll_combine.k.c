@@ -5,10 +5,14 @@
  * handle.
  *
  *   send     a block for each received row, or for a slice of it: its experts' rows, weighed and
- *            summed in the order of k, to the owner; then a word for it
- *   receive  a block for each token, or slice: the answers of the ranks it went to, ascending
+ *            summed in the order of k, to the owner; then a word for it. Exact: each of those rows,
+ *            with a word of its own
+ *   receive  a block for each token, or slice: the answers of the ranks it went to, ascending; exact:
+ *            the rows of its selections, weighed, in the order of k
  */
 #include "kernel/ll.h"
+
+#define K_LL_EXACT_ROWS 4
 
 static K_INLINE struct k_term *ll_terms(struct k_thread *k) {
     return (struct k_term *)ll_warp_scratch(k);
@@ -86,36 +90,73 @@ static K_FN k_i32 ll_answer_terms(struct k_thread *k, const struct k_ll_combine_
     return num;
 }
 
+/* The landing place of an answer of this rank at its owner. */
+static K_INLINE struct k_peer ll_answer_at(const struct k_ll_combine_args *a,
+                                           const struct ll_call *c, k_i32 owner, k_i64 answer) {
+    return k_peer_at(&a->g, owner,
+                     ll_part(&a->g, c, &a->ll.map.answers, a->g.rank) +
+                         (k_u64)answer * (k_u64)a->ll.wire_bytes);
+}
+
+/* Exact: the warp's part of all rows of the experts of a received row, several on their way at once. */
+static K_FN void ll_send_exact(struct k_thread *k, const struct k_ll_combine_args *a,
+                               const struct ll_call *c, k_i32 owner, k_i64 first,
+                               const k_i32 *place, struct ll_span part) {
+    for (k_i32 at = part.from + 16 * k->lane; at < part.end; at += 16 * K_LANES) {
+        for (k_i32 base = 0; base < a->ll.head->topk; base += K_LL_EXACT_ROWS) {
+            struct k_16 v[K_LL_EXACT_ROWS] = {{0, 0, 0, 0}};
+            K_UNROLL for (k_i32 i = 0; i < K_LL_EXACT_ROWS; i++) {
+                const k_i32 row = base + i < a->ll.head->topk ? place[base + i] : -1;
+                if (row >= 0) {
+                    v[i] = k_load16((const void *)(k_row(&a->x, row) + (k_u64)at));
+                }
+            }
+            K_UNROLL for (k_i32 i = 0; i < K_LL_EXACT_ROWS; i++) {
+                if (base + i < a->ll.head->topk && place[base + i] >= 0) {
+                    k_store16_to(
+                        k_peer_plus(ll_answer_at(a, c, owner, first + base + i), (k_u64)at),
+                        v[i]);
+                }
+            }
+        }
+    }
+}
+
 static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine_args *a,
                                    const struct ll_call *c, const struct ll_header *h,
                                    k_i32 owner, k_i32 j, k_i32 slice, k_i32 slices) {
-    const struct k_group *g = &a->g;
     const struct k_ll *ll = &a->ll;
-    struct k_term *terms = ll_terms(k);
-    const k_i32 token =
-        ((const k_i32 *)ll_in_handle(ll, ll->map.token))[ll_row_of(ll, owner, j, 1)];
+    const k_i64 row = ll_row_of(ll, owner, j, 1);
+    const k_i64 token = ((const k_i32 *)ll_in_handle(ll, ll->map.token))[row];
+    const k_i32 *place = (const k_i32 *)ll_in_handle(ll, ll->map.place) + row * ll->group_topk;
     const struct ll_span part = ll_warp_part(k, ll_cut(a->row_bytes, 16, slices, slice));
     const k_u32 weighted = K_LL_SIG_WEIGHTS | K_LL_SIG_WEIGHTS_NOW;
+    const k_bool exact = (a->form & K_LL_SIG_EXACT) != 0;
     k_bool ok = ll_await_free(k, c, k->lane == 0 ? owner : -1);
-    if (ok && part.from < part.end) {
+    if (ok && exact) {
+        ll_send_exact(k, a, c, owner, token * ll->head->topk, place, part);
+    } else if (ok && part.from < part.end) {
+        struct k_term *terms = ll_terms(k);
         const k_i32 num = ll_answer_terms(k, a, c, h, owner, j, part.from, terms);
         ok = num >= 0;
         if (ok) {
-            k_reduce(k,
-                     k_peer_at(g, owner,
-                               ll_part(g, c, &ll->map.answers, g->rank) +
-                                   (k_u64)token * (k_u64)ll->wire_bytes + (k_u64)part.from),
-                     a->dtype, ((ll->head->signature | a->form) & weighted) != 0,
-                     part.end - part.from, terms, num);
+            k_reduce(k, k_peer_plus(ll_answer_at(a, c, owner, token), (k_u64)part.from), K_BF16,
+                     ((ll->head->signature | a->form) & weighted) != 0, part.end - part.from,
+                     terms, num);
         }
     }
     if (!k_barrier(k, ok)) {
         return 0;
     }
-    if (k->warp == 0 && k->lane == 0) {
-        const k_u64 word = (k_u64)token * K_LL_MOST_SLICES + (k_u64)slice;
-        k_publish(k_peer_at(g, owner, ll_part(g, c, &ll->map.answered, g->rank) + 8ull * word),
-                  K_WORD(c->tag, 1));
+    for (k_i32 i = k->lane; k->warp == 0 && i < (exact ? ll->head->topk : 1); i += K_LANES) {
+        if (!exact || place[i] >= 0) {
+            const k_i64 answer = exact ? token * ll->head->topk + i : token;
+            const k_i64 word = answer * K_LL_MOST_SLICES + slice;
+            k_publish(
+                k_peer_at(&a->g, owner,
+                          ll_part(&a->g, c, &ll->map.answered, a->g.rank) + 8ull * (k_u64)word),
+                K_WORD(c->tag, 1));
+        }
     }
     return 1;
 }
@@ -150,7 +191,7 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
     if (k_first(k, 0) == 0 && k->lane == 0) {
         a->ll.head->number[1] = c->number;
     }
-    if (a->form & K_LL_SIG_WEIGHTS_NOW) {
+    if ((a->form & (K_LL_SIG_WEIGHTS_NOW | K_LL_SIG_EXACT)) == K_LL_SIG_WEIGHTS_NOW) {
         ll_push_weights(k, a, c);
     }
     for (k_i32 p = k_first(k, 0); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
@@ -180,27 +221,33 @@ static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_a
                                  k_i32 from, struct k_term *terms) {
     const struct k_group *g = &a->g;
     const struct k_ll *ll = &a->ll;
+    const k_bool exact = (a->form & K_LL_SIG_EXACT) != 0;
+    const k_i64 first = (k_i64)t * ll->group_topk;
     const k_i32 *dest =
-        (const k_i32 *)ll_in_handle(ll, ll->map.dest) + (k_i64)t * ll->group_topk;
+        (const k_i32 *)ll_in_handle(ll, exact ? ll->map.chosen : ll->map.dest) + first;
+    const k_f32 *given = (const k_f32 *)ll_in_handle(ll, ll->map.given) + first;
     k_i32 num = 0;
     for (k_i32 base = 0; base < a->ll.head->topk; base += K_LANES) {
         const k_i32 i = base + k->lane, d = i < a->ll.head->topk ? dest[i] : -1;
         const k_i32 p = d < 0 ? -1 : K_LL_DEST_RANK(d);
+        const k_i64 answer = exact ? (k_i64)t * a->ll.head->topk + i : t;
         k_u32 rows = 0, slices = 1, all = 0;
         const k_u64 *words = p >= 0 ? ll_own_words(g, c, &ll->map.answered, p) : 0;
         if (!ll_await_header(k, c, p >= 0 ? ll_own_words(g, c, &ll->map.header, p) : 0, p, h,
                              &rows, &slices) ||
-            !ll_await_slices(k, c, words ? words + (k_i64)t * K_LL_MOST_SLICES : 0,
-                             (k_i32)slices, p, K_PHASE_ANSWERS)) {
+            !ll_await_slices(k, c, words ? words + answer * K_LL_MOST_SLICES : 0, (k_i32)slices,
+                             p, K_PHASE_ANSWERS)) {
             return -1;
         }
+        const k_i32 at = num + (k_i32)k_scan(k, p >= 0, &all);
         if (p >= 0) {
-            terms[i].row = k_own(g, ll_part(g, c, &ll->map.answers, p) +
-                                        (k_u64)t * (k_u64)ll->wire_bytes) +
-                           from;
-            terms[i].weight = 1.0f;
+            terms[at].row = k_own(g, ll_part(g, c, &ll->map.answers, p) +
+                                         (k_u64)answer * (k_u64)ll->wire_bytes) +
+                            from;
+            terms[at].weight = !exact            ? 1.0f
+                               : a->weights.data ? *(const k_f32 *)k_at(&a->weights, t, i)
+                                                 : given[i];
         }
-        k_scan(k, p >= 0, &all);
         num += (k_i32)all;
     }
     k_syncwarp(k);
@@ -233,8 +280,8 @@ static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_comb
             if (num < 0) {
                 return 0;
             }
-            k_reduce(k, k_peer_own(k_row(&a->out, t) + (k_u64)part.from), a->dtype, 0,
-                     part.end - part.from, terms, num);
+            k_reduce(k, k_peer_own(k_row(&a->out, t) + (k_u64)part.from), K_BF16,
+                     (a->form & K_LL_SIG_EXACT) != 0, part.end - part.from, terms, num);
             k_syncwarp(k);
         }
     }

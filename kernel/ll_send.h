@@ -186,10 +186,13 @@ static K_FN void ll_send_side(struct k_thread *k, const struct k_ll_dispatch_arg
     }
 }
 
-/* What combine needs of token t: where it went, ranks ascending, then -1. */
+/* What combine needs of token t: its selections, and where it went, ranks ascending, then -1. */
 static K_FN void ll_note_dests(struct k_thread *k, const struct k_ll_dispatch_args *a, k_i32 t,
                                const struct ll_dests *d) {
-    k_i32 *dest = (k_i32 *)ll_in_handle(&a->ll, a->ll.map.dest) + (k_i64)t * a->ll.group_topk;
+    const k_i64 first = (k_i64)t * a->ll.group_topk;
+    k_i32 *dest = (k_i32 *)ll_in_handle(&a->ll, a->ll.map.dest) + first;
+    k_i32 *chosen = (k_i32 *)ll_in_handle(&a->ll, a->ll.map.chosen) + first;
+    k_f32 *given = (k_f32 *)ll_in_handle(&a->ll, a->ll.map.given) + first;
     k_i32 num = 0;
     for (k_i32 j = 0; j < a->topk; j++) {
         num += ll_is_dest(d, j);
@@ -197,6 +200,10 @@ static K_FN void ll_note_dests(struct k_thread *k, const struct k_ll_dispatch_ar
     for (k_i32 i = k->lane; i < a->ll.group_topk; i += K_LANES) {
         if (i >= num) {
             dest[i] = -1;
+        }
+        if (i < a->topk) {
+            chosen[i] = d->rank[i];
+            given[i] = a->weights.data ? *(const k_f32 *)k_at(&a->weights, t, i) : 1.0f;
         }
         if (i < a->topk && ll_is_dest(d, i)) {
             k_i32 lower = 0;

@@ -68,7 +68,11 @@ void ll_build(struct ll_step *s) {
     for (int r = 0; r < s->c.num_ranks; r++) {
         const uint8_t *none[2] = {NULL, NULL};
         s->y[r] = pool_zero(&s->pool, (size_t)(s->c.in[r].num_tokens * s->c.hidden) * 2);
-        ref_combine(&s->c.problem, r, &in, none, s->y[r], NULL);
+        if (s->exact) {
+            ref_combine_exact(&s->c.problem, r, &in, s->y[r]);
+        } else {
+            ref_combine(&s->c.problem, r, &in, none, s->y[r], NULL);
+        }
     }
 }
 
@@ -87,6 +91,7 @@ void ll_setup(struct world_setup *w, const struct ll_step *s) {
     w->config.max_row_bytes = rows > answers ? rows : answers;
     w->config.max_scale_bytes = (int32_t)s->c.problem.scale_bytes;
     w->config.ll_max_tokens = s->max_tokens;
+    w->config.flags = s->exact ? EP_GROUP_LL_EXACT : 0;
 }
 
 void ll_steps_build(struct ll_steps *all, int num_ranks, uint64_t seed) {
@@ -109,6 +114,7 @@ void ll_steps_build(struct ll_steps *all, int num_ranks, uint64_t seed) {
         s->c.scale_dtype = EP_U8;
         s->c.weights = i != 3;
         s->weights_now = i == 1 || i == 3;
+        s->exact = i == 1 || i == 2;
         s->num_workers = i == 2 ? 1 : 0;
         ll_build(s);
     }
@@ -277,6 +283,7 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->dispatch.expert_totals = &r->t[LL_TOTALS];
     r->combine = (struct ep_ll_combine_args)EP_LL_COMBINE_ARGS_INIT;
     r->combine.max_tokens = s->max_tokens;
+    r->combine.flags = s->exact ? EP_LL_EXACT : 0;
     r->combine.num_workers = s->num_workers;
     r->combine.handle = &r->t[LL_HANDLE];
     r->combine.x = &r->answers;

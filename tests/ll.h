@@ -18,6 +18,7 @@ struct ll_step {
     int max_tokens;   /* M of the call; at least the case's */
     uint32_t flags;   /* EP_LL_... */
     bool packed;      /* scales as exponents, four in an element */
+    bool exact;       /* combines */
     bool weights_now; /* given to combine; those of the dispatch are not these */
     int num_workers;
 

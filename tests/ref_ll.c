@@ -70,3 +70,38 @@ void ref_cast(const uint16_t x[128], bool power_of_2, uint8_t out[128], float *s
         out[i] = ref_to_e4m3(ref_load(EP_BF16, &x[i]) * by);
     }
 }
+
+/* Adds the answer of the expert that is selection k of the token, wherever that is. */
+static void add_selection(const struct ref_problem *p, int rank, int64_t t, int k,
+                          const struct ref_combine *c, float *sums) {
+    for (int r = 0; r < p->num_ranks; r++) {
+        const struct ref_recv *v = &c->recv[r];
+        const struct ref_answers *a = &c->answers[r];
+        for (int64_t i = 0; i < v->num_rows; i++) {
+            if (v->source[2 * i] != rank || v->source[2 * i + 1] != t || v->selection[i] != k) {
+                continue;
+            }
+            for (int64_t h = 0; h < c->hidden; h++) {
+                const float x = ref_load(c->dtype, a->x + (size_t)(i * c->hidden + h) * 2);
+                const float term = a->weights ? x * a->weights[i] : x;
+                sums[h] = sums[h] + term;
+            }
+        }
+    }
+}
+
+void ref_combine_exact(const struct ref_problem *p, int rank, const struct ref_combine *c,
+                       uint8_t *out) {
+    struct pool pool = {0};
+
+    for (int64_t t = 0; t < p->in[rank].num_tokens; t++) {
+        float *sums = pool_zero(&pool, (size_t)c->hidden * sizeof(*sums));
+        for (int k = 0; k < p->topk; k++) {
+            add_selection(p, rank, t, k, c, sums);
+        }
+        for (int64_t h = 0; h < c->hidden; h++) {
+            ref_store(c->dtype, sums[h], out + (size_t)(t * c->hidden + h) * 2);
+        }
+    }
+    pool_free(&pool);
+}

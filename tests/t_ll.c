@@ -30,6 +30,7 @@ static void forms(uint64_t seed) {
         s.c.hidden = i < 4 ? 256 : 640;
         s.c.weights = i != 1;
         s.weights_now = i == 1 || i == 3;
+        s.exact = i == 3 || i == 4;
         s.c.id_dtype = i % 2 ? EP_I32 : EP_I64;
         snprintf(name, sizeof(name), "%s%s%s, hidden %d", i % 4 ? "E4M3" : "bf16",
                  i % 4 > 1 ? ", powers of two" : "", s.packed ? " as bytes" : "",
@@ -71,6 +72,7 @@ static void shapes(uint64_t seed) {
     ll_init(&s, 4, seed + 2);
     s.c.tokens = TOKENS_ONE;
     s.flags = EP_LL_FP8;
+    s.exact = true;
     ll_case(&s, false, "one token on each rank, in slices");
     ll_init(&s, 5, seed + 3);
     s.c.tokens = TOKENS_MIXED;
@@ -83,12 +85,13 @@ static void shapes(uint64_t seed) {
     ll_init(&s, 3, seed + 5);
     s.c.routing = ROUTE_DUPLICATES;
     s.c.map = MAP_RANDOM;
+    s.exact = true;
     ll_case(&s, false, "the same experts again and again");
     ll_init(&s, 4, seed + 6);
     s.c.routing = ROUTE_HOLES;
     s.c.map = MAP_UNEVEN;
-    s.weights_now = true;
-    ll_case(&s, true, "holes, uneven, other weights at combine");
+    s.weights_now = s.exact = true;
+    ll_case(&s, true, "holes, uneven, other weights at combine, exact");
     ll_init(&s, 2, seed + 7);
     s.c.topk = EP_MAX_TOPK;
     s.c.num_experts = 80;

@@ -89,6 +89,8 @@ static void arguments(struct world *w) {
 #undef BAD
     r.combine.flags = 1;
     arg(w, ll_combine(&r, CALL_BOTH, NULL), "flags", "flags of combine");
+    r.combine.flags = EP_LL_EXACT;
+    arg(w, ll_combine(&r, CALL_BOTH, NULL), "EP_GROUP_LL_EXACT", "a group without that memory");
     r.combine = good_combine;
     r.combine.out = NULL;
     arg(w, ll_combine(&r, CALL_BOTH, NULL), "out is NULL", "no output of combine");
@@ -133,12 +135,13 @@ enum difference {
     TYPE,
     SCALES,
     WEIGHTS_NOW,
+    EXACT,
     NUM_DIFFERENCES
 };
 static const char *const difference_words[] = {
     "top-k is",      "max_tokens is", "bytes of a row",        "weights are",
     "EP_LL_FP8 is|", "POWER_OF_2 is", "rows are of type EP_|", "scales of a row are",
-    "weights are"};
+    "weights are",   "EP_LL_EXACT is"};
 
 struct odd {
     struct ll_step s[2]; /* of rank 0 and of rank 1 */
@@ -150,7 +153,7 @@ static void differ(struct world *w) {
     struct ll_run r;
     struct ep_fault fault = EP_FAULT_INIT;
 
-    const bool combine = o->what == WEIGHTS_NOW;
+    const bool combine = o->what >= WEIGHTS_NOW;
 
     ll_create(&r, w, &o->s[w->rank]);
     if (combine) {
@@ -185,6 +188,7 @@ static void differences(uint64_t seed) {
             s->c.scale_dtype = EP_U8;
             s->c.num_scales = i == SCALES ? 4 - r : 0;
             s->weights_now = i == WEIGHTS_NOW && r;
+            s->exact = i == EXACT && !r;
             s->flags = i == CAST         ? (r ? EP_LL_FP8 : 0)
                        : i == POWER_OF_2 ? EP_LL_FP8 | (r ? EP_LL_SCALES_POWER_OF_2 : 0)
                                          : 0;

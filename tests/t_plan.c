@@ -124,6 +124,10 @@ static void low_latency(void) {
        "low-latency mode, 128 tokens of 7168 channels, top-8 of 288, 4 ranks: %lld bytes and "
        "%lld for a handle, at most 64 MB",
        (long long)with.ll_bytes, (long long)with.ll_handle_bytes);
+    c.flags = EP_GROUP_LL_EXACT;
+    ok(ep_plan(&c, &with) == EP_OK && with.ll_bytes > 2ll * 4 * 128 * 8 * 14336 &&
+           with.ll_bytes + with.ll_handle_bytes <= 160 << 20,
+       "with room for exact sums: %lld bytes, at most 160 MB", (long long)with.ll_bytes);
 }
 
 /* Makes field i larger; false when there is no such field. */

@@ -44,8 +44,8 @@ static const struct epi_rule ll_combine_rules[] = {
      EPI_DIMS(LL_HANDLE, NONE), EPI_TYPE(EP_U8), EPI_AS(NONE, DENSE), 0},
     {FIELD(x, x), EPI_IN | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(LL_ROWS, HIDDEN),
      EPI_TYPE(EP_BF16), EPI_AS(NONE, ROWS), 0},
-    {FIELD(topk_weights, weights), EPI_IN, EPI_DIMS(T, K), EPI_TYPE(EP_F32), EPI_AS(NONE, ANY),
-     0},
+    {FIELD(topk_weights, weights), EPI_IN | EPI_OUT, EPI_DIMS(T, K), EPI_TYPE(EP_F32),
+     EPI_AS(NONE, ANY), 0}, /* both halves read it */
     {FIELD(out, out), EPI_OUT | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(T, HIDDEN),
      EPI_TYPE(EP_BF16), EPI_AS(NONE, ROWS), 0},
 };
@@ -320,8 +320,13 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     EPI_NOT_NULL("ep_ll_combine", args);
     EPI_TAKE(ep_ll_combine_args, &a, args);
     EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
-    if (a.flags) {
-        return epi_fail(EP_ERR_ARG, "ep_ll_combine_args.flags is 0x%x, must be 0", a.flags);
+    const uint32_t known = g->config.flags & EP_GROUP_LL_EXACT ? EP_LL_EXACT : 0;
+    if (a.flags & ~known) {
+        return epi_fail(
+            EP_ERR_ARG,
+            "ep_ll_combine_args.flags is 0x%x, known are 0x%x, EP_LL_EXACT in a group "
+            "with EP_GROUP_LL_EXACT",
+            a.flags, known);
     }
     const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
     begin_call(&c, g, max_tokens);
@@ -335,9 +340,9 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     set_ll(&op, &k->ll, max_tokens);
     k->flags = part;
     k->row_bytes = 2 * (k_i32)hidden;
-    k->dtype = EP_BF16;
     k->types = K_TYPES(EP_BF16, EP_DTYPE_NONE);
-    k->form = a.topk_weights ? K_LL_SIG_WEIGHTS_NOW : 0;
+    k->form = (a.topk_weights ? K_LL_SIG_WEIGHTS_NOW : 0) |
+              (a.flags & EP_LL_EXACT ? K_LL_SIG_EXACT : 0);
     k->tokens = (k_i32)c.dim[EPI_DIM_T]; /* -1, as of K 0: not known to this half */
     k->topk = c.dim[EPI_DIM_K] < 0 ? 0 : (k_i32)c.dim[EPI_DIM_K];
     k->ll.wire_bytes = epi_plan_ll_answer_bytes(k->row_bytes);

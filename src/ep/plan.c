@@ -55,7 +55,7 @@ static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
         {"memory_limit_bytes", c->memory_limit_bytes, 0, INT64_MAX},
         {"timeout_ms", c->timeout_ms ? c->timeout_ms : 100, 100, 86400000},
         {"num_workers", c->num_workers, 0, 1024},
-        {"flags", c->flags, 0, EP_GROUP_EXPANDED_VIEW},
+        {"flags", c->flags, 0, EP_GROUP_EXPANDED_VIEW | EP_GROUP_LL_EXACT},
         {"ll_max_tokens", c->ll_max_tokens, 0, 1 << 20},
     };
     for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) {
@@ -140,6 +140,8 @@ static int64_t lay_out_ll_handle(const struct ep_group_config *c, int num_ranks,
     uint64_t at = 0;
     take(&at, (int64_t)sizeof(struct k_ll_head));
     m->dest = take(&at, tokens * topk * 4);
+    m->chosen = take(&at, tokens * topk * 4);
+    m->given = take(&at, tokens * topk * 4);
     m->count = take(&at, ranks * 4);
     m->token = take(&at, ranks * tokens * 4);
     m->place = take(&at, ranks * tokens * topk * 4);
@@ -155,12 +157,13 @@ static void set_ll_parts(const struct ep_group_config *c, struct epi_plan *p) {
     m->counts.stride = (uint64_t)(K_LL_HEADER + p->max_local) * 8;
     m->arrived.stride = (tokens < K_LL_CUT_BELOW ? K_LL_CUT_BELOW : tokens) * 8;
     m->header.stride = K_LL_HEADER * 8;
-    m->answered.stride = tokens * K_LL_MOST_SLICES * 8;
+    const uint64_t answers = c->flags & EP_GROUP_LL_EXACT ? tokens * (uint64_t)topk : tokens;
+    m->answered.stride = answers * K_LL_MOST_SLICES * 8;
     m->weights.stride = tokens * (uint64_t)topk * 8;
     /* Rows that are cast are shorter, also with the scales of the cast. */
     m->rows.stride =
         tokens * (uint64_t)epi_plan_ll_wire(row, topk, true, c->max_scale_bytes).bytes;
-    m->answers.stride = tokens * (uint64_t)epi_plan_ll_answer_bytes(row);
+    m->answers.stride = answers * (uint64_t)epi_plan_ll_answer_bytes(row);
 }
 
 static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
