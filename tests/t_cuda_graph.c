@@ -95,7 +95,7 @@ static void live_create(struct live *l, struct world *w, const struct trial *t) 
         }
         at[i] = !in[i] ? NULL : in[i] == &l->run.view ? in[i] : &l->in[i];
     }
-    l->routing = (struct ep_routing)EP_ROUTING_INIT;
+    case_routing(t->c, w->rank, &l->routing);
     l->routing.topk_ids = at[0];
     l->dispatch = l->run.dispatch;
     l->dispatch.x = at[1];
