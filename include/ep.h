@@ -669,7 +669,11 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
  *                      output, which is aligned too
  *   num_rows           [1] EP_I32: rows received (compact) or end of the output (expanded).
  *                      Output that would need 2^31 rows or more is EP_ERR_CAPACITY
- * A dispatch that fails once it is under way leaves counts, offsets and num_rows 0, ids and
+ *   source_ends        [R] EP_I32: where the rows of each source end in the compact order
+ *   expert_ends        [L] EP_I32: expanded: where the rows of each expert end, its start and its
+ *                      count. compact: the sum of the counts up to and with it, each rounded up to
+ *                      `alignment`
+ * A dispatch that fails once it is under way leaves counts, offsets, ends and num_rows 0, ids and
  * sources -1, so that work queued behind it stays in bounds.
  * Any output may be NULL. The types and bytes of a row of x and of its scales, K, and whether
  * topk_weights is given must agree on all ranks; T, the output form, alignment and outputs are
@@ -677,8 +681,8 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
  */
 struct ep_dispatch_args {
     uint32_t size;
-    uint32_t flags;      /* EP_DISPATCH_... */
-    int32_t alignment;   /* of expert groups, in rows; 0: 1 */
+    uint32_t flags;    /* EP_DISPATCH_... */
+    int32_t alignment; /* of expert groups, in rows; 0: 1. Of compact output: of expert_ends */
     int32_t num_workers; /* of this call; 0: the group's */
     const struct ep_tensor *x;
     const struct ep_tensor *scales;
@@ -691,11 +695,13 @@ struct ep_dispatch_args {
     struct ep_tensor *expert_counts;
     struct ep_tensor *expert_offsets;
     struct ep_tensor *num_rows;
+    struct ep_tensor *source_ends;
+    struct ep_tensor *expert_ends;
 };
 #define EP_DISPATCH_ARGS_INIT                                                                  \
     {                                                                                          \
         sizeof(struct ep_dispatch_args), 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL,    \
-            NULL, NULL, NULL, NULL                                                             \
+            NULL, NULL, NULL, NULL, NULL, NULL                                                 \
     }
 
 /*

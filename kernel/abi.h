@@ -395,7 +395,7 @@ struct k_dispatch_args {
     k_i64 x_rows;              /* rows that recv_x holds */
     struct k_array x, scales, weights;
     struct k_array recv_x, recv_scales, recv_ids, recv_weights, recv_source;
-    struct k_array expert_counts, expert_offsets, num_rows;
+    struct k_array expert_counts, expert_offsets, num_rows, source_ends, expert_ends;
 };
 
 struct k_combine_args {
@@ -436,7 +436,7 @@ _Static_assert(sizeof(struct k_handle) == 26 * 8, "k_handle");
 _Static_assert(sizeof(struct k_op) == 216 + 208 + 32 + 24, "k_op");
 _Static_assert(sizeof(struct k_route_args) == sizeof(struct k_op) + 16 + 48, "k_route_args");
 _Static_assert(sizeof(struct k_layout_args) == sizeof(struct k_op) + 16 + 40, "k_layout_args");
-_Static_assert(sizeof(struct k_dispatch_args) == sizeof(struct k_op) + 32 + 16 + 11 * 24,
+_Static_assert(sizeof(struct k_dispatch_args) == sizeof(struct k_op) + 32 + 16 + 13 * 24,
                "k_dispatch_args");
 _Static_assert(sizeof(struct k_combine_args) == sizeof(struct k_op) + 24 + 7 * 24,
                "k_combine_args");

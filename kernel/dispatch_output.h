@@ -101,7 +101,12 @@ static K_FN k_bool prepare_outputs(struct k_thread *k, const struct k_dispatch_a
             h->expert_base[(k_i64)s * num_local + e] = place_of(at);
             at += h->recv_expert[(k_i64)s * num_local + e];
         }
-        start += aligned(a, at - start);
+        const k_u64 end = start + aligned(a, at - start);
+        write_i32(&a->expert_ends, e, (k_i32)place_of((a->flags & K_DO_EXPAND) ? at : end));
+        start = end;
+    }
+    K_ROLLED for (k_i32 s = me; s < ranks; s += all) {
+        write_i32(&a->source_ends, s, (k_i32)h->recv_base[s + 1]);
     }
     if (me == 0) {
         const k_i64 rows = (a->flags & K_DO_EXPAND) ? (k_i64)total : h->recv_base[ranks];
@@ -237,8 +242,12 @@ static K_FN void clear_outputs(struct k_thread *k, const struct k_dispatch_args 
     for (k_i32 e = k->lane; e <= a->g.num_local; e += K_LANES) {
         if (e < a->g.num_local) {
             write_i32(&a->expert_counts, e, 0);
+            write_i32(&a->expert_ends, e, 0);
         }
         write_i32(&a->expert_offsets, e, 0);
+    }
+    for (k_i32 s = k->lane; s < a->g.num_ranks; s += K_LANES) {
+        write_i32(&a->source_ends, s, 0);
     }
     if (k->lane == 0) {
         write_i32(&a->num_rows, 0, 0);

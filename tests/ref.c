@@ -151,13 +151,14 @@ static void count(const struct ref_problem *p, int rank, int64_t alignment,
             }
         }
         v->num_rows += v->rows_per_source[src];
+        v->source_ends[src] = (int32_t)v->num_rows;
+    }
+    for (int e = 0; e < v->num_local; e++) {
+        v->offsets[e] = (int32_t)end;
+        end += (v->counts[e] + alignment - 1) / alignment * alignment;
+        v->expert_ends[e] = v->expanded ? v->offsets[e] + v->counts[e] : (int32_t)end;
     }
     if (v->expanded) {
-        for (int e = 0; e < v->num_local; e++) {
-            v->offsets[e] = (int32_t)end;
-            end += v->counts[e];
-            end = (end + alignment - 1) / alignment * alignment;
-        }
         v->offsets[v->num_local] = (int32_t)end;
         v->num_rows = end;
     }
@@ -172,6 +173,8 @@ void ref_dispatch(struct pool *pool, const struct ref_problem *p, int rank, bool
     v.counts = pool_zero(pool, (size_t)v.num_local * 4);
     v.offsets = pool_zero(pool, (size_t)(v.num_local + 1) * 4);
     v.rows_per_source = pool_zero(pool, (size_t)p->num_ranks * 4);
+    v.source_ends = pool_zero(pool, (size_t)p->num_ranks * 4);
+    v.expert_ends = pool_zero(pool, (size_t)v.num_local * 4);
     count(p, rank, alignment, &v);
     rows = (size_t)v.num_rows;
     per_row = expanded ? 1 : (size_t)p->topk;

@@ -48,7 +48,9 @@ struct ref_recv {
     int32_t *selection;       /* [rows] expanded: k; compact: -1 */
     int32_t *counts;          /* [L] */
     int32_t *offsets;         /* [L+1], expanded */
-    int32_t *rows_per_source; /* [R], rows of the compact form */
+    int32_t *rows_per_source; /* [R], rows of the compact form ... */
+    int32_t *source_ends;     /* [R] ... and where they end */
+    int32_t *expert_ends;     /* [L] */
 };
 
 /* What one rank gives to combine, for the rows of its ref_recv. */

@@ -13,9 +13,9 @@
 #define POISON 0xA5
 
 static const char *const output_names[] = {
-    "recv_x",      "recv_scales",     "recv_topk_ids",  "recv_topk_weights",
-    "recv_source", "expert_counts",   "expert_offsets", "num_rows",
-    "out",         "out_topk_weights"};
+    "recv_x",        "recv_scales",     "recv_topk_ids", "recv_topk_weights", "recv_source",
+    "expert_counts", "expert_offsets",  "source_ends",   "expert_ends",       "num_rows",
+    "out",           "out_topk_weights"};
 
 /* ---- images of outputs ----------------------------------------------------------------- */
 
@@ -172,29 +172,32 @@ static void create_sidecars(struct run *r, const struct ref_recv *v, int64_t n) 
     }
 }
 
+/* An int32 output of n numbers; NULL: it is not asked for. */
+static struct ep_tensor *create_numbers(struct run *r, enum trial_output which,
+                                        const int32_t *values, int64_t n) {
+    if (!wanted(r, which)) {
+        return NULL;
+    }
+    struct output *o = output_plain(r, which, EP_I32, n, 0);
+    for (int64_t i = 0; i < n; i++) {
+        want_row(o, i, &values[i], false);
+    }
+    return &o->t;
+}
+
 static void create_counts(struct run *r, const struct ref_recv *v) {
     const int32_t rows = (int32_t)v->num_rows;
-    struct output *o;
+    struct ep_dispatch_args *d = &r->dispatch;
 
-    if (!r->t->c->mask && wanted(r, OUT_COUNTS)) {
-        o = output_plain(r, OUT_COUNTS, EP_I32, v->num_local, 0);
-        for (int i = 0; i < v->num_local; i++) {
-            want_row(o, i, &v->counts[i], false);
-        }
-        r->dispatch.expert_counts = &o->t;
+    if (!r->t->c->mask) {
+        d->expert_counts = create_numbers(r, OUT_COUNTS, v->counts, v->num_local);
+        d->expert_ends = create_numbers(r, OUT_EXPERT_ENDS, v->expert_ends, v->num_local);
     }
-    if (v->expanded && wanted(r, OUT_OFFSETS)) {
-        o = output_plain(r, OUT_OFFSETS, EP_I32, v->num_local + 1, 0);
-        for (int i = 0; i <= v->num_local; i++) {
-            want_row(o, i, &v->offsets[i], false);
-        }
-        r->dispatch.expert_offsets = &o->t;
+    if (v->expanded) {
+        d->expert_offsets = create_numbers(r, OUT_OFFSETS, v->offsets, v->num_local + 1);
     }
-    if (wanted(r, OUT_NUM_ROWS)) {
-        o = output_plain(r, OUT_NUM_ROWS, EP_I32, 1, 0);
-        want_row(o, 0, &rows, false);
-        r->dispatch.num_rows = &o->t;
-    }
+    d->source_ends = create_numbers(r, OUT_SOURCE_ENDS, v->source_ends, r->w->num_ranks);
+    d->num_rows = create_numbers(r, OUT_NUM_ROWS, &rows, 1);
 }
 
 static void create_dispatch(struct run *r) {
@@ -208,7 +211,7 @@ static void create_dispatch(struct run *r) {
                         (r->form->arena ? EP_DISPATCH_ARENA : 0) |
                         (r->form->zero_gaps && r->form->expanded ? EP_DISPATCH_ZERO_GAPS : 0) |
                         (r->form->columns ? EP_DISPATCH_SCALES_COLUMN_MAJOR : 0);
-    r->dispatch.alignment = r->form->expanded ? r->form->alignment : 0;
+    r->dispatch.alignment = r->form->alignment;
     r->dispatch.num_workers = r->form->num_workers;
     r->dispatch.x = &c->x[r->w->rank];
     r->dispatch.scales = c->num_scales ? &c->scales[r->w->rank] : NULL;

@@ -44,6 +44,8 @@ static const struct place dispatch_places[] = {IN(ep_dispatch_args, x),
                                                IN(ep_dispatch_args, expert_counts),
                                                IN(ep_dispatch_args, expert_offsets),
                                                IN(ep_dispatch_args, num_rows),
+                                               IN(ep_dispatch_args, source_ends),
+                                               IN(ep_dispatch_args, expert_ends),
                                                {NULL, 0}};
 static const struct place combine_places[] = {IN(ep_combine_args, x),
                                               IN(ep_combine_args, weights),

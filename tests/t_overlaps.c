@@ -52,6 +52,8 @@ static void make_dispatch(struct scene *s, bool expanded) {
     put(s, r, &s->d, "recv_source", EP_I32, N, 2);
     put(s, r, &s->d, "expert_counts", EP_I32, 4, 0);
     put(s, r, &s->d, "num_rows", EP_I32, 1, 0);
+    put(s, r, &s->d, "source_ends", EP_I32, 1, 0);
+    put(s, r, &s->d, "expert_ends", EP_I32, 4, 0);
     if (expanded) {
         s->d.flags = EP_DISPATCH_EXPANDED;
         put(s, r, &s->d, "expert_offsets", EP_I32, 5, 0);

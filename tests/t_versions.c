@@ -25,8 +25,8 @@ struct call {
     ep_group *group;
     int64_t ids[TOKENS][2];
     _Alignas(16) float x[TOKENS][4], recv[2 * TOKENS][4], out[TOKENS][4];
-    int32_t counts[8], num_rows[1], per_rank[1], prefix[64];
-    struct ep_tensor ids_t, x_t, recv_t, out_t, num_rows_t, per_rank_t, prefix_t;
+    int32_t counts[8], ends[2], per_rank[1], prefix[64];
+    struct ep_tensor ids_t, x_t, recv_t, out_t, ends_t, per_rank_t, prefix_t;
 };
 
 /* What is common to all: how a call took a struct of that many bytes with that byte behind it. */
@@ -72,14 +72,14 @@ static ep_status take_dispatch(ep_handle *h, struct call *c, uint32_t size,
     WIDE(ep_dispatch_args) a = {.is = EP_DISPATCH_ARGS_INIT};
     a.is.x = &c->x_t;
     a.is.recv_x = &c->recv_t;
-    a.is.num_rows = &c->num_rows_t; /* the last field */
+    a.is.expert_ends = &c->ends_t; /* the last field */
     a.bytes[sizeof(a.is)] = behind;
     a.is.size = size;
-    c->num_rows[0] = -7;
+    c->ends[0] = -7;
     const ep_status st = ep_dispatch(h, &a.is, NULL);
     if (st == EP_OK) {
-        ok(c->num_rows[0] == (size < sizeof(a.is) ? -7 : TOKENS),
-           "ep_dispatch_args of %u bytes: num_rows is %d", size, c->num_rows[0]);
+        ok(c->ends[0] == (size < sizeof(a.is) ? -7 : TOKENS),
+           "ep_dispatch_args of %u bytes: expert_ends[0] is %d", size, c->ends[0]);
     }
     return st;
 }
@@ -210,7 +210,7 @@ static void one_rank(struct world *w) {
     ep_tensor_2d(&c.x_t, EP_F32, c.x, TOKENS, 4);
     ep_tensor_2d(&c.recv_t, EP_F32, c.recv, 2 * TOKENS, 4);
     ep_tensor_2d(&c.out_t, EP_F32, c.out, TOKENS, 4);
-    ep_tensor_1d(&c.num_rows_t, EP_I32, c.num_rows, 1);
+    ep_tensor_1d(&c.ends_t, EP_I32, c.ends, 2);
     ep_tensor_1d(&c.per_rank_t, EP_I32, c.per_rank, 1);
     struct ep_plan_info info = EP_PLAN_INFO_INIT;
     ep_group_plan(w->group, &info);

@@ -21,6 +21,8 @@ enum trial_output {
     OUT_SOURCE,
     OUT_COUNTS,
     OUT_OFFSETS,
+    OUT_SOURCE_ENDS,
+    OUT_EXPERT_ENDS,
     OUT_NUM_ROWS,
     OUT_Y,      /* of combine */
     OUT_Y_TOPK, /* its top-k weights */

@@ -31,6 +31,10 @@ static const struct epi_rule dispatch_rules[] = {
      EPI_AS(NONE, DENSE), EPI_COMPACT},
     {FIELD(num_rows, num_rows), EPI_OUT, EPI_DIMS(1, NONE), EPI_TYPE(EP_I32),
      EPI_AS(NONE, DENSE), 0},
+    {FIELD(source_ends, source_ends), EPI_OUT, EPI_DIMS(R, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
+    {FIELD(expert_ends, expert_ends), EPI_OUT, EPI_DIMS(L, NONE), EPI_TYPE(EP_I32),
+     EPI_AS(NONE, DENSE), 0},
 };
 EPI_RULES(epi_dispatch_rules, dispatch_rules);
 
