@@ -22,15 +22,16 @@ Importing this opens nothing and needs no device.
 """
 import atexit as _atexit
 from types import TracebackType as _TracebackType
-from typing import Optional as _Optional, Type as _Type
+from typing import Any as _Any, Optional as _Optional, Type as _Type
 
 from . import _ep
 from ._ep import *  # noqa: F401,F403  (EP_BF16 of the header is ep.BF16, and so on)
-from ._ep import Tensor, plan
+from ._ep import Tensor, plan, version
 from ._errors import (ArgumentError, CapacityError, Counts, Error, Fault, FaultedError,
                       InternalError, InterruptedError_, MismatchError, OutOfMemoryError, PeerError,
                       Plan, StateError, Stats, SystemError_, TimeoutError_, UnsupportedError,
                       VersionError, make_error as _make_error, make_record as _make_record)
+from ._operations import LowLatency, Received, combine, dispatch, ll_combine, ll_dispatch
 
 __version__ = _ep.version()
 _ep.set_hooks(_make_error, _make_record)
@@ -44,7 +45,11 @@ class World(_ep.World):
 
 class Group(_ep.Group):
     __doc__ = _ep.Group.__doc__
-    __slots__ = ("__weakref__",)
+    __slots__ = ("ll_max_tokens", "__weakref__")
+
+    def __init__(self, **config: _Any) -> None:
+        super().__init__(**config)
+        self.ll_max_tokens: int = config.get("ll_max_tokens") or 0
 
     def fault(self) -> _Optional[Fault]:
         """What ended the group, or None."""
@@ -61,7 +66,17 @@ class Group(_ep.Group):
 
 class Handle(_ep.Handle):
     __doc__ = _ep.Handle.__doc__
-    __slots__ = ("__weakref__",)
+    __slots__ = ("tokens", "topk", "__weakref__")
+
+    def route(self, topk_ids: _Any = None, token_in_rank: _Any = None, stream: _Any = None,
+              **fields: _Any) -> None:
+        super().route(topk_ids=topk_ids, token_in_rank=token_in_rank, stream=stream, **fields)
+        routing = token_in_rank if topk_ids is None else topk_ids
+        shape = routing.shape if hasattr(routing, "shape") else Tensor(routing).shape
+        self.tokens: int = shape[0]
+        self.topk: int = 0 if topk_ids is None else shape[1]
+
+    route.__doc__ = _ep.Handle.route.__doc__
 
 
 class Stream(_ep.Stream):
@@ -72,3 +87,9 @@ class Stream(_ep.Stream):
 class Event(_ep.Event):
     __doc__ = _ep.Event.__doc__
     __slots__ = ("__weakref__",)
+
+
+def doctor() -> bool:
+    """Says what works on this machine, what is missing and how to get it. Whether all is well."""
+    from .__main__ import run
+    return run(["doctor"]) == 0
