@@ -115,7 +115,7 @@ SUBMAKE = +$(Q)$(MAKE) --no-print-directory $(JOBS)
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: all demo test check check-gpu soak asan ubsan tsan gate fuzz bench fmt install uninstall \
-    clean help cov law model exports headers lib tests build-all FORCE
+    clean help cov law model python-test exports headers lib tests build-all FORCE
 
 # ---- what people call -------------------------------------------------------------------
 
@@ -136,6 +136,7 @@ help:
 	@echo 'make bench      build/ep bench'
 	@echo 'make cov        line coverage'
 	@echo 'make model      the protocol of low-latency mode, every order of events; needs spin'
+	@echo 'make python-test   the Python package: its wheel, and tests/python on it'
 	@echo 'make fmt law exports headers   format; layer law; exported symbols; ep.h alone'
 	@echo 'make install uninstall   honour DESTDIR, PREFIX ($(PREFIX)), LIBDIR, ...'
 	@echo 'make clean'
@@ -205,6 +206,10 @@ law:
 
 model:
 	$(Q)scripts/model.sh
+
+python-test:
+	$(Q)scripts/deps.sh check
+	+$(Q)scripts/python.sh
 
 exports: $(B)/libep.so
 	$(Q)scripts/exports.sh $(B)/libep.so

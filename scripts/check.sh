@@ -112,6 +112,7 @@ step headers 'ep.h alone: C99, C11, C++17, cffi' scripts/headers.sh
 step exports 'exported symbols' scripts/exports.sh build/libep.so
 # One program at a time: beside one with a thousand threads, a bound on time means nothing.
 counted plain 'tests' scripts/run_tests.sh
+counted python 'the Python package' scripts/python.sh
 step example 'examples' run_examples
 step demo 'ep demo' run_demo
 step build-san 'build with AddressSanitizer, UndefinedBehaviorSanitizer and coverage' \

@@ -66,6 +66,11 @@ gate_needs() {
 }
 check_needs() {
     gate_needs
+    if [ -z "$(scripts/find.sh torch)" ]; then
+        wheels="$wheels torch==2.13.0 numpy pytest setuptools>=77 wheel"
+        need python3 has python3
+        need python3-venv has_venv
+    fi
     need g++ has g++
     need clang has clang
     need clang-format-14 has_clang_format

@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# find.sh nvrtc|nvcc|clang-format|cffi: prints where it is, or nothing and fails.
+# find.sh nvrtc|nvcc|clang-format|cffi|torch: prints where it is, or nothing and fails.
 cd "$(dirname "$0")/.." || exit 1
 
 first() { # first FILE...: the first that exists
@@ -40,6 +40,13 @@ cffi)
     for python in python3 /usr/bin/python3 build/venv/bin/python; do
         "$python" -c 'import cffi' 2>/dev/null && command -v "$python" && exit 0
     done
+    exit 1
+    ;;
+torch) # with what else the tests of the Python package need
+    for package in numpy pytest wheel; do
+        [ -n "$(ls -d build/venv/lib/python3*/site-packages/$package 2>/dev/null)" ] || exit 1
+    done
+    first build/venv/lib/python3*/site-packages/torch
     exit 1
     ;;
 esac

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""With torch: autograd, and ranks that are processes which meet over a gloo process group."""
+import os
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import ep  # noqa: E402
+import ep.torch  # noqa: E402
+from conftest import E, H, K, T, Case  # noqa: E402
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_gradients_of_one_rank(ranks, expanded):
+    """gradcheck, for which other ranks must not move meanwhile: a group of one."""
+    def rank(group):
+        handle = ep.Handle(group)
+        handle.route(torch.tensor([[0, 1], [3, -1], [2, 2]]))
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        weights = torch.rand(3, 2).requires_grad_()
+        options = dict(expanded=expanded, alignment=2 if expanded else 1, zero_gaps=expanded)
+
+        def pair(x, weights):
+            got = ep.torch.dispatch(handle, x, topk_weights=weights, **options)
+            factor = got.topk_weights if expanded else got.topk_weights.sum(1)
+            return ep.torch.combine(handle, got.x * factor[:, None], got)
+
+        def weighted(x, factor):
+            got = ep.torch.dispatch(handle, x, **options)
+            return ep.torch.combine(handle, got.x, got, weights=factor[:got.rows])
+
+        check = dict(eps=1e-2, atol=1e-2, rtol=1e-2, nondet_tol=0.0)
+        assert torch.autograd.gradcheck(pair, (x, weights), **check)
+        assert torch.autograd.gradcheck(weighted, (x, torch.rand(8).requires_grad_()), **check)
+
+    ranks(1, rank, num_experts=4, max_tokens=3, max_topk=2, max_row_bytes=16)
+
+
+def test_backward_of_each_is_the_other_across_ranks(ranks):
+    """<dispatch(x), g> summed over the ranks is <x, gradient of x>, and so for combine."""
+    case = Case(4, seed=21)
+
+    def rank(group):
+        r = group.rank
+        handle = ep.Handle(group)
+        handle.route(torch.from_numpy(case.ids[r]))
+        x = torch.from_numpy(case.x[r]).requires_grad_()
+        got = ep.torch.dispatch(handle, x)
+        generator = torch.Generator().manual_seed(r)
+        g = torch.randint(-4, 5, got.x.shape, generator=generator).float()
+        got.x.backward(g)
+        there, here = (got.x * g).sum().item(), (x * x.grad).sum().item()
+        rows = got.x.detach().requires_grad_()
+        y = ep.torch.combine(handle, rows, got)
+        back = torch.randint(-4, 5, y.shape, generator=generator).float()
+        y.backward(back)
+        return there, here, (y * back).sum().item(), (rows * rows.grad).sum().item()
+
+    sums = np.array(ranks(4, rank)).sum(0)
+    assert sums[0] == sums[1] and sums[2] == sums[3] and sums[0] and sums[2]
+
+
+def test_a_torch_tensor_keeps_the_arena_of_a_destroyed_group(ranks):
+    case = Case(2, seed=22)
+
+    def rank(group):
+        handle = ep.Handle(group)
+        handle.route(torch.from_numpy(case.ids[group.rank]))
+        view = ep.Tensor()
+        handle.dispatch(x=torch.from_numpy(case.x[group.rank]), recv_x=view, flags=ep.DISPATCH_ARENA)
+        answers = torch.from_dlpack(handle.arena(torch.bfloat16, H))
+        assert answers.dtype == torch.bfloat16 and answers.data_ptr() == view.data_ptr()
+        return torch.from_dlpack(view)
+
+    for r, seen in enumerate(ranks(2, rank)):
+        assert (seen.numpy() == case.rows(r)).all()
+
+
+def _process(rank, num, port):
+    import torch.distributed as distributed
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
+                                   world_size=num)
+    case = Case(num, seed=23)
+    group = ep.Group(num_experts=E, max_tokens=T, max_topk=K, max_row_bytes=4 * H, rank=rank,
+                     num_ranks=num, allgather=ep.torch.allgather(), timeout_ms=30000)
+    for _ in range(3):
+        handle = ep.Handle(group)
+        handle.route(torch.from_numpy(case.ids[rank]))
+        got = ep.dispatch(handle, torch.from_numpy(case.x[rank]))
+        assert (got.x.numpy() == case.rows(rank)).all()
+        y = ep.combine(handle, got.x)
+        assert (y.numpy() == case.x[rank] * case.copies(rank)).all()
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_processes_meet_over_gloo():
+    port = 20000 + (os.getpid() + 7000) % 20000
+    torch.multiprocessing.spawn(_process, (2, port), nprocs=2)
