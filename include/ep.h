@@ -333,10 +333,12 @@ ep_status ep_group_create(ep_group **out, const struct ep_group_config *config);
  */
 void ep_group_destroy(ep_group **group);
 
-/* Local, not blocking; 0 or -1 for NULL. */
+/* Local, not blocking; 0 or -1 for NULL. The device is the one that a CUDA group has chosen, -1 of a
+ * host group. */
 int ep_group_rank(const ep_group *group);
 int ep_group_num_ranks(const ep_group *group);
 int ep_group_num_local_experts(const ep_group *group); /* by the group's own map */
+int ep_group_device_index(const ep_group *group);
 
 /* The plan the group was made with. Local. EP_ERR_ARG, EP_ERR_VERSION. */
 ep_status ep_group_plan(const ep_group *group, struct ep_plan_info *info);
@@ -582,6 +584,9 @@ struct ep_routing {
  * EP_ERR_STATE: an operation between begin and finish uses the handle.
  */
 ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, void *stream);
+
+/* L by the handle's last routing; by the group's map if there was none. Local; 0 for NULL. */
+int ep_handle_num_local_experts(const ep_handle *handle);
 
 /*
  * The local counts of a routed handle, as tensors. Each may be NULL.

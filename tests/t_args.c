@@ -185,8 +185,11 @@ static void queries(struct world *w) {
 
     world_check(w,
                 ep_group_rank(NULL) <= 0 && ep_group_num_ranks(NULL) <= 0 &&
-                    ep_group_num_local_experts(NULL) <= 0,
+                    ep_group_num_local_experts(NULL) <= 0 && ep_group_device_index(NULL) == -1,
                 "queries of no group");
+    world_check(w, (ep_group_device_index(w->group) >= 0) == gpu_wanted(),
+                "ep_group_device_index");
+    world_check(w, !ep_handle_num_local_experts(NULL), "ep_handle_num_local_experts");
     world_check(w, ep_group_num_local_experts(w->group) == 4, "ep_group_num_local_experts");
     world_fails(w, ep_group_plan(NULL, &info), EP_ERR_ARG, "NULL", "ep_group_plan");
     world_fails(w, ep_group_stats(w->group, NULL), EP_ERR_ARG, "NULL", "ep_group_stats");

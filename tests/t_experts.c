@@ -100,6 +100,9 @@ static void body(struct world *w) {
         world_is(w, ep_handle_create(&own[i], w->group, NULL), EP_OK, "ep_handle_create");
         trial_pass(w, &m->t[i], own[i]);
         trial_pass(w, &m->t[i], reused);
+        world_check(
+            w, ep_handle_num_local_experts(reused) == ref_num_local(&m->c[i].problem, w->rank),
+            "ep_handle_num_local_experts");
         again(w, &m->t[i / 2], own[i / 2]);
     }
     refused(w, own[1]);

@@ -76,6 +76,10 @@ int ep_group_num_local_experts(const ep_group *group) {
     return group ? group->experts->num_local : 0;
 }
 
+int ep_group_device_index(const ep_group *group) {
+    return group && group->config.device == EP_DEVICE_CUDA ? group->config.device_index : -1;
+}
+
 int ep_group_num_nodes(const ep_group *group) {
     return group ? 1 : 0;
 }

@@ -60,6 +60,10 @@ void ep_handle_destroy(ep_handle **handle) {
     }
 }
 
+int ep_handle_num_local_experts(const ep_handle *handle) {
+    return handle ? handle->experts->num_local : 0;
+}
+
 ep_status ep_handle_status(ep_handle *handle) {
     EPI_NOT_NULL("ep_handle_status", handle);
     EPI_NOT_FORKED("ep_handle_status", "handle", handle->process);

@@ -31,10 +31,10 @@ struct epi_cuda {
 
 /* ---- choosing a device --------------------------------------------------------------------- */
 
-static ep_status choose_device(const ep_group *g, int *index) {
+static ep_status choose_device(ep_group *g) {
+    int *index = &g->config.device_index;
     EPI_TRY(epi_cu_open());
     const char *local = epi_env("LOCAL_RANK");
-    *index = g->config.device_index;
     if (*index < 0) {
         *index = epi_cu_current_device();
     }
@@ -53,16 +53,15 @@ static bool wants_generic_mover(void) {
 }
 
 static ep_status open_device(ep_group *g) {
-    int index = -1;
     struct epi_cuda *c = epi_alloc(sizeof(*c));
     if (!c) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a CUDA group");
     }
     g->cuda = c;
     epi_cond_init(&c->stopping);
-    ep_status st = choose_device(g, &index);
+    ep_status st = choose_device(g);
     if (st == EP_OK) {
-        st = epi_gpu_create(&c->gpu, index, K_SCRATCH_BYTES(g->plan.max_dests),
+        st = epi_gpu_create(&c->gpu, g->config.device_index, K_SCRATCH_BYTES(g->plan.max_dests),
                             wants_generic_mover());
     }
     if (st == EP_OK) {
