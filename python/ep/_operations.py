@@ -74,7 +74,7 @@ def dispatch(handle: "_ep.Handle", x: Array, *, scales: Optional[Array] = None,
         got.rows = counts.rows
         if expanded:
             got.rows = sum(-(-n // alignment) * alignment for n in counts.rows_per_expert)
-    _make_outputs(got, handle.group.num_local_experts, handle.topk, x, scales, topk_weights, source)
+    _make_outputs(got, handle.num_local_experts, handle.topk, x, scales, topk_weights, source)
     outputs = dict(recv_x=got.x, recv_scales=got.scales, recv_topk_ids=got.topk_ids,
                    recv_topk_weights=got.topk_weights, recv_source=got.source,
                    expert_counts=got.expert_counts, expert_offsets=got.expert_offsets,

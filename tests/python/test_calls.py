@@ -86,6 +86,12 @@ def test_a_call_names_what_is_wrong(ranks):
             ep.Handle(group, max_tokens=T + 1)
         with pytest.raises(ep.ArgumentError, match="a host group takes None or an ep.Stream"):
             handle.route(np.zeros((4, K), np.int64), stream=7)
+        with pytest.raises(ep.ArgumentError, match="expert_rank: must have as many items as num"):
+            handle.route(np.zeros((4, K), np.int64), num_experts=3, expert_rank=[0, 0])
+        handle.route(np.zeros((4, K), np.int64), num_experts=3, expert_rank=[0, 0, 0])
+        assert handle.num_local_experts == 3 and group.num_local_experts == E
+        handle.dispatch(x=x)
+        assert handle.counts().rows_per_expert == [4 * K, 0, 0]
         with pytest.raises(ep.ArgumentError, match="token 0"):
             handle.route(np.full((4, K), E, np.int64))
 

@@ -154,6 +154,7 @@ struct frame {
     struct object *stream, *world;
     PyObject *allgather;
     int32_t *ints;
+    Py_ssize_t num_ints;
 };
 /* Reads `kwargs` into frame->records[0] as the fields of `record`, and `extra` parameters into
  * frame->arguments. 0, or -1 with an exception; epy_end_frame in either case. */

@@ -162,6 +162,7 @@ static int read_ints(struct frame *f, const char *name, const int32_t **to, PyOb
     if (n < 0) {
         return -1;
     }
+    f->num_ints = n;
     f->ints = calloc((size_t)n + 1, sizeof(int32_t));
     if (!f->ints) {
         PyErr_NoMemory();
@@ -372,6 +373,19 @@ static int set_keyword(struct frame *f, struct record *record, struct call *call
     return unknown_keyword(f, record, call, key);
 }
 
+/* A sequence is as long as ep.h says, or libep would read beyond it: one for each of num_experts. */
+static int check_ints(struct frame *f, const struct record *record) {
+    for (int i = 0; f->ints && i < record->num_fields; i++) {
+        const struct field *field = &record->fields[i];
+        if (!strcmp(field->name, "num_experts") &&
+            *(int32_t *)(f->records[0] + field->offset) != f->num_ints) {
+            return epy_bad_argument("%s: must have as many items as %s says", "expert_rank",
+                                    field->name);
+        }
+    }
+    return 0;
+}
+
 int epy_read_keywords(struct frame *f, struct record *record, struct call *call, PyObject *args,
                       PyObject *kwargs) {
     int next = 0, param = 0;
@@ -397,7 +411,7 @@ int epy_read_keywords(struct frame *f, struct record *record, struct call *call,
             return -1;
         }
     }
-    return 0;
+    return check_ints(f, record);
 }
 
 void epy_end_frame(struct frame *f) {
@@ -511,6 +525,7 @@ void epy_fill_in(struct tensor *t, struct object *group) {
     epy_hold(group->node);
     t->node = group->node;
     t->device = group->device;
+    t->device_index = ep_group_device_index(group->node->ptr);
 }
 
 /* What queued work uses: the values of the keywords, and what keeps them exported. */

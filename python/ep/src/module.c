@@ -68,11 +68,6 @@ static int init_group(PyObject *self, PyObject *args, PyObject *kwargs) {
         return -1;
     }
     int told = epy_read_keywords(&f, &record_ep_group_config, NULL, args, kwargs);
-    if (!told && f.ints &&
-        PySequence_Size(PyDict_GetItemString(kwargs, "expert_rank")) != config->num_experts) {
-        told = epy_bad_argument("%s: must name the rank of %s", "expert_rank",
-                                "each of num_experts");
-    }
     struct gathering m = {f.allgather, config->num_ranks, NULL};
     if (f.allgather) {
         config->allgather = gather_with_gil;
@@ -131,7 +126,7 @@ static PyObject *handle_counts(PyObject *self, PyObject *unused) {
     }
     const ep_group *group = o->parent->node->ptr;
     const int num_ranks = ep_group_num_ranks(group);
-    const int num_experts = ep_group_num_local_experts(group);
+    const int num_experts = ep_handle_num_local_experts(o->node->ptr);
     int64_t rows = 0;
     int32_t *counts = calloc((size_t)(num_ranks + num_experts) + 1, sizeof(int32_t));
     if (!counts) {
