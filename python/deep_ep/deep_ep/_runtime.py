@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: MIT
+"""
+What stands behind a Buffer: libep's group, which is made when the first collective call has said
+what it needs, and made again, larger, when a later one needs more; the streams; and what a handle's
+tensors stand for. docs/decisions/0011-groups-of-deep-ep.md has the reasons.
+
+All ranks decide alike to make a group: by what must be the same on all of them (experts, top-k, the
+bytes of a row, the tokens of low-latency calls), or by EP_ERR_CAPACITY, which libep returns on all
+ranks. They then exchange what each needs, by the process group.
+"""
+import contextlib
+import logging
+import threading
+
+import ep
+import torch
+
+from ._config import NODE_RANKS, first_recv_rows, host_check
+from .utils import EventHandle, EventOverlap, on_cuda
+
+log = logging.getLogger("deep_ep")
+
+
+class Routing:
+    """What the tensors of a handle stand for: a handle of libep, or of a low-latency dispatch the
+    memory that its combine needs; and the rows of its inputs and outputs. The group lives as long
+    as a handle of it."""
+
+    __slots__ = ("group", "ep", "tokens", "rows", "memory")
+
+    def __init__(self, group, ep_handle, tokens, rows, memory=None):
+        self.group, self.ep, self.tokens, self.rows = group, ep_handle, tokens, rows
+        self.memory = memory
+
+    def mark(self, tensors):
+        """Lets find() come from any of these tensors to the routing, whatever tuple they are in."""
+        for t in tensors:
+            t.libep_routing = self
+        return tensors
+
+    @staticmethod
+    def find(handle):
+        for t in handle:
+            routing = getattr(t, "libep_routing", None)
+            if routing is not None:
+                return routing
+        raise RuntimeError("handle is none that dispatch() of this package has returned: none of its "
+                           "elements is a tensor of such a handle (copies of them do not count)")
+
+
+class Group:
+    """A group of libep, with the stream that asynchronous calls of a host group run on."""
+
+    def __init__(self, runtime, needs):
+        self.needs = needs
+        self.ep = ep.Group(rank=runtime.rank, num_ranks=runtime.size, allgather=runtime.gather,
+                           device="cuda" if runtime.cuda else "host",
+                           device_index=runtime.device_index, **needs)
+        self.plan = self.ep.plan()
+        self._stream = None
+
+    def holds(self, needs):
+        return all(self.needs[name] >= n for name, n in needs.items())
+
+    def host_stream(self):
+        if self._stream is None:
+            self._stream = ep.Stream(self.ep)
+        return self._stream
+
+    def host_event(self, check):
+        """Marks the end of the work on the host stream, which keeps alive what it uses."""
+        event = ep.Event(self.ep)
+        event.record(self._stream)
+        return EventHandle._of(event, self, check)
+
+
+class Runtime:
+    """The ranks of a Buffer and their newest group. Also deep_ep_cpp.Buffer."""
+
+    def __init__(self, rank, size, gather, comm_name):
+        self.rank, self.size, self.gather = rank, size, gather
+        self.cuda = on_cuda()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else \
+            torch.device("cpu")
+        self.device_index = self.device.index if self.cuda else -1
+        self.comm_stream = torch.cuda.Stream(priority=-1) if self.cuda else None
+        self.lock = threading.RLock()
+        self._groups = {}  # by their number of experts: the newest
+        kinds = gather((self.device.type, comm_name))
+        host_check(len(set(kinds)) == 1, "the ranks make different Buffers: " + ", ".join(
+            f"rank {r} {kind}, {what}" for r, (kind, what) in enumerate(kinds)))
+
+    def is_available(self):
+        return True
+
+    def get_num_rdma_ranks(self):
+        return max(1, -(-self.size // NODE_RANKS)) if self.size > NODE_RANKS else 1
+
+    def get_rdma_rank(self):
+        return self.rank // NODE_RANKS
+
+    def get_root_rdma_rank(self, is_global):
+        return self.rank % NODE_RANKS if is_global else 0
+
+    def get_local_device_id(self):
+        return self.device_index
+
+    def group_for(self, **needs):
+        """The newest group if it has room for the call, else a larger one, which all ranks make."""
+        group = self._groups.get(self._key(needs))
+        if group is None or not group.holds(needs):
+            group = self.grow(needs)
+        return group
+
+    def _key(self, needs):
+        """Of throughput mode any group with enough experts will do; low latency has no routing that
+        could name fewer than the group's."""
+        experts = needs["num_experts"]
+        return experts if needs.get("ll_max_tokens") else max(experts, *self._groups, experts)
+
+    def grow(self, needs):
+        host_check(not (self.cuda and torch.cuda.is_current_stream_capturing()),
+                   "this call needs a larger group of libep (" + _text(needs) + "), which cannot be "
+                   "made while a graph is captured: do the call once before the capture")
+        key = self._key(needs)
+        old = self._groups[key].needs if key in self._groups else {}
+        agreed = dict.fromkeys(("max_tokens", "max_topk", "max_row_bytes", "max_scale_bytes",
+                                "ll_max_tokens", "mask_routing", "max_recv_rows"), 0)
+        for theirs in [old] + self.gather(needs):
+            for name in agreed:
+                agreed[name] = max(agreed[name], theirs.get(name, 0))
+        agreed["num_experts"] = key
+        # Tokens differ from call to call: some room, so that groups are few.
+        agreed["max_tokens"] = max(64, 1 << (agreed["max_tokens"] - 1).bit_length())
+        worst = self.size * agreed["max_tokens"]
+        agreed["max_recv_rows"] = worst if agreed["mask_routing"] else min(worst, max(
+            agreed["max_recv_rows"],
+            first_recv_rows(self.size, agreed["max_tokens"], agreed["max_topk"])))
+        # A smaller group stays for low-latency calls of its number of experts only.
+        self._groups = {n: g for n, g in self._groups.items() if g.needs["ll_max_tokens"]}
+        group = self._groups[key] = Group(self, agreed)
+        if self.rank == 0:
+            log.info("%s group of libep: %s; its arena has %d bytes on each rank",
+                     "made a larger" if old else "made a", _text(agreed), group.plan.arena_bytes)
+        return group
+
+    def close(self):
+        self._groups = {}
+
+
+def _text(needs):
+    return ", ".join(f"{name} {n}" for name, n in needs.items() if n)
+
+
+class Call:
+    """
+    Where a normal-mode call runs and what it returns as its event. An asynchronous call runs on the
+    comm stream, behind previous_event or else behind all that the current stream has; any other
+    runs on the current stream.
+    """
+
+    def __init__(self, runtime, previous_event, async_finish, allocate_on_comm_stream):
+        before = getattr(previous_event, "event", None)
+        host_check(not allocate_on_comm_stream or (before is not None and async_finish),
+                   "allocate_on_comm_stream needs a previous_event with an event, and async_finish")
+        self.runtime, self.before, self.is_async = runtime, before, async_finish
+        self.allocating = contextlib.nullcontext()
+        self.compute = self.stream = None
+        if not runtime.cuda:
+            if before is not None and not async_finish:
+                before.current_stream_wait()
+            return
+        self.compute = torch.cuda.current_stream()
+        self.stream = runtime.comm_stream if async_finish else self.compute
+        if before is not None:
+            self.stream.wait_event(before._event)
+        elif async_finish:
+            self.stream.wait_stream(self.compute)
+        self.on_comm = allocate_on_comm_stream
+        if allocate_on_comm_stream:
+            self.allocating = torch.cuda.stream(runtime.comm_stream)
+
+    def stream_of(self, group):
+        """The `stream` argument of libep's calls."""
+        if self.runtime.cuda or not self.is_async:
+            return self.stream
+        stream, before, self.before = group.host_stream(), self.before, None
+        if before is not None and before._event is not None:
+            if before._group is group:
+                stream.wait(before._event)
+            else:
+                before.current_stream_wait()
+        return stream
+
+    def end(self, group, check, *uses):
+        """The EventOverlap of the call, which uses these tensors (None and tuples among them)."""
+        if not self.is_async:
+            return EventOverlap()
+        if not self.runtime.cuda:
+            return EventOverlap(group.host_event(check) if group else EventHandle())
+        for t in uses:
+            if t is not None:
+                t.record_stream(self.stream)
+                if self.on_comm:
+                    t.record_stream(self.compute)
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return EventOverlap(EventHandle._of(event))
