@@ -270,7 +270,7 @@ static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame
     { 0, K_LOOK_NS, 0 }
 #else
 #define K_SPINNER                                                                              \
-    { 0, K_LOOK_NS, 0, 0 }
+    { 0, K_LOOK_NS, 0, 0, 0 }
 #endif
 
 /*

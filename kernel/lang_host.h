@@ -200,11 +200,18 @@ struct k_spinner {
     k_i64 since, look; /* when the wait began; how long it may last before the next look */
     k_u32 turns;
     k_i64 last; /* when it last looked at the clock */
+    k_i64 idle; /* since when it leaves the core to others */
 };
+
+/* How long a wait yields; then it naps, for a part of what it has lasted, in these bounds. */
+#define K_YIELD_NS 300000
+#define K_NAP_NS 50000
+#define K_MOST_NAP_NS 1000000
 
 /*
  * Passes a moment; true when it is time to look at the clock. Yields early, because ranks may
- * outnumber cores by far, and sleeps once a wait is long.
+ * outnumber cores by far, and sleeps once a wait is long: where many threads wait on few cores their
+ * yields and short naps are what keeps those busy that they wait for.
  */
 static K_INLINE k_bool k_pause(struct k_spinner *s) {
     s->turns++;
@@ -214,11 +221,16 @@ static K_INLINE k_bool k_pause(struct k_spinner *s) {
 #endif
         return false;
     }
-    if (s->turns < 1024) {
+    const k_i64 now = k_now();
+    s->idle = s->idle ? s->idle : now;
+    if (now - s->idle < K_YIELD_NS) {
         sched_yield();
         return (s->turns & 31) == 0;
     }
-    struct timespec nap = {0, 50000};
+    const k_i64 part = (now - s->idle) / 8;
+    struct timespec nap = {0, part < K_NAP_NS        ? K_NAP_NS
+                              : part < K_MOST_NAP_NS ? part
+                                                     : K_MOST_NAP_NS};
     nanosleep(&nap, NULL);
     return true;
 }
@@ -258,7 +270,7 @@ static inline __attribute__((unused)) k_bool k_barrier(struct k_thread *k, k_boo
         __atomic_store_n(&t->bad[(gen + 1) & 1], 0, __ATOMIC_RELAXED);
         __atomic_store_n(&t->generation, gen + 1, __ATOMIC_RELEASE);
     } else {
-        struct k_spinner s = {0, 0, 0, 0};
+        struct k_spinner s = {0};
         while (__atomic_load_n(&t->generation, __ATOMIC_ACQUIRE) == gen) {
             k_pause(&s); /* every warp of the block arrives: its own waits have deadlines */
         }
