@@ -49,7 +49,7 @@ classes() {
     missing=0
     for t in tests/t_*.c tests/t_*.sh python/tests/t_*.py; do
         [ -e "$t" ] || continue
-        sed -n 1,5p "$t" | grep -Eq 'class: (exclusive|timed|rest)( |$)' && continue
+        sed -n 1,5p "$t" | grep -Eq 'class: (exclusive|(timed|rest)(, long)?)( |$)' && continue
         echo "$t:1: no line \"class: exclusive\", timed or rest (scripts/run_tests.sh)"
         missing=1
     done

@@ -6,12 +6,21 @@
 #   exclusive   nobody: its bounds on time mean nothing beside others, or others' beside it
 #   timed       others of its class, several at once: it mostly sleeps
 #   rest        others of its class, as many at once as there are cores
+# "class: rest, long" or "timed, long": it begins first, so that it does not end long after the others.
 # The last line is "VARIANT: N passed, N failed, N skipped"; build/logs/VARIANT holds it all, and
-# in the file times a line "SECONDS NAME CPU-SECONDS" for each program. A program outside class
-# exclusive should take under 20 seconds; when all tests of the plain build run, one that takes
-# twice as long (TAP_LIMIT seconds) fails, so that a slow day of the machine fails none.
+# in the file times a line "SECONDS NAME CPU-SECONDS" for each program. A program that is neither
+# long nor exclusive should take under 20 seconds; when all tests of the plain build run, one that
+# takes twice as long (TAP_LIMIT seconds) fails, so that a slow day of the machine fails none.
 # With --one PROGRAM it is what prove calls for each program.
 cd "$(dirname "$0")/.." || exit 1
+
+class_of() { # class_of PROGRAM
+    case $1 in
+    *.sh | *.py) head=$1 ;;
+    *) head=tests/$(basename "$1").c ;;
+    esac
+    sed -n '1,5s/.*class: \([a-z]*\(, long\)*\).*/\1/p' "$head"
+}
 
 if [ "$1" = --one ]; then
     prog=$2
@@ -27,6 +36,8 @@ if [ "$1" = --one ]; then
     # What a program that is killed leaves behind goes with its folder.
     TMPDIR=$(mktemp -d) || exit 1
     export TMPDIR
+    bound=$TAP_BOUND
+    case $(class_of "$prog") in *long | exclusive) bound= ;; esac
     start=$(date +%s%N)
     timeout -k 5 "$limit" "$@" >"$out" 2>"$err" </dev/null
     rc=$?
@@ -51,8 +62,8 @@ if [ "$1" = --one ]; then
         why="ended with status $rc although no test point failed"
     elif grep -Eq '(WARNING|ERROR): [A-Za-z]+Sanitizer|runtime error:' "$err"; then
         why="a sanitizer reported"
-    elif [ -n "$TAP_BOUND" ] && [ $took -gt $((TAP_BOUND * 1000)) ]; then
-        why="took $((took / 1000)) s; outside class exclusive a program may take $TAP_BOUND s"
+    elif [ -n "$bound" ] && [ $took -gt $((bound * 1000)) ]; then
+        why="took $((took / 1000)) s; a program that is not long may take $bound s"
     else
         # A warning that the test did not announce fails it.
         sed -n 's/^# expect-log: //p' "$out" >"$out.expect"
@@ -110,10 +121,10 @@ fi
 TSAN_OPTIONS="halt_on_error=0:second_deadlock_stack=1:${TSAN_OPTIONS:-}"
 ASAN_OPTIONS="abort_on_error=0:detect_stack_use_after_return=1:${ASAN_OPTIONS:-}"
 UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
-export TAP_BUILD TAP_LOGS TAP_TIMEOUT_SCALE TAP_PREFIX TSAN_OPTIONS ASAN_OPTIONS UBSAN_OPTIONS
+export TAP_BOUND TAP_BUILD TAP_LOGS TAP_TIMEOUT_SCALE TAP_PREFIX TSAN_OPTIONS ASAN_OPTIONS UBSAN_OPTIONS
 
 tests=
-TAP_ALL=
+TAP_BOUND=
 if [ $# -gt 0 ]; then
     for t in "$@"; do
         if [ -e "tests/$t.c" ]; then
@@ -125,7 +136,7 @@ if [ $# -gt 0 ]; then
         fi
     done
 else
-    [ -n "$variant" ] || [ "${TAP_EFFORT:-1}" != 1 ] || TAP_ALL=1
+    [ -n "$variant" ] || [ "${TAP_EFFORT:-1}" != 1 ] || TAP_BOUND=${TAP_LIMIT:-40}
     # Scripts first: they take longest.
     case $variant in
     "")
@@ -158,22 +169,14 @@ for t in $tests; do
 done
 tests=$built
 
-class_of() { # class_of PROGRAM
-    case $1 in
-    *.sh | *.py) head=$1 ;;
-    *) head=tests/$(basename "$1").c ;;
-    esac
-    sed -n '1,5s/.*class: \([a-z]*\).*/\1/p' "$head"
-}
 in_class() { # in_class CLASS JOBS: runs those of that class; what prove says is in prove-CLASS.txt
     some=
-    for t in $tests; do
-        [ "$(class_of "$t")" = "$1" ] && some="$some $t"
+    for class in "$1, long" "$1"; do
+        for t in $tests; do
+            [ "$(class_of "$t")" = "$class" ] && some="$some $t"
+        done
     done
     [ -n "$some" ] || return 0
-    TAP_BOUND=
-    [ -z "$TAP_ALL" ] || [ "$1" = exclusive ] || TAP_BOUND=${TAP_LIMIT:-40}
-    export TAP_BOUND
     if command -v prove >/dev/null; then
         # shellcheck disable=SC2086
         prove -j "$2" --exec "scripts/run_tests.sh --one" $some \

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* class: timed */
+/* class: timed, long */
 /*
  * Who does not belong to a job is turned away and told why, does not disturb it, and leaves nothing
  * behind; who is missing is named.

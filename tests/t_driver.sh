@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# class: exclusive
+# class: rest, long
 # CUDA groups without a GPU: test programs on the driver of tests/driver, which runs the host bodies
 # of the kernels, as many at once as there are cores. One point for each program; its output is in
 # TAP_LOGS. Under sanitizers too, where it is slow some of them.

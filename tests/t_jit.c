@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* class: exclusive */
+/* class: rest, long */
 /*
  * Kernels compiled once (src/cu/jit.c), without a GPU: per process, per user, by several threads
  * and processes at once, and what happens when the disk, the memory or the compiler is not there.

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* class: timed */
+/* class: timed, long */
 /*
  * A rank is killed with SIGKILL, at rest and in every phase of dispatch and combine. Each survivor
  * gets EP_ERR_PEER within a second of the death, which names the dead; after that the group is

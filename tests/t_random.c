@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* class: exclusive */
+/* class: rest, long */
 /*
  * Random cases in random forms against the reference, byte by byte: EP_CASES of them, or the
  * number below times TAP_EFFORT. A failing case prints the EP_SEED that replays it alone (with

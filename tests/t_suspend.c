@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* class: timed */
+/* class: timed, long */
 /*
  * A job that is stopped as a whole for longer than its timeout goes on as if nothing had been: by
  * Ctrl-Z, a batch system, a container's pause or a debugger, while its ranks meet and while they are

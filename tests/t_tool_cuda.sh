@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# class: rest
+# class: rest, long
 # The program `ep` with GPUs, on the driver for tests (tests/driver). TAP.
 cd "$(dirname "$0")/.." || exit 1
 . tests/tool.sh

@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# class: timed
+# class: timed, long
 # `ep run`: what its ranks find, where their output goes, and that it can always be ended and leaves
 # no process behind. TAP.
 cd "$(dirname "$0")/.." || exit 1
