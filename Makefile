@@ -36,6 +36,8 @@ ifeq ($(VARIANT),san)
 VARIANT_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all \
     -fno-omit-frame-pointer
 COVERAGE := 1
+OPT := -O1
+KERNEL_OPT := -O1
 endif
 ifeq ($(VARIANT),tsan)
 # Late movers: copies happen late, as on another thread, so that a missing wait is a race.
