@@ -184,7 +184,7 @@ typedef struct ep_event ep_event;
  *
  * A rank of a world lives as long as one of the threads that have made calls for its group (create,
  * handles, route, operations) and while it has work queued. When the last of them has ended without
- * ep_group_destroy, peers of a host group that wait for the rank get EP_ERR_PEER after a second. A
+ * ep_group_destroy, peers that wait for the rank get EP_ERR_PEER after a second or two. A
  * thread that takes a group over therefore makes a call for it before the other ends, or soon.
  * EP_ERR_ARG: num_ranks outside 1..EP_MAX_RANKS. EP_ERR_NOMEM.
  */

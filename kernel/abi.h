@@ -197,8 +197,11 @@ struct k_board {
     struct k_fault fault; /* holds where `abort` names a kind */
     k_u64
         refused; /* {kind | K_REFUSED_...}: a call of low-latency mode did nothing; 0 once told */
-    k_u64 ended;        /* of a host rank: its last operation that has ended */
-    k_u64 orphan_since; /* of one that is a thread: k_now() when its last thread ended; or 0 */
+    k_u64 ended;  /* of a host rank: its last operation that has ended */
+    k_u64 ran_ns; /* of a CUDA rank: how long its host has run, again and again; else 0 */
+    k_u64
+        orphan_since; /* of one that is a thread: k_now(), or ran_ns, when its last thread ended;
+                           or 0 */
 };
 
 /* How an operation ended that did not end well; k_ctl.how_ended. */
@@ -430,7 +433,7 @@ struct k_hooks {
 _Static_assert(sizeof(struct k_array) == 24, "k_array");
 _Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
 _Static_assert(sizeof(struct k_fault) == 48, "k_fault");
-_Static_assert(sizeof(struct k_board) == 9 * 8 + 48, "k_board");
+_Static_assert(sizeof(struct k_board) == 10 * 8 + 48, "k_board");
 _Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
 _Static_assert(sizeof(struct k_handle) == 26 * 8, "k_handle");
 _Static_assert(sizeof(struct k_op) == 216 + 208 + 32 + 24, "k_op");

@@ -197,9 +197,6 @@ static K_COLD void k_tell_late(const struct k_group *g, k_i32 kind, k_u64 word,
     ((k)->hooks ? (k)->hooks->late : k_tell_late)((k)->g, (k)->kind, word, waited_ns)
 #endif
 
-#if defined(__CUDACC__)
-#define K_IS_ORPHAN(k, peer, waited) 0
-#else
 /*
  * Whether nobody is left that could bring the rank that is waited for to the operation. It may be on
  * its way from one thread to another, so that is looked at when the wait, and this, have lasted.
@@ -209,11 +206,11 @@ static K_INLINE k_bool k_is_orphan(const struct k_thread *k, k_i32 peer, k_i64 w
     if (!k->kind || waited < K_ORPHAN_NS) {
         return 0;
     }
-    const k_i64 since = (k_i64)k_load(&k_board_of(k->g, peer)->orphan_since);
-    return since != 0 && k_now() - since > K_ORPHAN_NS;
+    const struct k_board *there = k_board_of(k->g, peer);
+    const k_i64 since = (k_i64)k_load(&there->orphan_since),
+                ran = (k_i64)k_load(&there->ran_ns);
+    return since != 0 && (ran ? ran : k_now()) - since > K_ORPHAN_NS;
 }
-#define K_IS_ORPHAN(k, peer, waited) k_is_orphan(k, peer, waited)
-#endif
 
 /* What ends an operation: who is to blame in which phase; of a mismatch also the two values and
  * which ready word they are. */
@@ -267,11 +264,26 @@ static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame
 #define K_LOOK_NS 1000000
 #if defined(__CUDACC__)
 #define K_SPINNER                                                                              \
-    { 0, K_LOOK_NS, 0 }
+    { 0, K_LOOK_NS, 0, 0 }
 #else
 #define K_SPINNER                                                                              \
-    { 0, K_LOOK_NS, 0, 0, 0 }
+    { 0, K_LOOK_NS, 0, 0, 0, 0 }
 #endif
+
+/*
+ * A GPU goes on while its host is stopped, perhaps with all others: what counts of a wait is no more
+ * than the time that the host says it has run, which it says every K_BEAT_NS at least.
+ */
+#define K_BEAT_NS 250000000
+static K_INLINE k_i64 k_counted(struct k_spinner *s, k_i64 waited, k_u64 ran) {
+    s->ran = s->ran ? s->ran : ran;
+    const k_i64 most = (k_i64)(ran - s->ran) + K_BEAT_NS;
+    if (ran == 0 || waited <= most) {
+        return waited;
+    }
+    s->since += waited - most;
+    return most;
+}
 
 /*
  * Whether abort word w, which a peer has told, ends a wait for `peer`. In low-latency mode every fault
@@ -294,11 +306,12 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     if (!k_pause(s)) {
         return 1; /* time is looked at every now and then only */
     }
-    const k_i64 waited = k_waited(s, k_now(), ctl->timeout_ns);
+    k_i64 waited = k_waited(s, k_now(), ctl->timeout_ns);
     /* The board is further away than the memory that is awaited. Who works alone (kind 0) goes on
      * when others have left. */
     if (k->kind && waited >= s->look) {
         const struct k_board *board = k->board;
+        waited = k_counted(s, waited, k_load(&board->ran_ns));
         s->look = waited + K_LOOK_NS;
         if (k_load(&board->abort) != 0 ||
             k_ends(k->kind, k_load(&board->told), k->epoch, peer)) {
@@ -309,7 +322,7 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     if (waited > ctl->late_ns && phase != K_PHASE_SELF) {
         K_LATE(k, K_WORD(k->epoch, ((k_u32)phase << 16) | (k_u32)peer), waited);
     }
-    if (K_IS_ORPHAN(k, peer, waited)) {
+    if (k_is_orphan(k, peer, waited)) {
         struct k_blame b = {K_ERR_PEER, phase, peer, 0, 0, 0};
         k_raise(k, waited, b);
         return 0;

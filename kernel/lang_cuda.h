@@ -223,6 +223,7 @@ static K_INLINE void k_acquired(struct k_thread *k) {
 struct k_spinner {
     k_i64 since, look; /* when the wait began; how long it may last before the next look */
     k_u32 turns;
+    k_u64 ran; /* what the host said when it looked first */
 };
 
 static K_INLINE k_bool k_pause(struct k_spinner *s) {

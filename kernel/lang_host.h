@@ -201,6 +201,7 @@ struct k_spinner {
     k_u32 turns;
     k_i64 last; /* when it last looked at the clock */
     k_i64 idle; /* since when it leaves the core to others */
+    k_u64 ran;  /* what a CUDA rank's host said when it looked first */
 };
 
 /* How long a wait yields; then it naps, for a part of what it has lasted, in these bounds. */

@@ -112,7 +112,7 @@ static void start(struct tap_ranks *t, struct job *job, bool alone) {
 }
 
 int main(void) {
-    gpu_never("a GPU's kernels go on while their process is stopped");
+    gpu_never("a GPU's kernels go on: t_cuda_suspend");
     struct tap_ranks together, apart;
     struct job *job = tap_shared(2 * sizeof(*job));
 

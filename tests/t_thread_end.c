@@ -7,7 +7,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "tests/gpu.h"
+#include "tests/calls.h"
 #include "tests/rig.h"
 #include "tests/tap.h"
 #include "tests/world.h"
@@ -24,15 +24,17 @@ struct scene {
     ep_world *world;
     enum end end;
     ep_group *left; /* by the thread that has ended */
-    ep_stream *stream;
+    void *stream;
     ep_handle *handle;
-    atomic_int gate;
+    struct gpu_piece piece; /* of a CUDA group: */
+    atomic_uint *word;      /* what its stream waits for */
+    atomic_int gate;        /* the same of a host group */
 };
 
 static ep_status make(ep_group **out, struct scene *s, int rank) {
     struct ep_group_config c = rig_tiny(rank, RANKS, TIMEOUT_MS);
     c.world = s->world;
-    return ep_group_create(out, &c);
+    return call_group_create(out, &c);
 }
 
 static ep_status use(ep_handle *handle, void *stream) {
@@ -46,8 +48,8 @@ static ep_status use(ep_handle *handle, void *stream) {
     ep_tensor_2d(&x_t, EP_U8, x, 4, 16);
     routing.topk_ids = &ids_t;
     args.x = &x_t;
-    const ep_status st = ep_handle_route(handle, &routing, stream);
-    return st == EP_OK ? ep_dispatch(handle, &args, stream) : st;
+    const ep_status st = call_route(handle, &routing, stream);
+    return st == EP_OK ? call_dispatch(handle, &args, stream) : st;
 }
 
 static void wait_for_gate(void *arg) {
@@ -56,14 +58,32 @@ static void wait_for_gate(void *arg) {
     }
 }
 
+/* False where the driver cannot hold a stream. */
+static bool hold(struct scene *s) {
+    struct gpu *gpu = call_gpu(s->left);
+    if (!gpu) {
+        return ep_stream_run(s->stream, wait_for_gate, &s->gate) == EP_OK;
+    }
+    gpu_take(gpu, sizeof(*s->word), &s->piece);
+    s->word = (atomic_uint *)(void *)s->piece.host;
+    atomic_store(s->word, 0);
+    return epi_cu_stream_hold(&gpu->device, s->stream, (uint32_t *)s->word, 1) == EP_OK;
+}
+
+static void release(struct scene *s) {
+    atomic_store(&s->gate, 1);
+    if (s->word) {
+        atomic_store(s->word, 1);
+    }
+}
+
 /* The first thread of the last rank: makes its group and ends. */
 static void *end_without_a_word(void *arg) {
     struct scene *s = arg;
     ok(make(&s->left, s, RANKS - 1) == EP_OK, "create: %s", ep_last_error());
     if (s->end == HAS_WORK_LEFT) {
-        ok(ep_stream_create(&s->stream, s->left) == EP_OK &&
-               ep_handle_create(&s->handle, s->left, NULL) == EP_OK &&
-               ep_stream_run(s->stream, wait_for_gate, &s->gate) == EP_OK &&
+        ok(call_stream_create(&s->stream, s->left) == EP_OK &&
+               ep_handle_create(&s->handle, s->left, NULL) == EP_OK && hold(s) &&
                use(s->handle, s->stream) == EP_OK,
            "work is left behind: %s", ep_last_error());
     }
@@ -88,13 +108,16 @@ static int last_rank(struct scene *s) {
     if (s->end == IS_TAKEN_OVER) {
         st = st == EP_OK ? use(s->handle, NULL) : st;
     } else {
-        atomic_store(&s->gate, 1);
-        st = ep_stream_sync(s->stream);
+        release(s);
+        st = call_stream_sync(s->left, s->stream);
     }
     const bool good = ok(st == EP_OK, "the last rank: %s", ep_last_error());
     ep_handle_destroy(&s->handle);
-    ep_stream_destroy(&s->stream);
-    ep_group_destroy(&s->left);
+    call_stream_destroy(s->left, &s->stream);
+    if (s->word) {
+        gpu_give(call_gpu(s->left), &s->piece);
+    }
+    call_group_destroy(&s->left);
     return good ? 0 : 1;
 }
 
@@ -121,20 +144,20 @@ static int rank_main(int rank, void *ctx) {
                ok(took < SOON_S, "it is noticed after %.1f s", took) && good;
     }
     ep_handle_destroy(&handle);
-    ep_group_destroy(&group);
+    call_group_destroy(&group);
     return good ? 0 : 1;
 }
 
 static void run(enum end end, const char *name) {
     struct scene s = {.end = end};
     ok(ep_world_create(&s.world, RANKS) == EP_OK, "a world");
-    ok(tap_run_threads(RANKS, rank_main, &s) == 0, "%s", name);
-    ep_group_destroy(&s.left);
+    ok(gpu_run_ranks(RANKS, false, rank_main, &s, 60) == 0, "%s", name);
+    call_group_destroy(&s.left);
     ep_world_destroy(&s.world);
 }
 
 int main(void) {
-    gpu_never("a GPU's waits do not know threads");
+    gpu_program();
     tap_deadline(120);
     run(ENDS, "a rank whose thread has ended is dead");
     run(IS_TAKEN_OVER, "a rank that another thread has taken over lives");

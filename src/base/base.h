@@ -178,6 +178,7 @@ struct epi_deadline {
 };
 
 int64_t epi_now_ns(void);
+int64_t epi_ran_ns(void);                           /* the clock of deadlines */
 struct epi_deadline epi_deadline_after(int64_t ns); /* saturates; negative is already expired */
 struct epi_deadline epi_deadline_never(void);
 struct epi_deadline epi_deadline_min(struct epi_deadline a, struct epi_deadline b);

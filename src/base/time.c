@@ -48,6 +48,10 @@ static int64_t deadline_clock(void) {
     return at_ns;
 }
 
+int64_t epi_ran_ns(void) {
+    return deadline_clock();
+}
+
 struct epi_deadline epi_deadline_after(int64_t ns) {
     int64_t now_ns = deadline_clock();
     if (ns > INT64_MAX - now_ns) {

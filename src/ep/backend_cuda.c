@@ -271,6 +271,17 @@ static ep_status cuda_check_place(const ep_group *g, const char *name,
 
 /* ---- the watcher ---------------------------------------------------------------------------- */
 
+/* What kernels wait by: that this host runs, and since when nobody is left who could call it. */
+static void beat(ep_group *g, struct k_board *b) {
+    _Atomic k_u64 *since = (_Atomic k_u64 *)&b->orphan_since;
+    const k_u64 ran = (k_u64)epi_ran_ns();
+    const bool gone = atomic_load(&g->is_orphan) && !epi_gpu_busy(g->cuda->gpu);
+    if (!gone || atomic_load(since) == 0) {
+        atomic_store(since, gone ? ran : 0);
+    }
+    atomic_store((_Atomic k_u64 *)&b->ran_ns, ran);
+}
+
 /* Kernels cannot log: what they leave on the board is logged from here. */
 static void *watch(void *arg) {
     ep_group *g = arg;
@@ -283,6 +294,7 @@ static void *watch(void *arg) {
     while (!c->stop) {
         epi_cond_wait(&c->stopping, &g->mutex, epi_deadline_after(WATCH_NS));
         pthread_mutex_unlock(&g->mutex);
+        beat(g, b);
         const k_u64 word = atomic_load((_Atomic k_u64 *)&b->waiting);
         if (word >> 32 != late >> 32) {
             late = word;
@@ -302,6 +314,7 @@ static void *watch(void *arg) {
 }
 
 static ep_status start_watching(ep_group *g) {
+    beat(g, epi_mem_board(g->mem, g->rank));
     const int err = epi_thread_start(&g->cuda->watcher, watch, g, "ep-watch");
     g->cuda->watching = err == 0;
     return err ? epi_fail(EP_ERR_NOMEM, "cannot start a thread: %s", strerror(err)) : EP_OK;

@@ -99,6 +99,10 @@ bool epi_group_has_ended(const ep_group *g, int rank, uint64_t n) {
 
 void epi_group_set_orphan(ep_group *g, bool is_orphan) {
     struct k_board *b = atomic_load(&g->board);
+    if (g->backend->on_device) { /* who looks after it knows whether it has work */
+        atomic_store(&g->is_orphan, is_orphan);
+        return;
+    }
     pthread_mutex_lock(&g->mutex);
     const bool works = g->turns_ended < g->turns_issued;
     pthread_mutex_unlock(&g->mutex);

@@ -58,6 +58,7 @@ struct ep_group {
 
     atomic_ullong fault_told; /* the operation that returned the fault; 0: none has yet */
     uint64_t fault_last;      /* issued by then */
+    atomic_bool is_orphan;    /* of a CUDA rank: none of its threads is left */
     atomic_int dead_rank;     /* -1, or who died */
     char dead_why[96];
 };

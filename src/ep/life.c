@@ -2,9 +2,9 @@
 /*
  * Ranks that are threads, and end. A process that dies is noticed by its sockets; of a rank that is
  * a thread the group counts the threads that have made calls for it, and when the last of them has
- * ended its board says since when. Who waits for that rank looks there (k_is_orphan): it is gone,
- * unless another thread comes to take it over. Runs on threads that make calls, and where they end.
- * Must not touch a group that is destroyed: `closed` says so, under the lock.
+ * ended its board says since when, on a device once it has no work there. Who waits for that rank looks
+ * there (k_is_orphan): it is gone, unless another thread comes to take it over. Runs on threads that make
+ * calls, and where they end. Must not touch a group that is destroyed: `closed` says so, under the lock.
  */
 #include "src/ep/group.h"
 

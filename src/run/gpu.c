@@ -425,3 +425,7 @@ ep_status epi_gpu_idle(struct epi_gpu *g) {
     return atomic_load(&g->launches.launched) ? epi_cu_event_query(&g->device, g->launches.last)
                                               : EP_OK;
 }
+
+bool epi_gpu_busy(const struct epi_gpu *g) {
+    return epi_gpu_activity_goes_on(&g->launches);
+}

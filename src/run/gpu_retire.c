@@ -79,15 +79,18 @@ void epi_gpu_unregister(void *host) {
     pthread_mutex_unlock(&mutex);
 }
 
+bool epi_gpu_activity_goes_on(const struct epi_gpu_activity *a) {
+    return atomic_load(&a->captured) ||
+           (atomic_load(&a->launched) && epi_cu_event_query(a->device, a->last) == EP_AGAIN);
+}
+
 /* Both locks are held. */
 static bool any_gpu_busy(void) {
-    for (const struct epi_gpu_activity *a = active; a; a = a->next) {
-        if (atomic_load(&a->captured) ||
-            (atomic_load(&a->launched) && epi_cu_event_query(a->device, a->last) == EP_AGAIN)) {
-            return true;
-        }
+    const struct epi_gpu_activity *a = active;
+    while (a && !epi_gpu_activity_goes_on(a)) {
+        a = a->next;
     }
-    return false;
+    return a != NULL;
 }
 
 /* Takes one that is retired out of the list; NULL: there is none. The mutex is held. */

@@ -22,6 +22,8 @@ struct epi_gpu_activity {
 
 void epi_gpu_activity_begin(struct epi_gpu_activity *a);
 void epi_gpu_activity_end(struct epi_gpu_activity *a);
+/* Whether something of it may be under way. */
+bool epi_gpu_activity_goes_on(const struct epi_gpu_activity *a);
 
 /* Around a launch and what makes it seen: `launched` and the record of `last`, or `captured`. */
 void epi_gpu_launch_begin(void);

@@ -103,6 +103,8 @@ ep_status epi_gpu_fork(struct epi_gpu *g, void *stream);
 ep_status epi_gpu_beside(struct epi_gpu *g, void *stream);
 /* EP_OK: all that was launched outside of captures has ended; EP_AGAIN. */
 ep_status epi_gpu_idle(struct epi_gpu *g);
+/* Or something of it may be replayed. */
+bool epi_gpu_busy(const struct epi_gpu *g);
 
 /* ---- streams -------------------------------------------------------------------------------- */
 

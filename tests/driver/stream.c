@@ -114,6 +114,7 @@ static struct queue *queue_start(int device) {
     if (pthread_create(&thread, NULL, queue_main, s) != 0) {
         abort();
     }
+    pthread_setname_np(thread, "driver-stream");
     pthread_detach(thread);
     return s;
 }
