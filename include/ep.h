@@ -843,6 +843,8 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
  *                 EP_BF16, H a multiple of 128
  *   scales        [T][S] of a 1-, 2- or 4-byte dtype, any strides, that go with the rows; or NULL.
  *                 At most max_scale_bytes of a row; none with EP_LL_FP8
+ *   num_experts, expert_rank  E and the map of this call, as in ep_routing, in both halves and in
+ *                 combine: the same on all ranks. L is what the map gives this rank
  *   topk_ids      [T][K] EP_I32 or EP_I64, contiguous. Global expert ids; an id outside 0..E-1 is
  *                 not selected. An expert named twice gets the row twice
  *   topk_weights  [T][K] EP_F32, any strides, or NULL: by which combine multiplies, unless it is
@@ -880,11 +882,14 @@ struct ep_ll_dispatch_args {
     struct ep_tensor *ranges;
     struct ep_tensor *expert_totals;
     const struct ep_tensor *scales;
+    int32_t num_experts;
+    int32_t reserved;
+    const int32_t *expert_rank;
 };
 #define EP_LL_DISPATCH_ARGS_INIT                                                               \
     {                                                                                          \
         sizeof(struct ep_ll_dispatch_args), 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
-            NULL, NULL, NULL, NULL                                                             \
+            NULL, NULL, NULL, NULL, 0, 0, NULL                                                 \
     }
 
 /*
@@ -908,7 +913,7 @@ ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args 
 /*
  *   x       [L * N][H] EP_BF16, rows contiguous: the answers, in the rows of recv_x; rows past an
  *           expert's count are not read. Looked at by the send half
- *   handle  of a dispatch that was received, with the same M and T; H may be another
+ *   handle  of a dispatch that was received, with the same M, T and experts; H may be another
  *   topk_weights  [T][K] EP_F32, any strides, or NULL: those of the dispatch. Given on all ranks or on
  *           none, in both halves, which both read them
  *   out     [T][H] EP_BF16, rows contiguous; looked at by the receive half
@@ -927,9 +932,12 @@ struct ep_ll_combine_args {
     const struct ep_tensor *x;
     struct ep_tensor *out;
     const struct ep_tensor *topk_weights;
+    int32_t num_experts;
+    int32_t reserved;
+    const int32_t *expert_rank;
 };
 #define EP_LL_COMBINE_ARGS_INIT                                                                \
-    { sizeof(struct ep_ll_combine_args), 0, 0, 0, NULL, NULL, NULL, NULL }
+    { sizeof(struct ep_ll_combine_args), 0, 0, 0, NULL, NULL, NULL, NULL, 0, 0, NULL }
 
 /*
  * Answers back to the owners of the tokens, and summed there: all of it, or its halves. A handle may be

@@ -41,7 +41,7 @@ struct k_ll_region {
  *   0  what the call is: K_LL_SIG_...                 compared with the reader's, as the next four
  *   1  types, and how many scales a row has: K_TYPES
  *   2  bytes of a row of x
- *   3  experts; of a combine the number of its dispatch
+ *   3  k_group.experts; of a combine the number of its dispatch
  *   4  the most tokens of a call
  *   5  rows for the reader
  *   6  slices of each row: each has its word
@@ -94,6 +94,7 @@ struct k_ll_head {
     k_u32 signature;
     k_i32 row_bytes, side_at, wire_bytes; /* of x; and of a row on the wire */
     k_u32 types;
+    k_u32 experts, pad; /* what k_group.experts was */
 };
 
 struct k_ll {
@@ -133,7 +134,7 @@ struct k_ll_combine_args {
 };
 
 _Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 8 * 8, "k_ll_map");
-_Static_assert(sizeof(struct k_ll_head) == 56, "k_ll_head");
+_Static_assert(sizeof(struct k_ll_head) == 64, "k_ll_head");
 _Static_assert(sizeof(struct k_ll) == 16 + sizeof(struct k_ll_map) + 16, "k_ll");
 _Static_assert(sizeof(struct k_ll_dispatch_args) ==
                    sizeof(struct k_op) + sizeof(struct k_ll) + 24 + 10 * 24,

@@ -294,10 +294,11 @@ static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_comb
 static K_FN k_bool ll_knows(struct k_thread *k, const struct k_ll_combine_args *a) {
     const struct k_ll_head *h = a->ll.head;
     const k_u64 n = h->number[0];
-    const k_bool good =
-        h->owner == (k_u64)a->ll.ctl && n > 0 && (a->tokens < 0 || h->tokens == a->tokens) &&
-        (a->topk == 0 || h->topk == a->topk) && h->max_tokens == a->ll.max_tokens &&
-        ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
+    const k_bool good = h->owner == (k_u64)a->ll.ctl && n > 0 &&
+                        (a->tokens < 0 || h->tokens == a->tokens) &&
+                        (a->topk == 0 || h->topk == a->topk) && h->experts == a->g.experts &&
+                        h->max_tokens == a->ll.max_tokens &&
+                        ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
     return good || ll_refuse(k, K_REFUSED_HANDLE);
 }
 

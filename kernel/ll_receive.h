@@ -253,7 +253,8 @@ static K_FN k_bool ll_take_rows(struct k_thread *k, const struct k_ll_dispatch_a
 static K_FN k_bool ll_is_of_shape(struct k_thread *k, const struct k_ll_dispatch_args *a) {
     const struct k_ll_head *h = a->ll.head;
     const k_u32 form = K_LL_SIG_CAST | K_LL_SIG_POWER_OF_2;
-    return (h->row_bytes == a->row_bytes && h->max_tokens == a->ll.max_tokens &&
+    return (h->row_bytes == a->row_bytes && h->experts == a->g.experts &&
+            h->max_tokens == a->ll.max_tokens &&
             (h->signature & form) == (a->signature & form) &&
             K_SIG_ROW_TYPE(h->types ^ a->types) == 0 &&
             (a->scale_bytes == 0 || K_SIG_SCALE_TYPE(h->types ^ a->types) == 0)) ||

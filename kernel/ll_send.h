@@ -31,7 +31,7 @@ static K_INLINE void ll_shape_of(const struct k_ll_dispatch_args *a, const struc
     s->header.compared[0] = s->signature;
     s->header.compared[1] = s->types;
     s->header.compared[2] = (k_u32)a->row_bytes;
-    s->header.compared[3] = (k_u32)a->g.num_experts;
+    s->header.compared[3] = a->g.experts;
     s->header.compared[4] = (k_u32)a->ll.max_tokens;
 }
 
@@ -333,6 +333,7 @@ static K_INLINE void ll_write_head(struct k_thread *k, const struct k_ll_dispatc
         h->side_at = a->side_at;
         h->wire_bytes = a->ll.wire_bytes;
         h->types = a->types;
+        h->experts = a->g.experts;
     }
 }
 

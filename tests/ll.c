@@ -91,6 +91,10 @@ void ll_setup(struct world_setup *w, const struct ll_step *s) {
     w->config.max_row_bytes = rows > answers ? rows : answers;
     w->config.max_scale_bytes = (int32_t)s->c.problem.scale_bytes;
     w->config.ll_max_tokens = s->max_tokens;
+    if (s->named_experts) { /* each rank has room for all of them */
+        w->config.num_experts *= s->c.num_ranks;
+        w->config.expert_rank = NULL;
+    }
     w->config.flags = s->exact ? EP_GROUP_LL_EXACT : 0;
 }
 
@@ -269,6 +273,8 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->dispatch = (struct ep_ll_dispatch_args)EP_LL_DISPATCH_ARGS_INIT;
     r->dispatch.flags = s->flags;
     r->dispatch.max_tokens = s->max_tokens;
+    r->dispatch.num_experts = s->named_experts ? s->c.num_experts : 0;
+    r->dispatch.expert_rank = s->named_experts ? s->c.expert_rank : NULL;
     r->dispatch.num_workers = s->num_workers;
     r->dispatch.x = &s->c.x[w->rank];
     r->dispatch.topk_ids = &s->c.ids[w->rank];
@@ -283,6 +289,8 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->dispatch.expert_totals = &r->t[LL_TOTALS];
     r->combine = (struct ep_ll_combine_args)EP_LL_COMBINE_ARGS_INIT;
     r->combine.max_tokens = s->max_tokens;
+    r->combine.num_experts = r->dispatch.num_experts;
+    r->combine.expert_rank = r->dispatch.expert_rank;
     r->combine.flags = s->exact ? EP_LL_EXACT : 0;
     r->combine.num_workers = s->num_workers;
     r->combine.handle = &r->t[LL_HANDLE];

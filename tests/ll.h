@@ -15,11 +15,12 @@
 
 struct ll_step {
     struct test_case c;
-    int max_tokens;   /* M of the call; at least the case's */
-    uint32_t flags;   /* EP_LL_... */
-    bool packed;      /* scales as exponents, four in an element */
-    bool exact;       /* combines */
-    bool weights_now; /* given to combine; those of the dispatch are not these */
+    int max_tokens;     /* M of the call; at least the case's */
+    uint32_t flags;     /* EP_LL_... */
+    bool packed;        /* scales as exponents, four in an element */
+    bool named_experts; /* the calls name the case's, the group has more */
+    bool exact;         /* combines */
+    bool weights_now;   /* given to combine; those of the dispatch are not these */
     int num_workers;
 
     struct pool pool;

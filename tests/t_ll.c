@@ -77,6 +77,7 @@ static void shapes(uint64_t seed) {
     ll_init(&s, 5, seed + 3);
     s.c.tokens = TOKENS_MIXED;
     s.c.map = MAP_EMPTY_RANK;
+    s.named_experts = true;
     s.max_tokens += 3;
     ll_case(&s, false, "tokens differ, a rank without experts, M above T");
     ll_init(&s, 3, seed + 4);
@@ -107,6 +108,7 @@ static void shapes(uint64_t seed) {
     ll_case(&s, false, "896 experts, top-16, hidden 3584");
     ll_init(&s, 3, seed + 9);
     s.num_workers = 1;
+    s.named_experts = true;
     s.c.x_stride = STRIDE_PADDED;
     s.c.weight_stride = STRIDE_SPARSE;
     s.weights_now = true;

@@ -44,6 +44,8 @@ static void arguments(struct world *w) {
     BAD("num_workers is -1", "workers");
     r.dispatch.handle = NULL;
     BAD("handle is NULL", "no handle");
+    r.dispatch.num_experts = s->c.num_experts + 1;
+    BAD("ep_ll_dispatch_args.num_experts", "more experts than the group has");
     t = r.t[LL_HANDLE];
     t.shape[0]--;
     r.dispatch.handle = &t;
@@ -134,14 +136,15 @@ enum difference {
     POWER_OF_2,
     TYPE,
     SCALES,
+    EXPERTS,
     WEIGHTS_NOW,
     EXACT,
     NUM_DIFFERENCES
 };
 static const char *const difference_words[] = {
-    "top-k is",      "max_tokens is", "bytes of a row",        "weights are",
-    "EP_LL_FP8 is|", "POWER_OF_2 is", "rows are of type EP_|", "scales of a row are",
-    "weights are",   "EP_LL_EXACT is"};
+    "top-k is",       "max_tokens is", "bytes of a row",        "weights are",
+    "EP_LL_FP8 is|",  "POWER_OF_2 is", "rows are of type EP_|", "scales of a row are",
+    "num_experts is", "weights are",   "EP_LL_EXACT is"};
 
 struct odd {
     struct ll_step s[2]; /* of rank 0 and of rank 1 */
@@ -189,6 +192,8 @@ static void differences(uint64_t seed) {
             s->c.num_scales = i == SCALES ? 4 - r : 0;
             s->weights_now = i == WEIGHTS_NOW && r;
             s->exact = i == EXACT && !r;
+            s->named_experts = i == EXPERTS;
+            s->c.num_experts -= i == EXPERTS && r;
             s->flags = i == CAST         ? (r ? EP_LL_FP8 : 0)
                        : i == POWER_OF_2 ? EP_LL_FP8 | (r ? EP_LL_SCALES_POWER_OF_2 : 0)
                                          : 0;

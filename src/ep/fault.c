@@ -127,13 +127,27 @@ static const char *operation_name(int op) {
     return op > 0 && op < 5 ? names[op] : names[0];
 }
 
+/* How two calls that name experts differ in them: k_group.experts. */
+static void describe_experts(uint32_t a, uint32_t b, char *out, size_t bytes) {
+    const uint32_t more = a & K_SIG_MAPPED ? 0 : 1;
+    if ((a ^ b) & K_SIG_MAPPED) {
+        epi_format(out, bytes, "the map of experts is %s here and %s there",
+                   a & K_SIG_MAPPED ? "expert_rank" : "the default one",
+                   b & K_SIG_MAPPED ? "expert_rank" : "the default one");
+    } else {
+        epi_format(out, bytes, "%s %u here and %u there",
+                   more ? "num_experts is" : "expert_rank (its hash) is",
+                   (a >> K_SIG_COUNTED_SHIFT) + more, (b >> K_SIG_COUNTED_SHIFT) + more);
+    }
+}
+
 /* In which field two headers of low-latency mode differ. */
 static void describe_ll_mismatch(const struct k_fault *k, char *out, size_t bytes) {
     const uint32_t a = k->mine, b = k->theirs, differ = a ^ b;
     const bool combine = k->kind == EP_OP_LL_COMBINE;
     const char *const names[] = {
         NULL, NULL, combine ? "bytes of a row of out are" : "bytes of a row of x are",
-        combine ? "number of the dispatch is" : "num_experts is", "max_tokens is"};
+        "number of the dispatch is", "max_tokens is"};
     if (k->word == 1 && K_SIG_ROW_TYPE(differ)) {
         epi_format(out, bytes, "rows are of type %s here and %s there",
                    epi_dtype_name((int)(a >> K_SIG_TYPE_SHIFT)),
@@ -142,6 +156,8 @@ static void describe_ll_mismatch(const struct k_fault *k, char *out, size_t byte
         epi_format(out, bytes, "scales of a row are %d of type %s here and %d of type %s there",
                    K_LL_NUM_SCALES(a), epi_dtype_name((int)(a >> 24 & 15)), K_LL_NUM_SCALES(b),
                    epi_dtype_name((int)(b >> 24 & 15)));
+    } else if (k->word == 3 && !combine) {
+        describe_experts(a, b, out, bytes);
     } else if (k->word > 0 && k->word < K_LL_COMPARED) {
         epi_format(out, bytes, "%s %u here and %u there", names[k->word], a, b);
     } else if (differ >> K_LL_SIG_TOPK_SHIFT) {
@@ -186,15 +202,9 @@ static void describe_mismatch(const struct k_fault *k, char *out, size_t bytes) 
     } else if ((a ^ b) & K_SIG_CACHED) {
         epi_format(out, bytes, "the handle's routing is %s here and %s there",
                    a & K_SIG_CACHED ? "cached" : "new", b & K_SIG_CACHED ? "cached" : "new");
-    } else if ((a ^ b) & K_SIG_MAPPED) {
-        epi_format(out, bytes, "the map of experts is %s here and %s there",
-                   a & K_SIG_MAPPED ? "expert_rank" : "the default one",
-                   b & K_SIG_MAPPED ? "expert_rank" : "the default one");
-    } else if ((a ^ b) >> K_SIG_COUNTED_SHIFT && !(a & K_SIG_CACHED)) {
-        const uint32_t more = a & K_SIG_MAPPED ? 0 : 1;
-        epi_format(out, bytes, "%s %u here and %u there",
-                   more ? "num_experts is" : "expert_rank (its hash) is",
-                   (a >> K_SIG_COUNTED_SHIFT) + more, (b >> K_SIG_COUNTED_SHIFT) + more);
+    } else if ((a ^ b) & K_SIG_MAPPED ||
+               ((a ^ b) >> K_SIG_COUNTED_SHIFT && !(a & K_SIG_CACHED))) {
+        describe_experts(a, b, out, bytes);
     } else if ((a ^ b) >> K_SIG_COUNTED_SHIFT) {
         epi_format(out, bytes,
                    "the handle was first dispatched in operation %u here and in %u there",

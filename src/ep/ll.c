@@ -130,11 +130,13 @@ static ep_status check_call(ep_group *g, const char *fn, int max_tokens, int num
     return EP_OK;
 }
 
-/* Lengths that M gives. */
-static void begin_call(struct epi_call *c, const ep_group *g, int max_tokens) {
+/* Lengths that M and the experts give. */
+static void begin_call(struct epi_call *c, const ep_group *g, int max_tokens,
+                       const struct epi_experts *experts) {
     epi_call_begin(c, g);
+    epi_call_experts(c, experts);
     c->dim[EPI_DIM_LL_EACH] = (int64_t)g->num_ranks * max_tokens;
-    c->dim[EPI_DIM_LL_ROWS] = c->dim[EPI_DIM_LL_EACH] * g->experts->num_local;
+    c->dim[EPI_DIM_LL_ROWS] = c->dim[EPI_DIM_LL_EACH] * experts->num_local;
     c->dim[EPI_DIM_LL_HANDLE] = g->plan.info.ll_handle_bytes;
 }
 
@@ -227,8 +229,7 @@ static ep_status check_types(const struct epi_call *c, const struct ep_ll_dispat
 /* And what is taken of scales: as many as are sent, if that is known to this half. */
 static ep_status check_scales(struct epi_call *c, const struct ep_ll_dispatch_args *a) {
     const struct ep_tensor *t = a->recv_scales;
-    const int64_t local = c->group->experts->num_local,
-                  groups = c->dim[EPI_DIM_HIDDEN] / K_LL_GROUP;
+    const int64_t local = c->dim[EPI_DIM_L], groups = c->dim[EPI_DIM_HIDDEN] / K_LL_GROUP;
     const bool cast = (a->flags & EP_LL_FP8) != 0, packed = cast && t && t->dtype == EP_I32;
     const int64_t sent = c->dim[EPI_DIM_SCALES];
     const int64_t columns = packed                   ? (groups + 3) / 4
@@ -287,13 +288,15 @@ static ep_status ll_dispatch(const char *fn, ep_group *g,
                              void *stream) {
     struct ep_ll_dispatch_args a;
     struct epi_call c;
+    const struct epi_experts *experts;
     struct epi_op op;
     EPI_NOT_NULL("ep_ll_dispatch", g);
     EPI_NOT_NULL("ep_ll_dispatch", args);
     EPI_TAKE(ep_ll_dispatch_args, &a, args);
     EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
     const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
-    begin_call(&c, g, max_tokens);
+    EPI_TRY(epi_experts_find(g, "ep_ll_dispatch_args", a.num_experts, a.expert_rank, &experts));
+    begin_call(&c, g, max_tokens, experts);
     EPI_TRY(check_ll_form(&c, &a, part));
     EPI_TRY(epi_args_check(&c, &epi_ll_dispatch_rules, &a, roles_of(part)));
     EPI_TRY(check_handle(a.handle));
@@ -306,6 +309,7 @@ static ep_status ll_dispatch(const char *fn, ep_group *g,
         (int)c.dim[EPI_DIM_HIDDEN] * (int)ep_dtype_bytes((ep_dtype)row_dtype(&a, part));
     const struct epi_load load = {row_bytes, g->config.max_topk, true, false};
     epi_op_of_group(&op, &ll_dispatch_kind, g, workers_of(g, a.num_workers), &load);
+    epi_experts_use(experts, &op.args.op.g);
     op.args.op.row_bytes = row_bytes;
     set_dispatch(&op, &c, &a, part, max_tokens);
     return epi_op_issue(&op, stream);
@@ -315,6 +319,7 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
                             uint32_t part, void *stream) {
     struct ep_ll_combine_args a;
     struct epi_call c;
+    const struct epi_experts *experts;
     struct epi_op op;
     EPI_NOT_NULL("ep_ll_combine", g);
     EPI_NOT_NULL("ep_ll_combine", args);
@@ -329,13 +334,15 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
             a.flags, known);
     }
     const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
-    begin_call(&c, g, max_tokens);
+    EPI_TRY(epi_experts_find(g, "ep_ll_combine_args", a.num_experts, a.expert_rank, &experts));
+    begin_call(&c, g, max_tokens, experts);
     EPI_TRY(epi_args_check(&c, &epi_ll_combine_rules, &a, roles_of(part)));
     EPI_TRY(check_handle(a.handle));
     const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
     EPI_TRY(check_lengths(&c, max_tokens));
     const struct epi_load load = {(int)hidden * 2, g->config.max_topk, true, true};
     epi_op_of_group(&op, &ll_combine_kind, g, workers_of(g, a.num_workers), &load);
+    epi_experts_use(experts, &op.args.op.g);
     struct k_ll_combine_args *k = &op.args.ll_combine;
     set_ll(&op, &k->ll, max_tokens);
     k->flags = part;
