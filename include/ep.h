@@ -835,6 +835,9 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
 /* With EP_LL_FP8: s is rounded up to a power of two, at most 2^127, and x multiplied by its
  * reciprocal. */
 #define EP_LL_SCALES_POWER_OF_2 2u
+/* For experts that expand rows themselves: a rank gets one row of a token, whatever its experts there,
+ * and answers one, which it has summed. Of dispatch and combine, on all ranks alike. */
+#define EP_LL_COMPACT 8u
 
 /*
  * Inputs, looked at by the send half, of this rank's T tokens:
@@ -853,16 +856,21 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
  *   handle        [ll_handle_bytes of the plan] EP_U8, contiguous, at a multiple of 16 bytes: what
  *                 later calls need. The send writes it from nothing; it may be moved when nothing
  *                 uses it, and must not change until the last combine
- * Outputs, looked at by the receive half; each may be NULL:
+ * Outputs, looked at by the receive half; each may be NULL; with EP_LL_COMPACT there is one list of
+ * rows, so write 1 for L in the shapes of all but expert_counts and expert_totals:
  *   recv_x        [L * N][H] dtype of x, or EP_F8E4M3 with EP_LL_FP8, rows contiguous; required.
- *                 Rows e * N .. of local expert e: by source rank, token, k, without gaps
+ *                 Rows e * N .. of local expert e: by source rank, token, k, without gaps.
+ *                 EP_LL_COMPACT: all rows by source rank, token
  *   recv_scales   column g of expert e is row e * S + g of an [L * S][N] matrix whose rows start at
  *                 multiples of 16 bytes. Without EP_LL_FP8 dtype of scales. With it EP_F32: the
  *                 scales s, S = H / 128; or EP_I32, powers of two only: their exponents + 127 as
  *                 bytes, four to an element, the lowest first, S = H / 512 rounded up, bytes to
  *                 spare 0
  *   recv_source   [L * N] EP_I32: each row's token at its source rank
- *   expert_counts [L] EP_I32: rows of each local expert
+ *   recv_topk_ids      EP_LL_COMPACT only: [N][K] EP_I32 or EP_I64, any strides. Index of the expert
+ *                 among this rank's, -1 where the selection is another rank's
+ *   recv_topk_weights  EP_LL_COMPACT only: [N][K] EP_F32, any strides; 0 where the id is -1
+ *   expert_counts [L] EP_I32: rows of each local expert (selections)
  *   ranges        [L][R] EP_I64: rows of each source << 0, the first of them (from 0) << 32
  *   expert_totals [L] EP_I32: to which each expert's rows are added, by replays too
  */
@@ -885,11 +893,13 @@ struct ep_ll_dispatch_args {
     int32_t num_experts;
     int32_t reserved;
     const int32_t *expert_rank;
+    struct ep_tensor *recv_topk_ids;
+    struct ep_tensor *recv_topk_weights;
 };
 #define EP_LL_DISPATCH_ARGS_INIT                                                               \
     {                                                                                          \
         sizeof(struct ep_ll_dispatch_args), 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
-            NULL, NULL, NULL, NULL, 0, 0, NULL                                                 \
+            NULL, NULL, NULL, NULL, 0, 0, NULL, NULL, NULL                                     \
     }
 
 /*
@@ -911,8 +921,8 @@ ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args 
 #define EP_LL_EXACT 4u
 
 /*
- *   x       [L * N][H] EP_BF16, rows contiguous: the answers, in the rows of recv_x; rows past an
- *           expert's count are not read. Looked at by the send half
+ *   x       [L * N][H] EP_BF16, rows contiguous: the answers, in the rows of recv_x (L: 1 with
+ *           EP_LL_COMPACT); rows past a count are not read. Looked at by the send half
  *   handle  of a dispatch that was received, with the same M, T and experts; H may be another
  *   topk_weights  [T][K] EP_F32, any strides, or NULL: those of the dispatch. Given on all ranks or on
  *           none, in both halves, which both read them
@@ -921,11 +931,11 @@ ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args 
  * out[t] = round(0 + sum over the ranks r that t was sent to, ascending, of y_r), where y_r is
  * round(0 + sum over the selections k of t at r, ascending, of weight[k] * row) with the weights
  * given here, else those of the dispatch, else 1; with EP_LL_EXACT round(0 + sum over k, ascending,
- * of weight[k] * row). In float32, to nearest even; products are rounded before they are added. A token that was sent nowhere yields zeros. A NaN becomes 0x7fff.
+ * of weight[k] * row); with EP_LL_COMPACT y_r is the row of x. In float32, to nearest even; products are rounded before they are added. A token that was sent nowhere yields zeros. A NaN becomes 0x7fff.
  */
 struct ep_ll_combine_args {
     uint32_t size;
-    uint32_t flags;      /* 0 or EP_LL_EXACT */
+    uint32_t flags;      /* EP_LL_EXACT or EP_LL_COMPACT, or 0 */
     int32_t max_tokens;  /* as of the dispatch */
     int32_t num_workers; /* of this call; 0: the group's */
     struct ep_tensor *handle;

@@ -56,6 +56,7 @@ struct k_ll_region {
 #define K_LL_SIG_POWER_OF_2 4u  /* and scales are powers of two */
 #define K_LL_SIG_WEIGHTS_NOW 8u /* of a combine: it brings the weights */
 #define K_LL_SIG_EXACT 16u      /* of a combine: every expert's row travels as it is */
+#define K_LL_SIG_COMPACT 32u    /* one row at the receiver, whatever its experts */
 #define K_LL_GROUP 128
 #define K_LL_MOST_SLICES 8
 #define K_LL_CUT_BELOW 128 /* tokens: rows of so many or more are not cut */
@@ -120,9 +121,10 @@ struct k_ll_dispatch_args {
     k_i32 packed_scales; /* four exponents in a word */
     k_i32 side_at;       /* where a row's sidecar begins, of a send */
     k_i32 scale_bytes;   /* of one that comes with the rows; 0: there are none */
-    k_i32 pad;
+    k_i32 recv_id_bytes;
     struct k_array x, scales, ids, weights;
-    struct k_array recv_x, recv_scales, recv_source, expert_counts, expert_totals, ranges;
+    struct k_array recv_x, recv_scales, recv_ids, recv_weights, recv_source, expert_counts,
+        expert_totals, ranges;
 };
 
 struct k_ll_combine_args {
@@ -137,7 +139,7 @@ _Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 8 * 8, "k_ll_map");
 _Static_assert(sizeof(struct k_ll_head) == 64, "k_ll_head");
 _Static_assert(sizeof(struct k_ll) == 16 + sizeof(struct k_ll_map) + 16, "k_ll");
 _Static_assert(sizeof(struct k_ll_dispatch_args) ==
-                   sizeof(struct k_op) + sizeof(struct k_ll) + 24 + 10 * 24,
+                   sizeof(struct k_op) + sizeof(struct k_ll) + 24 + 12 * 24,
                "k_ll_dispatch_args");
 _Static_assert(sizeof(struct k_ll_combine_args) ==
                    sizeof(struct k_op) + sizeof(struct k_ll) + 8 + 3 * 24,

@@ -297,6 +297,7 @@ static K_FN k_bool ll_knows(struct k_thread *k, const struct k_ll_combine_args *
     const k_bool good = h->owner == (k_u64)a->ll.ctl && n > 0 &&
                         (a->tokens < 0 || h->tokens == a->tokens) &&
                         (a->topk == 0 || h->topk == a->topk) && h->experts == a->g.experts &&
+                        ((h->signature ^ a->form) & K_LL_SIG_COMPACT) == 0 &&
                         h->max_tokens == a->ll.max_tokens &&
                         ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
     return good || ll_refuse(k, K_REFUSED_HANDLE);

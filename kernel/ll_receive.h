@@ -9,7 +9,7 @@
 
 #include "kernel/ll_send.h"
 
-/* Rows at each expert: R * M. */
+/* Rows at each expert, or of compact output: R * M. */
 static K_INLINE k_i32 ll_expert_rows(const struct k_ll_dispatch_args *a) {
     return a->g.num_ranks * a->ll.max_tokens;
 }
@@ -19,25 +19,46 @@ static K_INLINE const k_u64 *ll_counts_of(const struct k_ll_dispatch_args *a,
     return ll_own_words(&a->g, c, &a->ll.map.counts, source);
 }
 
+static K_INLINE k_bool ll_compact(const struct k_ll_dispatch_args *a) {
+    return (a->signature & K_LL_SIG_COMPACT) != 0;
+}
+
 /* ---- counts --------------------------------------------------------------------------------- */
 
-/* Selections of local expert e by all sources: its count and where each source's rows are. */
+/* In a source's message: its selections of local expert e, or (e = L) its rows for this rank. */
+static K_INLINE const k_u64 *ll_count_word(const struct k_ll_dispatch_args *a,
+                                           const struct ll_call *c, k_i32 source, k_i32 e) {
+    return ll_counts_of(a, c, source) + (e < a->g.num_local ? K_LL_HEADER + e : K_LL_ROWS);
+}
+
+/* Where the ranges of e are; 0: it has none. */
+static K_INLINE k_u64 ll_ranges_of(const struct k_ll_dispatch_args *a, k_i32 e) {
+    const k_bool all = e == a->g.num_local;
+    return a->ranges.data && ll_compact(a) == all ? k_row(&a->ranges, all ? 0 : e) : 0;
+}
+
+/* Selections of local expert e by all sources: its count and where each source's rows are. With L for
+ * e: the rows of compact output. */
 static K_FN k_bool ll_take_expert(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                   const struct ll_call *c, k_i32 e) {
     const k_i32 ranks = a->g.num_ranks;
+    const k_u64 ranges = ll_ranges_of(a, e);
     k_u32 sum = 0;
     for (k_i32 base = 0; base < ranks; base += K_LANES) {
         const k_i32 s = base + k->lane;
-        const k_u64 *word = s < ranks ? ll_counts_of(a, c, s) + K_LL_HEADER + e : 0;
+        const k_u64 *word = s < ranks ? ll_count_word(a, c, s, e) : 0;
         k_u32 count = 0, all = 0;
         if (!k_await_word(k, word, c->tag, s, K_PHASE_COUNTS, &count)) {
             return 0;
         }
         const k_u32 before = sum + k_scan(k, count, &all);
-        if (s < ranks && a->ranges.data) {
-            *(k_u64 *)k_at(&a->ranges, e, s) = (k_u64)before << 32 | count;
+        if (s < ranks && ranges) {
+            *(k_u64 *)(ranges + 8ull * (k_u64)s) = (k_u64)before << 32 | count;
         }
         sum += all;
+    }
+    if (e == a->g.num_local) {
+        return 1;
     }
     if (k->lane == 0 && a->expert_counts.data) {
         *(k_u32 *)k_row(&a->expert_counts, e) = sum;
@@ -51,10 +72,11 @@ static K_FN k_bool ll_take_expert(struct k_thread *k, const struct k_ll_dispatch
 /* After a failure the expert has no rows, so that kernels behind this one stay in bounds. */
 static K_FN void ll_clear_expert(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                  k_i32 e) {
-    for (k_i32 s = k->lane; a->ranges.data && s < a->g.num_ranks; s += K_LANES) {
-        *(k_u64 *)k_at(&a->ranges, e, s) = 0;
+    const k_u64 ranges = ll_ranges_of(a, e);
+    for (k_i32 s = k->lane; ranges && s < a->g.num_ranks; s += K_LANES) {
+        *(k_u64 *)(ranges + 8ull * (k_u64)s) = 0;
     }
-    if (k->lane == 0 && a->expert_counts.data) {
+    if (k->lane == 0 && e < a->g.num_local && a->expert_counts.data) {
         *(k_u32 *)k_row(&a->expert_counts, e) = 0;
     }
 }
@@ -64,7 +86,8 @@ static K_FN void ll_clear_expert(struct k_thread *k, const struct k_ll_dispatch_
 static K_FN k_bool ll_take_counts(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                   const struct ll_call *c, k_bool ok) {
     const k_i32 last = k->num_blocks - 1;
-    for (k_i32 e = k->warp * k->num_blocks + last - k->block; e < a->g.num_local;
+    const k_i32 num = a->g.num_local + (ll_compact(a) ? 1 : 0);
+    for (k_i32 e = k->warp * k->num_blocks + last - k->block; e < num;
          e += k_stride(k, k->num_blocks)) {
         ok = ok && ll_take_expert(k, a, c, e);
         if (!ok) {
@@ -83,6 +106,49 @@ struct ll_places {
 };
 _Static_assert(sizeof(struct ll_places) <= K_SCRATCH_BYTES(1), "a warp's scratch holds it");
 
+/* The compact row of row j of a source; -1: the rows of lower sources are not known. */
+static K_FN k_i64 ll_compact_row(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                 const struct ll_call *c, k_i32 source, k_i32 j) {
+    k_i64 at = j;
+    for (k_i32 base = 0; base < source; base += K_LANES) {
+        const k_i32 lower = base + k->lane;
+        const k_u64 *word = lower < source ? ll_count_word(a, c, lower, a->g.num_local) : 0;
+        k_u32 count = 0, all = 0;
+        if (!k_await_word(k, word, c->tag, lower, K_PHASE_COUNTS, &count)) {
+            return -1;
+        }
+        k_scan(k, count, &all);
+        at += all;
+    }
+    return at;
+}
+
+/* Compact: the row is written once, and beside it which of this rank's experts it is for. */
+static K_FN k_bool ll_find_compact(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                   const struct ll_call *c, const struct ll_shape *s,
+                                   k_i32 source, k_i32 j, const k_u32 *side,
+                                   struct ll_places *to) {
+    const k_i64 at = ll_compact_row(k, a, c, source, j);
+    for (k_i32 i = k->lane; at >= 0 && i < s->topk; i += K_LANES) {
+        const k_i32 id = (k_i32)side[K_SIDE_IDS + i];
+        const k_bool here = id >= 0 && a->g.expert_rank[id] == a->g.rank;
+        const k_i32 e = here ? a->g.expert_local[id] : -1;
+        to->at[i] = i == 0 ? (k_i32)at : -1;
+        to->weight[i] = 1.0f;
+        if (a->recv_ids.data && a->recv_id_bytes == 8) {
+            *(k_i64 *)k_at(&a->recv_ids, at, i) = e;
+        } else if (a->recv_ids.data) {
+            *(k_i32 *)k_at(&a->recv_ids, at, i) = e;
+        }
+        if (a->recv_weights.data) {
+            *(k_u32 *)k_at(&a->recv_weights, at, i) =
+                here ? side[K_SIDE_WEIGHTS(s->topk) + i] : 0;
+        }
+    }
+    k_syncwarp(k);
+    return at >= 0;
+}
+
 /* The counts of lower sources are awaited, lane by lane each for its selection's expert. */
 static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                   const struct ll_call *c, const struct ll_shape *s,
@@ -96,7 +162,7 @@ static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch
         const k_i32 e = here ? a->g.expert_local[id] : 0;
         k_u32 at = here ? side[K_SIDE_INDICES(s->topk) + i] : 0;
         for (k_i32 lower = 0; lower < source; lower++) {
-            const k_u64 *word = here ? ll_counts_of(a, c, lower) + K_LL_HEADER + e : 0;
+            const k_u64 *word = here ? ll_count_word(a, c, lower, e) : 0;
             k_u32 count = 0;
             if (!k_await_word(k, word, c->tag, lower, K_PHASE_COUNTS, &count)) {
                 return 0;
@@ -202,7 +268,8 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
         ok =
             ok && ll_await_slices(k, c, k->lane == 0 ? words : 0, slices, source, K_PHASE_ROWS);
     }
-    if (!ok || !ll_find_places(k, a, c, s, source, side, to)) {
+    if (!ok || !(ll_compact(a) ? ll_find_compact(k, a, c, s, source, j, side, to)
+                               : ll_find_places(k, a, c, s, source, side, to))) {
         return 0;
     }
     const struct ll_span part = ll_cut(a->row_bytes, 2 * K_LL_GROUP, slices, slice);
@@ -252,11 +319,12 @@ static K_FN k_bool ll_take_rows(struct k_thread *k, const struct k_ll_dispatch_a
  * takes them. */
 static K_FN k_bool ll_is_of_shape(struct k_thread *k, const struct k_ll_dispatch_args *a) {
     const struct k_ll_head *h = a->ll.head;
-    const k_u32 form = K_LL_SIG_CAST | K_LL_SIG_POWER_OF_2;
+    const k_u32 form = K_LL_SIG_CAST | K_LL_SIG_POWER_OF_2 | K_LL_SIG_COMPACT;
     return (h->row_bytes == a->row_bytes && h->experts == a->g.experts &&
             h->max_tokens == a->ll.max_tokens &&
             (h->signature & form) == (a->signature & form) &&
-            K_SIG_ROW_TYPE(h->types ^ a->types) == 0 &&
+            K_SIG_ROW_TYPE(h->types ^ a->types) == 0 && (a->topk == 0 || h->topk == a->topk) &&
+            (!a->recv_weights.data || (h->signature & K_LL_SIG_WEIGHTS)) &&
             (a->scale_bytes == 0 || K_SIG_SCALE_TYPE(h->types ^ a->types) == 0)) ||
            ll_refuse(k, K_REFUSED_HANDLE);
 }

@@ -36,7 +36,7 @@ static void build_answers(struct ll_step *s, int rank, uint64_t *state) {
     struct ref_answers *a = &s->answers[rank];
 
     a->x = pool_zero(&s->pool, (size_t)(v->num_rows * s->c.hidden) * 2);
-    a->weights = v->weights;
+    a->weights = v->expanded ? v->weights : NULL; /* one row, which is summed */
     case_fill_finite(EP_BF16, a->x, v->num_rows * s->c.hidden, state);
     if (!s->weights_now) {
         return;
@@ -61,7 +61,7 @@ void ll_build(struct ll_step *s) {
     s->answers = pool_zero(&s->pool, ranks * sizeof(*s->answers));
     s->y = pool_zero(&s->pool, ranks * sizeof(*s->y));
     for (int r = 0; r < s->c.num_ranks; r++) {
-        ref_dispatch(&s->pool, &s->c.problem, r, true, 1, &s->recv[r]);
+        ref_dispatch(&s->pool, &s->c.problem, r, !(s->flags & EP_LL_COMPACT), 1, &s->recv[r]);
         build_answers(s, r, &state);
     }
     const struct ref_combine in = {EP_BF16, s->c.hidden, s->recv, s->answers};
@@ -119,6 +119,7 @@ void ll_steps_build(struct ll_steps *all, int num_ranks, uint64_t seed) {
         s->c.weights = i != 3;
         s->weights_now = i == 1 || i == 3;
         s->exact = i == 1 || i == 2;
+        s->flags |= i == 0 ? EP_LL_COMPACT : 0;
         s->num_workers = i == 2 ? 1 : 0;
         ll_build(s);
     }
@@ -221,26 +222,44 @@ static void want_row(struct ll_run *r, int e, int64_t row, int64_t i) {
            s->answers[r->w->rank].x + (size_t)i * bytes, bytes);
 }
 
-static void want_expert(struct ll_run *r, int e) {
+/* Of compact output: which experts the row is for. */
+static void want_selections(struct ll_run *r, int64_t i) {
+    const struct ll_step *s = r->s;
+    const struct ref_recv *v = &s->recv[r->w->rank];
+    for (int64_t k = i * s->c.topk; k < (i + 1) * s->c.topk; k++) {
+        const int32_t id = (int32_t)v->ids[k];
+        memcpy(r->want[LL_IDS] + k * 4, &id, 4);
+        if (v->weights) {
+            memcpy(r->want[LL_WEIGHTS] + k * 4, &v->weights[k], 4);
+        }
+    }
+}
+
+/* A list of rows: `num` from row `first` of the reference on. */
+static void want_list(struct ll_run *r, int list, int64_t first, int64_t num) {
     const struct ll_step *s = r->s;
     const struct ref_recv *v = &s->recv[r->w->rank];
     int64_t row = 0;
 
-    memcpy(r->want[LL_COUNTS] + e * 4, &v->counts[e], 4);
     for (int src = 0; src < s->c.num_ranks; src++) {
         const int64_t begin = row;
-        while (row < v->counts[e] && v->source[2 * (v->offsets[e] + row)] == src) {
-            want_row(r, e, row, v->offsets[e] + row);
+        while (row < num && v->source[2 * (first + row)] == src) {
+            want_row(r, list, row, first + row);
+            if (!v->expanded) {
+                want_selections(r, row);
+            }
             row++;
         }
         const int64_t range = begin << 32 | (row - begin);
-        memcpy(r->want[LL_RANGES] + (e * s->c.num_ranks + src) * 8, &range, 8);
+        memcpy(r->want[LL_RANGES] + (list * s->c.num_ranks + src) * 8, &range, 8);
     }
 }
 
 void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     const int local = ref_num_local(&s->c.problem, w->rank);
-    const int64_t rows = local * each(s);
+    const struct ref_recv *v = &s->recv[w->rank];
+    const int lists = v->expanded ? local : 1;
+    const int64_t rows = lists * each(s);
     const bool cast = (s->flags & EP_LL_FP8) != 0;
     struct ep_plan_info info = EP_PLAN_INFO_INIT;
 
@@ -249,11 +268,13 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->s = s;
     world_is(w, ep_group_plan(w->group, &info), EP_OK, "ep_group_plan");
     add(r, LL_X, cast ? EP_F8E4M3 : s->c.row_dtype, rows, s->c.hidden);
-    add(r, LL_SCALES, scale_dtype(s), local * scale_columns(s), pitch(s));
+    add(r, LL_SCALES, scale_dtype(s), lists * scale_columns(s), pitch(s));
     r->t[LL_SCALES].shape[1] = each(s);
+    add(r, LL_IDS, EP_I32, v->expanded ? 0 : rows, s->c.topk);
+    add(r, LL_WEIGHTS, EP_F32, v->expanded || !v->weights ? 0 : rows, s->c.topk);
     add(r, LL_SOURCE, EP_I32, rows, 1);
     add(r, LL_COUNTS, EP_I32, local, 1);
-    add(r, LL_RANGES, EP_I64, local, s->c.num_ranks);
+    add(r, LL_RANGES, EP_I64, lists, s->c.num_ranks);
     r->t[LL_RANGES].ndim = 2;
     r->t[LL_RANGES].shape[1] = s->c.num_ranks;
     r->t[LL_RANGES].stride[0] = s->c.num_ranks;
@@ -266,8 +287,10 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     ep_tensor_2d(&r->answers, EP_BF16,
                  pool_fill(&r->pool, (size_t)(rows * s->c.hidden) * 2, 0xFF), rows,
                  s->c.hidden);
-    for (int e = 0; e < local; e++) {
-        want_expert(r, e);
+    memcpy(r->want[LL_COUNTS], v->counts, r->bytes[LL_COUNTS]);
+    for (int i = 0; i < lists; i++) {
+        want_list(r, i, v->expanded ? v->offsets[i] : 0,
+                  v->expanded ? v->counts[i] : v->num_rows);
     }
     ll_expect(r, 1);
     r->dispatch = (struct ep_ll_dispatch_args)EP_LL_DISPATCH_ARGS_INIT;
@@ -283,6 +306,8 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->dispatch.recv_x = &r->t[LL_X];
     r->dispatch.scales = s->c.num_scales ? &s->c.scales[w->rank] : NULL;
     r->dispatch.recv_scales = cast || s->c.num_scales ? &r->t[LL_SCALES] : NULL;
+    r->dispatch.recv_topk_ids = v->expanded ? NULL : &r->t[LL_IDS];
+    r->dispatch.recv_topk_weights = v->expanded || !v->weights ? NULL : &r->t[LL_WEIGHTS];
     r->dispatch.recv_source = &r->t[LL_SOURCE];
     r->dispatch.expert_counts = &r->t[LL_COUNTS];
     r->dispatch.ranges = &r->t[LL_RANGES];
@@ -291,7 +316,7 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->combine.max_tokens = s->max_tokens;
     r->combine.num_experts = r->dispatch.num_experts;
     r->combine.expert_rank = r->dispatch.expert_rank;
-    r->combine.flags = s->exact ? EP_LL_EXACT : 0;
+    r->combine.flags = (s->exact ? EP_LL_EXACT : 0) | (s->flags & EP_LL_COMPACT);
     r->combine.num_workers = s->num_workers;
     r->combine.handle = &r->t[LL_HANDLE];
     r->combine.x = &r->answers;
@@ -327,8 +352,10 @@ ep_status ll_combine(struct ll_run *r, enum call_half half, void *stream) {
 }
 
 static bool check(struct ll_run *r, int from, int to) {
-    static const char *const names[] = {"recv_x",        "recv_scales", "recv_source",
-                                        "expert_counts", "ranges",      "expert_totals",
+    static const char *const names[] = {"recv_x",        "recv_scales",
+                                        "recv_topk_ids", "recv_topk_weights",
+                                        "recv_source",   "expert_counts",
+                                        "ranges",        "expert_totals",
                                         "handle",        "out"};
     bool good = true;
 

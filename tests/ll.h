@@ -51,6 +51,8 @@ void ll_steps_setup(struct world_setup *w, struct ll_steps *all, void (*body)(st
 enum {
     LL_X,
     LL_SCALES,
+    LL_IDS,
+    LL_WEIGHTS,
     LL_SOURCE,
     LL_COUNTS,
     LL_RANGES,

@@ -14,7 +14,7 @@
 #include "ep.h"
 #include "tests/gpu.h"
 
-#define STAGE_MAX_TENSORS 16
+#define STAGE_MAX_TENSORS 20
 
 struct stage_item {
     const char *name;

@@ -54,7 +54,8 @@ static void opaque(uint64_t seed) {
         s.c.num_scales = i == 3 ? 0 : 1 + 6 * i;
         s.c.scale_stride = (enum case_stride)(i % NUM_STRIDES);
         s.c.tokens = i == 1 ? TOKENS_ONE : TOKENS_MIXED;
-        s.weights_now = i % 2;
+        s.weights_now = i == 1;
+        s.flags = i == 2 || i == 3 ? EP_LL_COMPACT : 0;
         snprintf(name, sizeof(name), "rows as they are, %d of type %d, %d scales", hidden[i],
                  rows[i], (int)s.c.num_scales);
         ll_case(&s, false, name);
@@ -106,6 +107,15 @@ static void shapes(uint64_t seed) {
     s.c.hidden = 3584;
     s.flags = EP_LL_FP8;
     ll_case(&s, false, "896 experts, top-16, hidden 3584");
+    for (int i = 0; i < 3; i++) { /* E4M3, one slice; many rows; in slices */
+        ll_init(&s, 4, seed + 20 + (uint64_t)i);
+        s.flags = EP_LL_COMPACT | (i != 1 ? EP_LL_FP8 : 0);
+        s.c.map = i == 2 ? MAP_EMPTY_RANK : MAP_RANDOM;
+        s.c.routing = i == 1 ? ROUTE_DUPLICATES : ROUTE_HOLES;
+        s.c.tokens = i == 2 ? TOKENS_ONE : TOKENS_MIXED;
+        s.c.weights = i != 1;
+        ll_case(&s, false, i ? "one row per rank" : "one row per rank, E4M3");
+    }
     ll_init(&s, 3, seed + 9);
     s.num_workers = 1;
     s.named_experts = true;

@@ -44,6 +44,8 @@ static void arguments(struct world *w) {
     BAD("num_workers is -1", "workers");
     r.dispatch.handle = NULL;
     BAD("handle is NULL", "no handle");
+    r.dispatch.recv_topk_ids = r.dispatch.recv_source;
+    BAD("recv_topk_ids: expanded output has none", "ids of rows at experts");
     r.dispatch.num_experts = s->c.num_experts + 1;
     BAD("ep_ll_dispatch_args.num_experts", "more experts than the group has");
     t = r.t[LL_HANDLE];
@@ -91,6 +93,11 @@ static void arguments(struct world *w) {
 #undef BAD
     r.combine.flags = 1;
     arg(w, ll_combine(&r, CALL_BOTH, NULL), "flags", "flags of combine");
+    r.combine.flags = EP_LL_COMPACT;
+    r.combine.topk_weights = &s->now[w->rank];
+    arg(w, ll_combine(&r, CALL_BOTH, NULL), "topk_weights is given|summed already",
+        "weights of rows that are summed");
+    r.combine.topk_weights = NULL;
     r.combine.flags = EP_LL_EXACT;
     arg(w, ll_combine(&r, CALL_BOTH, NULL), "EP_GROUP_LL_EXACT", "a group without that memory");
     r.combine = good_combine;
@@ -137,14 +144,15 @@ enum difference {
     TYPE,
     SCALES,
     EXPERTS,
+    COMPACT,
     WEIGHTS_NOW,
     EXACT,
     NUM_DIFFERENCES
 };
 static const char *const difference_words[] = {
-    "top-k is",       "max_tokens is", "bytes of a row",        "weights are",
-    "EP_LL_FP8 is|",  "POWER_OF_2 is", "rows are of type EP_|", "scales of a row are",
-    "num_experts is", "weights are",   "EP_LL_EXACT is"};
+    "top-k is",       "max_tokens is",    "bytes of a row",        "weights are",
+    "EP_LL_FP8 is|",  "POWER_OF_2 is",    "rows are of type EP_|", "scales of a row are",
+    "num_experts is", "EP_LL_COMPACT is", "weights are",           "EP_LL_EXACT is"};
 
 struct odd {
     struct ll_step s[2]; /* of rank 0 and of rank 1 */
@@ -197,6 +205,7 @@ static void differences(uint64_t seed) {
             s->flags = i == CAST         ? (r ? EP_LL_FP8 : 0)
                        : i == POWER_OF_2 ? EP_LL_FP8 | (r ? EP_LL_SCALES_POWER_OF_2 : 0)
                                          : 0;
+            s->flags |= i == COMPACT && r ? EP_LL_COMPACT : 0;
             ll_build(s);
         }
         ll_setup(&w, &o.s[0]);

@@ -44,8 +44,9 @@ enum epi_dim {
     EPI_DIM_ROWS,   /* received rows that the outputs, or x of a combine, hold */
     EPI_DIM_HIDDEN, /* elements of a row */
     EPI_DIM_SCALES,
-    EPI_DIM_LL_ROWS,    /* low-latency mode: rows at all local experts, L * R * M ... */
-    EPI_DIM_LL_EACH,    /* ... and at one, R * M */
+    EPI_DIM_LL_LISTS,   /* low-latency mode: lists of rows, L or of compact output 1 ... */
+    EPI_DIM_LL_EACH,    /* ... rows of one, R * M ... */
+    EPI_DIM_LL_ROWS,    /* ... and of all */
     EPI_DIM_LL_COLUMNS, /* columns of scales of all local experts */
     EPI_DIM_LL_HANDLE,  /* bytes */
     EPI_NUM_DIMS

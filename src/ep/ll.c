@@ -27,13 +27,18 @@ static const struct epi_rule ll_dispatch_rules[] = {
      EPI_ROWS, EPI_AS(NONE, ROWS), 0},
     {FIELD(recv_scales, recv_scales), EPI_OUT, EPI_DIMS(LL_COLUMNS, LL_EACH), EPI_SCALES,
      EPI_AS(SCALES, ROWS), EPI_NO_SCALES},
+    {FIELD(recv_topk_ids, recv_ids), EPI_OUT, EPI_DIMS(LL_ROWS, K), EPI_IDS, EPI_AS(NONE, ANY),
+     EPI_EXPANDED},
+    {FIELD(recv_topk_weights, recv_weights), EPI_OUT, EPI_DIMS(LL_ROWS, K), EPI_TYPE(EP_F32),
+     EPI_AS(NONE, ANY), EPI_EXPANDED | EPI_NO_WEIGHTS},
     {FIELD(recv_source, recv_source), EPI_OUT, EPI_DIMS(LL_ROWS, NONE), EPI_TYPE(EP_I32),
      EPI_AS(NONE, DENSE), 0},
     {FIELD(expert_counts, expert_counts), EPI_OUT, EPI_DIMS(L, NONE), EPI_TYPE(EP_I32),
      EPI_AS(NONE, DENSE), 0},
     {FIELD(expert_totals, expert_totals), EPI_OUT, EPI_DIMS(L, NONE), EPI_TYPE(EP_I32),
      EPI_AS(NONE, DENSE), 0},
-    {FIELD(ranges, ranges), EPI_OUT, EPI_DIMS(L, R), EPI_TYPE(EP_I64), EPI_AS(NONE, DENSE), 0},
+    {FIELD(ranges, ranges), EPI_OUT, EPI_DIMS(LL_LISTS, R), EPI_TYPE(EP_I64),
+     EPI_AS(NONE, DENSE), 0},
 };
 #undef FIELD
 EPI_RULES(epi_ll_dispatch_rules, ll_dispatch_rules);
@@ -90,7 +95,8 @@ static void clear_counts(struct epi_op *op) {
         memset((void *)a->expert_counts.data, 0, local * sizeof(int32_t));
     }
     if (a->ranges.data) {
-        memset((void *)a->ranges.data, 0, local * (size_t)a->g.num_ranks * sizeof(int64_t));
+        const size_t lists = a->signature & K_LL_SIG_COMPACT ? 1 : local;
+        memset((void *)a->ranges.data, 0, lists * (size_t)a->g.num_ranks * sizeof(int64_t));
     }
 }
 
@@ -132,11 +138,12 @@ static ep_status check_call(ep_group *g, const char *fn, int max_tokens, int num
 
 /* Lengths that M and the experts give. */
 static void begin_call(struct epi_call *c, const ep_group *g, int max_tokens,
-                       const struct epi_experts *experts) {
+                       const struct epi_experts *experts, bool compact) {
     epi_call_begin(c, g);
     epi_call_experts(c, experts);
     c->dim[EPI_DIM_LL_EACH] = (int64_t)g->num_ranks * max_tokens;
-    c->dim[EPI_DIM_LL_ROWS] = c->dim[EPI_DIM_LL_EACH] * experts->num_local;
+    c->dim[EPI_DIM_LL_LISTS] = compact ? 1 : experts->num_local;
+    c->dim[EPI_DIM_LL_ROWS] = c->dim[EPI_DIM_LL_EACH] * c->dim[EPI_DIM_LL_LISTS];
     c->dim[EPI_DIM_LL_HANDLE] = g->plan.info.ll_handle_bytes;
 }
 
@@ -187,8 +194,10 @@ static void set_ll(struct epi_op *op, struct k_ll *ll, int max_tokens) {
 /* Before the tables' checks, which it tells the form of the call. */
 static ep_status check_ll_form(struct epi_call *c, const struct ep_ll_dispatch_args *a,
                                uint32_t part) {
-    const uint32_t known = EP_LL_FP8 | EP_LL_SCALES_POWER_OF_2;
-    if ((a->flags & ~known) || a->flags == EP_LL_SCALES_POWER_OF_2) {
+    const uint32_t known = EP_LL_FP8 | EP_LL_SCALES_POWER_OF_2 | EP_LL_COMPACT;
+    c->is = (a->flags & EP_LL_COMPACT ? 0 : EPI_EXPANDED) |
+            ((part & K_LL_SEND) && !a->topk_weights ? EPI_NO_WEIGHTS : 0);
+    if ((a->flags & ~known) || (a->flags & ~EP_LL_COMPACT) == EP_LL_SCALES_POWER_OF_2) {
         return epi_fail(EP_ERR_ARG,
                         "ep_ll_dispatch_args.flags is 0x%x, known are 0x%x, and "
                         "EP_LL_SCALES_POWER_OF_2 only with EP_LL_FP8",
@@ -201,7 +210,7 @@ static ep_status check_ll_form(struct epi_call *c, const struct ep_ll_dispatch_a
                                                 "its own")
                          : EP_OK;
     }
-    c->is = (part & K_LL_SEND) && !a->scales ? EPI_NO_SCALES : 0;
+    c->is |= (part & K_LL_SEND) && !a->scales ? EPI_NO_SCALES : 0;
     return EP_OK;
 }
 
@@ -229,7 +238,8 @@ static ep_status check_types(const struct epi_call *c, const struct ep_ll_dispat
 /* And what is taken of scales: as many as are sent, if that is known to this half. */
 static ep_status check_scales(struct epi_call *c, const struct ep_ll_dispatch_args *a) {
     const struct ep_tensor *t = a->recv_scales;
-    const int64_t local = c->dim[EPI_DIM_L], groups = c->dim[EPI_DIM_HIDDEN] / K_LL_GROUP;
+    const int64_t local = c->dim[EPI_DIM_LL_LISTS],
+                  groups = c->dim[EPI_DIM_HIDDEN] / K_LL_GROUP;
     const bool cast = (a->flags & EP_LL_FP8) != 0, packed = cast && t && t->dtype == EP_I32;
     const int64_t sent = c->dim[EPI_DIM_SCALES];
     const int64_t columns = packed                   ? (groups + 3) / 4
@@ -244,8 +254,8 @@ static ep_status check_scales(struct epi_call *c, const struct ep_ll_dispatch_ar
     return t && t->shape[0] != local * columns
                ? epi_fail(
                      EP_ERR_ARG,
-                     "recv_scales.shape[0] is %lld, must be %lld: %lld for each of %d local "
-                     "experts",
+                     "recv_scales.shape[0] is %lld, must be %lld: %lld for each of %d lists of "
+                     "rows",
                      (long long)t->shape[0], (long long)(local * columns), (long long)columns,
                      (int)local)
                : EP_OK;
@@ -256,7 +266,7 @@ static void set_dispatch(struct epi_op *op, const struct epi_call *c,
     struct k_ll_dispatch_args *k = &op->args.ll_dispatch;
     const bool cast = (a->flags & EP_LL_FP8) != 0;
     const int hidden = (int)c->dim[EPI_DIM_HIDDEN];
-    const int topk = part & K_LL_SEND ? (int)c->dim[EPI_DIM_K] : 0;
+    const int topk = c->dim[EPI_DIM_K] < 0 ? 0 : (int)c->dim[EPI_DIM_K];
     const struct ep_tensor *scales = part & K_LL_SEND ? a->scales : a->recv_scales;
     const int num_scales = cast || !scales ? 0 : (int)c->dim[EPI_DIM_SCALES];
     set_ll(op, &k->ll, max_tokens);
@@ -270,14 +280,17 @@ static void set_dispatch(struct epi_op *op, const struct epi_call *c,
         cast ? hidden : k->row_bytes, topk, a->topk_weights != NULL,
         cast ? hidden / K_LL_GROUP * 4 : K_LL_NUM_SCALES(k->types) * k->scale_bytes);
     k->signature = (a->topk_weights ? K_LL_SIG_WEIGHTS : 0) | (cast ? K_LL_SIG_CAST : 0) |
-                   (a->flags & EP_LL_SCALES_POWER_OF_2 ? K_LL_SIG_POWER_OF_2 : 0);
+                   (a->flags & EP_LL_SCALES_POWER_OF_2 ? K_LL_SIG_POWER_OF_2 : 0) |
+                   (a->flags & EP_LL_COMPACT ? K_LL_SIG_COMPACT : 0);
     k->ll.wire_bytes = wire.bytes;
     k->side_at = wire.side_at;
     if (part & K_LL_SEND) {
         k->tokens = (k_i32)c->dim[EPI_DIM_T];
-        k->topk = topk;
         k->id_bytes = a->topk_ids->dtype == EP_I64 ? 8 : 4;
     }
+    k->topk = topk;
+    k->recv_id_bytes =
+        (part & K_LL_RECEIVE) && a->recv_topk_ids && a->recv_topk_ids->dtype == EP_I64 ? 8 : 4;
     k->packed_scales =
         cast && (part & K_LL_RECEIVE) && a->recv_scales && a->recv_scales->dtype == EP_I32;
     epi_args_fill(c, &epi_ll_dispatch_rules, a, roles_of(part), k);
@@ -296,7 +309,7 @@ static ep_status ll_dispatch(const char *fn, ep_group *g,
     EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
     const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
     EPI_TRY(epi_experts_find(g, "ep_ll_dispatch_args", a.num_experts, a.expert_rank, &experts));
-    begin_call(&c, g, max_tokens, experts);
+    begin_call(&c, g, max_tokens, experts, a.flags & EP_LL_COMPACT);
     EPI_TRY(check_ll_form(&c, &a, part));
     EPI_TRY(epi_args_check(&c, &epi_ll_dispatch_rules, &a, roles_of(part)));
     EPI_TRY(check_handle(a.handle));
@@ -325,7 +338,8 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     EPI_NOT_NULL("ep_ll_combine", args);
     EPI_TAKE(ep_ll_combine_args, &a, args);
     EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
-    const uint32_t known = g->config.flags & EP_GROUP_LL_EXACT ? EP_LL_EXACT : 0;
+    const uint32_t known =
+        EP_LL_COMPACT | (g->config.flags & EP_GROUP_LL_EXACT ? EP_LL_EXACT : 0);
     if (a.flags & ~known) {
         return epi_fail(
             EP_ERR_ARG,
@@ -333,9 +347,16 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
             "with EP_GROUP_LL_EXACT",
             a.flags, known);
     }
+    if ((a.flags & EP_LL_COMPACT) && (a.topk_weights || (a.flags & EP_LL_EXACT))) {
+        return epi_fail(
+            EP_ERR_ARG,
+            "ep_ll_combine_args.%s: with EP_LL_COMPACT a rank answers one row, which is "
+            "summed already",
+            a.topk_weights ? "topk_weights is given" : "flags has EP_LL_EXACT");
+    }
     const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
     EPI_TRY(epi_experts_find(g, "ep_ll_combine_args", a.num_experts, a.expert_rank, &experts));
-    begin_call(&c, g, max_tokens, experts);
+    begin_call(&c, g, max_tokens, experts, a.flags & EP_LL_COMPACT);
     EPI_TRY(epi_args_check(&c, &epi_ll_combine_rules, &a, roles_of(part)));
     EPI_TRY(check_handle(a.handle));
     const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
@@ -349,7 +370,8 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     k->row_bytes = 2 * (k_i32)hidden;
     k->types = K_TYPES(EP_BF16, EP_DTYPE_NONE);
     k->form = (a.topk_weights ? K_LL_SIG_WEIGHTS_NOW : 0) |
-              (a.flags & EP_LL_EXACT ? K_LL_SIG_EXACT : 0);
+              (a.flags & EP_LL_EXACT ? K_LL_SIG_EXACT : 0) |
+              (a.flags & EP_LL_COMPACT ? K_LL_SIG_COMPACT : 0);
     k->tokens = (k_i32)c.dim[EPI_DIM_T]; /* -1, as of K 0: not known to this half */
     k->topk = c.dim[EPI_DIM_K] < 0 ? 0 : (k_i32)c.dim[EPI_DIM_K];
     k->ll.wire_bytes = epi_plan_ll_answer_bytes(k->row_bytes);
