@@ -530,8 +530,8 @@ ep_status ep_handle_plan(const ep_group *group, const struct ep_handle_config *c
                          int64_t *bytes);
 
 /* Frees the handle. Local, not blocking: operations that were enqueued end as if it were still
- * there, and its memory goes when they have. Only of a host group, and only where a dispatch has
- * begun and not finished, it receives the rows first, as a finish would. */
+ * there, and its memory goes when they have. A dispatch that has begun and not finished ends without
+ * its rows, for which nobody waits; the peers' ends as if they were received. */
 void ep_handle_destroy(ep_handle **handle);
 
 /*

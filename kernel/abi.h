@@ -356,7 +356,7 @@ struct k_channels {
 #define K_DO_WEIGHTS 64u  /* top-k weights travel */
 #define K_DO_REDUCE 128u  /* combine: rows are weighted or expanded, summed before sending */
 #define K_DO_NOTHING 256u /* after a fault: only leave the outputs as after a failure */
-#define K_DO_DROP 512u    /* receives, unless the kernel that sent has ended the operation */
+#define K_DO_DROP 512u    /* only ends the operation, unless the kernel that sent has */
 #define K_DO_WIDE 1024u   /* expanded output might need more rows than 32 bits can count */
 
 /*

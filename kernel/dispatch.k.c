@@ -336,8 +336,13 @@ K_KERNEL(dispatch, k_dispatch_args) {
         }
         return;
     }
-    /* The kernel before this one on the stream sent, and its rows did not fit. */
-    if ((a->flags & K_DO_DROP) && (k_u32)(k_load(&a->g.ctl->sent) >> 32) != k->epoch) {
+    /* Nobody will look at what comes. It may still come: what it is written to is given to peers
+     * again when all of them have begun a later operation, and so have sent it. */
+    if (a->flags & K_DO_DROP) {
+        if (k->block == 0 && k->warp == 0 && k->lane == 0 &&
+            (k_u32)(k_load(&a->g.ctl->sent) >> 32) == k->epoch) {
+            k_store(&a->g.ctl->epoch, k->epoch);
+        }
         return;
     }
     if (!dispatch_run(k, a)) {

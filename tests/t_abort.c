@@ -252,20 +252,48 @@ static int early_rank(int rank, void *ctx) {
 
 /* ---- begun and dropped ---------------------------------------------------------------------- */
 
-/* Rank 0 destroys the handle of a dispatch that has begun: the others succeed, and so do the
- * operations after it. */
-static int dropping_rank(int rank, void *ctx) {
-    struct stage *s = ctx;
+/* On the last rank, whose rows nobody gets before the others have let go of theirs. */
+static void hold_rows(void *arg) {
+    struct stage *s = arg;
+    ok(rig_await(&s->done, 2), "the handles of two ranks are destroyed without its rows");
+}
+
+static void hold_stream(void *arg) {
+    struct stage *s = arg;
+    rig_await(&s->go, 1);
+}
+
+/* Begins and destroys the handle, on a host's rank 1 before the stream has come to it. */
+static void begin_and_drop(struct rig *r, struct stage *s) {
     struct ep_dispatch_args a = EP_DISPATCH_ARGS_INIT;
     struct ep_tensor x;
+    void *stream = NULL;
+    ep_tensor_2d(&x, EP_F32, r->x, RIG_TOKENS, RIG_HIDDEN);
+    a.x = &x;
+    if (r->rank == 1 && !gpu_wanted()) {
+        ok(call_stream_create(&stream, r->group) == EP_OK, "a stream");
+        ok(ep_stream_run(stream, hold_stream, s) == EP_OK, "held");
+    }
+    ok(call_dispatch_begin(r->handle, &a, stream) == EP_OK, "begin: %s", ep_last_error());
+    ep_handle_destroy(&r->handle);
+    atomic_fetch_add(&s->go, r->rank);
+    atomic_fetch_add(&s->done, 1);
+    call_stream_destroy(r->group, &stream);
+}
+
+/* Ranks 0 and 1 destroy the handle of a dispatch that has begun, and wait for nobody: the others
+ * succeed, and so do the operations after it. */
+static int dropping_rank(int rank, void *ctx) {
+    struct stage *s = ctx;
     struct rig r, next;
     if (!create(&r, s, rank)) {
         return 1;
     }
-    if (rank == 0) {
-        ep_tensor_2d(&x, EP_F32, r.x, RIG_TOKENS, RIG_HIDDEN);
-        a.x = &x;
-        ok(call_dispatch_begin(r.handle, &a, NULL) == EP_OK, "begin: %s", ep_last_error());
+    if (rank == RANKS - 1 && !gpu_wanted()) {
+        rig_trap(rig_middle_row(&r), hold_rows, s);
+    }
+    if (rank < 2) {
+        begin_and_drop(&r, s);
     } else {
         ep_status st = rig_dispatch(&r);
         ok(st == EP_OK && rig_dispatch_right(&r), "dispatch: %s", ep_last_error());

@@ -60,6 +60,7 @@ static void dispatch_issued(struct epi_op *op) {
     if (op->flags & EPI_OP_BEGIN) {
         g->open_handle = h;
         h->open_op = *op;
+        h->sent = false;
     }
 }
 
@@ -124,7 +125,10 @@ static ep_status dispatch_after(struct epi_op *op) {
         return fail_need(h);
     }
     if (op->flags & EPI_OP_BEGIN) {
-        op->flags |= EPI_OP_OPEN;
+        pthread_mutex_lock(&op->g->mutex);
+        h->sent = true;
+        op->flags |= h->dropped ? 0 : EPI_OP_OPEN;
+        pthread_mutex_unlock(&op->g->mutex);
         return EP_OK;
     }
     return check_output(op);
@@ -287,23 +291,23 @@ static ep_status run_dispatch(ep_handle *h, const struct epi_call *call,
     return st;
 }
 
-/* On a device nobody waits to learn whether it fits: behind the kernel that sends, on its stream. */
+/* On a device behind the kernel that sends, on its stream; on the host what began may be queued still,
+ * and ends the operation itself then. */
 void epi_dispatch_drop(ep_handle *h) {
     ep_group *g = h->group;
     struct epi_op op;
     pthread_mutex_lock(&g->mutex);
-    const bool open = g->open_handle == h;
+    const bool open = g->open_handle == h, sent = h->sent;
+    h->dropped = open;
+    g->open_handle = open ? NULL : g->open_handle;
     pthread_mutex_unlock(&g->mutex);
-    if (open) {
-        while (!g->backend->on_device && atomic_load(&h->pending) > 0) {
-            epi_sleep_ns(50 * EPI_NS_PER_US); /* what began may be queued still */
-        }
+    if (open && g->backend->on_device) {
         continue_op(&op, h);
         op.flags |= EPI_OP_DROPPED;
-        op.args.op.flags |= K_DO_RECV | (g->backend->on_device ? K_DO_DROP : 0);
-        op.args.dispatch.alignment = 1;
-        op.args.dispatch.capacity = INT32_MAX; /* no output has rows */
+        op.args.op.flags |= K_DO_DROP;
         epi_op_issue(&op, g->backend->stream(g));
+    } else if (open && sent) {
+        epi_op_end(&h->open_op);
     }
 }
 

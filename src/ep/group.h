@@ -92,6 +92,8 @@ struct ep_handle {
         open_op; /* a dispatch between begin and finish, and the bytes that it reads */
     struct epi_extent input[EPI_MAX_TENSORS];
     int num_inputs;
+    bool sent,
+        dropped; /* host, guarded by the group's mutex: it has run; nobody will finish it */
     atomic_bool
         lacks_rows; /* the last uncached dispatch did not fit anywhere: nothing arrived */
 };
@@ -189,7 +191,7 @@ bool epi_is_known(const k_u64 *word, uint64_t ticket);
 /* EP_ERR_ARG for selection `number` (t * topk + k) of a routing; `then` ends the sentence. */
 ep_status epi_bad_selection(const ep_handle *h, int topk, uint64_t number, int64_t id,
                             const char *then);
-/* Ends a dispatch that has begun and will not be finished: its rows arrive and are not read. */
+/* Ends a dispatch that has begun and will not be finished, without its rows, and waits for nobody. */
 void epi_dispatch_drop(ep_handle *h);
 
 #endif

@@ -100,13 +100,12 @@ static void await_turn(const struct epi_op *op) {
     pthread_mutex_unlock(&g->mutex);
 }
 
-/* `ran`: its kernel did, so its epoch is counted already. */
-static void end_op(const struct epi_op *op, bool ran) {
+void epi_op_end(const struct epi_op *op) {
     ep_group *g = op->g;
     pthread_mutex_lock(&g->mutex);
     if (g->turns_ended < op->turn) {
         /* If it comes before its turn, one before it may be in its kernel. */
-        if (!ran && op->number && g->turns_ended == op->turn - 1) {
+        if (op->number && g->turns_ended == op->turn - 1) {
             atomic_store((_Atomic k_u64 *)&g->ctl->epoch, (uint32_t)op->number);
         }
         g->turns_ended = op->turn;
@@ -145,12 +144,11 @@ ep_status epi_op_run(void *arg) {
     if (st == EP_OK) {
         st = run_kernel(op);
     }
-    const bool ran = (op->flags & EPI_OP_RAN) != 0;
-    if (st != EP_OK && !ran && kind->clear) {
+    if (st != EP_OK && !(op->flags & EPI_OP_RAN) && kind->clear) {
         kind->clear(op);
     }
     if (kind->faults && !(op->flags & EPI_OP_OPEN)) {
-        end_op(op, ran);
+        epi_op_end(op);
     }
     if (h) {
         atomic_fetch_sub(&h->pending, 1);

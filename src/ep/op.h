@@ -87,5 +87,7 @@ void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *
 ep_status epi_op_issue(struct epi_op *op, void *stream);
 /* On the host: the whole of an operation, in its turn; a task of a stream. */
 ep_status epi_op_run(void *op);
+/* On the host: an operation that its last call has left open is over. */
+void epi_op_end(const struct epi_op *op);
 
 #endif
