@@ -487,13 +487,13 @@ ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
  *   - What the enqueued work finds out (a bad expert id, rows that did not fit) is told by
  *     ep_handle_status and ep_handle_counts, a fault also by ep_group_fault and by the next
  *     operation. Work on the stream goes on in bounds.
- *   - Graphs: ep_handle_route, ep_handle_layout, ep_dispatch and ep_combine may be captured and
- *     replayed; routing and data may change between replays, shapes and addresses not. Every rank
- *     replays alike. A replay is ordered with the group's other operations by its stream only, and
- *     two operations of a group must not run at the same time on one rank. The handle and the
- *     group must outlive the graph and its replays, which destroy does not wait for. Handles may be created and destroyed meanwhile, which is no
- *     part of the graph; ep_dispatch_begin and _finish and ep_handle_counts are refused in a
- *     capture; groups must not be created or destroyed.
+ *   - Graphs: ep_handle_route, ep_handle_layout, dispatch (in one call or two) and ep_combine may be
+ *     captured and replayed; routing and data may change between replays, shapes and addresses not.
+ *     Every rank replays alike. A replay is ordered with the group's other operations by its stream
+ *     only, and two operations of a group must not run at the same time on one rank. The handle and
+ *     the group must outlive the graph and its replays, which destroy does not wait for. Handles may
+ *     be created and destroyed meanwhile, which is no part of the graph; groups must not;
+ *     ep_handle_counts is refused.
  *   - Rows move by bulk copies on sm_90 and later, through registers on older GPUs, or on any with
  *     DISABLE_SM90_FEATURES=1 in the environment when the group is created.
  *   - After a fault of the group the process can use its GPU as before.
@@ -730,8 +730,9 @@ ep_status ep_dispatch(ep_handle *handle, const struct ep_dispatch_args *args, vo
  * (it looks at the outputs, flags and alignment only). Other operations of the group are
  * refused in between with EP_ERR_STATE. A CUDA group sends on its own stream, from where `stream`
  * is at begin; finish receives on its `stream` beside it and blocks until the counts are known;
- * the inputs must not change until the stream has passed finish. Not capturable in a CUDA graph
- * (EP_ERR_STATE).
+ * the inputs must not change until the stream has passed finish. In a capture both are captured, into
+ * the same graph (else EP_ERR_STATE): begin sends on its own `stream`, finish receives behind it, and
+ * does not block: its outputs have room for what comes, or nothing past them is written.
  */
 ep_status ep_dispatch_begin(ep_handle *handle, const struct ep_dispatch_args *args,
                             void *stream);

@@ -357,6 +357,7 @@ struct k_channels {
 #define K_DO_REDUCE 128u  /* combine: rows are weighted or expanded, summed before sending */
 #define K_DO_NOTHING 256u /* after a fault: only leave the outputs as after a failure */
 #define K_DO_DROP 512u    /* only ends the operation, unless the kernel that sent has */
+#define K_DO_BEHIND 2048u /* receives behind the kernel that sent, unless that has ended it */
 #define K_DO_WIDE 1024u   /* expanded output might need more rows than 32 bits can count */
 
 /*

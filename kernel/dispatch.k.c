@@ -330,7 +330,10 @@ static K_FN k_bool dispatch_run(struct k_thread *k, const struct k_dispatch_args
 K_KERNEL(dispatch, k_dispatch_args) {
     const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
     k_enter(k, &a->g, K_OP_DISPATCH);
-    if (a->flags & K_DO_NOTHING) {
+    /* Behind a kernel that sent on this stream, and has ended the operation if rows did not fit. */
+    const k_bool is_over = (a->flags & (K_DO_DROP | K_DO_BEHIND)) &&
+                           (k_u32)(k_load(&a->g.ctl->sent) >> 32) != k->epoch;
+    if (is_over || (a->flags & K_DO_NOTHING)) {
         if (k->block == 0 && k->warp == 0) {
             clear_outputs(k, a);
         }
@@ -339,8 +342,7 @@ K_KERNEL(dispatch, k_dispatch_args) {
     /* Nobody will look at what comes. It may still come: what it is written to is given to peers
      * again when all of them have begun a later operation, and so have sent it. */
     if (a->flags & K_DO_DROP) {
-        if (k->block == 0 && k->warp == 0 && k->lane == 0 &&
-            (k_u32)(k_load(&a->g.ctl->sent) >> 32) == k->epoch) {
+        if (k->block == 0 && k->warp == 0 && k->lane == 0) {
             k_store(&a->g.ctl->epoch, k->epoch);
         }
         return;

@@ -21,6 +21,7 @@
 #define TOPK 4
 #define ALIGNMENT 8
 #define NUM_ROUTINGS_HERE 5
+#define TO_ONE_RANK 2 /* the routing that sends all there; the next sends nothing */
 #define NUM_REPLAYS 20
 #define NUM_INPUTS 9
 
@@ -28,6 +29,7 @@
 struct scene {
     struct test_case c[NUM_ROUTINGS_HERE];
     struct trial t[NUM_ROUTINGS_HERE];
+    int64_t max_recv_rows; /* not 0: what all tokens to one rank exceed */
 };
 
 /* What the graph reads and writes: a run whose data is replaced before each replay. */
@@ -134,27 +136,32 @@ static void live_free(struct live *l) {
 
 /* ---- graphs ---------------------------------------------------------------------------- */
 
-/* What cannot be in a graph says so, and the capture goes on. */
-static void check_refusals(struct world *w, struct live *l, ep_handle *handle, void *stream) {
-    struct ep_dispatch_args in = EP_DISPATCH_ARGS_INIT;
-
-    in.x = l->dispatch.x;
-    in.scales = l->dispatch.scales;
-    in.topk_weights = l->dispatch.topk_weights;
-    world_fails(w, ep_dispatch_begin(handle, &in, stream), EP_ERR_STATE, "captured",
-                "begin in a capture");
-    world_fails(w, ep_dispatch_finish(handle, &l->dispatch, stream), EP_ERR_STATE, "",
-                "finish in a capture");
-    world_fails(w, ep_handle_counts(handle, NULL, NULL, NULL), EP_ERR_STATE, "captured",
-                "counts of a captured dispatch");
-}
-
 /* A graph, the streams it is captured from, and what is called beside it. */
 struct taken {
     void *stream, *second, *beside;
     ep_handle *other;
     struct graph graph;
 };
+
+/* In one call, or in two on different streams. What cannot be in a graph says so, and the capture goes
+ * on. */
+static void dispatch(struct world *w, struct live *l, ep_handle *handle,
+                     const struct taken *g) {
+    struct ep_dispatch_args in = l->dispatch, out = l->dispatch;
+
+    if (!l->run.form->two_step) {
+        world_is(w, ep_dispatch(handle, &in, g->second), EP_OK, "dispatch in a capture");
+    } else {
+        out.x = out.scales = out.topk_weights = NULL;
+        world_is(w, ep_dispatch_begin(handle, &in, g->second), EP_OK, "begin in a capture");
+        world_fails(w, ep_dispatch_finish(handle, &out, g->beside), EP_ERR_STATE,
+                    "captured|the graph", "finish in no capture");
+        world_is(w, ep_dispatch_finish(handle, &out, g->stream), EP_OK, "finish in a capture");
+        l->dispatch.recv_x = out.recv_x;
+    }
+    world_fails(w, ep_handle_counts(handle, NULL, NULL, NULL), EP_ERR_STATE, "captured",
+                "counts of a captured dispatch");
+}
 
 /* Dispatch is on a stream that joins the capture; the order of the calls joins the two again, also
  * where a call between them is in no capture. */
@@ -168,10 +175,9 @@ static bool capture(struct world *w, struct live *l, ep_handle *handle, struct t
     world_is(w, ep_handle_route(handle, &l->routing, stream), EP_OK, "route in a capture");
     world_is(w, epi_cu_event_record(d, routed, stream), EP_OK, "record in a capture");
     world_is(w, epi_cu_event_wait(d, second, routed), EP_OK, "wait in a capture");
-    world_is(w, ep_dispatch(handle, &l->dispatch, second), EP_OK, "dispatch in a capture");
+    dispatch(w, l, handle, g);
     world_is(w, ep_handle_route(g->other, &l->routing, g->beside), EP_OK,
              "route, in no capture");
-    check_refusals(w, l, handle, second);
     world_is(w, ep_combine(handle, &l->combine, stream), EP_OK, "combine in a capture");
     const bool ended = graph_end(w, stream, &g->graph);
     epi_cu_event_destroy(d, &routed);
@@ -180,7 +186,7 @@ static bool capture(struct world *w, struct live *l, ep_handle *handle, struct t
 }
 
 static bool replay(struct world *w, struct live *l, ep_handle *handle, const struct graph *g,
-                   void *stream) {
+                   void *stream, bool too_many) {
     struct gpu *gpu = call_gpu(w->group);
 
     for (int i = 0; i < 3; i++) {
@@ -192,8 +198,17 @@ static bool replay(struct world *w, struct live *l, ep_handle *handle, const str
     for (int i = 0; i < 3; i++) {
         stage_copy_out(&l->stage[i], stream);
     }
-    if (!world_is(w, epi_cu_stream_sync(&gpu->device, stream), EP_OK, "waiting") ||
-        !world_is(w, call_found(handle), EP_OK, "a replay")) {
+    if (!world_is(w, epi_cu_stream_sync(&gpu->device, stream), EP_OK, "waiting")) {
+        return false;
+    }
+    if (too_many) {
+        const int32_t *rows = l->run.dispatch.num_rows->data;
+        stage_check(&l->stage[1]);
+        return world_fails(w, ep_handle_status(handle), EP_ERR_CAPACITY, "max_recv_rows",
+                           "a replay that does not fit") &&
+               world_check(w, *rows == 0, "num_rows is %d", *rows);
+    }
+    if (!world_is(w, call_found(handle), EP_OK, "a replay")) {
         return false;
     }
     for (int i = 0; i < 3; i++) {
@@ -231,9 +246,12 @@ static void replay_all(struct world *w, struct live *l, ep_handle *handle, void 
     stage_copy_in(&l->stage[0]);
     bool go = capture(w, l, handle, &g);
     for (int i = 0; go && i < NUM_REPLAYS; i++) {
-        adopt(l, &from[(3 * i) % NUM_ROUTINGS_HERE]);
-        go = world_check(w, replay(w, l, handle, &g.graph, stream), "replay %d", i);
-        if (i == NUM_REPLAYS / 2) { /* operations that are in no graph count as well */
+        const int which = s->max_recv_rows ? TO_ONE_RANK + i % 2 : 3 * i % NUM_ROUTINGS_HERE;
+        const bool too_many = s->max_recv_rows && which == TO_ONE_RANK;
+        adopt(l, &from[which]);
+        go = world_check(w, replay(w, l, handle, &g.graph, stream, too_many), "replay %d", i);
+        if (i == NUM_REPLAYS / 2 &&
+            !s->max_recv_rows) { /* operations that are in no graph count as well */
             trial_pass(w, &s->t[1], g.other);
         }
     }
@@ -313,13 +331,15 @@ static void scene_create(struct scene *s, uint64_t seed, const struct form *form
     }
 }
 
-static void run(uint64_t seed, const struct form *form, bool processes, const char *name) {
-    struct scene s;
+static void run(uint64_t seed, const struct form *form, bool processes, int64_t max_recv_rows,
+                const char *name) {
+    struct scene s = {.max_recv_rows = max_recv_rows};
     struct world_setup setup;
 
     scene_create(&s, seed, form);
     trial_setup(&setup, &s.t[0]);
     setup.config.max_expanded_rows = 0;
+    setup.config.max_recv_rows = max_recv_rows;
     setup.body = body;
     setup.ctx = &s;
     setup.processes = processes;
@@ -338,15 +358,17 @@ int main(void) {
                                          .expanded = true,
                                          .zero_gaps = true,
                                          .alignment = ALIGNMENT,
+                                         .two_step = true,
                                          .weighted = true};
-    static const struct form view = {.id_dtype = EP_I32, .arena = true};
+    static const struct form view = {.id_dtype = EP_I32, .arena = true, .two_step = true};
     uint64_t seed = tap_seed();
 
     tap_deadline(180);
-    run(seed, &compact, false, "compact, the largest outputs");
-    run(seed + 10, &expanded, false, "expanded, the largest outputs");
-    run(seed + 20, &view, false, "a view of the arena");
-    run(seed + 30, &compact, true, "compact, the largest outputs");
-    run(seed + 40, &view, true, "a view of the arena");
+    run(seed, &compact, false, 0, "compact, the largest outputs");
+    run(seed + 10, &expanded, false, 0, "expanded, begun and finished");
+    run(seed + 20, &view, false, 0, "a view of the arena, begun and finished");
+    run(seed + 30, &compact, true, 0, "compact, the largest outputs");
+    run(seed + 50, &expanded, false, RANKS * TOKENS / 2, "more rows than fit, now and then");
+    run(seed + 40, &view, true, 0, "a view of the arena");
     return done_testing();
 }

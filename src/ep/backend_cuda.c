@@ -195,18 +195,23 @@ static ep_status cuda_is_capturing(ep_group *g, void *stream, bool *capturing) {
 }
 
 /* A begun dispatch sends on the group's own stream, so that finish can receive on the caller's at
- * the same time: neither before the operation that came before both. */
+ * the same time: neither before the operation that came before both. In a graph both are on the
+ * caller's, one behind the other: the group's own is not to become a part of a capture. */
+static bool is_beside(const struct epi_op *op, uint32_t part) {
+    return (op->flags & part) && !(op->flags & EPI_OP_CAPTURED);
+}
+
 static void *stream_of(const struct epi_op *op, void *stream) {
-    return op->flags & EPI_OP_BEGIN ? epi_gpu_stream(op->g->cuda->gpu) : stream;
+    return is_beside(op, EPI_OP_BEGIN) ? epi_gpu_stream(op->g->cuda->gpu) : stream;
 }
 
 static ep_status order(struct epi_op *op, void *stream) {
     struct epi_gpu *gpu = op->g->cuda->gpu;
     bool capturing = false;
-    if (op->flags & EPI_OP_FINISH) {
+    if (is_beside(op, EPI_OP_FINISH)) {
         return epi_gpu_beside(gpu, stream);
     }
-    if (op->flags & EPI_OP_BEGIN) {
+    if (is_beside(op, EPI_OP_BEGIN)) {
         return epi_gpu_fork(gpu, stream);
     }
     EPI_TRY(epi_gpu_begin(gpu, stream, &capturing));
@@ -217,9 +222,11 @@ static ep_status order(struct epi_op *op, void *stream) {
 static ep_status launch(struct epi_op *op, void *stream) {
     struct epi_gpu *gpu = op->g->cuda->gpu;
     const struct epi_shape *s = &op->shape;
-    const bool finish = (op->flags & EPI_OP_FINISH) != 0;
+    const bool finish = is_beside(op, EPI_OP_FINISH);
     const int rest = s->workers > s->send_blocks ? s->workers - s->send_blocks : 1;
-    const int blocks = op->flags & EPI_OP_BEGIN ? s->send_blocks : finish ? rest : s->workers;
+    const int blocks = is_beside(op, EPI_OP_BEGIN) ? s->send_blocks
+                       : finish                    ? rest
+                                                   : s->workers;
     stream = stream_of(op, stream);
     return epi_gpu_launch(gpu, op->kind->kernel, &op->args, blocks, stream, finish);
 }

@@ -247,17 +247,18 @@ static void continue_op(struct epi_op *op, const ep_handle *h) {
     op->args.op.flags &= ~(K_DO_SEND | K_DO_COUNTS);
 }
 
-/* Before the handle changes: a stream that takes no work is refused, and so are two calls in a
- * capture, because what finish needs to know is known when this returns. */
-static ep_status check_stream(const ep_handle *h, uint32_t part, void *stream) {
+/* Before the handle changes: a stream that takes no work is refused, and so is one call of two in a
+ * capture. */
+static ep_status check_stream(const ep_handle *h, uint32_t part, void *stream,
+                              uint32_t *flags) {
     bool capturing = false;
     EPI_TRY(h->group->backend->is_capturing(h->group, stream, &capturing));
-    return capturing && part
-               ? epi_fail(
-                     EP_ERR_STATE,
-                     "ep_dispatch_%s: the stream is being captured, and the size of the "
-                     "output is learnt by the host: use ep_dispatch with worst-case outputs",
-                     part == EPI_OP_BEGIN ? "begin" : "finish")
+    *flags = capturing ? EPI_OP_CAPTURED : 0;
+    return part == EPI_OP_FINISH && (h->open_op.flags & EPI_OP_CAPTURED) != *flags
+               ? epi_fail(EP_ERR_STATE,
+                          "ep_dispatch_finish: the stream is%s being captured, and that of "
+                          "ep_dispatch_begin was%s: both go into the graph, or none",
+                          capturing ? "" : " not", capturing ? " not" : "")
                : EP_OK;
 }
 
@@ -265,12 +266,14 @@ static ep_status run_dispatch(ep_handle *h, const struct epi_call *call,
                               const struct ep_dispatch_args *a, uint32_t part, void *stream) {
     const struct epi_backend *b = h->group->backend;
     struct epi_op op;
-    EPI_TRY(check_stream(h, part, stream));
+    uint32_t captured = 0;
+    EPI_TRY(check_stream(h, part, stream, &captured));
     if (part == EPI_OP_FINISH) {
-        if (b->on_device) { /* what did not fit has no finish */
+        if (b->on_device && !captured) { /* what did not fit has no finish */
             EPI_TRY(epi_handle_await_fit(h, NULL));
         }
         continue_op(&op, h);
+        op.args.op.flags |= captured ? K_DO_BEHIND : 0;
     } else {
         const struct epi_load load = {epi_row_bytes(a->x), h->topk,
                                       (a->flags & EP_DISPATCH_EXPANDED) != 0, false};
@@ -282,8 +285,9 @@ static ep_status run_dispatch(ep_handle *h, const struct epi_call *call,
     if (part != EPI_OP_BEGIN) {
         set_outputs(&op, call, a);
     }
+    op.flags |= captured;
     const ep_status st = epi_op_issue(&op, stream);
-    h->captured = (op.flags & EPI_OP_CAPTURED) != 0;
+    h->captured = captured != 0;
     if (st == EP_OK && (op.flags & EPI_OP_ARENA) && !b->on_device && !stream && a->recv_x) {
         a->recv_x->shape[0] =
             h->expanded ? (int64_t)h->k.expert_start[h->experts->num_local] : h->k.counts->rows;
@@ -301,6 +305,9 @@ void epi_dispatch_drop(ep_handle *h) {
     h->dropped = open;
     g->open_handle = open ? NULL : g->open_handle;
     pthread_mutex_unlock(&g->mutex);
+    if (open && (h->open_op.flags & EPI_OP_CAPTURED)) {
+        return; /* nothing has run */
+    }
     if (open && g->backend->on_device) {
         continue_op(&op, h);
         op.flags |= EPI_OP_DROPPED;

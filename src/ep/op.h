@@ -53,7 +53,7 @@ struct epi_op_kind {
 #define EPI_OP_RAN 16u       /* its kernel has */
 #define EPI_OP_OPEN 32u      /* this call is not to end the operation */
 #define EPI_OP_DROPPED 64u   /* nobody reads what it receives */
-#define EPI_OP_CAPTURED 128u /* it is in a graph */
+#define EPI_OP_CAPTURED 128u /* it is in a graph; known before it is issued */
 
 struct epi_op {
     const struct epi_op_kind *kind;
