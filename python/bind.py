@@ -26,10 +26,10 @@ VALUE_KINDS = {"int": "I32", "int32_t": "I32", "uint32_t": "U32", "int64_t": "I6
                "ep_dtype": "DTYPE", "const struct ep_tensor *": "IN", "struct ep_tensor *": "OUT"}
 SPECIAL = {("ep_group_config", "device"): "DEVICE", ("ep_fault", "status"): "STATUS"}
 PYTHON = {"I32": "int", "U32": "int", "I64": "int", "U64": "int", "IN": "Array", "OUT": "Array",
-          "STR": "str", "TEXT": "str", "WORLD": "World", "I32S": "Sequence[int]",
+          "STR": "str", "TEXT": "str", "I32S": "Sequence[int]",
           "ALLGATHER": "Callable[[bytes], Sequence[bytes]]", "DEVICE": "Union[str, int]",
           "STATUS": "str", "DTYPE": "Any", "WHERE": "StreamLike"}
-PYTHON.update({cls.upper(): cls for cls in OBJECTS.values()})
+PYTHON.update({cls.upper(): "_" + cls for cls in OBJECTS.values()})
 
 
 def split_type(declaration):
@@ -200,7 +200,7 @@ STUB_HEAD = '''# Made by python/bind.py from include/ep.h, whose comments are th
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 Array = Any  # a torch tensor, a Tensor, or anything with __dlpack__
-StreamLike = Union[None, int, "Stream", Any]
+StreamLike = Union[None, int, "_Stream", Any]
 
 class Tensor:
     """Memory with a shape and one of libep's types. Without arguments: blank, to be filled in by a
@@ -224,13 +224,14 @@ def version() -> str: ...
 '''
 STUB_HAND = {
     "World": "    def __init__(self, num_ranks: int) -> None: ...\n",
-    "Group": "    @property\n    def device(self) -> str: ...\n",
-    "Handle": "    @property\n    def group(self) -> Group: ...\n"
+    "Group": "    @property\n    def device(self) -> str: ...\n"
+             "    @property\n    def ll_max_tokens(self) -> int: ...\n",
+    "Handle": "    @property\n    def group(self) -> Any: ...\n"
               "    def counts(self) -> Any: ...\n"
               "    def arena(self, dtype: Any, cols: int, expanded: bool = ...) -> Tensor: ...\n",
-    "Stream": "    def __init__(self, group: Group) -> None: ...\n"
+    "Stream": "    def __init__(self, group: _Group) -> None: ...\n"
               "    def run(self, function: Callable[[], Any]) -> None: ...\n",
-    "Event": "    def __init__(self, group: Group) -> None: ...\n",
+    "Event": "    def __init__(self, group: _Group) -> None: ...\n",
 }
 
 
@@ -255,11 +256,11 @@ def write_stub(h):
     for cls in list(OBJECTS.values()) + [None]:
         indent = "    " if cls else ""
         if cls:
-            out.append(f"class {cls}:\n{STUB_HAND[cls]}    def destroy(self) -> None: ...")
+            out.append(f"class _{cls}:\n{STUB_HAND[cls]}    def destroy(self) -> None: ...")
         made = {"Group": "group_config", "Handle": "handle_config"}.get(cls)
         if made:
             words = keywords(h, [("RECORD", "", "ep_" + made)])
-            group = "" if cls == "Group" else "group: Group, "
+            group = "" if cls == "Group" else "group: _Group, "
             out.append(f"    def __init__(self, {group}{words}) -> None: ...")
         for owner, method, result, _, params, comment in h.functions:
             if owner != cls:

@@ -26,30 +26,35 @@ from typing import Any as _Any, Optional as _Optional, Type as _Type
 
 from . import _ep
 from ._ep import *  # noqa: F401,F403  (EP_BF16 of the header is ep.BF16, and so on)
-from ._ep import Tensor, plan, version
-from ._errors import (ArgumentError, CapacityError, Counts, Error, Fault, FaultedError,
-                      InternalError, InterruptedError_, MismatchError, OutOfMemoryError, PeerError,
-                      Plan, StateError, Stats, SystemError_, TimeoutError_, UnsupportedError,
-                      VersionError, make_error as _make_error, make_record as _make_record)
-from ._operations import LowLatency, Received, combine, dispatch, ll_combine, ll_dispatch
+from ._ep import (
+    Tensor as Tensor, plan as plan, version as version)
+from ._errors import (
+    ArgumentError as ArgumentError, CapacityError as CapacityError,
+    Counts as Counts, Error as Error, Fault as Fault,
+    FaultedError as FaultedError, InternalError as InternalError,
+    InterruptedError_ as InterruptedError_, MismatchError as MismatchError,
+    OutOfMemoryError as OutOfMemoryError, PeerError as PeerError, Plan as Plan,
+    StateError as StateError, Stats as Stats, SystemError_ as SystemError_,
+    TimeoutError_ as TimeoutError_, UnsupportedError as UnsupportedError,
+    VersionError as VersionError, make_error as _make_error,
+    make_record as _make_record)
+from ._operations import (
+    LowLatency as LowLatency, Received as Received, combine as combine,
+    dispatch as dispatch, ll_combine as ll_combine, ll_dispatch as ll_dispatch)
 
 __version__ = _ep.version()
 _ep.set_hooks(_make_error, _make_record)
 _atexit.register(_ep.leave)
 
 
-class World(_ep.World):
-    __doc__ = _ep.World.__doc__
+class World(_ep._World):
+    __doc__ = _ep._World.__doc__
     __slots__ = ("__weakref__",)
 
 
-class Group(_ep.Group):
-    __doc__ = _ep.Group.__doc__
-    __slots__ = ("ll_max_tokens", "__weakref__")
-
-    def __init__(self, **config: _Any) -> None:
-        super().__init__(**config)
-        self.ll_max_tokens: int = config.get("ll_max_tokens") or 0
+class Group(_ep._Group):
+    __doc__ = _ep._Group.__doc__
+    __slots__ = ("__weakref__",)
 
     def fault(self) -> _Optional[Fault]:
         """What ended the group, or None."""
@@ -64,8 +69,8 @@ class Group(_ep.Group):
         self.destroy()
 
 
-class Handle(_ep.Handle):
-    __doc__ = _ep.Handle.__doc__
+class Handle(_ep._Handle):
+    __doc__ = _ep._Handle.__doc__
     __slots__ = ("tokens", "topk", "__weakref__")
 
     def route(self, topk_ids: _Any = None, token_in_rank: _Any = None, stream: _Any = None,
@@ -76,20 +81,21 @@ class Handle(_ep.Handle):
         self.tokens: int = shape[0]
         self.topk: int = 0 if topk_ids is None else shape[1]
 
-    route.__doc__ = _ep.Handle.route.__doc__
+    route.__doc__ = _ep._Handle.route.__doc__
 
 
-class Stream(_ep.Stream):
-    __doc__ = _ep.Stream.__doc__
+class Stream(_ep._Stream):
+    __doc__ = _ep._Stream.__doc__
     __slots__ = ("__weakref__",)
 
 
-class Event(_ep.Event):
-    __doc__ = _ep.Event.__doc__
+class Event(_ep._Event):
+    __doc__ = _ep._Event.__doc__
     __slots__ = ("__weakref__",)
 
 
 def doctor() -> bool:
     """Says what works on this machine, what is missing and how to get it. Whether all is well."""
-    from .__main__ import run
+    from .__main__ import (
+    run as run)
     return run(["doctor"]) == 0

@@ -2,7 +2,7 @@
 """What libep's errors and results are in Python."""
 import re
 from types import SimpleNamespace
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Type
 
 
 class Plan(SimpleNamespace):
@@ -85,7 +85,7 @@ class InternalError(Error):
     """A bug of libep."""
 
 
-BY_STATUS: Dict[str, type] = {
+BY_STATUS: Dict[str, Type[Error]] = {
     "EP_ERR_ARG": ArgumentError, "EP_ERR_STATE": StateError, "EP_ERR_CAPACITY": CapacityError,
     "EP_ERR_NOMEM": OutOfMemoryError, "EP_ERR_TIMEOUT": TimeoutError_, "EP_ERR_PEER": PeerError,
     "EP_ERR_MISMATCH": MismatchError, "EP_ERR_FAULTED": FaultedError,
@@ -93,7 +93,7 @@ BY_STATUS: Dict[str, type] = {
     "EP_ERR_VERSION": VersionError, "EP_ERR_INTERRUPTED": InterruptedError_,
     "EP_ERR_INTERNAL": InternalError,
 }
-RECORDS: Dict[str, type] = {"plan_info": Plan, "fault": Fault, "group_stats": Stats,
+RECORDS: Dict[str, Type[SimpleNamespace]] = {"plan_info": Plan, "fault": Fault, "group_stats": Stats,
                             "counts": Counts}
 
 

@@ -36,6 +36,17 @@ class Received:
 
     __slots__ = ("x", "scales", "topk_ids", "topk_weights", "source", "expert_counts",
                  "expert_offsets", "num_rows", "rows", "expanded", "alignment", "__weakref__")
+    x: Array
+    scales: Array
+    topk_ids: Array
+    topk_weights: Array
+    source: Array
+    expert_counts: Array
+    expert_offsets: Array
+    num_rows: Array
+    rows: int
+    expanded: bool
+    alignment: int
 
 
 def _make_outputs(got: Received, local: int, topk: int, x: Array, scales: Optional[Array],
@@ -55,7 +66,7 @@ def _make_outputs(got: Received, local: int, topk: int, x: Array, scales: Option
     got.expert_offsets = numbers[1 + local:] if got.expanded else None
 
 
-def dispatch(handle: "_ep.Handle", x: Array, *, scales: Optional[Array] = None,
+def dispatch(handle: Any, x: Array, *, scales: Optional[Array] = None,
              topk_weights: Optional[Array] = None, expanded: bool = False, alignment: int = 1,
              rows: Optional[int] = None, source: bool = False, zero_gaps: bool = False,
              stream: Any = None, **fields: Any) -> Received:
@@ -66,7 +77,7 @@ def dispatch(handle: "_ep.Handle", x: Array, *, scales: Optional[Array] = None,
     `num_rows` and `expert_counts` say how many there are. `zero_gaps`: see DISPATCH_ZERO_GAPS.
     """
     got = Received()
-    got.expanded, got.alignment, got.rows = expanded, alignment, rows
+    got.expanded, got.alignment, got.rows = expanded, alignment, rows or 0
     inputs = dict(fields, x=x, scales=scales, topk_weights=topk_weights, stream=stream)
     if rows is None:
         handle.dispatch_begin(**inputs)
@@ -87,7 +98,7 @@ def dispatch(handle: "_ep.Handle", x: Array, *, scales: Optional[Array] = None,
     return got
 
 
-def combine(handle: "_ep.Handle", x: Array, *, weights: Optional[Array] = None,
+def combine(handle: Any, x: Array, *, weights: Optional[Array] = None,
             topk_weights: Optional[Array] = None, bias: Any = None, out: Optional[Array] = None,
             stream: Any = None, **fields: Any) -> Any:
     """Brings the experts' answers back and sums them per token. Collective. Returns the sums
@@ -112,6 +123,15 @@ class LowLatency:
 
     __slots__ = ("x", "scales", "source", "expert_counts", "ranges", "handle", "hook", "tokens",
                  "max_tokens", "__weakref__")
+    x: Array
+    scales: Array
+    source: Array
+    expert_counts: Array
+    ranges: Array
+    handle: Array
+    hook: Optional[Callable[[], None]]
+    tokens: int
+    max_tokens: int
 
 
 def _scales_for(x: Array, experts: int, columns: int, rows: int, packed: bool) -> Tuple[Array, Array]:
@@ -123,7 +143,7 @@ def _scales_for(x: Array, experts: int, columns: int, rows: int, packed: bool) -
     return memory[:, :rows], seen.swapaxes(1, 2)
 
 
-def ll_dispatch(group: "_ep.Group", x: Array, topk_ids: Array, *,
+def ll_dispatch(group: Any, x: Array, topk_ids: Array, *,
                 topk_weights: Optional[Array] = None, fp8: bool = False,
                 power_of_2: bool = False, packed_scales: bool = False,
                 max_tokens: Optional[int] = None, hook: bool = False, stream: Any = None,
@@ -154,7 +174,7 @@ def ll_dispatch(group: "_ep.Group", x: Array, topk_ids: Array, *,
     return got
 
 
-def ll_combine(group: "_ep.Group", x: Array, received: LowLatency, *, out: Optional[Array] = None,
+def ll_combine(group: Any, x: Array, received: LowLatency, *, out: Optional[Array] = None,
                hook: bool = False, stream: Any = None, **fields: Any) -> Any:
     """The answers [L, N, H] back to the owners of the tokens, summed there. Collective. Returns the
     sums, or with `hook` the sums and the function that receives them."""

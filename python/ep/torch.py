@@ -10,17 +10,16 @@ before the backward of what it has dispatched.
 from typing import Any, Optional, Tuple
 
 import torch
+from torch import Tensor
 
 from . import _operations
 from ._operations import Received
-
-Tensor = torch.Tensor
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, topk_weights: Optional[Tensor], handle: Any, got: Received,
-                options: dict) -> Tuple[Tensor, Optional[Tensor]]:
+                options: Any) -> Tuple[Tensor, Optional[Tensor]]:
         made = _operations.dispatch(handle, x, topk_weights=topk_weights, **options)
         for name in Received.__slots__[:-1]:
             setattr(got, name, getattr(made, name))
@@ -28,7 +27,7 @@ class _Dispatch(torch.autograd.Function):
         return got.x, got.topk_weights
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_weights: Optional[Tensor]) -> Any:
+    def backward(ctx: Any, grad: Tensor, grad_weights: Any) -> Any:
         if not ctx.needs_input_grad[1]:
             grad_weights = None
         elif ctx.ids is not None:  # selections of other ranks arrived as zeros

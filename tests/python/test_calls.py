@@ -75,7 +75,7 @@ def test_a_call_names_what_is_wrong(ranks):
             handle.dispatch(x=x, recv_x=x.copy())
         assert told.value.status == "EP_ERR_STATE" and told.value.fault is None
         with pytest.raises(ep.ArgumentError, match="topk_ids"):
-            ep._ep.Handle.route(handle, topk_ids=x)
+            handle.route( topk_ids=x)
         with pytest.raises(ValueError, match="alignment: is outside"):
             handle.dispatch(x=x, alignment=1 << 40)
         with pytest.raises(TypeError, match="integer"):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """With torch: autograd, and ranks that are processes which meet over a gloo process group."""
+import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -99,3 +102,17 @@ def _process(rank, num, port):
 def test_processes_meet_over_gloo():
     port = 20000 + (os.getpid() + 7000) % 20000
     torch.multiprocessing.spawn(_process, (2, port), nprocs=2)
+
+
+def test_the_bench_writes_what_it_measured(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "ep.bench", "--through", "ep", "--ranks", "1",
+                           "--tokens", "2,9", "--hidden", "128", "--experts", "8", "--topk", "2", "--ll-tokens", "4",
+                           "--iters", "2", "--warmup", "1", "--device", "cpu",
+                           "--json", str(tmp_path / "b.json")], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [(r["operation"], r["tokens"]) for r in rows] == \
+        [(o, 2) for o in ("dispatch", "dispatch_cached", "combine", "ll_dispatch", "ll_combine")] + \
+        [(o, 9) for o in ("dispatch", "dispatch_cached", "combine")]
+    assert all(0 < r["call_us"] <= r["done_us"] for r in rows)

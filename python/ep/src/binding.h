@@ -99,6 +99,7 @@ struct object {
     struct object *next, *prev;
     int busy; /* calls that are under way */
     int device;
+    int ll_max_tokens; /* of a group */
 };
 extern PyTypeObject *epy_types[NODE_EVENT + 1];
 extern _Thread_local bool epy_on_stream; /* a stream runs Python on this thread */

@@ -83,6 +83,7 @@ static int init_group(PyObject *self, PyObject *args, PyObject *kwargs) {
         }
         told = st == EP_OK ? epy_adopt(o, NODE_GROUP, group, f.world) : -1;
         o->device = config->device;
+        o->ll_max_tokens = config->ll_max_tokens;
     }
     epy_end_frame(&f);
     return told;
@@ -195,6 +196,10 @@ static PyObject *group_device(PyObject *self, void *unused) {
     return PyUnicode_FromString(((struct object *)self)->device == EP_DEVICE_CUDA ? "cuda"
                                                                                   : "host");
 }
+static PyObject *group_ll_max_tokens(PyObject *self, void *unused) {
+    (void)unused;
+    return PyLong_FromLong(((struct object *)self)->ll_max_tokens);
+}
 
 /* ---- worlds, streams, events -------------------------------------------------------------- */
 
@@ -304,7 +309,9 @@ static PyMethodDef stream_methods[] = {
 static PyMethodDef event_methods[] = {DESTROY EVENT_METHODS END};
 static PyGetSetDef world_getters[] = {WORLD_GETTERS GETTERS_END};
 static PyGetSetDef group_getters[] = {
-    GROUP_GETTERS{"device", group_device, NULL, "\"host\" or \"cuda\".", NULL}, GETTERS_END};
+    GROUP_GETTERS{"device", group_device, NULL, "\"host\" or \"cuda\".", NULL},
+    {"ll_max_tokens", group_ll_max_tokens, NULL, "As the group was made.", NULL},
+    GETTERS_END};
 static PyGetSetDef handle_getters[] = {
     HANDLE_GETTERS{"group", handle_group, NULL, "The group it was made from.", NULL},
     GETTERS_END};
@@ -318,15 +325,15 @@ static const struct {
     PyMethodDef *methods;
     PyGetSetDef *getters;
 } types[] = {
-    [NODE_WORLD] = {"ep._ep.World", "The meeting place of ranks that are threads.", init_world,
+    [NODE_WORLD] = {"ep._ep._World", "The meeting place of ranks that are threads.", init_world,
                     world_methods, world_getters},
-    [NODE_GROUP] = {"ep._ep.Group", doc_ep_group_config, init_group, group_methods,
+    [NODE_GROUP] = {"ep._ep._Group", doc_ep_group_config, init_group, group_methods,
                     group_getters},
-    [NODE_HANDLE] = {"ep._ep.Handle", "The routing of one micro-batch.", init_handle,
+    [NODE_HANDLE] = {"ep._ep._Handle", "The routing of one micro-batch.", init_handle,
                      handle_methods, handle_getters},
-    [NODE_STREAM] = {"ep._ep.Stream", "A host group's queue of work: one thread.", init_stream,
+    [NODE_STREAM] = {"ep._ep._Stream", "A host group's queue of work: one thread.", init_stream,
                      stream_methods, stream_getters},
-    [NODE_EVENT] = {"ep._ep.Event", "A point in a stream of a host group.", init_event,
+    [NODE_EVENT] = {"ep._ep._Event", "A point in a stream of a host group.", init_event,
                     event_methods, event_getters},
 };
 
