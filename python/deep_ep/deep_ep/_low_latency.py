@@ -75,6 +75,7 @@ class LowLatency:
             recv_scales=None if scales is None else
             scales.view(local * groups, -1)[:, :rows], recv_source=source.view(-1),
             expert_counts=count, ranges=ranges, expert_totals=totals, max_tokens=most,
+            num_experts=num_experts,
             flags=(ep.LL_FP8 if use_fp8 else 0) | (ep.LL_SCALES_POWER_OF_2 if round_scale else 0))
         Routing(group, None, x.size(0), rows, memory).mark((source, ranges))
         recv_x = data if scales is None else (data, scales[:, :, :rows].transpose(1, 2))
@@ -110,7 +111,8 @@ class LowLatency:
         host_check(out.shape == (tokens, hidden) and out.dtype == x.dtype and out.is_contiguous(),
                    f"out must be contiguous bfloat16 [{tokens}, {hidden}]")
         args = dict(handle=routing.memory, x=x.detach().view(local * rows, hidden),
-                    topk_weights=topk_weights, out=out, max_tokens=most)
+                    topk_weights=topk_weights, out=out, max_tokens=most,
+                    num_experts=num_experts)
         event, hook = self._run(routing.group, "ll_combine", args, async_finish, return_recv_hook)
         return out, event, hook
 

@@ -85,7 +85,7 @@ class Runtime:
         self.device_index = self.device.index if self.cuda else -1
         self.comm_stream = torch.cuda.Stream(priority=-1) if self.cuda else None
         self.lock = threading.RLock()
-        self._groups = {}  # by their number of experts: the newest
+        self._group = None
         kinds = gather((self.device.type, comm_name))
         host_check(len(set(kinds)) == 1, "the ranks make different Buffers: " + ", ".join(
             f"rank {r} {kind}, {what}" for r, (kind, what) in enumerate(kinds)))
@@ -107,45 +107,33 @@ class Runtime:
 
     def group_for(self, **needs):
         """The newest group if it has room for the call, else a larger one, which all ranks make."""
-        group = self._groups.get(self._key(needs))
-        if group is None or not group.holds(needs):
-            group = self.grow(needs)
-        return group
-
-    def _key(self, needs):
-        """Of throughput mode any group with enough experts will do; low latency has no routing that
-        could name fewer than the group's."""
-        experts = needs["num_experts"]
-        return experts if needs.get("ll_max_tokens") else max(experts, *self._groups, experts)
+        group = self._group
+        return group if group is not None and group.holds(needs) else self.grow(needs)
 
     def grow(self, needs):
         host_check(not (self.cuda and torch.cuda.is_current_stream_capturing()),
                    "this call needs a larger group of libep (" + _text(needs) + "), which cannot be "
                    "made while a graph is captured: do the call once before the capture")
-        key = self._key(needs)
-        old = self._groups[key].needs if key in self._groups else {}
-        agreed = dict.fromkeys(("max_tokens", "max_topk", "max_row_bytes", "max_scale_bytes",
-                                "ll_max_tokens", "mask_routing", "max_recv_rows"), 0)
+        old = self._group.needs if self._group else {}
+        agreed = dict.fromkeys(("num_experts", "max_tokens", "max_topk", "max_row_bytes",
+                                "max_scale_bytes", "ll_max_tokens", "mask_routing", "max_recv_rows"), 0)
         for theirs in [old] + self.gather(needs):
             for name in agreed:
                 agreed[name] = max(agreed[name], theirs.get(name, 0))
-        agreed["num_experts"] = key
         # Tokens differ from call to call: some room, so that groups are few.
         agreed["max_tokens"] = max(64, 1 << (agreed["max_tokens"] - 1).bit_length())
         worst = self.size * agreed["max_tokens"]
         agreed["max_recv_rows"] = worst if agreed["mask_routing"] else min(worst, max(
             agreed["max_recv_rows"],
             first_recv_rows(self.size, agreed["max_tokens"], agreed["max_topk"])))
-        # A smaller group stays for low-latency calls of its number of experts only.
-        self._groups = {n: g for n, g in self._groups.items() if g.needs["ll_max_tokens"]}
-        group = self._groups[key] = Group(self, agreed)
+        group = self._group = Group(self, agreed)
         if self.rank == 0:
             log.info("%s group of libep: %s; its arena has %d bytes on each rank",
                      "made a larger" if old else "made a", _text(agreed), group.plan.arena_bytes)
         return group
 
     def close(self):
-        self._groups = {}
+        self._group = None
 
 
 def _text(needs):

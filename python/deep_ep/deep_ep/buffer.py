@@ -288,14 +288,14 @@ class Buffer(LowLatency):
                 topk_idx.new_empty((rows, topk_idx.size(1))),
                 recv_topk_weights=None if topk_idx is None else
                 args["topk_weights"].new_empty((rows, topk_idx.size(1))),
-                recv_source=self._zero.new_empty((rows, 2)))
+                recv_source=self._zero.new_empty((rows, 2)),
+                source_ends=self._zero.new_empty(self.group_size))
 
     def _handle(self, routing, in_rank, out, channels):
         """A tuple of DeepEP's shapes. What its callers read is there: the ends of the sources' rows,
         the rows' tokens, is_token_in_rank. The rest is zeros without memory of their own."""
-        ranks, source, zeros = self.group_size, out["recv_source"], self._zero.expand
-        first = source[:, 0, None]
-        ends = ((first >= 0) & (first <= torch.arange(ranks))).sum(0, dtype=torch.int32)
+        ranks, ends, source = self.group_size, out["source_ends"], out["recv_source"]
+        zeros = self._zero.expand
         nodes = self.runtime.get_num_rdma_ranks()
         if nodes == 1:
             mine = routing.mark((ends[:, None].expand(ranks, ranks), zeros(ranks, channels),
