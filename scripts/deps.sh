@@ -66,8 +66,8 @@ gate_needs() {
 }
 check_needs() {
     gate_needs
-    if [ -z "$(scripts/find.sh torch)" ]; then
-        wheels="$wheels torch==2.13.0 numpy pytest setuptools>=77 wheel"
+    if [ -z "$(scripts/find.sh torch)" ] || [ -z "$(scripts/find.sh megatron)" ]; then
+        wheels="$wheels torch==2.13.0 numpy pytest setuptools>=77 wheel megatron-core==0.16.1"
         need python3 has python3
         need python3-venv has_venv
     fi

@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# find.sh nvrtc|nvcc|clang-format|cffi|torch: prints where it is, or nothing and fails.
+# find.sh nvrtc|nvcc|clang-format|cffi|torch|megatron: prints where it is, or nothing and fails.
 cd "$(dirname "$0")/.." || exit 1
 
 first() { # first FILE...: the first that exists
@@ -47,6 +47,10 @@ torch) # with what else the tests of the Python package need
         [ -n "$(ls -d build/venv/lib/python3*/site-packages/$package 2>/dev/null)" ] || exit 1
     done
     first build/venv/lib/python3*/site-packages/torch
+    exit 1
+    ;;
+megatron) # a dispatcher of its own runs on deep_ep
+    first build/venv/lib/python3*/site-packages/megatron/core
     exit 1
     ;;
 esac
