@@ -201,6 +201,7 @@ typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t byte
 /* Flags of ep_group_config. */
 #define EP_GROUP_EXPANDED_VIEW 1u /* room in the arena for expanded output as a view */
 #define EP_GROUP_LL_EXACT 2u /* room for answers of low-latency combines with EP_LL_EXACT */
+#define EP_GROUP_LL_MASKS 4u /* low-latency operations go on without ranks that are gone */
 
 /*
  * How a group is made. Ranks meet in one of four ways, the first that is set:
@@ -270,11 +271,13 @@ struct ep_group_config {
     int32_t ll_max_tokens;      /* the most tokens per rank of a low-latency operation; 0: the
                                      group has no low-latency mode, and no memory for it */
     int32_t reserved;
+    int64_t ll_timeout_ms; /* with EP_GROUP_LL_MASKS: how long a low-latency operation waits for
+                                a rank before it masks it; 0: timeout_ms */
 };
 #define EP_GROUP_CONFIG_INIT                                                                   \
     {                                                                                          \
         sizeof(struct ep_group_config), 0, 0, -1, -1, -1, NULL, NULL, NULL, NULL, NULL, 0, 0,  \
-            0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0                                           \
+            0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0                                        \
     }
 
 /* What a configuration costs, to the byte, before anything is allocated. */
@@ -366,7 +369,7 @@ struct ep_fault {
     uint32_t epoch;    /* number of that operation in the group, from 1 */
     int64_t waited_ms; /* how long the reporter had waited */
     char phase[32];    /* what it waited for: "ready", "counts", "bases", "rows", "answers",
-                          "consumed" */
+                          "consumed", "meeting" */
     char message[256]; /* one sentence */
 };
 #define EP_FAULT_INIT                                                                          \
@@ -381,6 +384,7 @@ struct ep_fault {
 #define EP_OP_COMBINE 2
 #define EP_OP_LL_DISPATCH 3
 #define EP_OP_LL_COMBINE 4
+#define EP_OP_LL_BARRIER 5
 
 /*
  * The group's fault, if any. Local, not blocking, callable at any time from any thread: a poll.
@@ -966,6 +970,77 @@ ep_status ep_ll_combine_recv(ep_group *group, const struct ep_ll_combine_args *a
  * a call that did nothing (told once), or the group's fault. Local, not blocking.
  */
 ep_status ep_ll_status(ep_group *group);
+
+/* ---------------------------------------------------------------------------------------------
+ * Masks of low-latency mode, of groups with EP_GROUP_LL_MASKS
+ *
+ * A rank that dies, destroys its group or does not come within ll_timeout_ms does not end the group:
+ * low-latency operations are completed without it. It is *masked*: from the next call on nothing is
+ * sent to it and nothing awaited from it. Each rank has its own masks; a rank that is masked is told,
+ * and masks whoever has done so. Of a masked rank
+ *   - a dispatch has counts of 0. Where they had come, but not all rows, its rows are zeros, recv_source
+ *     -1 and ranges 0, and counts stay; so it is for all of its rows, also those that had come
+ *   - a combine leaves its answers out of the sum; weights are not scaled up
+ * The call that masks returns EP_ERR_TIMEOUT (the rank is late, or stopped) or EP_ERR_PEER (it is gone,
+ * or has masked this rank), once, although all outputs are set; of enqueued work ep_stream_sync and
+ * ep_ll_status tell it. One deadline holds for all waits of a half, however many ranks are gone; it is
+ * doubled for ranks that have said that they wait for others themselves. No wait is longer.
+ * While a rank is masked or dead, operations of throughput mode return EP_ERR_PEER; one that is under
+ * way then ends the group, as a rank does that is late for one.
+ *
+ * To come back: ep_ll_unmask_rank on both sides, then ep_ll_barrier on all ranks that are to go on.
+ * ------------------------------------------------------------------------------------------ */
+
+#define EP_LL_MASK_NONE 0
+#define EP_LL_MASK_GONE 1    /* its process died, or it has called ep_group_destroy */
+#define EP_LL_MASK_STOPPED 2 /* it did not come in time: its process was stopped (SIGSTOP) */
+#define EP_LL_MASK_LATE 3    /* it did not come in time, and runs */
+#define EP_LL_MASK_BY_IT 4   /* it has masked this rank */
+#define EP_LL_MASK_BY_CALLER 5
+
+/* Why a rank is masked, as found out when this rank's host learnt of it. */
+struct ep_ll_mask {
+    uint32_t size;
+    int32_t why;       /* EP_LL_MASK_... */
+    int32_t operation; /* EP_OP_LL_... that masked it */
+    int32_t reserved;
+    int64_t waited_ms;
+    char phase[32];    /* what was waited for, as in ep_fault */
+    char message[256]; /* one sentence */
+};
+#define EP_LL_MASK_INIT                                                                        \
+    {                                                                                          \
+        sizeof(struct ep_ll_mask), 0, 0, 0, 0, {0}, {                                          \
+            0                                                                                  \
+        }                                                                                      \
+    }
+
+/*
+ * Masks a rank, in the order of `stream`. Enqueues; may be captured. EP_ERR_ARG: this rank itself, or
+ * none of the group. EP_ERR_UNSUPPORTED, as of all here: the group has no masks.
+ */
+ep_status ep_ll_mask_rank(ep_group *group, int rank, void *stream);
+/* Wants the rank back (-1: all that are masked) at the next ep_ll_barrier. Enqueues. */
+ep_status ep_ll_unmask_rank(ep_group *group, int rank, void *stream);
+/* Which ranks are masked: masks is [R] EP_I32, contiguous, 1 or 0. Enqueues; may be captured. */
+ep_status ep_ll_masks(ep_group *group, struct ep_tensor *masks, void *stream);
+/* Local, not blocking. */
+ep_status ep_ll_mask_report(ep_group *group, int rank, struct ep_ll_mask *report);
+
+/*
+ * The memory of this rank that rows and answers of low-latency mode travel through, as EP_U8: while
+ * nothing is in flight, here and at the peers, it may be filled with anything; nothing need. Local, not
+ * blocking.
+ */
+ep_status ep_ll_memory(ep_group *group, struct ep_tensor *view);
+
+/*
+ * A meeting of the ranks that have not masked each other, and of those that want each other back:
+ * collective among them, enqueues on `stream`. Who does not come within twice ll_timeout_ms is masked,
+ * and told as by an operation. From here on all who have met count their operations alike: handles of
+ * before are refused. EP_ERR_STATE: an operation was sent and not received here.
+ */
+ep_status ep_ll_barrier(ep_group *group, void *stream);
 
 #ifdef __cplusplus
 }

@@ -29,6 +29,7 @@
 /* A word of 64 bits: of which operation (or handle) it is, and what it says. */
 #define K_WORD(epoch, value) (((k_u64)(k_u32)(epoch) << 32) | (k_u32)(value))
 
+#define K_MAX_RANKS 1024
 #define K_MAX_TOPK 64
 #define K_MAX_BLOCKS 256
 
@@ -80,6 +81,7 @@
 #define K_OP_LL_DISPATCH                                                                       \
     3u /* of low-latency mode, in which kernels count operations themselves */
 #define K_OP_LL_COMBINE 4u
+#define K_OP_LL_MASKS 5u
 #define K_SIG_CACHED (1u << 4)
 #define K_SIG_WEIGHTS (1u << 5)
 #define K_SIG_TOPK_SHIFT 6
@@ -130,6 +132,7 @@
 #define K_PHASE_SELF 6     /* another block of the same rank */
 #define K_PHASE_CONSUMED 7 /* low-latency mode: that a peer has received an earlier operation */
 #define K_PHASE_WEIGHTS 8  /* low-latency mode: those that a combine's caller gives */
+#define K_PHASE_MEETING 9  /* and that it comes to a barrier */
 
 /*
  * An abort word ends waits; struct k_board says who writes one. By bits:
@@ -202,6 +205,10 @@ struct k_board {
     k_u64
         orphan_since; /* of one that is a thread: k_now(), or ran_ns, when its last thread ended;
                            or 0 */
+    k_u64 gone[K_MAX_RANKS /
+               64];  /* bits, by hosts of groups with masks: who is dead, or has left */
+    k_u64 masked;    /* not 0: there is a mask ... */
+    k_u64 mask_news; /* ... and masks have changed; 0 once the host has looked */
 };
 
 /* How an operation ended that did not end well; k_ctl.how_ended. */
@@ -434,7 +441,7 @@ struct k_hooks {
 _Static_assert(sizeof(struct k_array) == 24, "k_array");
 _Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
 _Static_assert(sizeof(struct k_fault) == 48, "k_fault");
-_Static_assert(sizeof(struct k_board) == 10 * 8 + 48, "k_board");
+_Static_assert(sizeof(struct k_board) == 12 * 8 + K_MAX_RANKS / 8 + 48, "k_board");
 _Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
 _Static_assert(sizeof(struct k_handle) == 26 * 8, "k_handle");
 _Static_assert(sizeof(struct k_op) == 216 + 208 + 32 + 24, "k_op");

@@ -23,12 +23,47 @@
 struct k_ll_ctl {
     k_u64 sent[K_LL_KINDS];
     k_u64 received[K_LL_KINDS][2]; /* by slot */
+    /* What follows is of groups with masks. */
+    k_u64 kernels;           /* counts all of this mode, as the others count */
+    k_u64 floor[K_LL_KINDS]; /* numbers that the last barrier has agreed; even */
+    k_u64 meeting;           /* barriers so far */
+    k_i64 timeout_ns;
+    /* Of a half of a kernel (K_LL_HALF), the last in which ... */
+    k_u64 expired; /* ... a wait has lasted for all of the deadline; all others end with it */
+    k_u64 said;    /* ... others were told that this rank waits */
+    k_u64
+        mended; /* the last kernel in which a warp leaves last, to take out what is not whole */
 };
+
+/*
+ * What a rank with masks knows of a peer; in its own memory, beside k_ll_ctl. A mask counts for the
+ * kernels after the one that set it: all warps of a kernel agree on it.
+ */
+struct k_ll_peer {
+    k_u64 mask;     /* 0, or {number of the kernel that set it, K_LL_WHY_...} */
+    k_u64 waited;   /* {ms waited | phase : 16 | kind : 16} */
+    k_u64 verdict;  /* {number of the kernel, K_LL_PENDING, ...}: whether the counts hold */
+    k_u64 heard;    /* its word `waits` when the kernel began */
+    k_u64 wanted;   /* it is to come back in the next barrier */
+    k_u64 answered; /* the meeting of its that this rank has answered last */
+};
+#define K_LL_NOTE(kernel, what) ((k_u64)(kernel) << 3 | (k_u64)(what))
+#define K_LL_NOTED(note) ((k_i32)((note)&7))
+#define K_LL_WHY_GONE 1 /* it is dead, or in destroy */
+#define K_LL_WHY_LATE 2
+#define K_LL_WHY_MASKED_US 3
+#define K_LL_WHY_CALLER 4
+#define K_LL_PENDING 1
+#define K_LL_PRESENT 2
+#define K_LL_ABSENT 3
+#define K_LL_HALF(kernel, phase)                                                               \
+    (2 * (kernel) + ((phase) == K_PHASE_CONSUMED || (phase) == K_PHASE_WEIGHTS ? 0 : 1))
 
 /* Why a kernel has done nothing; k_board.refused. */
 #define K_REFUSED_SEND 1u    /* the operation two before it has not been received */
 #define K_REFUSED_RECEIVE 2u /* its operation was not sent, or has been received */
 #define K_REFUSED_HANDLE 3u  /* the handle is of no received dispatch, or of another shape */
+#define K_REFUSED_BARRIER 4u /* something is in flight */
 
 /* Two slots of a part for each rank, in every arena. */
 struct k_ll_region {
@@ -61,6 +96,8 @@ struct k_ll_region {
 #define K_LL_MOST_SLICES 8
 #define K_LL_CUT_BELOW 128 /* tokens: rows of so many or more are not cut */
 
+#define K_LL_MEETING 4 /* words */
+
 struct k_ll_map {
     struct k_ll_region counts;  /* a dispatch's header and counts, by source */
     struct k_ll_region arrived; /* a word for each slice of a row, by source */
@@ -70,7 +107,12 @@ struct k_ll_map {
     struct k_ll_region weights; /* words: those given at combine, [row][K], by owner */
     struct k_ll_region rows;    /* received rows, each with its sidecar, by source */
     struct k_ll_region answers; /* [tokens][row] or [tokens][K][row], by answering rank */
-    k_u64 consumed; /* [R][4] words by writer: {kind, slot} whose operation it has received */
+    k_u64 consumed;  /* [R][4] words by writer: {kind, slot} whose operation it has received */
+    k_u64 masked_by; /* [R] by writer: not 0: it has masked this rank */
+    k_u64 waits; /* [R] by writer: K_LL_HALF of its kernel in which a wait has become long */
+    k_u64
+        meeting; /* [R][K_LL_MEETING] by writer: {its meeting | the reader's that it answers}, then
+                        the largest number of each kind that it has seen */
     /* In a handle, from its start. */
     k_u64
         dest; /* [tokens][K] K_LL_DEST of the ranks that a token goes to, ascending, then -1 */
@@ -101,6 +143,7 @@ struct k_ll_head {
 struct k_ll {
     struct k_ll_ctl *ctl;
     struct k_ll_head *head;
+    struct k_ll_peer *peers; /* [R]; NULL: a group without masks */
     struct k_ll_map map;
     k_i32 group_tokens, group_topk; /* by which handles are laid out */
     k_i32 max_tokens;               /* of this call */
@@ -135,14 +178,30 @@ struct k_ll_combine_args {
     struct k_array x, weights, out;
 };
 
-_Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 8 * 8, "k_ll_map");
+/* What a caller wants of masks. */
+#define K_LL_ASK 0
+#define K_LL_MASK 1
+#define K_LL_UNMASK 2
+#define K_LL_BARRIER 3
+
+struct k_ll_masks_args {
+    K_OP_FIELDS
+    struct k_ll ll;
+    k_i32 what, rank;     /* of K_LL_UNMASK: -1: all */
+    struct k_array masks; /* [R] int32 */
+};
+
+_Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 11 * 8, "k_ll_map");
 _Static_assert(sizeof(struct k_ll_head) == 64, "k_ll_head");
-_Static_assert(sizeof(struct k_ll) == 16 + sizeof(struct k_ll_map) + 16, "k_ll");
+_Static_assert(sizeof(struct k_ll) == 24 + sizeof(struct k_ll_map) + 16, "k_ll");
 _Static_assert(sizeof(struct k_ll_dispatch_args) ==
                    sizeof(struct k_op) + sizeof(struct k_ll) + 24 + 12 * 24,
                "k_ll_dispatch_args");
 _Static_assert(sizeof(struct k_ll_combine_args) ==
                    sizeof(struct k_op) + sizeof(struct k_ll) + 8 + 3 * 24,
                "k_ll_combine_args");
+_Static_assert(sizeof(struct k_ll_masks_args) ==
+                   sizeof(struct k_op) + sizeof(struct k_ll) + 8 + 24,
+               "k_ll_masks_args");
 
 #endif

@@ -20,7 +20,8 @@
     X(DISPATCH, dispatch, "kernel/dispatch.k.c", k_dispatch_args, THROUGHPUT)                  \
     X(COMBINE, combine, "kernel/combine.k.c", k_combine_args, THROUGHPUT)                      \
     X(LL_DISPATCH, ll_dispatch, "kernel/ll_dispatch.k.c", k_ll_dispatch_args, LOW_LATENCY)     \
-    X(LL_COMBINE, ll_combine, "kernel/ll_combine.k.c", k_ll_combine_args, LOW_LATENCY)
+    X(LL_COMBINE, ll_combine, "kernel/ll_combine.k.c", k_ll_combine_args, LOW_LATENCY)         \
+    X(LL_MASKS, ll_masks, "kernel/ll_masks.k.c", k_ll_masks_args, LOW_LATENCY)
 
 #define K_KERNEL_SETS(X) X(THROUGHPUT) X(LOW_LATENCY)
 

@@ -47,6 +47,7 @@
  *               k_fetch_add(p, v)        adds, returns the old value, orders like release and acquire
  *               k_add(p, v)              adds to a sum that nobody waits for; orders nothing
  *               k_raise_to(p, v)         *p becomes v if that is more; orders nothing
+ *               k_raise_old(p, v)        the same; returns the old value, and is a full fence
  *               k_take_next(k, p)        the warp takes the next number of a counter
  *               k_add_last(p, v)         adds, after all that this lane has done
  * Numbers       k_min(a, b), k_max(a, b)
@@ -74,6 +75,15 @@
 
 struct k_peer {
     k_u64 address;
+};
+
+/* Of low-latency mode in a group with masks, what a warp knows; mask.h. */
+struct k_mask_thread {
+    const struct k_ll *ll; /* NULL: no masks */
+    k_u64 kernel;          /* its number */
+    k_i32 is_gone;    /* of a lane: a wait since this was set to 0 has ended without its peer */
+    k_i32 gave_up;    /* the same since the kernel began */
+    k_i32 is_mending; /* the others have left: masks of this kernel count, too */
 };
 
 #if defined(__CUDACC__)
@@ -197,6 +207,8 @@ static K_COLD void k_tell_late(const struct k_group *g, k_i32 kind, k_u64 word,
     ((k)->hooks ? (k)->hooks->late : k_tell_late)((k)->g, (k)->kind, word, waited_ns)
 #endif
 
+#include "kernel/mask.h"
+
 /*
  * Whether nobody is left that could bring the rank that is waited for to the operation. It may be on
  * its way from one thread to another, so that is looked at when the wait, and this, have lasted.
@@ -264,10 +276,10 @@ static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame
 #define K_LOOK_NS 1000000
 #if defined(__CUDACC__)
 #define K_SPINNER                                                                              \
-    { 0, K_LOOK_NS, 0, 0 }
+    { 0, K_LOOK_NS, 0, 0, 0 }
 #else
 #define K_SPINNER                                                                              \
-    { 0, K_LOOK_NS, 0, 0, 0, 0 }
+    { 0, K_LOOK_NS, 0, 0, 0, 0, 0 }
 #endif
 
 /*
@@ -288,13 +300,41 @@ static K_INLINE k_i64 k_counted(struct k_spinner *s, k_i64 waited, k_u64 ran) {
 /*
  * Whether abort word w, which a peer has told, ends a wait for `peer`. In low-latency mode every fault
  * does, as its numbers are not those of throughput operations; and that `peer` itself is in destroy,
- * as it has sent all that it ever will.
+ * as it has sent all that it ever will. With masks it is left out for that.
  */
-static K_INLINE k_bool k_ends(k_i32 kind, k_u64 w, k_u32 epoch, k_i32 peer) {
-    if (kind < (k_i32)K_OP_LL_DISPATCH) {
-        return K_ABORT_ENDS(w, epoch);
+static K_INLINE k_bool k_ends(const struct k_thread *k, k_u64 w, k_i32 peer) {
+    if (k->kind < (k_i32)K_OP_LL_DISPATCH) {
+        return K_ABORT_ENDS(w, k->epoch);
     }
-    return w != 0 && (K_ABORT_STATUS(w) != 0 || K_ABORT_SUBJECT(w) == peer);
+    return w != 0 && (K_ABORT_STATUS(w) != 0 || (!k->mask.ll && K_ABORT_SUBJECT(w) == peer));
+}
+
+/* Only in groups with masks; in others a death is an abort word. */
+static K_INLINE k_bool k_has_gone(const struct k_thread *k, k_i32 peer) {
+    return (k_load(&k->board->gone[peer / 64]) >> (peer % 64) & 1u) != 0;
+}
+
+/* One more turn of a wait for which masks hold: false when it ends without its peer. `looks`: it is time
+ * to look at what is further away. */
+static K_INLINE k_bool k_spin_masked(struct k_thread *k, struct k_spinner *s, k_i32 peer,
+                                     k_i32 phase, k_i64 waited, k_bool looks) {
+    struct k_mask_thread *m = &k->mask;
+    /* This rank's own blocks have deadlines. */
+    if (peer == k->g->rank || (!looks && k_load(&m->ll->peers[peer].mask) == 0)) {
+        return 1;
+    }
+    const k_i32 what =
+        k_mask_look(k->g, m->ll, m->kernel, k->kind, peer, phase, waited, s->again,
+                    k_has_gone(k, peer) || k_is_orphan(k, peer, waited));
+    if (what == K_MASK_WAIT_AGAIN) {
+        s->since = s->look = 0;
+        s->ran = 0;
+        s->again = 1;
+    }
+    if (what == K_MASK_LEAVE_OUT) {
+        m->gave_up = m->is_gone = 1;
+    }
+    return what != K_MASK_LEAVE_OUT;
 }
 
 /* One more turn of a wait that began at s->since: false when it must end. Called by one lane. */
@@ -306,21 +346,26 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     if (!k_pause(s)) {
         return 1; /* time is looked at every now and then only */
     }
-    k_i64 waited = k_waited(s, k_now(), ctl->timeout_ns);
+    k_i64 waited =
+        k_waited(s, k_now(), k->mask.ll ? k->mask.ll->ctl->timeout_ns : ctl->timeout_ns);
     /* The board is further away than the memory that is awaited. Who works alone (kind 0) goes on
      * when others have left. */
-    if (k->kind && waited >= s->look) {
+    const k_bool looks = k->kind && waited >= s->look;
+    if (looks) {
         const struct k_board *board = k->board;
         waited = k_counted(s, waited, k_load(&board->ran_ns));
         s->look = waited + K_LOOK_NS;
-        if (k_load(&board->abort) != 0 ||
-            k_ends(k->kind, k_load(&board->told), k->epoch, peer)) {
+        if (k_load(&board->abort) != 0 || k_ends(k, k_load(&board->told), peer) ||
+            (!k->mask.ll && k_has_gone(k, peer))) {
             return 0;
         }
     }
     /* A block that waits for another of its rank is not the one to say for whom. */
     if (waited > ctl->late_ns && phase != K_PHASE_SELF) {
         K_LATE(k, K_WORD(k->epoch, ((k_u32)phase << 16) | (k_u32)peer), waited);
+    }
+    if (k->mask.ll) {
+        return k_spin_masked(k, s, peer, phase, waited, looks);
     }
     if (k_is_orphan(k, peer, waited)) {
         struct k_blame b = {K_ERR_PEER, phase, peer, 0, 0, 0};
@@ -351,7 +396,7 @@ static K_INLINE k_bool k_await_as(struct k_thread *k, const k_u64 *word, k_u32 e
             if (k->lane == 0) {
                 k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
             }
-            ok = ok || (k_u32)(w >> 32) == epoch;
+            ok = ok || (k_u32)(w >> 32) == epoch || k->mask.is_gone;
         }
         *value = (k_u32)w;
     }
@@ -413,7 +458,7 @@ static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step
         if (k->lane == 0) {
             k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
         }
-        ok = ok || all;
+        ok = ok || all || k->mask.is_gone;
     }
     K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
         value[i] = (k_u32)w[i];
@@ -513,6 +558,8 @@ static K_INLINE void k_enter(struct k_thread *k, const struct k_group *g, k_i32 
     k->kind = kind;
     k->epoch = K_NEXT((k_u32)k_load(&g->ctl->epoch));
     k->board = k_board_of(g, g->rank);
+    k->mask.ll = 0;
+    k->mask.is_gone = 0;
     if (kind && k->block == 0 && k->warp == 0 && k->lane == 0) {
         k_store((k_u64 *)&g->ctl->begun_ns, (k_u64)k_now());
     }

@@ -39,6 +39,7 @@ struct k_thread {
     k_u32 epoch;
     const struct k_group *g;
     const struct k_board *board;
+    struct k_mask_thread mask;
 };
 
 #define K_KERNEL(name, args_t)                                                                 \
@@ -127,6 +128,15 @@ static K_INLINE k_bool k_claim(k_u64 *p) {
 
 static K_INLINE void k_raise_to(k_u64 *p, k_u64 v) {
     asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+static K_INLINE k_u64 k_raise_old(k_u64 *p, k_u64 v) {
+    k_u64 old;
+    asm volatile("atom.acq_rel.gpu.global.max.u64 %0, [%1], %2;\n\tfence.sc.sys;"
+                 : "=l"(old)
+                 : "l"(p), "l"(v)
+                 : "memory");
+    return old;
 }
 
 static K_INLINE void k_post(struct k_peer at, k_u64 word) {
@@ -223,7 +233,8 @@ static K_INLINE void k_acquired(struct k_thread *k) {
 struct k_spinner {
     k_i64 since, look; /* when the wait began; how long it may last before the next look */
     k_u32 turns;
-    k_u64 ran; /* what the host said when it looked first */
+    k_u64 ran;    /* what the host said when it looked first */
+    k_bool again; /* it was granted the time once more (mask.h) */
 };
 
 static K_INLINE k_bool k_pause(struct k_spinner *s) {

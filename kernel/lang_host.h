@@ -44,6 +44,7 @@ struct k_thread {
     const struct k_board *board;
     struct k_team *team;
     const struct k_hooks *hooks; /* NULL: what they would be told is left on the board */
+    struct k_mask_thread mask;
 };
 
 typedef void (*k_entry_fn)(struct k_thread *k, const void *args);
@@ -116,6 +117,15 @@ static K_INLINE void k_raise_to(k_u64 *p, k_u64 v) {
     while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED,
                                                    __ATOMIC_RELAXED)) {
     }
+}
+
+/* The same, and returns what it was. Orders like a full fence, and so in one order with those of all. */
+static K_INLINE k_u64 k_raise_old(k_u64 *p, k_u64 v) {
+    k_u64 old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(p, &old, old < v ? v : old, false, __ATOMIC_SEQ_CST,
+                                        __ATOMIC_RELAXED)) {
+    }
+    return old;
 }
 
 static K_INLINE void k_post(struct k_peer at, k_u64 word) {
@@ -199,9 +209,10 @@ static K_INLINE void k_syncwarp(struct k_thread *k) {
 struct k_spinner {
     k_i64 since, look; /* when the wait began; how long it may last before the next look */
     k_u32 turns;
-    k_i64 last; /* when it last looked at the clock */
-    k_i64 idle; /* since when it leaves the core to others */
-    k_u64 ran;  /* what a CUDA rank's host said when it looked first */
+    k_i64 last;   /* when it last looked at the clock */
+    k_i64 idle;   /* since when it leaves the core to others */
+    k_u64 ran;    /* what a CUDA rank's host said when it looked first */
+    k_bool again; /* it was granted the time once more (mask.h) */
 };
 
 /* How long a wait yields; then it naps, for a part of what it has lasted, in these bounds. */

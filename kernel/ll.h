@@ -12,8 +12,8 @@
 /* What a kernel is about: set by ll_begin, the same for all its warps. */
 struct ll_call {
     const struct k_ll *ll;
-    k_u64 number;
-    k_i32 kind, slot; /* kind: 0 dispatch, 1 combine */
+    k_u64 number, floor; /* floor: what the last barrier agreed; 0 without masks */
+    k_i32 kind, slot;    /* kind: 0 dispatch, 1 combine */
     k_u32 tag;
     k_bool sends, receives;
 };
@@ -63,12 +63,16 @@ static K_INLINE k_u64 ll_count(const k_u64 *counter) {
     return k_load(counter) >> K_LL_SHARE_BITS;
 }
 
-/* Every warp's last act for a counter of kernels. */
-static K_INLINE void ll_share(const struct k_thread *k, k_u64 *counter) {
+static K_INLINE k_u32 ll_share_of(const struct k_thread *k) {
     const k_u32 warps = (k_u32)(k->num_blocks * k->num_warps), all = 1u << K_LL_SHARE_BITS;
     const k_u32 i = (k_u32)(k->block * k->num_warps + k->warp);
+    return all / warps + (i < all % warps ? 1u : 0u);
+}
+
+/* Every warp's last act for a counter of kernels. */
+static K_INLINE void ll_share(const struct k_thread *k, k_u64 *counter) {
     if (k->lane == 0) {
-        k_add_last(counter, all / warps + (i < all % warps ? 1u : 0u));
+        k_add_last(counter, ll_share_of(k));
     }
 }
 
@@ -82,6 +86,9 @@ static K_INLINE void ll_fail(struct k_thread *k) {
 static K_INLINE void ll_leave(struct k_thread *k, const struct ll_call *c) {
     struct k_ll_ctl *ctl = c->ll->ctl;
     k_syncwarp(k);
+    if (k->mask.ll) {
+        ll_share(k, &ctl->kernels);
+    }
     if (c->receives) {
         ll_share(k, &ctl->received[c->kind][c->slot]);
     }
@@ -125,6 +132,69 @@ static K_INLINE k_u64 ll_before(k_u64 n) {
     return (n - 1) / 2;
 }
 
+/* ---- masks ---------------------------------------------------------------------------------- */
+
+/* What a warp knows of masks when the kernel begins. */
+static K_INLINE void ll_enter(struct k_thread *k, const struct k_ll *ll) {
+    k->board = k_board_of(k->g, k->g->rank);
+    k->mask.ll = ll->peers ? ll : 0;
+    k->mask.kernel = ll->peers ? ll_count(&ll->ctl->kernels) + 1 : 0;
+    k->mask.is_gone = k->mask.gave_up = k->mask.is_mending = 0;
+}
+
+/* Before this kernel began. */
+static K_INLINE k_bool ll_was_masked(const struct k_thread *k, k_u64 mask) {
+    return mask != 0 && mask < K_LL_NOTE(k->mask.kernel, 0);
+}
+
+/* Nothing is sent to rank p or awaited from there: it was left out before this kernel, and for the warp
+ * that leaves last also in it. */
+static K_INLINE k_bool ll_is_masked(const struct k_thread *k, k_i32 p) {
+    const k_u64 mask = k->mask.ll ? k_load(&k->mask.ll->peers[p].mask) : 0;
+    return k->mask.is_mending ? mask != 0 : ll_was_masked(k, mask);
+}
+
+/* Of some lane, mask.is_gone. */
+static K_INLINE k_bool ll_any_gone(struct k_thread *k) {
+    return k->mask.ll && k_ballot(k, k->mask.is_gone) != 0;
+}
+
+/* One warp, when the kernel begins: what each peer has said of its waits so far is not about this kernel;
+ * and who has masked this rank is masked too, from the next kernel on, unless this is a barrier. */
+static K_FN void ll_hear(struct k_thread *k, k_bool masks) {
+    const struct k_ll *ll = k->mask.ll;
+    for (k_i32 p = k->lane; p < k->g->num_ranks; p += K_LANES) {
+        k_store(&ll->peers[p].heard, k_load(k_mask_word(k->g, ll->map.waits, p)));
+        if (masks && k_load(k_mask_word(k->g, ll->map.masked_by, p)) != 0) {
+            k_mask(k->g, ll, k->mask.kernel, k->kind, p, K_PHASE_NONE, K_LL_WHY_MASKED_US, 0);
+        }
+    }
+}
+
+/*
+ * At the end of a kernel in which a warp has gone on without a peer: one of those warps stays until all
+ * others have left, and then makes whole what some of them have done with that peer and others without.
+ */
+static K_FN k_bool ll_is_mender(struct k_thread *k, const struct ll_call *c) {
+    if (!k->mask.ll || !c->receives || k_ballot(k, k->mask.gave_up) == 0) {
+        return 0;
+    }
+    struct k_ll_ctl *ctl = c->ll->ctl;
+    const k_u64 one = 1ull << K_LL_SHARE_BITS;
+    k_bool mine = 0;
+    if (k->lane == 0) {
+        mine = k_raise_old(&ctl->mended, k->mask.kernel) < k->mask.kernel;
+        struct k_spinner s = K_SPINNER;
+        while (mine && (k_acquire(&ctl->received[c->kind][c->slot]) & (one - 1)) !=
+                           ((one - ll_share_of(k)) & (one - 1))) {
+            k_pause(&s); /* their waits have deadlines */
+        }
+    }
+    k->mask.is_mending = k_ballot(k, mine) != 0;
+    k_syncwarp(k);
+    return k->mask.is_mending;
+}
+
 /*
  * The first thing that every warp does: which operation this is, and whether it is legal. All come to the
  * same answer, because nobody has left. False: nothing is to be done, nor counted.
@@ -134,7 +204,7 @@ static K_FN k_bool ll_begin(struct k_thread *k, const struct k_group *g, const s
     k->g = g;
     k->kind = op;
     k->epoch = 0;
-    k->board = k_board_of(g, g->rank);
+    ll_enter(k, ll);
     c->ll = ll;
     c->kind = op == (k_i32)K_OP_LL_COMBINE ? 1 : 0;
     c->sends = (flags & K_LL_SEND) != 0;
@@ -145,6 +215,7 @@ static K_FN k_bool ll_begin(struct k_thread *k, const struct k_group *g, const s
     } else {
         c->number = ll->head->owner == (k_u64)ll->ctl ? ll->head->number[c->kind] : 0;
     }
+    c->floor = k->mask.ll ? k_load(&ll->ctl->floor[c->kind]) : 0;
     c->slot = (k_i32)(c->number & 1);
     c->tag = c->number ? K_LL_TAG(c->number) : 0;
     k->epoch = c->tag;
@@ -159,19 +230,25 @@ static K_FN k_bool ll_begin(struct k_thread *k, const struct k_group *g, const s
 static K_INLINE void ll_hello(struct k_thread *k, const struct ll_call *c) {
     if (k->block == k->num_blocks - 1 && k->warp == k->num_warps - 1) {
         ll_tell_consumed(k, c->ll);
+        if (k->mask.ll) {
+            ll_hear(k, 1);
+        }
     }
 }
 
 /* ---- waits ---------------------------------------------------------------------------------- */
 
-/* Until rank p has received what this operation's slot held before; p < 0: nobody in this lane. */
+/* Until rank p has received what this operation's slot held before; p < 0: nobody in this lane. Where
+ * mask.is_gone is set afterwards, nothing is to be sent there. */
 static K_FN k_bool ll_await_free(struct k_thread *k, const struct ll_call *c, k_i32 p) {
     const struct k_group *g = k->g;
     const k_u64 *words = (const k_u64 *)k_own(g, c->ll->map.consumed);
     k_u32 value = 0;
-    if (c->number <= 2) {
+    k->mask.is_gone = p >= 0 && ll_is_masked(k, p);
+    if (c->number <= c->floor + 2) {
         return 1;
     }
+    p = k->mask.is_gone ? -1 : p;
     return k_await(k, p < 0 ? 0 : words + p * 2 * K_LL_KINDS + c->kind * 2 + c->slot,
                    K_LL_TAG(c->number - 2), k_max(p, 0), K_PHASE_CONSUMED, &value);
 }
@@ -193,7 +270,8 @@ static K_INLINE void ll_post_header(struct k_thread *k, const struct ll_call *c,
     }
 }
 
-/* Each lane awaits the header at `at` of a rank p of its own (NULL: none) and compares. */
+/* Each lane awaits the header at `at` of a rank p of its own (NULL: none) and compares. Of a rank that
+ * is gone it says 0. */
 static K_FN k_bool ll_await_header(struct k_thread *k, const struct ll_call *c, const k_u64 *at,
                                    k_i32 p, const struct ll_header *h, k_u32 *rows,
                                    k_u32 *slices) {
@@ -203,6 +281,7 @@ static K_FN k_bool ll_await_header(struct k_thread *k, const struct ll_call *c, 
     if (!k_await_words(k, at, 1, at ? K_LL_SLICES + 1 : 0, c->tag, p, phase, value)) {
         return 0;
     }
+    at = k->mask.is_gone ? 0 : at;
     K_UNROLL for (k_i32 i = 0; i < K_LL_COMPARED; i++) {
         if (at && same && value[i] != h->compared[i]) {
             struct k_blame b = {K_ERR_MISMATCH, phase, p, i, h->compared[i], value[i]};
@@ -210,8 +289,8 @@ static K_FN k_bool ll_await_header(struct k_thread *k, const struct ll_call *c, 
             same = 0;
         }
     }
-    *rows = value[K_LL_ROWS];
-    *slices = value[K_LL_SLICES];
+    *rows = k->mask.is_gone ? 0 : value[K_LL_ROWS];
+    *slices = k->mask.is_gone ? 0 : value[K_LL_SLICES];
     return k_all(k, same);
 }
 

@@ -133,9 +133,10 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
     const k_u32 weighted = K_LL_SIG_WEIGHTS | K_LL_SIG_WEIGHTS_NOW;
     const k_bool exact = (a->form & K_LL_SIG_EXACT) != 0;
     k_bool ok = ll_await_free(k, c, k->lane == 0 ? owner : -1);
-    if (ok && exact) {
+    const k_bool goes = ok && !ll_any_gone(k);
+    if (goes && exact) {
         ll_send_exact(k, a, c, owner, token * ll->head->topk, place, part);
-    } else if (ok && part.from < part.end) {
+    } else if (goes && part.from < part.end) {
         struct k_term *terms = ll_terms(k);
         const k_i32 num = ll_answer_terms(k, a, c, h, owner, j, part.from, terms);
         ok = num >= 0;
@@ -147,6 +148,9 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
     }
     if (!k_barrier(k, ok)) {
         return 0;
+    }
+    if (k->mask.ll && !k_barrier(k, !ll_any_gone(k))) {
+        return 1; /* the owner is left out */
     }
     for (k_i32 i = k->lane; k->warp == 0 && i < (exact ? ll->head->topk : 1); i += K_LANES) {
         if (!exact || place[i] >= 0) {
@@ -196,7 +200,7 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
     }
     for (k_i32 p = k_first(k, 0); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
         ok = ll_await_free(k, c, k->lane == 0 ? p : -1);
-        if (ok) {
+        if (ok && !k->mask.is_gone) {
             ll_post_header(k, c, k_peer_at(g, p, ll_part(g, c, &a->ll.map.header, g->rank)), h,
                            0, (k_u32)slices);
         }
@@ -204,7 +208,7 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
     ok = k_barrier(k, ok);
     for (k_i32 i = 0; ok && i < g->num_ranks; i++) {
         const k_i32 owner = (g->rank + 1 + i) % g->num_ranks;
-        const k_i32 units = ll_rows_from(&a->ll, owner) * slices;
+        const k_i32 units = ll_is_masked(k, owner) ? 0 : ll_rows_from(&a->ll, owner) * slices;
         for (k_i32 u = ll_first_unit(k, before); ok && u < units; u += k->num_blocks) {
             ok = ll_answer_slice(k, a, c, h, owner, u / slices, u % slices, slices);
         }
@@ -215,7 +219,8 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
 
 /* ---- receive -------------------------------------------------------------------------------- */
 
-/* The answers for token t from byte `from` on, when they are here; -1: they will not be. */
+/* The answers for token t from byte `from` on, when they are here, but for ranks that are left out; -1:
+ * they will not be. */
 static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_args *a,
                                  const struct ll_call *c, const struct ll_header *h, k_i32 t,
                                  k_i32 from, struct k_term *terms) {
@@ -229,9 +234,10 @@ static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_a
     k_i32 num = 0;
     for (k_i32 base = 0; base < a->ll.head->topk; base += K_LANES) {
         const k_i32 i = base + k->lane, d = i < a->ll.head->topk ? dest[i] : -1;
-        const k_i32 p = d < 0 ? -1 : K_LL_DEST_RANK(d);
+        const k_i32 p = d < 0 || ll_is_masked(k, K_LL_DEST_RANK(d)) ? -1 : K_LL_DEST_RANK(d);
         const k_i64 answer = exact ? (k_i64)t * a->ll.head->topk + i : t;
         k_u32 rows = 0, slices = 1, all = 0;
+        k->mask.is_gone = 0;
         const k_u64 *words = p >= 0 ? ll_own_words(g, c, &ll->map.answered, p) : 0;
         if (!ll_await_header(k, c, p >= 0 ? ll_own_words(g, c, &ll->map.header, p) : 0, p, h,
                              &rows, &slices) ||
@@ -239,8 +245,9 @@ static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_a
                              p, K_PHASE_ANSWERS)) {
             return -1;
         }
-        const k_i32 at = num + (k_i32)k_scan(k, p >= 0, &all);
-        if (p >= 0) {
+        const k_bool here = p >= 0 && !k->mask.is_gone;
+        const k_i32 at = num + (k_i32)k_scan(k, here, &all);
+        if (here) {
             terms[at].row = k_own(g, ll_part(g, c, &ll->map.answers, p) +
                                          (k_u64)answer * (k_u64)ll->wire_bytes) +
                             from;
@@ -254,6 +261,21 @@ static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_a
     return num;
 }
 
+/* Bytes part.from to part.end of token t's sum. */
+static K_FN k_bool ll_sum_part(struct k_thread *k, const struct k_ll_combine_args *a,
+                               const struct ll_call *c, const struct ll_header *h, k_i32 t,
+                               struct ll_span part) {
+    struct k_term *terms = ll_terms(k);
+    const k_i32 num = ll_token_terms(k, a, c, h, t, part.from, terms);
+    if (num < 0) {
+        return 0;
+    }
+    k_reduce(k, k_peer_own(k_row(&a->out, t) + (k_u64)part.from), K_BF16,
+             (a->form & K_LL_SIG_EXACT) != 0, part.end - part.from, terms, num);
+    k_syncwarp(k);
+    return 1;
+}
+
 /* Also from ranks that answer nothing a header is awaited: whoever differs is told so. */
 static K_FN k_bool ll_await_headers(struct k_thread *k, const struct k_ll_combine_args *a,
                                     const struct ll_call *c, const struct ll_header *h) {
@@ -261,28 +283,42 @@ static K_FN k_bool ll_await_headers(struct k_thread *k, const struct k_ll_combin
     k_bool ok = 1;
     for (k_i32 p = k_first(k, 0); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
         k_u32 rows = 0, slices = 1;
+        k->mask.is_gone = ll_is_masked(k, p);
         ok = ll_await_header(k, c, ll_own_words(g, c, &a->ll.map.header, p), p, h, &rows,
                              &slices);
     }
     return ok;
 }
 
+/* By the warp that leaves last: answers of ranks that this kernel has left out were added by some and not
+ * by others. Of the tokens that went there they are left out altogether. */
+static K_FN k_bool ll_sum_again(struct k_thread *k, const struct k_ll_combine_args *a,
+                                const struct ll_call *c, const struct ll_header *h) {
+    const struct k_ll *ll = &a->ll;
+    for (k_i32 t = 0; t < a->tokens; t++) {
+        const k_i32 *dest =
+            (const k_i32 *)ll_in_handle(ll, ll->map.dest) + (k_i64)t * ll->group_topk;
+        k_bool again = 0;
+        for (k_i32 i = k->lane; i < a->ll.head->topk; i += K_LANES) {
+            again = again || (dest[i] >= 0 && ll_is_masked(k, K_LL_DEST_RANK(dest[i])));
+        }
+        const struct ll_span row = {0, a->row_bytes};
+        if (k_ballot(k, again) != 0 && !ll_sum_part(k, a, c, h, t, row)) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_combine_args *a,
                                       const struct ll_call *c, const struct ll_header *h) {
     const k_i32 slices = ll_slices(a->tokens);
-    struct k_term *terms = ll_terms(k);
     for (k_i32 u = k->block; u < a->tokens * slices; u += k->num_blocks) {
         const k_i32 t = u / slices;
         const struct ll_span part =
             ll_warp_part(k, ll_cut(a->row_bytes, 16 * K_LANES, slices, u % slices));
-        if (part.from < part.end) {
-            const k_i32 num = ll_token_terms(k, a, c, h, t, part.from, terms);
-            if (num < 0) {
-                return 0;
-            }
-            k_reduce(k, k_peer_own(k_row(&a->out, t) + (k_u64)part.from), K_BF16,
-                     (a->form & K_LL_SIG_EXACT) != 0, part.end - part.from, terms, num);
-            k_syncwarp(k);
+        if (part.from < part.end && !ll_sum_part(k, a, c, h, t, part)) {
+            return 0;
         }
     }
     return ll_await_headers(k, a, c, h);
@@ -294,12 +330,12 @@ static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_comb
 static K_FN k_bool ll_knows(struct k_thread *k, const struct k_ll_combine_args *a) {
     const struct k_ll_head *h = a->ll.head;
     const k_u64 n = h->number[0];
-    const k_bool good = h->owner == (k_u64)a->ll.ctl && n > 0 &&
-                        (a->tokens < 0 || h->tokens == a->tokens) &&
-                        (a->topk == 0 || h->topk == a->topk) && h->experts == a->g.experts &&
-                        ((h->signature ^ a->form) & K_LL_SIG_COMPACT) == 0 &&
-                        h->max_tokens == a->ll.max_tokens &&
-                        ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
+    const k_bool good =
+        h->owner == (k_u64)a->ll.ctl && n > (k->mask.ll ? k_load(&a->ll.ctl->floor[0]) : 0) &&
+        (a->tokens < 0 || h->tokens == a->tokens) && (a->topk == 0 || h->topk == a->topk) &&
+        h->experts == a->g.experts && ((h->signature ^ a->form) & K_LL_SIG_COMPACT) == 0 &&
+        h->max_tokens == a->ll.max_tokens &&
+        ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
     return good || ll_refuse(k, K_REFUSED_HANDLE);
 }
 
@@ -307,8 +343,9 @@ static K_FN void ll_combine_run(struct k_thread *k, const struct k_ll_combine_ar
                                 const struct ll_call *c) {
     struct ll_header h;
     ll_combine_header(a, &h);
-    if ((c->sends && !ll_combine_send(k, a, c, &h)) ||
-        (c->receives && !ll_combine_receive(k, a, c, &h))) {
+    const k_bool ok = (!c->sends || ll_combine_send(k, a, c, &h)) &&
+                      (!c->receives || ll_combine_receive(k, a, c, &h));
+    if (!ok || (ll_is_mender(k, c) && !ll_sum_again(k, a, c, &h))) {
         ll_fail(k);
     }
     ll_leave(k, c);

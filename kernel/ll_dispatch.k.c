@@ -29,5 +29,8 @@ K_KERNEL(ll_dispatch, k_ll_dispatch_args) {
     if (!ok) {
         ll_fail(k);
     }
+    if (ok && ll_is_mender(k, &c)) {
+        ll_wipe(k, a, &c, &s);
+    }
     ll_leave(k, &c);
 }

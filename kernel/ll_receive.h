@@ -14,6 +14,13 @@ static K_INLINE k_i32 ll_expert_rows(const struct k_ll_dispatch_args *a) {
     return a->g.num_ranks * a->ll.max_tokens;
 }
 
+/* Nothing of this source holds: it was masked before, or its counts did not come (ll_settle). */
+static K_INLINE k_bool ll_is_absent(const struct k_thread *k, k_i32 source) {
+    const struct k_ll_peer *p = k->mask.ll ? &k->mask.ll->peers[source] : 0;
+    return p && (ll_was_masked(k, k_load(&p->mask)) ||
+                 k_load(&p->verdict) == K_LL_NOTE(k->mask.kernel, K_LL_ABSENT));
+}
+
 static K_INLINE const k_u64 *ll_counts_of(const struct k_ll_dispatch_args *a,
                                           const struct ll_call *c, k_i32 source) {
     return ll_own_words(&a->g, c, &a->ll.map.counts, source);
@@ -25,10 +32,67 @@ static K_INLINE k_bool ll_compact(const struct k_ll_dispatch_args *a) {
 
 /* ---- counts --------------------------------------------------------------------------------- */
 
-/* In a source's message: its selections of local expert e, or (e = L) its rows for this rank. */
-static K_INLINE const k_u64 *ll_count_word(const struct k_ll_dispatch_args *a,
+/* Whether all words of a source's counts are here, which each lane has for itself; or NULL. */
+static K_FN k_bool ll_await_counts(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                   const struct ll_call *c, k_i32 source, k_bool looks) {
+    const k_i32 num = K_LL_HEADER + a->g.num_local;
+    const k_u64 *words = ll_counts_of(a, c, source);
+    k_bool ok = 1;
+    for (k_i32 base = 0; ok && base < num; base += K_LANES) {
+        const k_i32 i = base + k->lane;
+        const k_bool is_word = i <= K_LL_SLICES || (i >= K_LL_HEADER && i < num);
+        k_u32 value = 0;
+        if (looks) {
+            ok = k_all(k, !is_word || (k_u32)(k_load(words + i) >> 32) == c->tag);
+        } else {
+            ok = k_await_word(k, is_word ? words + i : 0, c->tag, source, K_PHASE_COUNTS,
+                              &value);
+        }
+    }
+    return ok;
+}
+
+/*
+ * With masks every block knows of every source whether its counts hold before it relies on any, as all
+ * places depend on that; and all blocks must think the same. Who has waited in vain claims the verdict
+ * and looks once more before it says so. Who has seen the counts looks at the verdict behind them: in the
+ * opposite order, so that one of the two sees the other.
+ */
+static K_FN k_bool ll_settle(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                             const struct ll_call *c) {
+    k_bool ok = 1;
+    for (k_i32 s = k->warp; ok && s < a->g.num_ranks; s += k->num_warps) {
+        if (ll_is_masked(k, s)) {
+            continue;
+        }
+        k_u64 *verdict = &k->mask.ll->peers[s].verdict;
+        const k_u64 pending = K_LL_NOTE(k->mask.kernel, K_LL_PENDING);
+        k->mask.is_gone = 0;
+        ok = ll_await_counts(k, a, c, s, 0);
+        if (ll_any_gone(k) &&
+            k_ballot(k, k->lane == 0 && k_raise_old(verdict, pending) < pending) != 0) {
+            const k_bool here = ll_await_counts(k, a, c, s, 1);
+            if (k->lane == 0) {
+                k_publish_local(verdict,
+                                K_LL_NOTE(k->mask.kernel, here ? K_LL_PRESENT : K_LL_ABSENT));
+            }
+        }
+        struct k_spinner spin = K_SPINNER;
+        while (k_acquire(verdict) == pending) {
+            k_pause(&spin); /* who has claimed it waits for nobody */
+        }
+    }
+    return k_barrier(k, ok);
+}
+
+/* In a source's message: its selections of local expert e, or (e = L) its rows for this rank. NULL: it
+ * has none. */
+static K_INLINE const k_u64 *ll_count_word(const struct k_thread *k,
+                                           const struct k_ll_dispatch_args *a,
                                            const struct ll_call *c, k_i32 source, k_i32 e) {
-    return ll_counts_of(a, c, source) + (e < a->g.num_local ? K_LL_HEADER + e : K_LL_ROWS);
+    return ll_is_absent(k, source) ? 0
+                                   : ll_counts_of(a, c, source) +
+                                         (e < a->g.num_local ? K_LL_HEADER + e : K_LL_ROWS);
 }
 
 /* Where the ranges of e are; 0: it has none. */
@@ -46,7 +110,7 @@ static K_FN k_bool ll_take_expert(struct k_thread *k, const struct k_ll_dispatch
     k_u32 sum = 0;
     for (k_i32 base = 0; base < ranks; base += K_LANES) {
         const k_i32 s = base + k->lane;
-        const k_u64 *word = s < ranks ? ll_count_word(a, c, s, e) : 0;
+        const k_u64 *word = s < ranks ? ll_count_word(k, a, c, s, e) : 0;
         k_u32 count = 0, all = 0;
         if (!k_await_word(k, word, c->tag, s, K_PHASE_COUNTS, &count)) {
             return 0;
@@ -112,7 +176,7 @@ static K_FN k_i64 ll_compact_row(struct k_thread *k, const struct k_ll_dispatch_
     k_i64 at = j;
     for (k_i32 base = 0; base < source; base += K_LANES) {
         const k_i32 lower = base + k->lane;
-        const k_u64 *word = lower < source ? ll_count_word(a, c, lower, a->g.num_local) : 0;
+        const k_u64 *word = lower < source ? ll_count_word(k, a, c, lower, a->g.num_local) : 0;
         k_u32 count = 0, all = 0;
         if (!k_await_word(k, word, c->tag, lower, K_PHASE_COUNTS, &count)) {
             return -1;
@@ -121,6 +185,15 @@ static K_FN k_i64 ll_compact_row(struct k_thread *k, const struct k_ll_dispatch_
         at += all;
     }
     return at;
+}
+
+static K_INLINE void ll_put_id(const struct k_ll_dispatch_args *a, k_i64 row, k_i32 i,
+                               k_i32 e) {
+    if (a->recv_ids.data && a->recv_id_bytes == 8) {
+        *(k_i64 *)k_at(&a->recv_ids, row, i) = e;
+    } else if (a->recv_ids.data) {
+        *(k_i32 *)k_at(&a->recv_ids, row, i) = e;
+    }
 }
 
 /* Compact: the row is written once, and beside it which of this rank's experts it is for. */
@@ -135,11 +208,7 @@ static K_FN k_bool ll_find_compact(struct k_thread *k, const struct k_ll_dispatc
         const k_i32 e = here ? a->g.expert_local[id] : -1;
         to->at[i] = i == 0 ? (k_i32)at : -1;
         to->weight[i] = 1.0f;
-        if (a->recv_ids.data && a->recv_id_bytes == 8) {
-            *(k_i64 *)k_at(&a->recv_ids, at, i) = e;
-        } else if (a->recv_ids.data) {
-            *(k_i32 *)k_at(&a->recv_ids, at, i) = e;
-        }
+        ll_put_id(a, at, i, e);
         if (a->recv_weights.data) {
             *(k_u32 *)k_at(&a->recv_weights, at, i) =
                 here ? side[K_SIDE_WEIGHTS(s->topk) + i] : 0;
@@ -162,7 +231,7 @@ static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch
         const k_i32 e = here ? a->g.expert_local[id] : 0;
         k_u32 at = here ? side[K_SIDE_INDICES(s->topk) + i] : 0;
         for (k_i32 lower = 0; lower < source; lower++) {
-            const k_u64 *word = here ? ll_count_word(a, c, lower, e) : 0;
+            const k_u64 *word = here ? ll_count_word(k, a, c, lower, e) : 0;
             k_u32 count = 0;
             if (!k_await_word(k, word, c->tag, lower, K_PHASE_COUNTS, &count)) {
                 return 0;
@@ -198,14 +267,32 @@ static K_FN void ll_note_row(struct k_thread *k, const struct k_ll_dispatch_args
     }
 }
 
+/* Of a row. */
+static K_INLINE k_i32 ll_num_scales(const struct k_ll_dispatch_args *a,
+                                    const struct ll_shape *s) {
+    return s->signature & K_LL_SIG_CAST ? a->row_bytes / (2 * K_LL_GROUP)
+                                        : K_LL_NUM_SCALES(s->types);
+}
+
+static K_INLINE void ll_put_scale(const struct k_ll_dispatch_args *a, k_i32 bytes, k_i64 column,
+                                  k_i32 row, k_u32 word) {
+    const k_u64 at = k_at(&a->recv_scales, column, row);
+    if (bytes == 4) {
+        *(k_u32 *)at = word;
+    } else if (bytes == 2) {
+        *(k_u16 *)at = (k_u16)word;
+    } else {
+        *(k_u8 *)at = (k_u8)word;
+    }
+}
+
 /* The row's scales: a column of the output for each, or for each four exponents. */
 static K_FN void ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                 const struct ll_shape *s, const k_u32 *scales,
                                 const struct ll_places *to) {
     const k_bool cast = (s->signature & K_LL_SIG_CAST) != 0;
     const k_i32 most = ll_expert_rows(a), bytes = cast ? 4 : a->scale_bytes;
-    const k_i32 all = cast ? a->row_bytes / (2 * K_LL_GROUP) : K_LL_NUM_SCALES(s->types);
-    const k_i32 columns = a->packed_scales ? (all + 3) / 4 : all;
+    const k_i32 all = ll_num_scales(a, s), columns = a->packed_scales ? (all + 3) / 4 : all;
     for (k_i32 w = k->warp * K_LANES + k->lane; w < columns; w += k->num_warps * K_LANES) {
         k_u32 word = 0;
         if (a->packed_scales) {
@@ -218,15 +305,7 @@ static K_FN void ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_a
         for (k_i32 i = 0; i < s->topk; i++) {
             if (to->at[i] >= 0) {
                 const k_i32 e = to->at[i] / most;
-                const k_u64 at =
-                    k_at(&a->recv_scales, (k_i64)e * columns + w, to->at[i] % most);
-                if (bytes == 4) {
-                    *(k_u32 *)at = word;
-                } else if (bytes == 2) {
-                    *(k_u16 *)at = (k_u16)word;
-                } else {
-                    *(k_u8 *)at = (k_u8)word;
-                }
+                ll_put_scale(a, bytes, (k_i64)e * columns + w, to->at[i] % most, word);
             }
         }
     }
@@ -261,12 +340,16 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
     const k_u32 *side = (const k_u32 *)(row + s->side_at);
     struct ll_places *to = (struct ll_places *)ll_warp_scratch(k);
     k_u32 value = 0;
+    k->mask.is_gone = 0;
     k_bool ok = k_await(k, words, c->tag, source, K_PHASE_ROWS, &value);
     if (slice > 0) {
         ok = ok && k_await(k, words + slice, c->tag, source, K_PHASE_ROWS, &value);
     } else if (cast) {
         ok =
             ok && ll_await_slices(k, c, k->lane == 0 ? words : 0, slices, source, K_PHASE_ROWS);
+    }
+    if (ok && ll_any_gone(k)) {
+        return 1; /* ll_wipe does the rest */
     }
     if (!ok || !(ll_compact(a) ? ll_find_compact(k, a, c, s, source, j, side, to)
                                : ll_find_places(k, a, c, s, source, side, to))) {
@@ -296,6 +379,7 @@ static K_FN k_bool ll_take_rows(struct k_thread *k, const struct k_ll_dispatch_a
     for (k_i32 i = 0; i < g->num_ranks; i++) {
         const k_i32 source = (g->rank + 1 + i) % g->num_ranks;
         k_u32 rows = 0, slices = 1;
+        k->mask.is_gone = ll_is_absent(k, source);
         if (!ll_await_header(k, c, ll_counts_of(a, c, source), source, &s->header, &rows,
                              &slices)) {
             return 0;
@@ -329,9 +413,67 @@ static K_FN k_bool ll_is_of_shape(struct k_thread *k, const struct k_ll_dispatch
            ll_refuse(k, K_REFUSED_HANDLE);
 }
 
+/* Rows `from` to `end` of place `place` (an expert, or 0 in compact output) become zeros from nobody. */
+static K_FN void ll_wipe_rows(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                              const struct ll_shape *s, k_i32 place, k_i32 from, k_i32 end) {
+    const k_bool cast = (s->signature & K_LL_SIG_CAST) != 0;
+    const k_i32 row_bytes = a->row_bytes / (cast ? 2 : 1), bytes = cast ? 4 : a->scale_bytes;
+    const k_i32 scales = ll_num_scales(a, s);
+    const k_i32 columns = a->packed_scales ? (scales + 3) / 4 : scales;
+    for (k_i32 i = from; i < end; i++) {
+        const k_i64 row = (k_i64)place * ll_expert_rows(a) + i;
+        if (a->recv_x.data) {
+            k_zero(k, (void *)k_row(&a->recv_x, row), row_bytes);
+        }
+        for (k_i32 w = k->lane; a->recv_scales.data && w < columns; w += K_LANES) {
+            ll_put_scale(a, bytes, (k_i64)place * columns + w, i, 0);
+        }
+        if (a->recv_source.data && k->lane == 0) {
+            *(k_i32 *)k_row(&a->recv_source, row) = -1;
+        }
+        for (k_i32 t = k->lane; ll_compact(a) && t < s->topk; t += K_LANES) {
+            ll_put_id(a, row, t, -1);
+            if (a->recv_weights.data) {
+                *(k_u32 *)k_at(&a->recv_weights, row, t) = 0;
+            }
+        }
+    }
+}
+
+/*
+ * By the warp that leaves last: of ranks that this kernel has left out although their counts held, rows
+ * may be here in part. None of them is left; counts stay.
+ */
+static K_FN void ll_wipe(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                         const struct ll_call *c, const struct ll_shape *s) {
+    const k_i32 first = ll_compact(a) ? a->g.num_local : 0;
+    const k_i32 last = ll_compact(a) ? first : a->g.num_local - 1;
+    for (k_i32 source = 0; source < a->g.num_ranks; source++) {
+        if (!ll_is_masked(k, source) || ll_is_absent(k, source)) {
+            continue;
+        }
+        for (k_i32 e = first; e <= last; e++) {
+            k_u32 from = 0;
+            for (k_i32 lower = 0; lower < source; lower++) {
+                const k_u64 *word = ll_count_word(k, a, c, lower, e);
+                from += word ? (k_u32)k_load(word) : 0;
+            }
+            const k_u32 num = (k_u32)k_load(ll_count_word(k, a, c, source, e));
+            ll_wipe_rows(k, a, s, e - first, (k_i32)from, (k_i32)(from + num));
+            if (k->lane == 0 && ll_ranges_of(a, e)) {
+                *(k_u64 *)(ll_ranges_of(a, e) + 8ull * (k_u64)source) = 0;
+            }
+        }
+        if (k->lane == 0) {
+            ((k_u32 *)ll_in_handle(&a->ll, a->ll.map.count))[source] = 0;
+        }
+    }
+}
+
 /* `ok`: the send half, if there was one, has not failed. */
 static K_FN k_bool ll_receive(struct k_thread *k, const struct k_ll_dispatch_args *a,
                               const struct ll_call *c, const struct ll_shape *s, k_bool ok) {
+    ok = ok && (!k->mask.ll || ll_settle(k, a, c));
     return ll_take_counts(k, a, c, ok && ll_take_rows(k, a, c, s));
 }
 

@@ -88,13 +88,13 @@ static K_FN k_bool ll_send_counts(struct k_thread *k, const struct k_ll_dispatch
         if (e < 0) {
             const k_u32 rows = ll_count_rank(k, a, p, s->tokens);
             ok = ll_await_free(k, c, p);
-            if (ok) {
+            if (ok && !k->mask.is_gone) {
                 ll_post_header(k, c, at, &s->header, rows, (k_u32)ll_slices(s->tokens));
             }
         } else {
             const k_u32 count = ll_count_expert(k, a, e, s->tokens * s->topk);
             ok = ll_await_free(k, c, p);
-            if (ok && k->lane == 0) {
+            if (ok && !k->mask.is_gone && k->lane == 0) {
                 k_post(k_peer_plus(at, 8ull * (k_u64)(K_LL_HEADER + g->expert_local[e])),
                        K_WORD(c->tag, count));
             }
@@ -134,10 +134,11 @@ static K_FN k_bool ll_find_dests(struct k_thread *k, const struct k_ll_dispatch_
             d->rank[i] = p;
             d->index[i] = index;
             d->row[i] = row;
-            d->at[i] = first ? k_peer_at(g, p,
-                                         ll_part(g, c, &a->ll.map.rows, g->rank) +
-                                             (k_u64)row * (k_u64)a->ll.wire_bytes)
-                             : k_peer_own(0);
+            d->at[i] = first && !k->mask.is_gone
+                           ? k_peer_at(g, p,
+                                       ll_part(g, c, &a->ll.map.rows, g->rank) +
+                                           (k_u64)row * (k_u64)a->ll.wire_bytes)
+                           : k_peer_own(0);
         }
     }
     return ok;

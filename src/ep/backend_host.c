@@ -73,21 +73,21 @@ static uint64_t host_board_address(const ep_group *g, int rank) {
     return (uint64_t)(uintptr_t)host_board(g, rank);
 }
 
-/* Kernels may be running: each word by itself. */
-static ep_status host_read_ctl(ep_group *g, struct k_ctl *out) {
-    const _Atomic k_u64 *from = (const _Atomic k_u64 *)(const void *)g->ctl;
-    k_u64 *to = (k_u64 *)(void *)out;
-    for (size_t i = 0; i < sizeof(*out) / sizeof(*to); i++) {
-        to[i] = atomic_load_explicit(&from[i], memory_order_relaxed);
+/* Kernels may be running: each word by itself. What is no words they do not write meanwhile. */
+static ep_status host_read_memory(ep_group *g, void *out, const void *at, size_t bytes) {
+    const size_t words = bytes / sizeof(k_u64);
+    const _Atomic k_u64 *from = at;
+    (void)g;
+    for (size_t i = 0; i < words; i++) {
+        const k_u64 w = atomic_load_explicit(&from[i], memory_order_relaxed);
+        memcpy((k_u64 *)out + i, &w, sizeof(w));
     }
+    memcpy((k_u64 *)out + words, from + words, bytes % sizeof(k_u64));
     return EP_OK;
 }
-_Static_assert(sizeof(struct k_ctl) % sizeof(k_u64) == 0, "k_ctl is words");
 
-static ep_status host_read_memory(ep_group *g, void *out, const void *at, size_t bytes) {
-    (void)g;
-    memcpy(out, at, bytes);
-    return EP_OK;
+static ep_status host_read_ctl(ep_group *g, struct k_ctl *out) {
+    return host_read_memory(g, out, g->ctl, sizeof(*out));
 }
 
 static ep_status host_make_handle(ep_handle *h) {

@@ -25,10 +25,17 @@ void epi_group_open_board(ep_group *g) {
     }
 }
 
+/* Low-latency operations of a group with masks go on without rank `gone`, of which rank `at` is told. */
+static void tell_gone(struct k_board *at, int gone) {
+    atomic_fetch_or((_Atomic k_u64 *)&at->gone[gone / 64], 1ull << gone % 64);
+}
+
 void epi_group_died(ep_group *g, int rank) {
     struct k_board *board = atomic_load(&g->board);
     k_u64 zero = 0;
-    if (board) {
+    if (board && g->config.flags & EP_GROUP_LL_MASKS) {
+        tell_gone(board, rank);
+    } else if (board) {
         atomic_compare_exchange_strong((_Atomic k_u64 *)&board->abort, &zero,
                                        K_ABORT_PACK(K_ERR_PEER, 0, rank, 0, 0, 0));
     }
@@ -49,6 +56,9 @@ bool epi_group_faulted(ep_group *g) {
 
 bool epi_group_is_over(ep_group *g, uint64_t n) {
     const struct k_board *b = own_board(g);
+    if (epi_masks_bar(g)) {
+        return true;
+    }
     if (g->backend->on_device) {
         /* Operations in graphs have no numbers here: kernels judge by their own. */
         return epi_group_faulted(g);
@@ -112,19 +122,23 @@ void epi_group_set_orphan(ep_group *g, bool is_orphan) {
 }
 
 void epi_group_leave(ep_group *g, uint64_t last) {
+    for (int r = 0; g->masks && r < g->num_ranks; r++) {
+        tell_gone(g->backend->board(g, r), g->rank);
+    }
     tell_peers(g, K_ABORT_PACK(EP_OK, g->rank, g->rank, 0, 0, K_NEXT(last)));
 }
 
-static const char *phase_name(int phase) {
-    static const char *const names[] = {"",        "ready", "counts",   "bases",  "rows",
-                                        "answers", "self",  "consumed", "weights"};
-    return phase >= 0 && phase <= K_PHASE_WEIGHTS ? names[phase] : "?";
+const char *epi_phase_name(int phase) {
+    static const char *const names[] = {"",        "ready", "counts",   "bases",   "rows",
+                                        "answers", "self",  "consumed", "weights", "meeting"};
+    return phase >= 0 && phase <= K_PHASE_MEETING ? names[phase] : "?";
 }
 
-static const char *operation_name(int op) {
-    static const char *const names[] = {"operation", "dispatch", "combine",
-                                        "low-latency dispatch", "low-latency combine"};
-    return op > 0 && op < 5 ? names[op] : names[0];
+const char *epi_operation_name(int op) {
+    static const char *const names[] = {
+        "operation",           "dispatch",           "combine", "low-latency dispatch",
+        "low-latency combine", "low-latency barrier"};
+    return op > 0 && op < 6 ? names[op] : names[0];
 }
 
 /* How two calls that name experts differ in them: k_group.experts. */
@@ -198,8 +212,8 @@ static void describe_mismatch(const struct k_fault *k, char *out, size_t bytes) 
                        epi_dtype_name((int)(b >> K_SIG_TYPE_SHIFT)));
         }
     } else if ((a & 15) != (b & 15)) {
-        epi_format(out, bytes, "it is a %s here and a %s there", operation_name((int)(a & 15)),
-                   operation_name((int)(b & 15)));
+        epi_format(out, bytes, "it is a %s here and a %s there",
+                   epi_operation_name((int)(a & 15)), epi_operation_name((int)(b & 15)));
     } else if ((a ^ b) & K_SIG_CACHED) {
         epi_format(out, bytes, "the handle's routing is %s here and %s there",
                    a & K_SIG_CACHED ? "cached" : "new", b & K_SIG_CACHED ? "cached" : "new");
@@ -235,26 +249,26 @@ static void describe_own(const ep_group *g, struct ep_fault *f) {
     f->operation = k->kind;
     f->epoch = k->epoch;
     f->waited_ms = k->waited_ns / EPI_NS_PER_MS;
-    epi_format(f->phase, sizeof(f->phase), "%s", phase_name(k->phase));
+    epi_format(f->phase, sizeof(f->phase), "%s", epi_phase_name(k->phase));
     if (k->status == K_ERR_MISMATCH) {
         char what[128];
         describe_mismatch(k, what, sizeof(what));
         epi_format(f->message, sizeof(f->message),
                    "ranks %d and %d disagree in operation %u (%s): %s", g->rank, k->subject,
-                   k->epoch, operation_name(k->kind), what);
+                   k->epoch, epi_operation_name(k->kind), what);
     } else if (k->status == K_ERR_PEER) {
         describe_orphan(f);
     } else if (k->status == K_ERR_ARG) {
         epi_format(f->message, sizeof(f->message),
                    "rank %d, operation %u (%s): x.shape[0] is %u, must be at least the %u rows "
                    "received",
-                   k->subject, k->epoch, operation_name(k->kind), k->mine, k->theirs);
+                   k->subject, k->epoch, epi_operation_name(k->kind), k->mine, k->theirs);
     } else {
         epi_format(
             f->message, sizeof(f->message),
             "rank %d was waited for by rank %d in operation %u (%s), phase %s, for %lld ms: "
             "it is alive but late",
-            k->subject, g->rank, k->epoch, operation_name(k->kind), f->phase,
+            k->subject, g->rank, k->epoch, epi_operation_name(k->kind), f->phase,
             (long long)f->waited_ms);
     }
 }
@@ -268,7 +282,7 @@ static void describe_word(ep_group *g, k_u64 w, struct ep_fault *f) {
     f->operation = K_ABORT_KIND(w);
     const k_u64 failed = read_word(&own_board(g)->failed);
     f->epoch = (uint32_t)(failed ? failed >> 32 : told ? told : K_NEXT(g->issued));
-    epi_format(f->phase, sizeof(f->phase), "%s", phase_name(K_ABORT_PHASE(w)));
+    epi_format(f->phase, sizeof(f->phase), "%s", epi_phase_name(K_ABORT_PHASE(w)));
     if (is_goodbye(w)) {
         f->reporter = g->rank;
         epi_format(f->message, sizeof(f->message),
@@ -288,7 +302,8 @@ static void describe_word(ep_group *g, k_u64 w, struct ep_fault *f) {
         epi_format(f->message, sizeof(f->message),
                    "rank %d ended the group: %s in %s%s%s, about rank %d", f->reporter,
                    ep_status_string((ep_status)f->status),
-                   f->operation == EP_OP_NONE ? "an operation" : operation_name(f->operation),
+                   f->operation == EP_OP_NONE ? "an operation"
+                                              : epi_operation_name(f->operation),
                    f->phase[0] ? ", phase " : "", f->phase, f->rank);
     }
 }
@@ -339,6 +354,9 @@ static ep_status tell_fault(ep_group *g, uint64_t n) {
 }
 
 ep_status epi_group_check(ep_group *g, uint64_t n) {
+    if (!epi_group_faulted(g)) {
+        EPI_TRY(epi_masks_refuse(g));
+    }
     return epi_group_is_over(g, n) ? tell_fault(g, n) : EP_OK;
 }
 
@@ -412,7 +430,7 @@ static void log_late(const struct k_group *k, k_i64 timeout_ns, k_i32 kind, k_u6
             "rank %d has waited %.1f s for rank %u in operation %u (%s), phase %s: it is alive "
             "but late; the wait ends after %.1f s",
             k->rank, (double)waited_ns / 1e9, (unsigned)(word & 0xffff), (unsigned)(word >> 32),
-            operation_name(kind), phase_name((int)(word >> 16 & 0xffff)),
+            epi_operation_name(kind), epi_phase_name((int)(word >> 16 & 0xffff)),
             (double)timeout_ns / 1e9);
 }
 

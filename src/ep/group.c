@@ -29,6 +29,7 @@
     X(max_recv_rows)                                                                           \
     X(max_expanded_rows)                                                                       \
     X(ll_max_tokens)                                                                           \
+    X(ll_timeout_ms)                                                                           \
     X(memory_limit_bytes)                                                                      \
     X(timeout_ms)
 
@@ -60,6 +61,7 @@ static void fill_agreed(const ep_group *g, struct agreed *a) {
     a->mask_routing = c->mask_routing != 0;
     a->max_recv_rows = g->plan.info.max_recv_rows;
     a->ll_max_tokens = c->ll_max_tokens;
+    a->ll_timeout_ms = c->ll_timeout_ms;
     a->max_expanded_rows = g->plan.info.max_expanded_rows;
     a->memory_limit_bytes = c->memory_limit_bytes;
     a->timeout_ms = g->timeout_ns / EPI_NS_PER_MS;
@@ -115,9 +117,9 @@ static ep_status check_agreement(ep_group *g) {
     return st;
 }
 
-/* Behind the control block of low-latency mode. */
+/* Behind what low-latency mode knows. */
 static k_u64 *peers_of(const ep_group *g) {
-    return (k_u64 *)((struct k_ll_ctl *)g->tables + 1);
+    return (k_u64 *)(epi_masks_peers((struct k_ll_ctl *)g->tables) + g->num_ranks);
 }
 
 /* What kernels index, in host memory. */
@@ -151,6 +153,8 @@ static void fill_kernel_group(ep_group *g) {
         peer[r] = epi_mem_arena_address(g->mem, r);
         board[r] = g->backend->board_address(g, r);
     }
+    ((struct k_ll_ctl *)g->tables)->timeout_ns =
+        g->config.ll_timeout_ms ? g->config.ll_timeout_ms * EPI_NS_PER_MS : g->timeout_ns;
     g->ctl->timeout_ns = g->timeout_ns;
     g->ctl->late_ns = g->timeout_ns / 2 < LATE_NS ? g->timeout_ns / 2 : LATE_NS;
 }
@@ -220,6 +224,7 @@ static ep_status make_readable(ep_group *g, const struct epi_exchange *x) {
         EPI_TRY(epi_life_create(&g->life, g));
         epi_life_join(g->life);
     }
+    EPI_TRY(epi_masks_create(g, x));
     return g->backend->prepare(g, x);
 }
 
@@ -241,6 +246,7 @@ static void free_group(ep_group *g) {
     epi_mem_destroy(&g->mem);
     g->backend->close(g);
     epi_free(g->tables);
+    epi_free(g->masks);
     epi_free(g->ctl);
     pthread_cond_destroy(&g->turn);
     pthread_mutex_destroy(&g->mutex);
@@ -303,6 +309,7 @@ static void free_forked(ep_group *g) {
     epi_free(g->cuda);
     epi_experts_free(g, true);
     epi_free(g->tables);
+    epi_free(g->masks);
     epi_free(g->ctl);
     epi_free(g);
 }

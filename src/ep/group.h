@@ -45,6 +45,7 @@ struct ep_group {
     struct k_ll_ctl *ll_ctl;     /* kernels' memory */
     struct k_ctl *ctl;           /* of the host; on a device what its own began as */
     struct epi_experts *experts; /* of the configuration, then what routings have named */
+    struct epi_masks *masks;     /* of a group with EP_GROUP_LL_MASKS; else NULL */
     _Atomic(struct k_board *) board; /* this rank's, once there is memory */
 
     pthread_mutex_t mutex;
@@ -162,6 +163,32 @@ void epi_group_died(ep_group *g, int rank);
 void epi_group_log_late(const ep_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
 /* From a kernel on the host: the same, once for each operation. */
 void epi_group_late(const struct k_group *g, k_i32 kind, k_u64 word, k_i64 waited_ns);
+
+const char *epi_phase_name(int phase);
+const char *epi_operation_name(int op);
+
+/* ---- masks.c -------------------------------------------------------------------------------- */
+
+struct epi_masks;
+/* Nothing, unless the group has masks. Collective. */
+ep_status epi_masks_create(ep_group *g, const struct epi_exchange *x);
+/* Of whom low-latency operations have gone on without, as a status, once; EP_OK: there is no news. */
+ep_status epi_masks_tell(ep_group *g);
+/* Whether there is a mask or a dead rank, so that operations of throughput mode are refused. */
+bool epi_masks_bar(const ep_group *g);
+/* The same as a status. */
+ep_status epi_masks_refuse(ep_group *g);
+/* Behind the control block of low-latency mode, wherever that lies. */
+static inline struct k_ll_peer *epi_masks_peers(struct k_ll_ctl *ctl) {
+    return (struct k_ll_peer *)(ctl + 1);
+}
+
+/* ---- ll.c ----------------------------------------------------------------------------------- */
+
+/* What all kernels of low-latency mode are given. */
+void epi_ll_fill(struct epi_op *op, struct k_ll *ll, int max_tokens);
+/* EP_ERR_STATE for a kernel that has refused its call, once. */
+ep_status epi_ll_tell_refused(ep_group *g);
 
 /* ---- handle.c ------------------------------------------------------------------------------- */
 

@@ -59,7 +59,7 @@ EPI_RULES(epi_ll_combine_rules, ll_combine_rules);
 
 /* ---- what a kernel has refused -------------------------------------------------------------- */
 
-static ep_status tell_refused(ep_group *g) {
+ep_status epi_ll_tell_refused(ep_group *g) {
     struct k_board *b = g->backend->board(g, g->rank);
     const k_u64 w = atomic_exchange((_Atomic k_u64 *)&b->refused, 0);
     const char *kind = w >> 32 == K_OP_LL_COMBINE ? "combine" : "dispatch";
@@ -71,6 +71,10 @@ static ep_status tell_refused(ep_group *g) {
                         "ep_ll_%s: two operations of this kind are in flight: receive the "
                         "older one first",
                         kind);
+    case K_REFUSED_BARRIER:
+        return epi_fail(
+            EP_ERR_STATE,
+            "ep_ll_barrier: an operation of low-latency mode was sent and not received");
     case K_REFUSED_RECEIVE:
         return epi_fail(EP_ERR_STATE,
                         "ep_ll_%s_recv: the handle's %s was not sent, or has been received",
@@ -78,13 +82,14 @@ static ep_status tell_refused(ep_group *g) {
     default:
         return epi_fail(EP_ERR_STATE,
                         "ep_ll_%s: the handle is of no dispatch of this shape that was "
-                        "received here",
+                        "received here since the last ep_ll_barrier",
                         kind);
     }
 }
 
 static ep_status ll_after(struct epi_op *op) {
-    return tell_refused(op->g);
+    EPI_TRY(epi_ll_tell_refused(op->g));
+    return epi_masks_tell(op->g);
 }
 
 /* A host operation behind a fault, whose kernel is not run: it has no rows, as if it had failed. */
@@ -182,9 +187,10 @@ static int workers_of(const ep_group *g, int asked) {
     return asked ? asked : g->workers ? g->workers : g->most_workers;
 }
 
-static void set_ll(struct epi_op *op, struct k_ll *ll, int max_tokens) {
+void epi_ll_fill(struct epi_op *op, struct k_ll *ll, int max_tokens) {
     const ep_group *g = op->g;
     ll->ctl = g->ll_ctl;
+    ll->peers = g->masks ? epi_masks_peers(g->ll_ctl) : NULL;
     ll->map = g->plan.ll;
     ll->group_tokens = g->config.ll_max_tokens;
     ll->group_topk = g->config.max_topk;
@@ -269,7 +275,7 @@ static void set_dispatch(struct epi_op *op, const struct epi_call *c,
     const int topk = c->dim[EPI_DIM_K] < 0 ? 0 : (int)c->dim[EPI_DIM_K];
     const struct ep_tensor *scales = part & K_LL_SEND ? a->scales : a->recv_scales;
     const int num_scales = cast || !scales ? 0 : (int)c->dim[EPI_DIM_SCALES];
-    set_ll(op, &k->ll, max_tokens);
+    epi_ll_fill(op, &k->ll, max_tokens);
     k->flags = part;
     k->types = K_TYPES(row_dtype(a, part), num_scales > 0 ? scales->dtype : EP_DTYPE_NONE);
     if (num_scales > 0) { /* where there is no expert, a receive does not know */
@@ -365,7 +371,7 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     epi_op_of_group(&op, &ll_combine_kind, g, workers_of(g, a.num_workers), &load);
     epi_experts_use(experts, &op.args.op.g);
     struct k_ll_combine_args *k = &op.args.ll_combine;
-    set_ll(&op, &k->ll, max_tokens);
+    epi_ll_fill(&op, &k->ll, max_tokens);
     k->flags = part;
     k->row_bytes = 2 * (k_i32)hidden;
     k->types = K_TYPES(EP_BF16, EP_DTYPE_NONE);
@@ -410,11 +416,27 @@ ep_status ep_ll_combine_recv(ep_group *group, const struct ep_ll_combine_args *a
     return ll_combine("ep_ll_combine_recv", group, args, K_LL_RECEIVE, stream);
 }
 
+ep_status ep_ll_memory(ep_group *group, struct ep_tensor *view) {
+    EPI_NOT_NULL("ep_ll_memory", group);
+    EPI_NOT_NULL("ep_ll_memory", view);
+    EPI_NOT_FORKED("ep_ll_memory", "group", group->process);
+    const struct k_ll_map *m = &group->plan.ll;
+    const k_u64 from = m->rows.at, parts = 2 * (k_u64)group->num_ranks;
+    if (!group->config.ll_max_tokens) {
+        return epi_fail(EP_ERR_UNSUPPORTED, "ep_ll_memory: ll_max_tokens of the group is 0");
+    }
+    ep_tensor_1d(view, EP_U8,
+                 (void *)(uintptr_t)(epi_mem_arena_address(group->mem, group->rank) + from),
+                 (int64_t)(m->answers.at - from + m->answers.stride * parts));
+    return EP_OK;
+}
+
 ep_status ep_ll_status(ep_group *group) {
     EPI_NOT_NULL("ep_ll_status", group);
     EPI_NOT_FORKED("ep_ll_status", "group", group->process);
     if (epi_group_faulted(group)) {
         return epi_group_check_next(group);
     }
-    return tell_refused(group);
+    EPI_TRY(epi_ll_tell_refused(group));
+    return epi_masks_tell(group);
 }

@@ -73,6 +73,10 @@ ep_status epi_op_issue(struct epi_op *op, void *stream) {
     ep_group *g = op->g;
     const struct epi_op_kind *kind = op->kind;
     bool numbered = false;
+    if (g->backend->on_device && kind->faults == &epi_faults_end_group &&
+        !(op->flags & EPI_OP_FINISH)) {
+        EPI_TRY(epi_masks_refuse(g)); /* on the host it has its number when it learns that */
+    }
     pthread_mutex_lock(&g->mutex);
     ep_status st = number_and_launch(op, stream, &numbered);
     pthread_mutex_unlock(&g->mutex);

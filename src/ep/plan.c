@@ -55,8 +55,9 @@ static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
         {"memory_limit_bytes", c->memory_limit_bytes, 0, INT64_MAX},
         {"timeout_ms", c->timeout_ms ? c->timeout_ms : 100, 100, 86400000},
         {"num_workers", c->num_workers, 0, 1024},
-        {"flags", c->flags, 0, EP_GROUP_EXPANDED_VIEW | EP_GROUP_LL_EXACT},
+        {"flags", c->flags, 0, EP_GROUP_EXPANDED_VIEW | EP_GROUP_LL_EXACT | EP_GROUP_LL_MASKS},
         {"ll_max_tokens", c->ll_max_tokens, 0, 1 << 20},
+        {"ll_timeout_ms", c->ll_timeout_ms, 0, 86400000},
     };
     for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) {
         EPI_TRY(check_range(rules[i].name, rules[i].value, rules[i].min, rules[i].max));
@@ -77,6 +78,15 @@ static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
                         "ep_group_config.ll_max_tokens is %d and max_topk 0: "
                         "low-latency mode needs expert ids",
                         c->ll_max_tokens);
+    }
+    if ((c->flags & EP_GROUP_LL_MASKS && !c->ll_max_tokens) ||
+        (c->ll_timeout_ms && !(c->flags & EP_GROUP_LL_MASKS))) {
+        return epi_fail(
+            EP_ERR_ARG, "ep_group_config.%s",
+            c->ll_timeout_ms && c->ll_max_tokens
+                ? "ll_timeout_ms is set without EP_GROUP_LL_MASKS"
+                : "flags has EP_GROUP_LL_MASKS, and ll_max_tokens is 0: there is no "
+                  "low-latency mode to mask ranks in");
     }
     return epi_check_map("ep_group_config", c->expert_rank, c->num_experts, num_ranks);
 }
@@ -192,6 +202,9 @@ static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
         {LOW_LATENCY, &ll->answered.at, NULL, ll_parts * (int64_t)ll->answered.stride},
         {LOW_LATENCY, &ll->weights.at, NULL, ll_parts * (int64_t)ll->weights.stride},
         {LOW_LATENCY, &ll->consumed, NULL, ll_parts * K_LL_KINDS * 8},
+        {LOW_LATENCY, &ll->masked_by, NULL, ll_parts * 4},
+        {LOW_LATENCY, &ll->waits, NULL, ll_parts * 4},
+        {LOW_LATENCY, &ll->meeting, NULL, ll_parts * K_LL_MEETING * 4},
         {LOW_LATENCY, &ll->rows.at, NULL, ll_parts * (int64_t)ll->rows.stride},
         {LOW_LATENCY, &ll->answers.at, NULL, ll_parts * (int64_t)ll->answers.stride},
     };
@@ -324,7 +337,7 @@ void epi_plan_channels(const struct epi_plan *p, int tokens, struct k_channels *
 }
 
 size_t epi_plan_table_bytes(int num_ranks) {
-    return sizeof(struct k_ll_ctl) + (size_t)num_ranks * 16;
+    return sizeof(struct k_ll_ctl) + (size_t)num_ranks * (sizeof(struct k_ll_peer) + 16);
 }
 
 size_t epi_plan_expert_bytes(int num_experts, int num_ranks) {

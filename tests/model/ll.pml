@@ -70,7 +70,7 @@ byte pauses_left = PAUSES;
 
 #define IS_MASKED(me, p) mask[PAIR(me, p)]
 /* Whoever waits for p may see the deadline pass: p does not run, or does not talk to me. */
-#define MAY_EXPIRE(me, p) (paused[p] || mask[PAIR(p, me)])
+#define MAY_EXPIRE(me, p) (paused[p] || masked_by[PAIR(me, p)])
 
 /* In every step of a rank: it runs. */
 #define RUNS(me) (!paused[me])
@@ -183,9 +183,9 @@ inline receive_half(me, p, n) {
     ((n) > 0 && (n) <= sent[me] && received[me * 2 + SLOT(n)] == ((n) - 1) / 2)
 
 #if RANKS == 2
-#define LEFT_OUT(me) mask[PAIR(1 - me, me)]
+#define LEFT_OUT(me) masked_by[PAIR(me, 1 - me)]
 #else
-#define LEFT_OUT(me) (mask[PAIR((me + 1) % 3, me)] && mask[PAIR((me + 2) % 3, me)])
+#define LEFT_OUT(me) (masked_by[PAIR(me, (me + 1) % 3)] && masked_by[PAIR(me, (me + 2) % 3)])
 #endif
 
 /* Kernels until `most` sends are received; a rank that is masked by all others may do fewer before
@@ -217,7 +217,12 @@ inline run_kernels(me, p, n, most) {
     od
 }
 
+/* Who has begun to meet is told that it is not masked any more, before it is answered. */
 inline post_meeting(me, p) {
+    if
+    :: meeting[PAIR(me, p)] != 0 -> masked_by[PAIR(p, me)] = false
+    :: else
+    fi;
     meeting[PAIR(p, me)] = my_meeting[me];
     largest[PAIR(p, me)] = my_largest[me];
     echo[PAIR(p, me)] = meeting[PAIR(me, p)]
@@ -253,7 +258,13 @@ inline barrier(me, p) {
     atomic {
         RUNS(me);
         my_meeting[me]++;
-        my_largest[me] = sent[me]
+        my_largest[me] = sent[me];
+        p = 0;
+        do /* all are wanted back */
+        :: p < RANKS -> mask[PAIR(me, p)] = false; p++
+        :: else -> break
+        od;
+        p = 0
     };
     do
     :: atomic { RUNS(me) && me != 0 && !lost[0] && !POSTED(me, 0) -> post_meeting(me, 0) }
@@ -276,10 +287,8 @@ inline barrier(me, p) {
     :: atomic { RUNS(me) && ALL_AGREE(me) ->
            p = 0;
            do
-           :: p < RANKS ->
-               mask[PAIR(me, p)] = lost[p];
-               masked_by[PAIR(me, p)] = false;
-               p++
+           :: p < RANKS && lost[p] -> set_mask(me, p); p++
+           :: p < RANKS && !lost[p] -> p++
            :: else -> break
            od;
            my_largest[me] = my_largest[me] + (my_largest[me] & 1);
