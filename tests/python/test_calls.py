@@ -114,6 +114,30 @@ def test_each_status_has_a_class():
     assert ep._errors.make_error("EP_ERR_CAPACITY", "5 rows are needed", None).rows_needed == 5
 
 
+def test_rows_that_do_not_fit_are_counted(ranks):
+    def rank(group):
+        handle = ep.Handle(group)
+        handle.route(np.zeros((T, K), np.int64))
+        x = np.ones((T, H), np.float32)
+        if group.rank == 1:
+            handle.dispatch(x=x)
+            return
+        with pytest.raises(ep.CapacityError, match="outputs hold 7") as told:
+            handle.dispatch(x=x, recv_x=np.zeros((7, H), np.float32))
+        assert told.value.rows_needed == 2 * T and group.fault() is None
+
+    ranks(2, rank)
+
+    def crowded(group):
+        handle = ep.Handle(group)
+        handle.route(np.zeros((T, K), np.int64))
+        with pytest.raises(ep.CapacityError, match="max_recv_rows") as told:
+            handle.dispatch(x=np.ones((T, H), np.float32))
+        assert told.value.rows_needed == 2 * T
+
+    ranks(2, crowded, max_recv_rows=T)
+
+
 def test_an_abort_ends_the_waits_of_all_ranks_with_the_report(ranks):
     def rank(group):
         handle = ep.Handle(group)

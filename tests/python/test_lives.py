@@ -105,6 +105,27 @@ def test_collection_waits_for_no_peer(ranks):
     ranks(2, rank)
 
 
+def test_a_handle_collected_between_begin_and_finish(ranks):
+    case = Case(2, seed=9)
+
+    def rank(group):
+        r, handle = group.rank, ep.Handle(group)
+        handle.route(case.ids[r])
+        handle.dispatch_begin(x=case.x[r])
+        if r == 0:
+            del handle
+        else:
+            rows = np.zeros((handle.counts().rows, H), np.float32)
+            handle.dispatch_finish(recv_x=rows)
+            assert (rows == case.rows(r)).all()
+        handle = ep.Handle(group)
+        handle.route(case.ids[r])
+        got = ep.dispatch(handle, case.x[r])
+        assert (got.x == case.rows(r)).all()
+
+    ranks(2, rank)
+
+
 def test_destroy_during_a_call_of_another_thread_is_refused(ranks):
     def rank(group):
         if group.rank == 1:

@@ -106,8 +106,8 @@ def test_processes_meet_over_gloo():
 
 def test_the_bench_writes_what_it_measured(tmp_path):
     done = subprocess.run([sys.executable, "-m", "ep.bench", "--through", "ep", "--ranks", "1",
-                           "--tokens", "2,9", "--hidden", "128", "--experts", "8", "--topk", "2", "--ll-tokens", "4",
-                           "--iters", "2", "--warmup", "1", "--device", "cpu",
+                           "--tokens", "2,9", "--hidden", "128", "--experts", "8", "--topk", "2",
+                           "--ll-tokens", "4", "--iters", "2", "--warmup", "1", "--device", "cpu",
                            "--json", str(tmp_path / "b.json")], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, universal_newlines=True, timeout=120)
     assert done.returncode == 0, done.stdout
