@@ -213,3 +213,39 @@ def test_bad_calls_name_the_argument(group):
     raises(AttributeError, "low_latency_mode", plain.low_latency_dispatch, b.x, b.topk_idx, M, 16)
     raises(AttributeError, "low_latency_mode", plain.low_latency_combine, **good)
     raises(RuntimeError, "low_latency_mode", plain.clean_low_latency_buffer, M, 256, 16)
+
+
+@on_ranks(4)
+def test_a_masked_rank_is_left_out_and_taken_back(group):
+    size = Buffer.get_low_latency_rdma_size_hint(M, 256, 4, 16)
+    buffer, b = Buffer(group, 0, size, low_latency_mode=True, enable_shrink=True), Decode(group)
+    masks = torch.full((4,), 7, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(masks)
+    assert masks.tolist() == [0] * 4
+
+    def pair():
+        data, count, handle, _, _ = buffer.low_latency_dispatch(b.x, b.topk_idx, M, 16, use_fp8=False)
+        return handle, buffer.low_latency_combine(b.answers(data), b.topk_idx, b.topk_weights,
+                                                  handle)[0]
+    assert torch.equal(pair()[1], b.sums())
+    for r in range(4):  # ranks 0 to 2 and rank 3 part
+        if (r == 3) != (group.rank() == 3):
+            buffer.low_latency_update_mask_buffer(r, True)
+    buffer.low_latency_query_mask_buffer(masks)
+    assert masks.tolist() == ([1, 1, 1, 0] if group.rank() == 3 else [0, 0, 0, 1])
+    handle, out = pair()
+    seen = handle[1] & 0xffffffff
+    assert not seen[:, masks.bool()].any() and seen[:, ~masks.bool()].any()
+    kept = torch.where(masks[b.topk_idx.clamp(min=0) // 4].bool(), 0.0, b.topk_weights)
+    assert torch.equal(out, b.sums(weights=kept))
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(masks)
+    assert masks.tolist() == [0] * 4 and torch.equal(pair()[1], b.sums())
+    buffer.clean_low_latency_buffer(M, 256, 16)
+    assert torch.equal(pair()[1], b.sums())
+    whole = buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True)
+    assert whole.numel() == size and not whole.zero_().any()
+    raises(RuntimeError, "rank_to_mask is 4", buffer.low_latency_update_mask_buffer, 4, True)
+    raises(RuntimeError, "mask_status", buffer.low_latency_query_mask_buffer, masks[:3])
+    plain = buffer_of(group)
+    raises(RuntimeError, "enable_shrink", plain.low_latency_query_mask_buffer, masks)

@@ -121,26 +121,78 @@ class LowLatency:
         now; the hook holds all tensors, and so does the event of an asynchronous call."""
         runtime = self.runtime
         stream = torch.cuda.current_stream() if runtime.cuda else None
+
+        def call(method, **kw):
+            self._masking(group, getattr(group.ep, method), **kw)
+
         if return_recv_hook:
-            getattr(group.ep, name + "_send")(stream=stream, **args)
-            receive = getattr(group.ep, name + "_recv")
-            return EventOverlap(), lambda: receive(stream=stream, **args)
+            call(name + "_send", stream=stream, **args)
+            return EventOverlap(), lambda: call(name + "_recv", stream=stream, **args)
         if not async_finish:
-            getattr(group.ep, name)(stream=stream, **args)
+            call(name, stream=stream, **args)
             return EventOverlap(), None
         if runtime.cuda:
             runtime.comm_stream.wait_stream(stream)
-            getattr(group.ep, name)(stream=runtime.comm_stream, **args)
+            call(name, stream=runtime.comm_stream, **args)
             passed = torch.cuda.Event()
             passed.record(runtime.comm_stream)
             event = EventHandle._of(passed)
         else:
-            getattr(group.ep, name)(stream=group.host_stream(), **args)
-            event = group.host_event(group.ep.ll_status)
+            call(name, stream=group.host_stream(), **args)
+            event = group.host_event(lambda: call("ll_status"))
         return EventOverlap(event, tuple(t for t in args.values()
                                          if isinstance(t, torch.Tensor))), None
 
+    # ------------------------------------------------------------------------- shrinking: masks
+
+    def _masking(self, group, method, **kw):
+        """The call; with enable_shrink, that it has masked a rank is printed, as DeepEP does."""
+        try:
+            method(**kw)
+        except (ep.TimeoutError_, ep.PeerError) as error:
+            if not self.enable_shrink or group.ep.fault() is not None:
+                raise
+            print(f"Warning: DeepEP timeout for rank {self.rank}: {error}", flush=True)
+
+    def _shrinking(self, method):
+        runtime = self._low_latency(method)
+        host_check(self.enable_shrink, f"{method} needs a Buffer made with enable_shrink=True")
+        return runtime._group, dict(stream=torch.cuda.current_stream() if runtime.cuda else None)
+
+    def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
+        """Masks a rank here, from the next call on, or wants it back at the next cleaning."""
+        group, where = self._shrinking("low_latency_update_mask_buffer")
+        host_check(0 <= rank_to_mask < self.group_size, f"rank_to_mask is {rank_to_mask}, must be "
+                                                        f"below {self.group_size}")
+        host_check(group is not None, "low_latency_update_mask_buffer comes after the first call of "
+                                      "low_latency_dispatch, which makes the masks")
+        if mask:
+            group.ep.ll_mask_rank(rank=rank_to_mask, **where)
+        else:
+            group.ep.ll_unmask_rank(rank=rank_to_mask, **where)
+
+    def low_latency_query_mask_buffer(self, mask_status):
+        """Writes which ranks are masked here, 1 or 0."""
+        group, where = self._shrinking("low_latency_query_mask_buffer")
+        host_check(mask_status.dtype == torch.int32 and mask_status.shape == (self.group_size,),
+                   f"mask_status must be int32 [{self.group_size}]")
+        if group is None:
+            mask_status.zero_()
+        else:
+            group.ep.ll_masks(masks=mask_status, **where)
+
+    def low_latency_clean_mask_buffer(self):
+        """Takes all ranks back: collective, for they meet. Who does not come is masked again."""
+        group, where = self._shrinking("low_latency_clean_mask_buffer")
+        if group is not None:
+            group.ep.ll_unmask_rank(rank=-1, **where)
+            self._masking(group, group.ep.ll_barrier, **where)
+
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
-        """Nothing to clean: throughput operations never touch what low latency uses."""
+        """Nothing to clean: throughput operations never touch what low latency uses. With
+        enable_shrink the ranks meet, and take back those that they want back."""
         host_check(self.low_latency_mode,
                    "clean_low_latency_buffer needs a Buffer made with low_latency_mode=True")
+        if self.enable_shrink and self.runtime._group is not None:
+            group, where = self._shrinking("clean_low_latency_buffer")
+            self._masking(group, group.ep.ll_barrier, **where)

@@ -55,7 +55,8 @@ class Group:
         self.needs = needs
         self.ep = ep.Group(rank=runtime.rank, num_ranks=runtime.size, allgather=runtime.gather,
                            device="cuda" if runtime.cuda else "host",
-                           device_index=runtime.device_index, **needs)
+                           device_index=runtime.device_index,
+                           flags=ep.GROUP_LL_MASKS if runtime.masks else 0, **needs)
         self.plan = self.ep.plan()
         self._stream = None
 
@@ -77,8 +78,8 @@ class Group:
 class Runtime:
     """The ranks of a Buffer and their newest group. Also deep_ep_cpp.Buffer."""
 
-    def __init__(self, rank, size, gather, comm_name):
-        self.rank, self.size, self.gather = rank, size, gather
+    def __init__(self, rank, size, gather, low_latency_mode, masks):
+        self.rank, self.size, self.gather, self.masks = rank, size, gather, masks
         self.cuda = on_cuda()
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else \
             torch.device("cpu")
@@ -86,9 +87,10 @@ class Runtime:
         self.comm_stream = torch.cuda.Stream(priority=-1) if self.cuda else None
         self.lock = threading.RLock()
         self._group = None
-        kinds = gather((self.device.type, comm_name))
-        host_check(len(set(kinds)) == 1, "the ranks make different Buffers: " + ", ".join(
-            f"rank {r} {kind}, {what}" for r, (kind, what) in enumerate(kinds)))
+        kinds = gather(self.device.type + (", low latency" if low_latency_mode else "") +
+                       (", shrink" if masks else ""))
+        host_check(len(set(kinds)) == 1, "the ranks make different Buffers: " + "; ".join(
+            f"rank {r} {kind}" for r, kind in enumerate(kinds)))
 
     def is_available(self):
         return True

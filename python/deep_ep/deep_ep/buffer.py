@@ -13,7 +13,7 @@ import torch
 
 from . import _layout
 from ._config import default_config, host_check, low_latency_bytes, round_up
-from ._low_latency import LowLatency, refuse
+from ._low_latency import LowLatency
 from ._runtime import Call, Routing, Runtime
 from .utils import EventHandle, EventOverlap, check_nvlink_connections
 
@@ -46,7 +46,6 @@ class Buffer(LowLatency):
         rank, size, gather = _gather_of(group, comm)
         host_check(num_nvl_bytes >= 0, f"num_nvl_bytes is {num_nvl_bytes}, must be at least 0")
         host_check(num_rdma_bytes >= 0, f"num_rdma_bytes is {num_rdma_bytes}, must be at least 0")
-        refuse(enable_shrink=enable_shrink)
         self.rank = rank
         self.group_size = size
         self.group = group if group is not None else comm
@@ -56,8 +55,7 @@ class Buffer(LowLatency):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self.runtime = None
-        runtime = Runtime(rank, size, gather,
-                          "low-latency mode" if low_latency_mode else "throughput mode")
+        runtime = Runtime(rank, size, gather, low_latency_mode, enable_shrink)
         if low_latency_mode or runtime.get_num_rdma_ranks() > 1:
             assert num_qps_per_rank > 0, f"num_qps_per_rank is {num_qps_per_rank}, must be above 0"
             self.nvshmem_qp_depth = int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
