@@ -22,6 +22,7 @@ struct ll_step {
     bool exact;         /* combines */
     bool weights_now;   /* given to combine; those of the dispatch are not these */
     int num_workers;
+    bool all_values; /* rows of bf16 have every value, 65,536 elements on each rank */
 
     struct pool pool;
     struct ref_recv *recv;       /* [R] */

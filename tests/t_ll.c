@@ -62,6 +62,21 @@ static void opaque(uint64_t seed) {
     }
 }
 
+/* The cast of every bf16. */
+static void values(uint64_t seed) {
+    for (int i = 0; i < 2; i++) {
+        struct ll_step s;
+        ll_init(&s, 2, seed);
+        s.flags = EP_LL_FP8 | (i ? EP_LL_SCALES_POWER_OF_2 : 0);
+        s.all_values = true;
+        s.c.num_experts = 2;
+        s.c.topk = 1;
+        s.c.tokens = TOKENS_MAX;
+        s.c.max_tokens = s.max_tokens = 256;
+        ll_case(&s, false, i ? "every bf16 cast, powers of two" : "every bf16 cast");
+    }
+}
+
 static void shapes(uint64_t seed) {
     struct ll_step s;
 
@@ -132,6 +147,7 @@ int main(void) {
     tap_deadline(120);
     forms(seed);
     opaque(seed + 50);
+    values(seed + 60);
     shapes(seed + 100);
     return done_testing();
 }
