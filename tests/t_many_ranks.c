@@ -2,13 +2,15 @@
 /* class: exclusive */
 /*
  * Many ranks as threads: 64 at full function, 1024 with 8 tokens each (under ThreadSanitizer,
- * which is ten times slower and larger, 256). On one GPU ranks share its SMs: 8 of them. Prints the
- * memory that the plan asks for and the largest that the process had.
+ * which is ten times slower and larger, 256), 256 in low-latency mode (under sanitizers 32). On one
+ * GPU ranks share its SMs: 8 of them. Prints the memory that the plan asks for and the largest that
+ * the process had.
  */
 #include <stdio.h>
 #include <string.h>
 
 #include "tests/gpu.h"
+#include "tests/ll.h"
 #include "tests/tap.h"
 #include "tests/trial.h"
 
@@ -16,6 +18,11 @@
 #define MANY 256
 #else
 #define MANY EP_MAX_RANKS
+#endif
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define LL_MANY 32
+#else
+#define LL_MANY 256
 #endif
 
 static long peak_mib(void) {
@@ -77,6 +84,7 @@ int main(void) {
     uint64_t seed = tap_seed();
     struct test_case c;
     char name[32];
+    double start;
 
     tap_deadline(300);
     tap_expect_log("alive but late"); /* ranks outnumber cores by far: 10 s may well pass */
@@ -106,5 +114,13 @@ int main(void) {
     c.hidden = 16;
     snprintf(name, sizeof(name), "%d ranks", MANY);
     run(&c, seed + 20, true, name);
+    struct ll_step l;
+    ll_init(&l, LL_MANY, seed + 2);
+    l.c.num_experts = LL_MANY;
+    l.c.max_tokens = l.max_tokens = 8;
+    snprintf(name, sizeof(name), "%d ranks, low latency", LL_MANY);
+    start = tap_now();
+    ll_case(&l, false, name);
+    diag("%s: %.1f s, at most %ld MiB", name, tap_now() - start, peak_mib());
     return done_testing();
 }
