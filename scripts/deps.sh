@@ -10,6 +10,8 @@ cd "$(dirname "$0")/.." || exit 1
 packages=
 optional=
 wheels=
+torch=
+megatron=
 venv=build/venv
 cuda='>=13.0,<13.1' # what the gate compiles with
 
@@ -66,11 +68,9 @@ gate_needs() {
 }
 check_needs() {
     gate_needs
-    if [ -z "$(scripts/find.sh torch)" ] || [ -z "$(scripts/find.sh megatron)" ]; then
-        wheels="$wheels torch==2.13.0 numpy pytest setuptools>=77 wheel megatron-core==0.16.1"
-        need python3 has python3
-        need python3-venv has_venv
-    fi
+    need python3-venv has_venv
+    [ -n "$(scripts/find.sh torch)" ] || torch="torch==2.13.0 numpy pytest setuptools>=77 wheel"
+    [ -n "$(scripts/find.sh megatron)" ] || megatron=megatron-core==0.16.1
     need g++ has g++
     need clang has clang
     need clang-format-14 has_clang_format
@@ -133,19 +133,27 @@ if [ -n "$optional" ] && command -v apt-get >/dev/null; then
         --no-install-recommends $optional </dev/null >build/logs/apt-optional.log 2>&1 ||
         echo "which cannot be installed (build/logs/apt-optional.log): their tests are skipped"
 fi
-if [ -n "$wheels" ]; then
-    echo "make $target needs, into $venv: $wheels"
+# into_venv WHEEL...: pip's status; its output is in build/logs/pip.log.
+into_venv() {
+    echo "make $target needs, into $venv: $*"
     mkdir -p build/logs
-    # shellcheck disable=SC2086
-    if ! { { [ -x $venv/bin/pip ] || python3 -m venv $venv; } &&
-        $venv/bin/pip install --quiet --disable-pip-version-check $wheels; } \
-        </dev/null >build/logs/pip.log 2>&1; then
-        tail -5 build/logs/pip.log >&2
-        echo "pip failed; run: python3 -m venv $venv && $venv/bin/pip install$(
-            # shellcheck disable=SC2086
-            printf " '%s'" $wheels)" >&2
-        echo "or set EP_NVRTC_PATH to a libnvrtc.so and put nvcc on PATH" >&2
-        exit 1
-    fi
+    { { [ -x $venv/bin/pip ] || python3 -m venv $venv; } &&
+        $venv/bin/pip install --quiet --disable-pip-version-check "$@"; } \
+        </dev/null >build/logs/pip.log 2>&1
+}
+# shellcheck disable=SC2086
+if [ -n "$wheels" ] && ! into_venv $wheels; then
+    tail -5 build/logs/pip.log >&2
+    echo "pip failed; run: python3 -m venv $venv && $venv/bin/pip install$(
+        printf " '%s'" $wheels)" >&2
+    echo "or set EP_NVRTC_PATH to a libnvrtc.so and put nvcc on PATH" >&2
+    exit 1
 fi
+for more in "$torch" "$megatron"; do
+    # shellcheck disable=SC2086
+    if [ -n "$more" ] && ! into_venv $more; then
+        tail -5 build/logs/pip.log >&2
+        echo "pip failed on $more: the tests that need it are skipped" >&2
+    fi
+done
 exit 0

@@ -21,7 +21,7 @@ fi
 run() {
     local label=$1 python=$2 log=$out/$1.txt what
     shift 2
-    PYTHONPATH=$out/site timeout -k 5 300 "$python" -m pytest -q -p no:cacheprovider --rootdir tests/python \
+    PYTHONPATH=$out/site timeout -k 5 900 "$python" -m pytest -q -p no:cacheprovider --rootdir tests/python \
         "$@" >"$log" 2>&1 </dev/null
     local rc=$?
     what=$(grep -E '^[0-9]+ (passed|failed|skipped|error)|no tests ran' "$log" | tail -1)

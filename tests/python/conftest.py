@@ -17,7 +17,7 @@ def run_ranks(num, function, **config):
     """function(group) on `num` threads; their results, by rank."""
     world = ep.World(num)
     config = dict(dict(num_experts=E, max_tokens=T, max_topk=K, max_row_bytes=4 * H,
-                       timeout_ms=20000), **config)
+                       timeout_ms=60000), **config)
     results, errors = [None] * num, []
 
     def rank(r):

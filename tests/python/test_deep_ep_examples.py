@@ -15,5 +15,5 @@ FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../example
 def test_an_example_agrees_with_one_process(example, words):
     name, *args = example.split()
     done = subprocess.run([sys.executable, os.path.join(FOLDER, name), *args], capture_output=True,
-                          text=True, timeout=120, env={**os.environ, "EP_DEVICE": "cpu"})
+                          text=True, timeout=400, env={**os.environ, "EP_DEVICE": "cpu"})
     assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
