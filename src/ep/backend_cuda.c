@@ -111,9 +111,7 @@ static ep_status fill_tables(ep_group *g) {
     EPI_TRY(cuda_place(g, g->ctl, sizeof(*g->ctl), &c->ctl));
     EPI_TRY(epi_experts_place(g, g->experts));
     epi_experts_use(g->experts, &g->k);
-    g->ll_ctl = (struct k_ll_ctl *)(uintptr_t)c->tables;
-    g->k.peer = (const k_u64 *)(g->ll_ctl + 1);
-    g->k.board = g->k.peer + g->num_ranks;
+    epi_group_tables(g, c->tables);
     g->k.ctl = (struct k_ctl *)(uintptr_t)c->ctl;
     return EP_OK;
 }

@@ -117,9 +117,10 @@ static ep_status check_agreement(ep_group *g) {
     return st;
 }
 
-/* Behind what low-latency mode knows. */
-static k_u64 *peers_of(const ep_group *g) {
-    return (k_u64 *)(epi_masks_peers((struct k_ll_ctl *)g->tables) + g->num_ranks);
+void epi_group_tables(ep_group *g, uint64_t at) {
+    g->ll_ctl = (struct k_ll_ctl *)(uintptr_t)at;
+    g->k.peer = (const k_u64 *)(epi_masks_peers(g->ll_ctl) + g->num_ranks);
+    g->k.board = g->k.peer + g->num_ranks;
 }
 
 /* What kernels index, in host memory. */
@@ -129,9 +130,7 @@ static ep_status make_tables(ep_group *g) {
     if (!g->tables) {
         return epi_fail(EP_ERR_NOMEM, "no memory for the group's tables (%zu bytes)", bytes);
     }
-    g->ll_ctl = g->tables;
-    g->k.peer = peers_of(g);
-    g->k.board = g->k.peer + g->num_ranks;
+    epi_group_tables(g, (uintptr_t)g->tables);
     return epi_experts_create(&g->experts, g, g->config.num_experts, g->config.expert_rank);
 }
 
@@ -148,7 +147,7 @@ static void fill_kernel_group(ep_group *g) {
     k->max_recv_rows = g->plan.info.max_recv_rows;
     k->ctl = g->ctl;
     k->map = g->plan.map;
-    k_u64 *peer = peers_of(g), *board = peer + g->num_ranks;
+    k_u64 *peer = (k_u64 *)g->k.peer, *board = peer + g->num_ranks;
     for (int r = 0; r < g->num_ranks; r++) {
         peer[r] = epi_mem_arena_address(g->mem, r);
         board[r] = g->backend->board_address(g, r);

@@ -105,6 +105,8 @@ struct ep_handle {
 ep_status epi_fail_before_meeting(const struct ep_group_config *config, ep_status st);
 ep_status epi_group_create(ep_group **out, const struct ep_group_config *config);
 void epi_group_destroy(ep_group **group);
+/* Tells kernels where the group's tables are: low-latency mode's, then the peers' addresses. */
+void epi_group_tables(ep_group *g, uint64_t at);
 
 /* ---- experts.c ------------------------------------------------------------------------------ */
 
