@@ -579,7 +579,8 @@ struct ep_routing {
 
 /*
  * Computes the routing of a micro-batch into the handle, which may have been routed before.
- * Local; enqueues on `stream`. The ids are copied: they may change once the stream has passed.
+ * Local; enqueues on `stream`; on a GPU it may run beside operations of other handles. The ids are
+ * copied: they may change once the stream has passed.
  * EP_ERR_ARG: shape, type, T over max_tokens, experts; or an id outside 0..E-1 (and not -1): the
  * message names token and k. The ids are looked at by the enqueued work: with stream NULL the error is
  * returned here and the handle is left unrouted; with a stream it is returned by

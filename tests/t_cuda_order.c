@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "src/cu/driver.h"
 #include "tests/calls.h"
@@ -26,7 +27,7 @@ struct two {
     struct run run[2];
     ep_handle *handle[2];
     void *stream[2];
-    struct gpu_piece piece;
+    struct gpu_piece piece, ids;
     uint32_t *word;
     atomic_int queued; /* by another thread */
 };
@@ -36,8 +37,8 @@ static void two_create(struct two *t, struct world *w, bool dispatched) {
 
     *t = (struct two){.w = w, .device = &gpu->device};
     gpu_take(gpu, sizeof(*t->word), &t->piece);
+    gpu_take(gpu, 4 * sizeof(int64_t), &t->ids);
     t->word = (uint32_t *)(void *)t->piece.host;
-    __atomic_store_n(t->word, 0, __ATOMIC_SEQ_CST);
     for (int i = 0; i < 2; i++) {
         run_create(&t->run[i], w, w->ctx);
         world_is(w, call_stream_create(&t->stream[i], w->group), EP_OK, "a stream");
@@ -53,6 +54,7 @@ static void two_create(struct two *t, struct world *w, bool dispatched) {
 
 /* False where the driver cannot hold a stream. */
 static bool hold(struct two *t, void *stream) {
+    __atomic_store_n(t->word, 0, __ATOMIC_SEQ_CST);
     return epi_cu_stream_hold(t->device, stream, t->word, 1) == EP_OK;
 }
 
@@ -68,6 +70,7 @@ static void two_free(struct two *t) {
         run_free(&t->run[i]);
     }
     gpu_give(call_gpu(t->w->group), &t->piece);
+    gpu_give(call_gpu(t->w->group), &t->ids);
 }
 
 /* ---- two steps ------------------------------------------------------------------------------ */
@@ -245,6 +248,64 @@ static void launch_fails(struct world *w) {
 
 /* ---- the test ------------------------------------------------------------------------------- */
 
+static void both_end(struct two *t) {
+    for (int i = 0; i < 2; i++) {
+        world_is(t->w, call_stream_sync(t->w->group, t->stream[i]), EP_OK, "what was found");
+    }
+}
+
+/* A handle is routed behind what the stream waits for, and destroyed. */
+static void route_and_forget(struct two *t, void *stream) {
+    struct ep_routing routing = EP_ROUTING_INIT;
+    struct ep_tensor ids;
+    ep_handle *handle = NULL;
+
+    ep_tensor_2d(&ids, EP_I64, t->ids.host, 4, 1);
+    routing.topk_ids = &ids;
+    memset(t->ids.host, 0, t->ids.bytes);
+    world_is(t->w, ep_handle_create(&handle, t->w->group, NULL), EP_OK, "a handle");
+    world_is(t->w, ep_handle_route(handle, &routing, stream), EP_OK, "route");
+    ep_handle_destroy(&handle);
+}
+
+/* The next micro-batch is routed while an operation waits on another stream. What uses that routing
+ * waits for it, and a handle that goes first takes nothing with it. */
+static void routed_beside_another(struct world *w) {
+    struct two t;
+    ep_status st = EP_AGAIN;
+
+    two_create(&t, w, false);
+    if (hold(&t, t.stream[0])) {
+        world_is(w, run_dispatch(&t.run[0], t.handle[0], t.stream[0]), EP_OK, "dispatch");
+        world_is(w, run_route(&t.run[1], t.handle[1], t.stream[1]), EP_OK, "route");
+        for (int ms = 0; ms < 20000 && st == EP_AGAIN; ms++) {
+            tap_sleep_ms(1);
+            st = ep_handle_status(t.handle[1]);
+        }
+        world_is(w, st, EP_OK, "a routing beside a dispatch that waits");
+        release(&t);
+        both_end(&t);
+        run_check_dispatch(&t.run[0], t.handle[0]);
+
+        hold(&t, t.stream[1]);
+        world_is(w, run_route(&t.run[1], t.handle[1], t.stream[1]), EP_OK, "route");
+        world_is(w, run_dispatch(&t.run[1], t.handle[1], t.stream[0]), EP_OK, "dispatch");
+        tap_sleep_ms(SETTLE_MS);
+        world_is(w, ep_handle_status(t.handle[1]), EP_AGAIN, "before the routing");
+        release(&t);
+        both_end(&t);
+        run_check_dispatch(&t.run[1], t.handle[1]);
+
+        hold(&t, t.stream[1]);
+        route_and_forget(&t, t.stream[1]);
+        world_is(w, run_combine(&t.run[1], t.handle[1], t.stream[0]), EP_OK, "combine");
+        release(&t);
+        both_end(&t);
+        run_check_combine(&t.run[1]);
+    }
+    two_free(&t);
+}
+
 static void run(uint64_t seed, void (*body)(struct world *w), bool two_step, int timeout_ms,
                 bool processes, const char *name) {
     const struct form form = {.id_dtype = EP_I64, .two_step = two_step, .num_bias = 1};
@@ -279,6 +340,8 @@ int main(void) {
             "a stream with the handle of one that was destroyed");
         run(seed + 2, default_of_threads, false, 0, processes,
             "the default streams of two threads");
+        run(seed + 5, routed_beside_another, false, 0, processes,
+            "a routing beside an operation that waits on another stream");
     }
     run(seed + 3, counts_of_a_held_stream, false, 1500, false,
         "the counts of a stream that does not come to its dispatch");

@@ -132,8 +132,10 @@ static ep_status cuda_make_handle(ep_handle *h) {
     pthread_mutex_lock(&g->mutex);
     ep_status st = epi_notice_take(&c->notices, c->gpu, &h->notice);
     if (st == EP_OK) {
-        st = epi_gpu_reserve(c->gpu, &at, h->bytes);
+        st = epi_gpu_apart_create(c->gpu, &h->apart);
+        st = st == EP_OK ? epi_gpu_reserve(c->gpu, &at, h->bytes) : st;
         if (st != EP_OK) {
+            epi_gpu_apart_destroy(c->gpu, &h->apart);
             epi_notice_give(&c->notices, h->notice);
         }
     }
@@ -161,6 +163,7 @@ static void cuda_drop_handle(ep_handle *h) {
     ep_group *g = h->group;
     uint64_t at = (uint64_t)(uintptr_t)h->block;
     pthread_mutex_lock(&g->mutex);
+    epi_gpu_apart_destroy(g->cuda->gpu, &h->apart);
     epi_gpu_free(g->cuda->gpu, &at);
     epi_notice_give(&g->cuda->notices, h->notice);
     pthread_mutex_unlock(&g->mutex);
@@ -205,14 +208,16 @@ static void *stream_of(const struct epi_op *op, void *stream) {
 
 static ep_status order(struct epi_op *op, void *stream) {
     struct epi_gpu *gpu = op->g->cuda->gpu;
+    struct epi_gpu_apart *apart = op->h ? &op->h->apart : NULL;
     bool capturing = false;
     if (is_beside(op, EPI_OP_FINISH)) {
         return epi_gpu_beside(gpu, stream);
     }
     if (is_beside(op, EPI_OP_BEGIN)) {
-        return epi_gpu_fork(gpu, stream);
+        return epi_gpu_fork(gpu, stream, apart);
     }
-    EPI_TRY(epi_gpu_begin(gpu, stream, &capturing));
+    /* What no peer takes part in writes nothing but the handle. */
+    EPI_TRY(epi_gpu_begin(gpu, stream, apart, !op->kind->faults, &capturing));
     op->flags |= capturing ? EPI_OP_CAPTURED : 0;
     return zero_first(op, stream);
 }

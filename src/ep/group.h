@@ -68,14 +68,15 @@ struct ep_handle {
     ep_group *group;
     uint32_t process; /* that made it */
     struct ep_handle_config config;
-    size_t bytes;            /* of kernels' memory ... */
-    struct k_handle k;       /* addresses of kernels' memory */
-    void *block;             /* that k points into */
-    void *own_block;         /* the same where it is this process's memory */
-    struct k_counts *notice; /* what kernels tell the host */
-    bool zeroed;             /* of a CUDA group: the block, which begins with any contents */
-    atomic_int pending;      /* pieces of work queued and not ended */
-    atomic_int refs;         /* the caller's and one for each of those */
+    size_t bytes;               /* of kernels' memory ... */
+    struct k_handle k;          /* addresses of kernels' memory */
+    void *block;                /* that k points into */
+    void *own_block;            /* the same where it is this process's memory */
+    struct k_counts *notice;    /* what kernels tell the host */
+    bool zeroed;                /* of a CUDA group: the block, which begins with any contents */
+    struct epi_gpu_apart apart; /* the same: its routing and layout */
+    atomic_int pending;         /* pieces of work queued and not ended */
+    atomic_int refs;            /* the caller's and one for each of those */
 
     /* As issued; the calling thread's view. */
     int tokens, topk;

@@ -2,7 +2,8 @@
 /*
  * Kernels on a CUDA device: the device of one rank, its streams, the compiled kernels and their
  * launches. Owns the order of a rank's launches: each waits for the one before it, whatever
- * streams they are on, through one event; within a capture, through one of that capture. Streams
+ * streams they are on, through one event; within a capture, through one of that capture. Those that
+ * stand apart wait for the same piece of memory only, through an event of that. Streams
  * are never compared: one that was destroyed may give its handle to another, and the handle of a
  * thread's default stream is the same in every thread. Loaded kernels are kept for the life of the
  * process, once per device and shape, because loading some may wait for kernels that wait for this
@@ -56,9 +57,11 @@ struct epi_gpu {
     void *forked; /* event: where the caller's stream was at the last fork; then what the launch
                       after that waits for */
     struct capture captures[NUM_CAPTURES];
-    int next_capture;        /* whose place is taken next */
-    struct capture *capture; /* of the launch under way, or NULL, and ... */
-    uint64_t capture_id;     /* ... its number */
+    int next_capture;            /* whose place is taken next */
+    struct capture *capture;     /* of the launch under way, or NULL, and ... */
+    uint64_t capture_id;         /* ... its number */
+    struct epi_gpu_apart *named; /* by the launch under way, or NULL ... */
+    bool apart;                  /* ... which stands apart */
 };
 
 /* ---- kernels ---------------------------------------------------------------------------- */
@@ -351,33 +354,74 @@ static ep_status begin_captured(struct epi_gpu *g, void *stream, uint64_t id) {
     return EP_OK;
 }
 
-ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, bool *capturing) {
+ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, struct epi_gpu_apart *a, bool apart,
+                        bool *capturing) {
     uint64_t id = 0;
     EPI_TRY(epi_cu_capture_id(&g->device, stream, &id));
     if (capturing) {
         *capturing = id != 0;
     }
     g->capture = NULL;
+    g->named = NULL;
     if (id) {
         g->capture_id = id;
         return begin_captured(g, stream, id);
     }
-    return atomic_load(&g->launches.launched)
+    g->named = a;
+    g->apart = apart;
+    if (a && a->pending) {
+        EPI_TRY(epi_cu_event_wait(&g->device, stream, a->event));
+    }
+    return (apart ? !a->pending && a->was_used : atomic_load(&g->launches.launched))
                ? epi_cu_event_wait(&g->device, stream, g->launches.last)
                : EP_OK;
+}
+
+/* Whether there are launches for `a` that the others are not behind. */
+static void set_pending(struct epi_gpu *g, struct epi_gpu_apart *a, bool pending) {
+    atomic_fetch_add(&g->launches.apart, (int)pending - (int)a->pending);
+    a->pending = pending;
+    a->was_used = !pending;
 }
 
 /* What was launched on the stream is the newest now. */
 static ep_status record_launch(struct epi_gpu *g, void *stream) {
     struct capture *c = g->capture;
+    struct epi_gpu_apart *a = g->named;
     g->capture = NULL;
+    g->named = NULL;
     if (c) {
         c->id = g->capture_id;
         atomic_store(&g->launches.captured, true);
         return epi_cu_event_record(&g->device, c->last, stream);
     }
+    if (a && g->apart) {
+        set_pending(g, a, true);
+        return epi_cu_event_record(&g->device, a->event, stream);
+    }
     atomic_store(&g->launches.launched, true);
-    return epi_cu_event_record(&g->device, g->launches.last, stream);
+    EPI_TRY(epi_cu_event_record(&g->device, g->launches.last, stream));
+    if (a) {
+        set_pending(g, a, false);
+    }
+    return EP_OK;
+}
+
+ep_status epi_gpu_apart_create(struct epi_gpu *g, struct epi_gpu_apart *a) {
+    *a = (struct epi_gpu_apart){NULL, false, false};
+    return epi_cu_event_create_plain(&g->device, &a->event);
+}
+
+/* On a stream of its own, so that nobody waits here. */
+void epi_gpu_apart_destroy(struct epi_gpu *g, struct epi_gpu_apart *a) {
+    if (a->pending) {
+        epi_gpu_launch_begin();
+        if (epi_gpu_begin(g, g->stream, a, false, NULL) == EP_OK) {
+            record_launch(g, g->stream);
+        }
+        epi_gpu_launch_end();
+    }
+    epi_cu_event_destroy(&g->device, &a->event);
 }
 
 static ep_status launch_and_record(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
@@ -409,15 +453,16 @@ ep_status epi_gpu_is_capturing(struct epi_gpu *g, void *stream, bool *capturing)
     return st;
 }
 
-ep_status epi_gpu_fork(struct epi_gpu *g, void *stream) {
+ep_status epi_gpu_fork(struct epi_gpu *g, void *stream, struct epi_gpu_apart *a) {
     EPI_TRY(epi_cu_event_record(&g->device, g->forked, stream));
     EPI_TRY(epi_cu_event_wait(&g->device, g->stream, g->forked));
-    EPI_TRY(epi_gpu_begin(g, g->stream, NULL));
+    EPI_TRY(epi_gpu_begin(g, g->stream, a, false, NULL));
     return epi_cu_event_record(&g->device, g->forked, g->stream);
 }
 
 ep_status epi_gpu_beside(struct epi_gpu *g, void *stream) {
     g->capture = NULL;
+    g->named = NULL;
     return epi_cu_event_wait(&g->device, stream, g->forked);
 }
 

@@ -87,7 +87,7 @@ bool epi_gpu_activity_goes_on(const struct epi_gpu_activity *a) {
 /* Both locks are held. */
 static bool any_gpu_busy(void) {
     const struct epi_gpu_activity *a = active;
-    while (a && !epi_gpu_activity_goes_on(a)) {
+    while (a && atomic_load(&a->apart) == 0 && !epi_gpu_activity_goes_on(a)) {
         a = a->next;
     }
     return a != NULL;

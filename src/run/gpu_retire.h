@@ -17,6 +17,7 @@ struct epi_gpu_activity {
     void *last;           /* event: the newest launch outside of captures ... */
     atomic_bool launched; /* ... of which there was one */
     atomic_bool captured; /* graphs may replay something: nobody sees when */
+    atomic_int apart;     /* pieces of memory with launches that `last` is not behind */
     struct epi_gpu_activity *next;
 };
 

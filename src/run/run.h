@@ -90,15 +90,28 @@ void epi_gpu_give_chunk(struct epi_gpu *g, void *chunk);
 ep_status epi_gpu_in(struct epi_gpu *g, uint64_t to, const void *from, size_t bytes);
 ep_status epi_gpu_out(struct epi_gpu *g, void *to, uint64_t from, size_t bytes);
 
+/* Launches that use one piece of memory and nothing else that kernels write: they follow each other
+ * and those launches that name the piece, but no others. Captured ones are as all others. */
+struct epi_gpu_apart {
+    void *event;   /* its newest launch ... */
+    bool pending;  /* ... of which there was one, and no other that named it since */
+    bool was_used; /* by another, since that */
+};
+ep_status epi_gpu_apart_create(struct epi_gpu *g, struct epi_gpu_apart *a);
+/* What was launched so far is from now on waited for like all else. */
+void epi_gpu_apart_destroy(struct epi_gpu *g, struct epi_gpu_apart *a);
+
 /* Launches of a rank follow each other: begin, launch, one caller at a time. Begin makes the stream
- * wait for the launch before; *capturing (may be NULL): the stream is being captured. `join`: after
- * the kernel the stream waits for the launch before. */
-ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, bool *capturing);
+ * wait for the launch before and for what was launched for `a` (may be NULL); if this one is `apart`,
+ * for the second alone. *capturing (may be NULL): the stream is being captured. `join`: after the
+ * kernel the stream waits for the launch before. */
+ep_status epi_gpu_begin(struct epi_gpu *g, void *stream, struct epi_gpu_apart *a, bool apart,
+                        bool *capturing);
 ep_status epi_gpu_launch(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
                          int blocks, void *stream, bool join);
 ep_status epi_gpu_is_capturing(struct epi_gpu *g, void *stream, bool *capturing);
 /* Begin on the device's own stream, which waits for what is on `stream` now, too. */
-ep_status epi_gpu_fork(struct epi_gpu *g, void *stream);
+ep_status epi_gpu_fork(struct epi_gpu *g, void *stream, struct epi_gpu_apart *a);
 /* Begin beside the last launch on the device's own stream: after what that one waits for. */
 ep_status epi_gpu_beside(struct epi_gpu *g, void *stream);
 /* EP_OK: all that was launched outside of captures has ended; EP_AGAIN. */
