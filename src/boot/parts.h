@@ -342,7 +342,7 @@ struct epi_request {
 struct epi_star {
     int rank;
     int num_ranks;
-    pid_t pid; /* of the process whose thread serves this star */
+    uint32_t process; /* of the process whose thread serves this star */
     void (*on_dead)(void *ctx, int rank, const char *why);
     void *on_dead_ctx;
     pthread_t thread;

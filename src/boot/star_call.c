@@ -26,7 +26,7 @@ ep_status epi_star_make(struct epi_star **out, int rank, int num_ranks) {
     }
     star->rank = rank;
     star->num_ranks = num_ranks;
-    star->pid = getpid();
+    star->process = epi_process();
     star->num_conns = rank == 0 ? num_ranks : 1;
     star->rounds.num_ranks = num_ranks;
     star->kick_fd = epi_sock_kicker();
@@ -60,7 +60,7 @@ static void kick(struct epi_star *star) {
 
 void epi_star_free(struct epi_star *star) {
     /* A forked child has neither the thread nor, thanks to sock.c, the descriptors. */
-    bool is_ours = star->pid == getpid();
+    bool is_ours = !epi_is_forked(star->process);
     if (star->has_thread && is_ours) {
         pthread_mutex_lock(&star->lock);
         star->stop = true;
@@ -148,7 +148,7 @@ static ep_status post(struct epi_star *star, const void *in, size_t bytes, void 
 
 ep_status epi_star_allgather(struct epi_star *star, const void *in, size_t bytes, void *out,
                              struct epi_deadline deadline) {
-    if (star->pid != getpid()) {
+    if (epi_is_forked(star->process)) {
         return epi_fail(EP_ERR_STATE,
                         "allgather: this group was made before fork(); it belongs "
                         "to the parent");
