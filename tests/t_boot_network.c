@@ -6,6 +6,7 @@
  * is needed there is no port.
  */
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,7 +22,7 @@
 #define KEY "a secret of the test"
 
 struct scene {
-    int port;
+    int port, next_port;
     const char *host;
     _Atomic int step;
 };
@@ -83,6 +84,27 @@ static void be_impostor(struct scene *s) {
     s->step = 2;
 }
 
+/* Two ranks find each other. */
+static void find(const struct epi_meet *m, int rank) {
+    struct epi_conn conns[2];
+    struct epi_listeners listeners = {0};
+    epi_conn_init(&conns[0], -1, 0, 0);
+    epi_conn_init(&conns[1], -1, 1, 0);
+    if (rank == 0) {
+        ok(epi_meet_listen(m, &listeners) == EP_OK, "listen: %s", ep_last_error());
+        ok(epi_meet_root(m, &listeners, conns) == EP_OK, "rank 0: %s", ep_last_error());
+        epi_meet_start(conns, 2);
+        epi_conn_flush(&conns[1]);
+        tap_sleep_ms(100);
+    } else {
+        ok(epi_meet_peer(m, &conns[0]) == EP_OK, "rank 1 finds the right one: %s",
+           ep_last_error());
+    }
+    epi_listeners_close(&listeners);
+    epi_conn_close(&conns[0]);
+    epi_conn_close(&conns[1]);
+}
+
 static int impostor_rank(int rank, void *ctx) {
     struct scene *s = ctx;
     struct epi_meet m;
@@ -94,23 +116,34 @@ static int impostor_rank(int rank, void *ctx) {
         tap_sleep_ms(2);
     }
     over_tcp(&m, s, rank);
-    struct epi_conn conns[2];
-    struct epi_listeners listeners = {0};
-    epi_conn_init(&conns[0], -1, 0, 0);
-    epi_conn_init(&conns[1], -1, 1, 0);
-    if (rank == 0) {
-        ok(epi_meet_listen(&m, &listeners) == EP_OK, "listen: %s", ep_last_error());
-        ok(epi_meet_root(&m, &listeners, conns) == EP_OK, "rank 0: %s", ep_last_error());
-        epi_meet_start(conns, 2);
-        epi_conn_flush(&conns[1]);
-        tap_sleep_ms(100);
-    } else {
-        ok(epi_meet_peer(&m, &conns[0]) == EP_OK, "rank 1 finds the right one: %s",
-           ep_last_error());
+    find(&m, rank);
+    return 0;
+}
+
+/* Rank 2 of the test is a service that has the first of the job's ports, and keeps it. */
+static int taken_rank(int rank, void *ctx) {
+    struct scene *s = ctx;
+    struct epi_meet m;
+    if (rank == 2) {
+        struct pollfd p = {.fd = occupy(s->port), .events = POLLIN};
+        s->step = 1;
+        while (s->step < 3) {
+            if (poll(&p, 1, 20) > 0) {
+                close(accept(p.fd, NULL, NULL));
+            }
+        }
+        close(p.fd);
+        return 0;
     }
-    epi_listeners_close(&listeners);
-    epi_conn_close(&conns[0]);
-    epi_conn_close(&conns[1]);
+    while (s->step < 1) {
+        tap_sleep_ms(2);
+    }
+    over_tcp(&m, s, rank);
+    m.launch.num_ports = 2;
+    m.launch.ports[0] = s->port;
+    m.launch.ports[1] = s->next_port;
+    find(&m, rank);
+    s->step++;
     return 0;
 }
 
@@ -275,6 +308,9 @@ int main(void) {
     ok(tap_spawn_ranks(2, local_rank, s, 60) == 0, "no port without a need");
     ok(tap_spawn_ranks(2, other_key_rank, s, 60) == 0, "keys differ");
     ok(tap_spawn_ranks(3, impostor_rank, s, 60) == 0, "an impostor");
+    s->step = 0;
+    s->next_port = tap_free_port();
+    ok(tap_spawn_ranks(3, taken_rank, s, 60) == 0, "the job's next port, where one is taken");
     if (own_address(own)) {
         s->host = own;
         ok(tap_spawn_ranks(2, address_rank, s, 60) == 0, "an address of this host");
