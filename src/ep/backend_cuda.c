@@ -241,12 +241,13 @@ static void *own_stream(const ep_group *g) {
 /* What kernels have found, told once. */
 static ep_status cuda_take_findings(ep_handle *h) {
     struct k_counts *n = h->notice;
+    const uint64_t routed = atomic_load((const _Atomic k_u64 *)&n->routed);
+    if (!h->captured && routed != K_WORD(h->k.tag, h->routed_by)) {
+        return EP_AGAIN;
+    }
     /* Kernels of a handle that is gone may still write to the notice it had. */
     const uint64_t bad = n->bad_of == h->k.tag ? n->bad : ~UINT64_C(0);
     const uint64_t over = n->over >> 32 == h->k.tag ? n->over & UINT32_MAX : 0;
-    if (!h->captured && n->routed != K_WORD(h->k.tag, h->routed_by)) {
-        return EP_AGAIN;
-    }
     n->bad = ~UINT64_C(0);
     n->over = 0;
     if (bad != ~UINT64_C(0)) {
