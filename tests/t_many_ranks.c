@@ -20,7 +20,7 @@
 #define MANY EP_MAX_RANKS
 #endif
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-#define LL_MANY 32
+#define LL_MANY 16
 #else
 #define LL_MANY 256
 #endif
