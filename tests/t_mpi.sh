@@ -21,10 +21,11 @@ all_of() {
 try() { # try NAME LAUNCHER...
     name=$1
     shift
+    mkdir -p "$tmp/A" "$tmp/B" # two of Open MPI's that begin at once fail over one folder
     # shellcheck disable=SC2086
-    JOB=A timeout $limit "$@" $rank >"$tmp/a" 2>&1 &
+    JOB=A TMPDIR=$tmp/A timeout $limit "$@" $rank >"$tmp/a" 2>&1 &
     # shellcheck disable=SC2086
-    JOB=B timeout $limit "$@" $rank >"$tmp/b" 2>&1
+    JOB=B TMPDIR=$tmp/B timeout $limit "$@" $rank >"$tmp/b" 2>&1
     wait $!
     all_of A 2 "$tmp/a" && all_of B 2 "$tmp/b"
     ok "$name: two jobs at once do not mix"
