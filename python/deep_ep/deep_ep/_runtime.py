@@ -96,7 +96,7 @@ class Runtime:
         return True
 
     def get_num_rdma_ranks(self):
-        return max(1, -(-self.size // NODE_RANKS)) if self.size > NODE_RANKS else 1
+        return -(-self.size // NODE_RANKS)
 
     def get_rdma_rank(self):
         return self.rank // NODE_RANKS

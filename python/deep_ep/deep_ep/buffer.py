@@ -180,10 +180,10 @@ class Buffer(LowLatency):
                 "topk_idx and topk_weights must be None in a dispatch with a handle"
             call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
             return self._dispatch_again(call, x, scales, Routing.find(handle), workers)
-        for name, given in (("num_tokens_per_rank", num_tokens_per_rank),
-                            ("is_token_in_rank", is_token_in_rank),
-                            ("num_tokens_per_expert", num_tokens_per_expert)):
-            assert given is not None, f"{name} must be given in a dispatch without a handle"
+        for name, tensor in (("num_tokens_per_rank", num_tokens_per_rank),
+                             ("is_token_in_rank", is_token_in_rank),
+                             ("num_tokens_per_expert", num_tokens_per_expert)):
+            assert tensor is not None, f"{name} must be given in a dispatch without a handle"
         _check_layout(x.size(0), self.group_size, is_token_in_rank, num_tokens_per_expert)
         host_check((topk_idx is None) == (topk_weights is None),
                    "topk_idx and topk_weights must be given both or neither")
@@ -203,8 +203,8 @@ class Buffer(LowLatency):
                      else 0, mask_routing=int(topk_idx is None))
         mine = slice(*_experts_of(self.rank, needs["num_experts"], self.group_size))
         with runtime.lock:
-            got = self._send(call, args, needs, topk_idx, is_token_in_rank, num_worst_tokens)
-        routing, out, counts = got
+            routing, out, counts = self._send(call, args, needs, topk_idx, is_token_in_rank,
+                                              num_worst_tokens)
         if counts is not None and topk_idx is None:
             # Nobody but tests dispatches without ids: the counts go by way of the process group.
             every = runtime.gather(num_tokens_per_expert.tolist())
