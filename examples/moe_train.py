@@ -150,13 +150,13 @@ def read_text(path):
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
 
 
-def train(rank, ranks, args, buffer, device, show):
+def train(rank, ranks, args, text, buffer, device, show):
     """The loss of every step, averaged over the ranks."""
     torch.manual_seed(0)
     model = Model(args.layers, rank, ranks, buffer).to(device)
     spread = {p for block in model.blocks for p in (block.experts.up, block.experts.down)}
     optimizer = Adam(model.parameters(), rate=1e-3)
-    text, gen, losses = read_text(args.text), torch.Generator().manual_seed(1), []
+    gen, losses = torch.Generator().manual_seed(1), []
     for step in range(args.steps):
         starts = torch.randint(len(text) - CONTEXT - 1, (BATCH,), generator=gen)
         own = starts[rank * BATCH // ranks:(rank + 1) * BATCH // ranks]
@@ -192,9 +192,10 @@ def work(rank, ranks, args):
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=ranks)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     buffer = Buffer(dist.group.WORLD, explicitly_destroy=True)
-    losses = train(rank, ranks, args, buffer, device, show=rank == 0)
+    text = read_text(args.text)
+    losses = train(rank, ranks, args, text, buffer, device, show=rank == 0)
     if rank == 0:
-        compare(args, losses, train(0, 1, args, None, device, show=True))
+        compare(args, losses, train(0, 1, args, text, None, device, show=True))
     dist.barrier()
     buffer.destroy()
     dist.destroy_process_group()
