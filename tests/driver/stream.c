@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The driver's streams and events: a stream is a thread with a queue, an event a counter of
- * records. What is queued on a captured stream goes to its capture, which graph.c has. Functions
+ * The driver's streams and events: a stream is a thread with a queue, an event holds its last
+ * record. What is queued on a captured stream goes to its capture, which graph.c has. Functions
  * are called from any thread; what is queued runs on its stream's. Must not know what the
  * operations do.
  *
@@ -18,12 +18,18 @@
 
 #define POLL_US 20
 
-struct event {
-    atomic_ullong recorded, passed;
+/* What one cuEventRecord has queued, and what waits for it whatever the event records afterwards. */
+struct record {
+    atomic_int users; /* the event while it is its last, and what is queued */
+    atomic_bool passed;
     atomic_llong passed_ns;
+};
+
+struct event {
+    pthread_mutex_t mutex;     /* guards `last` */
+    struct record *last;       /* NULL: none yet */
     atomic_bool captured;      /* it stands for ... */
     struct driver_point point; /* ... rather than for what a stream does */
-    atomic_int users;          /* the program, until it destroys it, and what is queued */
 };
 
 struct queue {
@@ -251,25 +257,35 @@ DEFINE(cuStreamSynchronize, void *stream) {
 
 /* ---- events --------------------------------------------------------------------------------- */
 
-static void event_drop(struct event *e) {
-    if (atomic_fetch_sub(&e->users, 1) == 1) {
-        free(e);
+static void record_drop(struct record *r) {
+    if (r && atomic_fetch_sub(&r->users, 1) == 1) {
+        free(r);
     }
+}
+/* The event's last record, which the caller drops; NULL where there is none. */
+static struct record *record_of(struct event *e) {
+    pthread_mutex_lock(&e->mutex);
+    struct record *r = e->last;
+    if (r) {
+        atomic_fetch_add(&r->users, 1);
+    }
+    pthread_mutex_unlock(&e->mutex);
+    return r;
 }
 static void run_record(struct op *op) {
-    struct event *e = op->to;
+    struct record *r = op->to;
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    atomic_store(&e->passed_ns, now.tv_sec * 1000000000ll + now.tv_nsec);
-    atomic_store(&e->passed, op->value);
-    event_drop(e);
+    atomic_store(&r->passed_ns, now.tv_sec * 1000000000ll + now.tv_nsec);
+    atomic_store(&r->passed, true);
+    record_drop(r);
 }
 static void run_wait(struct op *op) {
-    struct event *e = op->to;
-    while (atomic_load(&e->passed) < op->value) {
+    struct record *r = op->to;
+    while (!atomic_load(&r->passed)) {
         usleep(POLL_US);
     }
-    event_drop(e);
+    record_drop(r);
 }
 static void run_hold(struct op *op) {
     while (atomic_load((_Atomic uint32_t *)op->to) < op->value) {
@@ -280,13 +296,16 @@ DEFINE(cuEventCreate, void **event, unsigned flags) {
     (void)flags;
     struct event *e = calloc(1, sizeof(*e));
     if (e) {
-        atomic_store(&e->users, 1);
+        pthread_mutex_init(&e->mutex, NULL);
     }
     *event = e;
     return e ? 0 : CU_OUT_OF_MEMORY;
 }
 DEFINE(cuEventDestroy_v2, void *event) {
-    event_drop(event);
+    struct event *e = event;
+    record_drop(e->last);
+    pthread_mutex_destroy(&e->mutex);
+    free(e);
     return 0;
 }
 /* A capture keeps the order in which operations came: it needs nothing for its own events. */
@@ -300,10 +319,18 @@ DEFINE(cuEventRecord, void *event, void *stream) {
     if (captured) {
         return 0;
     }
+    struct record *r = calloc(1, sizeof(*r)), *before;
+    if (!r) {
+        return CU_OUT_OF_MEMORY;
+    }
+    atomic_store(&r->users, 2);
     struct op *op = driver_op(run_record);
-    op->to = e;
-    op->value = atomic_fetch_add(&e->recorded, 1) + 1;
-    atomic_fetch_add(&e->users, 1);
+    op->to = r;
+    pthread_mutex_lock(&e->mutex);
+    before = e->last;
+    e->last = r;
+    pthread_mutex_unlock(&e->mutex);
+    record_drop(before);
     return driver_queue(stream, op);
 }
 DEFINE(cuEventQuery, void *event) {
@@ -312,19 +339,26 @@ DEFINE(cuEventQuery, void *event) {
     if (unsafe || atomic_load(&e->captured)) {
         return unsafe ? unsafe : CAPTURED_EVENT;
     }
-    return atomic_load(&e->passed) >= atomic_load(&e->recorded) ? 0 : CU_NOT_READY;
+    struct record *r = record_of(e);
+    const bool passed = !r || atomic_load(&r->passed);
+    record_drop(r);
+    return passed ? 0 : CU_NOT_READY;
 }
 DEFINE(cuEventElapsedTime, float *ms, void *a, void *b) {
-    const struct event *from = a, *to = b;
+    struct event *from = a, *to = b;
     if (atomic_load(&from->captured) || atomic_load(&to->captured)) {
         return CAPTURED_EVENT;
     }
-    if (atomic_load(&from->passed) < atomic_load(&from->recorded) ||
-        atomic_load(&to->passed) < atomic_load(&to->recorded)) {
-        return CU_NOT_READY;
+    struct record *r[2] = {record_of(from), record_of(to)};
+    const bool passed =
+        r[0] && r[1] && atomic_load(&r[0]->passed) && atomic_load(&r[1]->passed);
+    if (passed) {
+        *ms = (float)((double)(atomic_load(&r[1]->passed_ns) - atomic_load(&r[0]->passed_ns)) /
+                      1e6);
     }
-    *ms = (float)((double)(atomic_load(&to->passed_ns) - atomic_load(&from->passed_ns)) / 1e6);
-    return 0;
+    record_drop(r[0]);
+    record_drop(r[1]);
+    return passed ? 0 : CU_NOT_READY;
 }
 DEFINE(cuStreamWaitEvent, void *stream, void *event, unsigned flags) {
     struct event *e = event;
@@ -332,13 +366,13 @@ DEFINE(cuStreamWaitEvent, void *stream, void *event, unsigned flags) {
     if (atomic_load(&e->captured)) {
         return driver_capture_join(stream, &e->point);
     }
-    if (driver_is_captured(stream)) {
-        return atomic_load(&e->recorded) ? CAPTURE_ISOLATION : 0;
+    struct record *r = record_of(e);
+    if (driver_is_captured(stream) || !r) {
+        record_drop(r);
+        return r ? CAPTURE_ISOLATION : 0;
     }
     struct op *op = driver_op(run_wait);
-    op->to = e;
-    op->value = atomic_load(&e->recorded);
-    atomic_fetch_add(&e->users, 1);
+    op->to = r;
     return driver_queue(stream, op);
 }
 DEFINE(cuStreamWaitValue32_v2, void *stream, uint64_t at, uint32_t value, unsigned flags) {
