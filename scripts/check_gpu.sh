@@ -8,6 +8,7 @@
 #   all        rank r on GPU r, modulo their number: threads, then processes
 #   sanitizer  compute-sanitizer's memcheck and synccheck, one rank, and ranks as processes
 #   generic    threads, processes, all once more with DISABLE_SM90_FEATURES=1
+#   python     tests/python with torch's CUDA tensors; PYTHON (python3) must have torch and pytest
 #
 # Where there are several GPUs, the parts on one GPU run as many programs at a time, each with a
 # GPU of its own. All of it takes tens of minutes, because a process takes seconds to start on a
@@ -248,6 +249,17 @@ sanitize() {
     done
 }
 
+python() {
+    local sum
+    step python 900 env EP_TEST_DEVICE=cuda PYTHON="${PYTHON:-python3}" scripts/python.sh tests/python
+    if [ $? = 77 ]; then
+        record python 0 0 1
+        return
+    fi
+    sum=$(sed -n '$s/^python: //p' "$out/step.txt" | tr -dc '0-9 ')
+    record python ${sum:-0 1 0} # three numbers
+}
+
 machine
 if [ "$devices" = 0 ]; then
     say "no GPU here"
@@ -264,6 +276,8 @@ if wanted generic; then
     fi
     everything -generic DISABLE_SM90_FEATURES=1
 fi
+
+if wanted python; then python; fi
 
 rm -f "$out/step.txt"
 say "$SECONDS s; logs in $out"

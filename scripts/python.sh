@@ -3,16 +3,17 @@
 # python.sh [PYTEST ARGUMENT...]: builds the wheels, as pip does, and runs tests/python on them: with
 # the Python of build/venv, which has torch, and without arguments also with the oldest and the newest
 # Python that the machine has, with numpy alone. The wheels go to build/python, not into an environment.
+# PYTHON names another Python that has torch, numpy, pytest, setuptools and wheel.
 # The last line: "python: N passed, N failed, N skipped".
 cd "$(dirname "$0")/.." || exit 1
-venv=build/venv/bin/python
+venv=${PYTHON:-build/venv/bin/python}
 out=$PWD/build/python
 passed=0
 failed=0
 skipped=0
 
-if [ -z "$(scripts/find.sh torch)" ]; then
-    echo "python: build/venv lacks torch, numpy or pytest; make check without DEPS=0 gets them"
+if ! "$venv" -c 'import torch, numpy, pytest, setuptools, wheel' 2>/dev/null; then
+    echo "python: $venv lacks torch, numpy, pytest or wheel; make check without DEPS=0 gets them"
     echo "python: 0 passed, 0 failed, 1 skipped"
     exit 77
 fi

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Ranks as threads of this process: each test runs a function on all of them and fails with the first
-exception of any. Nothing here waits longer than DEADLINE_S."""
+exception of any. Nothing here waits longer than DEADLINE_S.
+
+EP_TEST_DEVICE=cuda runs what has torch's tensors on GPUs; what has numpy's stays on the CPU."""
+import contextlib
+import os
 import threading
 import traceback
 
@@ -10,10 +14,25 @@ import pytest
 import ep
 
 DEADLINE_S = 60
+DEVICE = os.environ.get("EP_TEST_DEVICE", "cpu")
+os.environ["EP_DEVICE"] = DEVICE
 E, T, K, H = 8, 24, 3, 64
 
 
-def run_ranks(num, function, **config):
+def pytest_collection_modifyitems(items):
+    """First what forks ranks, which a process that has used a GPU cannot do."""
+    items.sort(key=lambda item: "rank_pools" not in item.fixturenames)
+
+
+def stream_of_its_own(device):
+    """Kernels of ranks wait for each other, so no two ranks may share a stream."""
+    if device == "cpu":
+        return contextlib.nullcontext()
+    import torch
+    return torch.cuda.stream(torch.cuda.Stream())
+
+
+def run_ranks(num, function, device="cpu", **config):
     """function(group) on `num` threads; their results, by rank."""
     world = ep.World(num)
     config = dict(dict(num_experts=E, max_tokens=T, max_topk=K, max_row_bytes=4 * H,
@@ -22,7 +41,8 @@ def run_ranks(num, function, **config):
 
     def rank(r):
         try:
-            with ep.Group(rank=r, num_ranks=num, world=world, **config) as group:
+            with stream_of_its_own(device), ep.Group(rank=r, num_ranks=num, world=world,
+                                                     device=device, **config) as group:
                 results[r] = function(group)
         except BaseException:  # noqa: B902  (told by the main thread)
             errors.append(f"rank {r}: {traceback.format_exc()}")

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import deep_ep  # noqa: F401: before the fork
+from conftest import DEVICE
 
 fork = multiprocessing.get_context("fork")
 SECONDS = 90
@@ -26,6 +27,9 @@ SECONDS = 90
 def _serve(rank, size, pipe, folder):
     os.environ.setdefault("EP_TIMEOUT_MS", "30000")
     torch.set_num_threads(1)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    torch.set_default_device(DEVICE)
     gc.freeze()  # what the parent has imported is no garbage, and its memory is shared
     torch.manual_seed(rank)
     dist.init_process_group("gloo", store=dist.FileStore(os.path.join(folder, "store"), size),
@@ -88,6 +92,10 @@ def rank_pools():
         pool.stop()
 
 
+def generator(seed):
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
 def on_ranks(size):
     def decorate(fn):
         def test(rank_pools):
@@ -104,7 +112,7 @@ class Batch:
     def __init__(self, group, tokens=24, hidden=64, topk=4, experts=16, dtype=torch.bfloat16, seed=1):
         self.rank, self.size, self.experts = group.rank(), group.size(), experts
         self.local = max(experts // self.size, 1)
-        gen = torch.Generator().manual_seed(seed)
+        gen = generator(seed)
         count = tokens if isinstance(tokens, (list, tuple)) else [tokens] * self.size
         self.xs, self.ids, self.weights = [], [], []
         for n in count:

@@ -12,7 +12,7 @@ moe = pytest.importorskip("megatron.core.transformer.moe.token_dispatcher",
                           reason="the package megatron-core is not installed")
 from megatron.core.transformer.moe import fused_a2a  # noqa: E402
 
-from deep_ep_ranks import Batch, on_ranks, rank_pools  # noqa: E402,F401
+from deep_ep_ranks import Batch, generator, on_ranks, rank_pools  # noqa: E402,F401
 
 EXPERTS, TOPK = 16, 4
 
@@ -51,7 +51,7 @@ def test_the_deepep_manager(group):
                                  num_experts=EXPERTS, config=config())
     for step in range(2):
         b = Batch(group, tokens=[24, 3, 7, 9], experts=EXPERTS, dtype=torch.float32, seed=step)
-        logits = torch.randn(len(b.x), EXPERTS, generator=torch.Generator().manual_seed(b.rank))
+        logits = torch.randn(len(b.x), EXPERTS, generator=generator(b.rank))
         top = logits.topk(TOPK).indices
         routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, top, True)
         numbers = torch.arange(1.0, EXPERTS + 1)

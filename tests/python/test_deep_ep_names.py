@@ -16,6 +16,7 @@ import pytest
 import torch
 from deep_ep import Buffer, Config
 
+from conftest import DEVICE
 from deep_ep_ranks import raises
 
 V1 = {
@@ -96,7 +97,7 @@ if rank:  # the other rank leaves without it
 
 
 def test_import_opens_nothing_and_ranks_leave_without_destroy(tmp_path):
-    env = dict(os.environ, TOPK_IDX_BITS="32")
+    env = dict(os.environ, TOPK_IDX_BITS="32", EP_DEVICE="cpu")
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "store")], env=env,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -170,7 +171,7 @@ def test_a_buffer_has_the_attributes_that_engines_read():
     assert b.nvshmem_qp_depth == 1024 and not hasattr(alone(), "nvshmem_qp_depth")
     r = b.runtime
     assert (r.is_available(), r.get_num_rdma_ranks(), r.get_rdma_rank(), r.get_root_rdma_rank(True),
-            r.get_local_device_id()) == (True, 1, 0, 0, -1)
+            r.get_local_device_id()) == (True, 1, 0, 0, 0 if DEVICE == "cuda" else -1)
     assert b.get_comm_stream() is not None and weakref.ref(b)() is b
     raises(AssertionError, "num_qps_per_rank", alone, low_latency_mode=True, num_qps_per_rank=0)
     raises(RuntimeError, "num_nvl_bytes", alone, num_nvl_bytes=-128)

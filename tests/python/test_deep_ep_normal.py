@@ -8,7 +8,7 @@ import pytest
 import torch
 from deep_ep import Buffer, Config, EventHandle, EventOverlap
 
-from deep_ep_ranks import Batch, on_ranks, rank_pools, raises  # noqa: F401
+from deep_ep_ranks import Batch, generator, on_ranks, rank_pools, raises  # noqa: F401
 
 
 def answer(rank, x):
@@ -210,7 +210,7 @@ def test_handles_and_buffers_go_in_any_order(group):
     buffers = [Buffer(group), Buffer(group)]
     handles = [b.dispatch(buffers[i % 2])[4] for i in range(12)]
     recv_x = b.received(b.xs)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(r)).tolist()
+    order = torch.randperm(12, generator=generator(r)).tolist()
     for i in order[:8]:  # each rank frees others, then all use one that none may have freed
         if i:
             handles[i] = None

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 import ep
-from conftest import E, H, K, T, Case
+from conftest import DEVICE, E, H, K, T, Case
 
 
 def from_numpy(name):
     if name == "numpy":
         return np.asarray, np.asarray
     torch = pytest.importorskip("torch")
-    return torch.from_numpy, lambda t: t.numpy()
+    return lambda a: torch.from_numpy(a).to(DEVICE), lambda t: t.cpu().numpy()
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -44,7 +44,7 @@ def test_compact_output_is_made(ranks, library, known_rows):
         assert (plain(out) == case.x[r] * case.copies(r)).all()
         assert (plain(back) == np.where(case.ids[r] >= 0, case.weights[r], 0)).all()
 
-    ranks(2, rank, max_scale_bytes=8)
+    ranks(2, rank, max_scale_bytes=8, device="cpu" if library == "numpy" else DEVICE)
 
 
 def test_expanded_output_is_made(ranks):
@@ -93,13 +93,14 @@ def test_output_of_unknown_libraries_is_refused(ranks):
 @pytest.mark.parametrize("hook", [False, True])
 def test_low_latency_pair(ranks, fp8, hook):
     torch = pytest.importorskip("torch")
+    make, plain = from_numpy("torch")
     case, hidden = Case(2, seed=13), 1024
     options = dict(fp8=bool(fp8), power_of_2=fp8 == "packed", packed_scales=fp8 == "packed")
 
     def rank(group):
         r = group.rank
-        x = torch.from_numpy(case.x[r]).repeat(1, hidden // H).bfloat16()
-        ids, weights = torch.from_numpy(case.ids[r]), torch.from_numpy(case.weights[r])
+        x = make(case.x[r]).repeat(1, hidden // H).bfloat16()
+        ids, weights = make(case.ids[r]), make(case.weights[r])
         got = ep.ll_dispatch(group, x, ids, topk_weights=weights, hook=hook, **options)
         if hook:
             got.hook()
@@ -122,7 +123,7 @@ def test_low_latency_pair(ranks, fp8, hook):
                 assert got.source[e, first:first + num].tolist() == chosen
                 expected += [case.x[s][t] for t in chosen]
             assert n == len(expected)
-            seen = rows[e, :n, :H].numpy()
+            seen = plain(rows[e, :n, :H])
             assert np.abs(seen - np.array(expected).reshape(-1, H)).max(initial=0) <= 0.5
             assert fp8 or (seen == np.array(expected).reshape(-1, H)).all()
         out = ep.ll_combine(group, rows.bfloat16(), got, hook=hook)
@@ -133,17 +134,17 @@ def test_low_latency_pair(ranks, fp8, hook):
         assert (out.float() - want).abs().max() < (1.5 if fp8 else 0.2)
         assert group.ll_status() is None
 
-    ranks(2, rank, max_row_bytes=2 * hidden, ll_max_tokens=T)
+    ranks(2, rank, max_row_bytes=2 * hidden, ll_max_tokens=T, device=DEVICE)
 
 
 def test_two_micro_batches_in_flight(ranks):
-    torch = pytest.importorskip("torch")
+    make, _ = from_numpy("torch")
     case = Case(2, seed=14)
 
     def rank(group):
         r = group.rank
-        x = [torch.from_numpy(case.x[i ^ r]).repeat(1, 2).bfloat16() for i in range(2)]
-        ids = [torch.from_numpy(case.ids[i ^ r]) for i in range(2)]
+        x = [make(case.x[i ^ r]).repeat(1, 2).bfloat16() for i in range(2)]
+        ids = [make(case.ids[i ^ r]) for i in range(2)]
         got = [ep.ll_dispatch(group, x[i], ids[i], hook=True, max_tokens=T) for i in range(2)]
         for g in got:
             g.hook()
@@ -152,4 +153,4 @@ def test_two_micro_batches_in_flight(ranks):
             receive()
             assert (out == x_i * (ids_i >= 0).sum(1, keepdim=True)).all()
 
-    ranks(2, rank, ll_max_tokens=2 * T)
+    ranks(2, rank, ll_max_tokens=2 * T, device=DEVICE)

@@ -12,7 +12,15 @@ torch = pytest.importorskip("torch")
 
 import ep  # noqa: E402
 import ep.torch  # noqa: E402
-from conftest import E, H, K, T, Case  # noqa: E402
+from conftest import DEVICE, E, H, K, T, Case  # noqa: E402
+
+
+def tensor(array):
+    return torch.from_numpy(array).to(DEVICE)
+
+
+def generator(seed):
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 @pytest.mark.parametrize("expanded", [False, True])
@@ -20,9 +28,9 @@ def test_gradients_of_one_rank(ranks, expanded):
     """gradcheck, for which other ranks must not move meanwhile: a group of one."""
     def rank(group):
         handle = ep.Handle(group)
-        handle.route(torch.tensor([[0, 1], [3, -1], [2, 2]]))
-        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        weights = torch.rand(3, 2).requires_grad_()
+        handle.route(torch.tensor([[0, 1], [3, -1], [2, 2]], device=DEVICE))
+        x = torch.randn(3, 4, generator=generator(1), device=DEVICE).requires_grad_()
+        weights = torch.rand(3, 2, device=DEVICE).requires_grad_()
         options = dict(expanded=expanded, alignment=2 if expanded else 1, zero_gaps=expanded)
 
         def pair(x, weights):
@@ -36,9 +44,9 @@ def test_gradients_of_one_rank(ranks, expanded):
 
         check = dict(eps=1e-2, atol=1e-2, rtol=1e-2, nondet_tol=0.0)
         assert torch.autograd.gradcheck(pair, (x, weights), **check)
-        assert torch.autograd.gradcheck(weighted, (x, torch.rand(8).requires_grad_()), **check)
+        assert torch.autograd.gradcheck(weighted, (x, torch.rand(8, device=DEVICE).requires_grad_()), **check)
 
-    ranks(1, rank, num_experts=4, max_tokens=3, max_topk=2, max_row_bytes=16)
+    ranks(1, rank, num_experts=4, max_tokens=3, max_topk=2, max_row_bytes=16, device=DEVICE)
 
 
 def test_backward_of_each_is_the_other_across_ranks(ranks):
@@ -48,20 +56,20 @@ def test_backward_of_each_is_the_other_across_ranks(ranks):
     def rank(group):
         r = group.rank
         handle = ep.Handle(group)
-        handle.route(torch.from_numpy(case.ids[r]))
-        x = torch.from_numpy(case.x[r]).requires_grad_()
+        handle.route(tensor(case.ids[r]))
+        x = tensor(case.x[r]).requires_grad_()
         got = ep.torch.dispatch(handle, x)
-        generator = torch.Generator().manual_seed(r)
-        g = torch.randint(-4, 5, got.x.shape, generator=generator).float()
+        random = dict(generator=generator(r), device=DEVICE)
+        g = torch.randint(-4, 5, got.x.shape, **random).float()
         got.x.backward(g)
         there, here = (got.x * g).sum().item(), (x * x.grad).sum().item()
         rows = got.x.detach().requires_grad_()
         y = ep.torch.combine(handle, rows, got)
-        back = torch.randint(-4, 5, y.shape, generator=generator).float()
+        back = torch.randint(-4, 5, y.shape, **random).float()
         y.backward(back)
         return there, here, (y * back).sum().item(), (rows * rows.grad).sum().item()
 
-    sums = np.array(ranks(4, rank)).sum(0)
+    sums = np.array(ranks(4, rank, device=DEVICE)).sum(0)
     assert sums[0] == sums[1] and sums[2] == sums[3] and sums[0] and sums[2]
 
 
@@ -70,15 +78,15 @@ def test_a_torch_tensor_keeps_the_arena_of_a_destroyed_group(ranks):
 
     def rank(group):
         handle = ep.Handle(group)
-        handle.route(torch.from_numpy(case.ids[group.rank]))
+        handle.route(tensor(case.ids[group.rank]))
         view = ep.Tensor()
-        handle.dispatch(x=torch.from_numpy(case.x[group.rank]), recv_x=view, flags=ep.DISPATCH_ARENA)
+        handle.dispatch(x=tensor(case.x[group.rank]), recv_x=view, flags=ep.DISPATCH_ARENA)
         answers = torch.from_dlpack(handle.arena(torch.bfloat16, H))
         assert answers.dtype == torch.bfloat16 and answers.data_ptr() == view.data_ptr()
         return torch.from_dlpack(view)
 
-    for r, seen in enumerate(ranks(2, rank)):
-        assert (seen.numpy() == case.rows(r)).all()
+    for r, seen in enumerate(ranks(2, rank, device=DEVICE)):
+        assert (seen.cpu().numpy() == case.rows(r)).all()
 
 
 def _process(rank, num, port):
@@ -86,15 +94,17 @@ def _process(rank, num, port):
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
                                    world_size=num)
     case = Case(num, seed=23)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     group = ep.Group(num_experts=E, max_tokens=T, max_topk=K, max_row_bytes=4 * H, rank=rank,
-                     num_ranks=num, allgather=ep.torch.allgather(), timeout_ms=60000)
+                     num_ranks=num, allgather=ep.torch.allgather(), timeout_ms=60000, device=DEVICE)
     for _ in range(3):
         handle = ep.Handle(group)
-        handle.route(torch.from_numpy(case.ids[rank]))
-        got = ep.dispatch(handle, torch.from_numpy(case.x[rank]))
-        assert (got.x.numpy() == case.rows(rank)).all()
+        handle.route(tensor(case.ids[rank]))
+        got = ep.dispatch(handle, tensor(case.x[rank]))
+        assert (got.x.cpu().numpy() == case.rows(rank)).all()
         y = ep.combine(handle, got.x)
-        assert (y.numpy() == case.x[rank] * case.copies(rank)).all()
+        assert (y.cpu().numpy() == case.x[rank] * case.copies(rank)).all()
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -107,7 +117,7 @@ def test_processes_meet_over_gloo():
 def test_the_bench_writes_what_it_measured(tmp_path):
     done = subprocess.run([sys.executable, "-m", "ep.bench", "--through", "ep", "--ranks", "1",
                            "--tokens", "2,9", "--hidden", "128", "--experts", "8", "--topk", "2",
-                           "--ll-tokens", "4", "--iters", "2", "--warmup", "1", "--device", "cpu",
+                           "--ll-tokens", "4", "--iters", "2", "--warmup", "1", "--device", DEVICE,
                            "--json", str(tmp_path / "b.json")], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, universal_newlines=True, timeout=400)
     assert done.returncode == 0, done.stdout
