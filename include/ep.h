@@ -91,7 +91,7 @@ typedef enum ep_status {
     EP_AGAIN = 1,             /* not yet; nothing is wrong, ask again */
     EP_ERR_ARG = -1,          /* an argument breaks its rule */
     EP_ERR_STATE = -2,        /* right call, wrong time (a handle used before its dispatch) */
-    EP_ERR_CAPACITY = -3,     /* more rows than max_recv_rows or than the output holds */
+    EP_ERR_CAPACITY = -3,     /* more tokens or rows than there is room for */
     EP_ERR_NOMEM = -4,        /* memory could not be had, or the plan exceeds its limit */
     EP_ERR_TIMEOUT = -5,      /* a living peer was waited for until the deadline */
     EP_ERR_PEER = -6,         /* a peer's process died or left */
@@ -541,9 +541,9 @@ void ep_handle_destroy(ep_handle **handle);
 /*
  * What the work that was enqueued for this handle has found so far. Local, not blocking.
  * EP_OK: nothing is wrong. EP_AGAIN: the routing or the counts of the last call are not known
- * yet. EP_ERR_ARG: an id outside 0..E-1, which was treated as -1. EP_ERR_CAPACITY: rows that did
- * not fit max_recv_rows somewhere (nothing was sent; told until the handle is routed again), or
- * this rank's outputs (told once, as are ids; also by ep_handle_counts). Or the group's fault.
+ * yet. EP_ERR_ARG: an id outside 0..E-1, which was treated as -1. EP_ERR_CAPACITY: tokens or
+ * rows that did not fit the group's maxima somewhere (nothing was sent; told until the handle is routed
+ * again), or this rank's outputs (told once, as are ids; also by ep_handle_counts). Or the group's fault.
  * Of a host group only what ep_stream_sync has not told yet; calls without a stream tell
  * themselves.
  */
@@ -578,10 +578,12 @@ struct ep_routing {
     { sizeof(struct ep_routing), 0, NULL, NULL, NULL }
 
 /*
- * Computes the routing of a micro-batch into the handle, which may have been routed before.
+ * Computes the routing of a micro-batch into the handle, which may have been routed before. T above
+ * the group's max_tokens is no error yet, unless the stream is being captured, because the peers count
+ * on this rank: its dispatch tells all of them (EP_ERR_CAPACITY), and ids are not looked at.
  * Local; enqueues on `stream`; on a GPU it may run beside operations of other handles. The ids are
  * copied: they may change once the stream has passed.
- * EP_ERR_ARG: shape, type, T over max_tokens, experts; or an id outside 0..E-1 (and not -1): the
+ * EP_ERR_ARG: shape, type, T over the handle's max_tokens, experts; or an id outside 0..E-1 (and not -1): the
  * message names token and k. The ids are looked at by the enqueued work: with stream NULL the error is
  * returned here and the handle is left unrouted; with a stream it is returned by
  * ep_stream_sync, and the operations queued behind it treat that id as -1, so that peers are
@@ -618,7 +620,8 @@ struct ep_layout {
 int ep_group_num_nodes(const ep_group *group);
 
 /* Writes the layout of a routed handle. Local; enqueues on `stream`. All outputs contiguous.
- * EP_ERR_STATE: the handle is not routed. EP_ERR_ARG: type or shape of an output. */
+ * EP_ERR_STATE: the handle is not routed. EP_ERR_ARG: type or shape of an output. EP_ERR_CAPACITY: it
+ * was routed with more tokens than max_tokens. */
 ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, void *stream);
 
 /*
@@ -634,6 +637,24 @@ ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, vo
  */
 ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_source,
                            int32_t *rows_per_expert);
+
+/*
+ * What was lacking where a handle's last dispatch, or a call that asked about it, has returned
+ * EP_ERR_CAPACITY; 0: nothing of that kind. Known alike on all ranks, but for output_rows.
+ */
+struct ep_needs {
+    uint32_t size;
+    int32_t max_tokens; /* the most tokens of a rank, more than max_tokens */
+    int64_t
+        max_recv_rows;   /* the most rows for a rank, more than max_recv_rows; without those of
+                                   ranks that have too many tokens */
+    int64_t output_rows; /* rows for this rank's outputs, which held fewer */
+};
+#define EP_NEEDS_INIT                                                                          \
+    { sizeof(struct ep_needs), 0, 0, 0 }
+
+/* Local, not blocking. */
+ep_status ep_handle_needs(ep_handle *handle, struct ep_needs *needs);
 
 /* ---------------------------------------------------------------------------------------------
  * Dispatch
@@ -720,10 +741,10 @@ struct ep_dispatch_args {
  * later ones on the same handle are "cached" and skip that (all ranks alike).
  * EP_ERR_ARG: type, shape, stride, alignment, or an output that shares memory with an input or
  * another output (columns of one matrix, side by side, do not); before anything is sent.
- * EP_ERR_STATE: handle not routed. EP_ERR_CAPACITY: more rows arrive somewhere than
- * max_recv_rows (returned on all ranks, nothing was sent), or here than the outputs hold
- * (nothing past them is written; the other ranks succeed, and the handle counts as dispatched
- * on all); the message says how many rows are needed; the group goes on. EP_ERR_MISMATCH,
+ * EP_ERR_STATE: handle not routed, or captured with more tokens than max_tokens. EP_ERR_CAPACITY: a
+ * rank has more tokens than max_tokens, or more rows arrive somewhere than max_recv_rows (returned on
+ * all ranks, nothing was sent), or here than the outputs hold (nothing past them is written; the other
+ * ranks succeed, and the handle counts as dispatched on all); ep_handle_needs says how many are needed; the group goes on. EP_ERR_MISMATCH,
  * EP_ERR_TIMEOUT, EP_ERR_PEER, EP_ERR_FAULTED: see ep_group_fault. With a stream, what is found
  * by the enqueued work is returned by ep_stream_sync and by the next call on the group.
  */

@@ -94,6 +94,9 @@
 #define K_SIG_ROW_TYPE(types) ((types) & (15u << K_SIG_TYPE_SHIFT))
 #define K_SIG_SCALE_TYPE(types) ((types) << 4)
 
+/* The rows word of a source that has more tokens than max_tokens, and sends none: with T below. */
+#define K_ROWS_EXCESS (1u << 31)
+
 /* Bases, by which a rank answers counts: word 0 is the row at which the reader's rows start there,
  * word 1 the rows that the rank would need if all do not fit, else 0. */
 #define K_BASE_WORDS 2
@@ -291,11 +294,11 @@ struct k_group {
 struct k_counts {
     k_u64 known; /* {ticket | epoch of the operation}: rows and need hold */
     k_i64 rows;
-    k_u64 need;   /* not 0: max_recv_rows exceeded; K_NEED_PACK of the rank that lacks most */
+    k_u64 need;   /* not 0: nothing was sent; K_NEED_PACK of the rank that lacks most rows */
+    k_u64 tokens; /* the same of most tokens, where that is above max_tokens; else 0 */
     k_u64 over;   /* {tag | rows}: outputs were too small; the rows needed */
-    k_u64 bad;    /* the first bad selection of a routing (t * K + k), or ~0 */
+    k_u64 bad;    /* {tag | 1 + (t * K + k)}: the first bad selection of a routing; 0: none */
     k_i64 bad_id; /* the id of that selection */
-    k_u64 bad_of; /* the tag of the handle whose routing that was */
     k_u64 routed; /* {tag | ticket}: bad holds */
 };
 
@@ -389,7 +392,8 @@ struct k_route_args {
     K_OP_FIELDS
     k_i32 id_bytes; /* 4 or 8; 0: by mask */
     k_i32 lenient;
-    k_u32 ticket, pad;   /* names this call to the host */
+    k_u32 ticket;        /* names this call to the host */
+    k_u32 excess;        /* T where it is above max_tokens: nothing is routed; else 0 */
     struct k_array ids;  /* [T][K] */
     struct k_array mask; /* [T][R] bytes */
 };

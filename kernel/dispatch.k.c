@@ -150,16 +150,29 @@ static K_INLINE void post_base(struct k_thread *k, const struct k_dispatch_args 
 }
 
 /* One warp, a lane for each source: their rows, and where those start here, which it is told at
- * once; then, when the rows of all are known, what this rank lacks if they do not fit. */
-static K_FN k_bool place_sources(struct k_thread *k, const struct k_dispatch_args *a) {
+ * once; then, when the rows of all are known, what this rank lacks if they do not fit. All ranks
+ * learn here, too, of sources with too many tokens, of which the most is marked. */
+static K_FN k_bool place_sources(struct k_thread *k, const struct k_dispatch_args *a,
+                                 k_u32 *go) {
     const struct k_group *g = &a->g;
     const struct k_handle *h = &a->h;
     k_u64 sum = 0;
+    k_bool excess = 0;
+    if (k->lane == 0) {
+        h->counts->need = h->counts->tokens = 0;
+    }
+    k_syncwarp(k);
     K_ROLLED for (k_i32 first = 0; first < g->num_ranks; first += K_LANES) {
         const k_i32 s = first + k->lane;
         k_u32 rows = 0, total = 0;
         if (!await_rows(k, s, &rows)) {
             return 0;
+        }
+        if (rows & K_ROWS_EXCESS) {
+            k_raise_to(&h->counts->tokens, K_NEED_PACK(rows & ~K_ROWS_EXCESS, s));
+            k_raise_to(&h->counts->need, K_NEED_PACK(0, s));
+            excess = 1;
+            rows = 0;
         }
         const k_u32 base = (k_u32)sum + k_scan(k, rows, &total);
         if (s < g->num_ranks) {
@@ -177,14 +190,13 @@ static K_FN k_bool place_sources(struct k_thread *k, const struct k_dispatch_arg
     if (k->lane == 0) {
         h->recv_base[g->num_ranks] = (k_u32)sum;
         h->counts->rows = (k_i64)sum;
-        h->counts->need = 0;
     }
-    k_syncwarp(k);
+    *go = k_all(k, !excess) ? K_GO : K_GO_NEED;
     return 1;
 }
 
 /* The same warp awaits every base. It marks in counts->need the largest unmet need, if there is
- * any; `go` says whether there is. */
+ * any, and says so in `go`. */
 static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args *a, k_u32 *go) {
     const struct k_group *g = &a->g;
     k_bool fits = 1;
@@ -205,7 +217,7 @@ static K_FN k_bool await_bases(struct k_thread *k, const struct k_dispatch_args 
             fits = 0;
         }
     }
-    *go = k_all(k, fits) ? K_GO : K_GO_NEED;
+    *go = k_all(k, fits) ? *go : K_GO_NEED;
     return 1;
 }
 
@@ -219,6 +231,7 @@ static K_INLINE void report_counts(struct k_thread *k, const struct k_dispatch_a
         k_store(&counts->known, K_WORD(ticket, k->epoch));
         notice->rows = counts->rows;
         notice->need = counts->need;
+        notice->tokens = counts->tokens;
     }
     k_publish_local(&notice->known, K_WORD(ticket, k->epoch));
 }
@@ -255,7 +268,7 @@ static K_FN k_bool dispatch_control(struct k_thread *k, const struct k_dispatch_
                               : await_counts(k, a, p, i / g->num_ranks - 1);
     }
     if (ok && counts && last) {
-        ok = place_sources(k, a) && await_bases(k, a, &go);
+        ok = place_sources(k, a, &go) && await_bases(k, a, &go);
     }
     ok = k_barrier(k, ok);
     if (ok && last && k->lane == 0) {

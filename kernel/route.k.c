@@ -165,8 +165,7 @@ static K_INLINE void report_routing(const struct k_route_args *a) {
     const k_u64 at =
         k_at(&a->ids, (k_i64)(first / (k_u64)a->topk), (k_i64)(first % (k_u64)a->topk));
     notice->bad_id = a->id_bytes == 8 ? *(const k_i64 *)at : *(const k_i32 *)at;
-    notice->bad = first;
-    notice->bad_of = a->h.tag;
+    notice->bad = K_WORD(a->h.tag, first + 1);
     k_publish_local(&notice->routed, routed);
 }
 
@@ -189,7 +188,7 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
         k_u32 total = 0;
         const k_u32 before = k_scan(k, rows, &total);
         if (r < ranks) {
-            h->send_count[r] = rows;
+            h->send_count[r] = a->excess ? K_ROWS_EXCESS | a->excess : rows;
             h->send_base[r] = base + before;
             h->send_chan[(k_i64)r * (chans + 1) + chans] = rows;
         }

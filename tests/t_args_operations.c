@@ -100,7 +100,6 @@ static const struct rule routing_rules[] = {
     {"topk_ids|1", AT(ids_t), NDIM, 1},
     {"topk_ids|0", AT(ids_t), NDIM, 0},
     {"topk_ids|5", AT(ids_t), NDIM, EP_MAX_DIMS + 1},
-    {"topk_ids|17|16", AT(ids_t), ROWS, 17},
     {"topk_ids|-1", AT(ids_t), ROWS, -1},
     {"topk_ids|5|4", AT(ids_t), COLS, 5},
     {"topk_ids|NULL", AT(ids_t), DATA_NULL, 0},
@@ -373,11 +372,18 @@ static void versions(struct world *w, struct scene *s, ep_handle *handle) {
 /* A handle of its own limits, below the group's. */
 static void small_handle(struct world *w, struct scene *s) {
     struct ep_handle_config config = EP_HANDLE_CONFIG_INIT;
+    struct ep_tensor one = *s->r.topk_ids; /* again and again */
+    struct ep_routing r = s->r;
     ep_handle *handle = NULL;
 
     config.max_tokens = 2;
     world_is(w, ep_handle_create(&handle, w->group, &config), EP_OK, "ep_handle_create");
     world_fails(w, call_route(handle, &s->r, NULL), EP_ERR_ARG, "topk_ids|3|2", "tokens");
+    one.shape[0] = (1 << 24) + 1;
+    one.stride[0] = 0;
+    r.topk_ids = &one;
+    world_fails(w, call_route(handle, &r, NULL), EP_ERR_ARG, "topk_ids|16777217|2",
+                "tokens that no group has room for");
     ep_handle_destroy(&handle);
     config.max_tokens = 0;
     config.max_topk = 1;

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /* class: rest */
 /*
- * More rows than there is room for: over max_recv_rows every rank gets EP_ERR_CAPACITY before
- * anything is sent; over an output's rows only the rank whose output it is. The message says
- * how many rows are needed, and the group goes on.
+ * More than there is room for: over max_tokens or max_recv_rows every rank gets EP_ERR_CAPACITY before
+ * anything is sent; over an output's rows only the rank whose output it is. ep_handle_needs says
+ * how much is needed, and the group goes on.
  */
 #include <stdio.h>
 #include <string.h>
@@ -19,6 +19,8 @@
 struct scene {
     struct test_case heavy_case, light_case;
     struct trial heavy, light; /* all tokens to one rank; few tokens */
+    struct ep_needs needs;     /* of the heavy one ... */
+    int64_t most;              /* ... in a group of such max_tokens */
 };
 
 static int busiest(const struct trial *t) {
@@ -39,6 +41,18 @@ static bool all_bytes(const void *data, size_t bytes, int value) {
         }
     }
     return true;
+}
+
+static void needs(struct world *w, ep_handle *handle, struct ep_needs want) {
+    struct ep_needs n = EP_NEEDS_INIT;
+
+    world_is(w, ep_handle_needs(handle, &n), EP_OK, "ep_handle_needs");
+    world_check(w,
+                n.max_tokens == want.max_tokens && n.max_recv_rows == want.max_recv_rows &&
+                    n.output_rows == want.output_rows,
+                "needs are %d tokens, %lld and %lld rows, not %d, %lld and %lld", n.max_tokens,
+                (long long)n.max_recv_rows, (long long)n.output_rows, want.max_tokens,
+                (long long)want.max_recv_rows, (long long)want.output_rows);
 }
 
 /* Counts are 0, ids and sources -1, for what is queued behind a dispatch that failed; nothing
@@ -73,6 +87,58 @@ static void refused(struct run *r, ep_handle *handle) {
     world_fails(r->w, run_dispatch(r, handle, NULL), EP_ERR_CAPACITY, words,
                 "more rows than max_recv_rows");
     left_in_bounds(r, r->t->recv[r->w->rank].num_rows + r->form->slack, false);
+    needs(r->w, handle, (struct ep_needs){.max_recv_rows = RANKS * TOKENS});
+}
+
+/* As a call, in two, or queued. */
+static ep_status dispatch_heavy(struct run *r, ep_handle *handle, void *stream) {
+    const struct ep_dispatch_args in = {sizeof(in), .x = r->dispatch.x,
+                                        .topk_weights = r->dispatch.topk_weights};
+    ep_status st = r->form->two_step ? call_dispatch_begin(handle, &in, stream)
+                                     : run_dispatch(r, handle, stream);
+
+    if (st == EP_OK && r->form->two_step) {
+        return ep_handle_counts(handle, NULL, NULL, NULL);
+    }
+    return st == EP_OK && stream ? call_stream_sync(r->w->group, stream) : st;
+}
+
+static void over_max_tokens(struct world *w) {
+    struct scene *s = w->ctx;
+    const int64_t own = s->heavy_case.in[w->rank].num_tokens;
+    struct run r;
+    ep_handle *heavy = NULL, *light = NULL;
+    void *stream = NULL;
+    char words[64];
+
+    snprintf(words, sizeof(words), "%d tokens|max_tokens%s", s->needs.max_tokens,
+             s->needs.max_recv_rows ? "|max_recv_rows" : "");
+    world_is(w, ep_handle_create(&heavy, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, ep_handle_create(&light, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
+    run_create(&r, w, &s->heavy);
+    for (int i = 0; i < 4; i++) {
+        struct ep_layout layout = EP_LAYOUT_INIT;
+        void *on = i % 2 ? stream : NULL;
+        if (i != 1) { /* what was queued counts as dispatched till it is asked about */
+            world_is(w, run_route(&r, heavy, on), EP_OK, "ep_handle_route");
+        }
+        world_is(w, call_layout(heavy, &layout, on), own > s->most ? EP_ERR_CAPACITY : EP_OK,
+                 "ep_handle_layout");
+        world_fails(w, dispatch_heavy(&r, heavy, on), EP_ERR_CAPACITY, words,
+                    "too many tokens");
+        if (!r.form->two_step) {
+            left_in_bounds(&r, r.t->recv[w->rank].num_rows + r.form->slack, false);
+        }
+        needs(w, heavy, s->needs);
+        trial_pass(w, &s->light, light);
+        needs(w, light, (struct ep_needs){0});
+    }
+    run_free(&r);
+    trial_pass(w, &s->light, heavy);
+    call_stream_destroy(w->group, &stream);
+    ep_handle_destroy(&heavy);
+    ep_handle_destroy(&light);
 }
 
 static void over_max_recv_rows(struct world *w) {
@@ -168,6 +234,7 @@ static void small_output(struct world *w) {
             world_fails(w, run_dispatch(&r, handle, NULL), EP_ERR_CAPACITY, words,
                         "output one row too short");
             left_in_bounds(&r, rows, true);
+            needs(w, handle, (struct ep_needs){.output_rows = rows + 1});
         } else if (world_is(w, run_dispatch(&r, handle, NULL), EP_OK, "beside it")) {
             run_check_dispatch(&r, handle);
         }
@@ -277,14 +344,43 @@ static void far_beyond(void) {
     ok(world_run(&s) == 0, "more rows than offsets can name");
 }
 
+/* Room for the tokens of all ranks but one or two; and for all rows of the others but one, if they
+ * are more than the light trial's. */
+static void lack_tokens(struct scene *s, struct ep_group_config *c, const char *name) {
+    const bool two = strstr(name, "two") != NULL, rows_too = strstr(name, "rows") != NULL;
+    int64_t most = 0, second = 0, most_rows = 0;
+
+    for (int r = 0; r < RANKS; r++) {
+        const int64_t tokens = s->heavy_case.in[r].num_tokens;
+        second = tokens > most ? most : tokens > second ? tokens : second;
+        most = tokens > most ? tokens : most;
+    }
+    s->needs.max_tokens = (int32_t)most;
+    c->max_tokens = (int32_t)(two && second > 4 ? second : most) - 1;
+    s->most = c->max_tokens;
+    for (int d = 0; d < RANKS; d++) {
+        int64_t rows = 0;
+        for (int r = 0; r < RANKS; r++) {
+            const bool fits = s->heavy_case.in[r].num_tokens <= c->max_tokens;
+            rows += fits ? s->heavy.recv[d].rows_per_source[r] : 0;
+        }
+        most_rows = rows > most_rows ? rows : most_rows;
+    }
+    if (rows_too && most_rows > RANKS * 4) {
+        s->needs.max_recv_rows = most_rows;
+        c->max_recv_rows = most_rows - 1;
+    }
+}
+
 static void run(uint64_t seed, const struct form *form, void (*body)(struct world *w),
                 const char *name) {
-    struct scene s;
+    struct scene s = {0};
     struct world_setup setup;
+    const bool of_tokens = strstr(name, "max_tokens") != NULL;
 
     case_default(&s.heavy_case, RANKS, seed);
-    s.heavy_case.max_tokens = TOKENS;
-    s.heavy_case.tokens = TOKENS_MAX;
+    s.heavy_case.max_tokens = of_tokens ? 400 : TOKENS;
+    s.heavy_case.tokens = of_tokens ? TOKENS_MIXED : TOKENS_MAX;
     s.heavy_case.routing = ROUTE_ONE_RANK;
     case_default(&s.light_case, RANKS, seed + 1);
     s.light_case.max_tokens = body == small_expanded_view ? TOKENS : 4;
@@ -299,7 +395,9 @@ static void run(uint64_t seed, const struct form *form, void (*body)(struct worl
     trial_build(&s.light);
     trial_setup(&setup, &s.light);
     setup.config.max_tokens = TOKENS;
-    if (body != small_output && body != small_expanded_view) {
+    if (of_tokens) {
+        lack_tokens(&s, &setup.config, name);
+    } else if (body != small_output && body != small_expanded_view) {
         setup.config.max_recv_rows = RANKS * TOKENS - 1;
     }
     setup.body = body;
@@ -323,6 +421,10 @@ int main(void) {
     tap_deadline(120);
     run(seed, &compact, over_max_recv_rows, "over max_recv_rows, compact");
     run(seed + 1, &expanded, over_max_recv_rows, "over max_recv_rows, expanded");
+    run(seed + 7, &compact, over_max_tokens, "over max_tokens on one rank, compact");
+    run(seed + 8, &expanded, over_max_tokens,
+        "over max_tokens on two ranks and max_recv_rows, expanded");
+    run(seed + 9, &two_step, over_max_tokens, "over max_tokens and max_recv_rows, begun");
     run(seed + 6, &two_step, left_begun, "over max_recv_rows, begun and left");
     run(seed + 2, &compact, small_output, "small output, compact");
     run(seed + 3, &expanded, small_output, "small output, expanded");

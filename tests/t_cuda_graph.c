@@ -163,6 +163,22 @@ static void dispatch(struct world *w, struct live *l, ep_handle *handle,
                 "counts of a captured dispatch");
 }
 
+/* No replay could lack tokens: a graph is not made of what has more than max_tokens. */
+static void too_many_tokens(struct world *w, struct live *l, const struct taken *g) {
+    struct ep_tensor ids = *l->routing.topk_ids, x = *l->dispatch.x;
+    struct ep_dispatch_args many = EP_DISPATCH_ARGS_INIT;
+    struct ep_routing routing = l->routing;
+
+    ids.shape[0] = x.shape[0] = TOKENS + 1;
+    routing.topk_ids = &ids;
+    many.x = &x;
+    world_fails(w, ep_handle_route(g->other, &routing, g->stream), EP_ERR_ARG,
+                "max_tokens|in a capture", "route of too many tokens in a capture");
+    world_is(w, ep_handle_route(g->other, &routing, g->beside), EP_OK, "in no capture");
+    world_fails(w, ep_dispatch(g->other, &many, g->stream), EP_ERR_STATE, "max_tokens",
+                "dispatch of too many tokens in a capture");
+}
+
 /* Dispatch is on a stream that joins the capture; the order of the calls joins the two again, also
  * where a call between them is in no capture. */
 static bool capture(struct world *w, struct live *l, ep_handle *handle, struct taken *g) {
@@ -173,6 +189,7 @@ static bool capture(struct world *w, struct live *l, ep_handle *handle, struct t
         return false;
     }
     world_is(w, ep_handle_route(handle, &l->routing, stream), EP_OK, "route in a capture");
+    too_many_tokens(w, l, g);
     world_is(w, epi_cu_event_record(d, routed, stream), EP_OK, "record in a capture");
     world_is(w, epi_cu_event_wait(d, second, routed), EP_OK, "wait in a capture");
     dispatch(w, l, handle, g);

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What libep's errors and results are in Python."""
-import re
 from types import SimpleNamespace
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, Optional, Type, Union
 
 
 class Plan(SimpleNamespace):
@@ -24,6 +23,10 @@ class Counts(SimpleNamespace):
     """What arrived: `rows`, and the lists `rows_per_source` and `rows_per_expert`."""
 
 
+class Needs(SimpleNamespace):
+    """What was lacking: the fields of struct ep_needs."""
+
+
 class Error(RuntimeError):
     """A call of libep failed. The text is libep's own sentence."""
 
@@ -40,9 +43,14 @@ class StateError(Error):
 
 
 class CapacityError(Error):
-    """More rows than there is room for. `rows_needed`: how many, where it is known."""
+    """More tokens or rows than there is room for. `needs`: how many, of a handle's dispatch."""
 
-    rows_needed: Optional[int] = None
+    needs: Optional[Needs] = None
+
+    @property
+    def rows_needed(self) -> Optional[int]:
+        """Rows for the outputs, or else for the group."""
+        return (self.needs.output_rows or self.needs.max_recv_rows or None) if self.needs else None
 
 
 class OutOfMemoryError(Error, MemoryError):
@@ -94,16 +102,16 @@ BY_STATUS: Dict[str, Type[Error]] = {
     "EP_ERR_INTERNAL": InternalError,
 }
 RECORDS: Dict[str, Type[SimpleNamespace]] = {"plan_info": Plan, "fault": Fault, "group_stats": Stats,
-                            "counts": Counts}
+                                             "counts": Counts, "needs": Needs}
 
 
-def make_error(status: str, message: str, fault: Optional[Fault]) -> Error:
+def make_error(status: str, message: str, about: Union[Fault, Needs, None]) -> Error:
     error = BY_STATUS.get(status, Error)(message)
     error.status = status
-    error.fault = fault
-    if isinstance(error, CapacityError):
-        told = re.search(r"(\d+) rows", message)
-        error.rows_needed = int(told.group(1)) if told else None
+    if isinstance(error, CapacityError) and isinstance(about, Needs):
+        error.needs = about
+    elif isinstance(about, Fault):
+        error.fault = about
     return error
 
 

@@ -82,6 +82,15 @@ ep_status ep_handle_counts(ep_handle *handle, int64_t *rows, int32_t *rows_per_s
     return epi_handle_counts(handle, rows, rows_per_source, rows_per_expert);
 }
 
+ep_status ep_handle_needs(ep_handle *handle, struct ep_needs *needs) {
+    struct ep_needs n;
+    EPI_NOT_NULL("ep_handle_needs", handle);
+    EPI_NOT_NULL("ep_handle_needs", needs);
+    EPI_NOT_FORKED("ep_handle_needs", "handle", handle->process);
+    epi_handle_needs(handle, &n);
+    return EPI_GIVE(ep_needs, needs, &n);
+}
+
 ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int64_t cols,
                           struct ep_tensor *view) {
     EPI_NOT_NULL("ep_handle_arena", handle);

@@ -246,14 +246,14 @@ static ep_status cuda_take_findings(ep_handle *h) {
         return EP_AGAIN;
     }
     /* Kernels of a handle that is gone may still write to the notice it had. */
-    const uint64_t bad = n->bad_of == h->k.tag ? n->bad : ~UINT64_C(0);
+    const uint64_t bad = n->bad >> 32 == h->k.tag ? n->bad & UINT32_MAX : 0;
     const uint64_t over = n->over >> 32 == h->k.tag ? n->over & UINT32_MAX : 0;
-    n->bad = ~UINT64_C(0);
-    n->over = 0;
-    if (bad != ~UINT64_C(0)) {
-        return epi_bad_selection(h, h->topk, bad, n->bad_id, ": it was treated as -1");
+    n->bad = n->over = 0;
+    if (bad) {
+        return epi_bad_selection(h, h->topk, bad - 1, n->bad_id, ": it was treated as -1");
     }
     if (over) {
+        atomic_store(&h->output_rows, (int64_t)over);
         return epi_fail(EP_ERR_CAPACITY,
                         "%lld rows are needed and the outputs hold fewer: rows past them were "
                         "not written",

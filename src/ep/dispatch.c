@@ -40,10 +40,6 @@ EPI_RULES(epi_dispatch_rules, dispatch_rules);
 
 /* ---- hooks ---------------------------------------------------------------------------------- */
 
-static ep_status fail_need(const ep_handle *h) {
-    return epi_fail_need(h->k.counts, h->group->plan.info.max_recv_rows);
-}
-
 /* Under the group's mutex: what the handle is from now on. */
 static void dispatch_issued(struct epi_op *op) {
     ep_handle *h = op->h;
@@ -71,7 +67,7 @@ static ep_status dispatch_before(struct epi_op *op) {
     }
     if (op->flags & EPI_OP_FINISH) {
         op->flags |= EPI_OP_OPEN; /* begin has ended the operation */
-        return fail_need(h);
+        return epi_fail_need(h);
     }
     return op->flags & EPI_OP_CACHED
                ? epi_fail(EP_ERR_STATE,
@@ -102,18 +98,19 @@ static ep_status check_output(const struct epi_op *op) {
     const struct k_dispatch_args *a = &op->args.dispatch;
     const bool expand = (a->flags & K_DO_EXPAND) != 0;
     const int64_t rows = expand ? expanded_rows(op) : op->h->k.counts->rows;
-    if ((op->flags & EPI_OP_ARENA) && rows > a->x_rows) {
-        return epi_fail(EP_ERR_CAPACITY,
-                        "the expanded view needs %lld rows and max_expanded_rows is %lld",
-                        (long long)rows, (long long)a->x_rows);
-    }
-    if (rows <= a->capacity) {
+    const bool small_view = (op->flags & EPI_OP_ARENA) && rows > a->x_rows;
+    if (!small_view && rows <= a->capacity) {
         return EP_OK;
     }
-    return epi_fail(EP_ERR_CAPACITY,
-                    "%lld rows are needed and the outputs hold %lld: rows past "
-                    "them were not written",
-                    (long long)rows, (long long)a->capacity);
+    atomic_store(&op->h->output_rows, rows);
+    return small_view
+               ? epi_fail(EP_ERR_CAPACITY,
+                          "the expanded view needs %lld rows and max_expanded_rows is %lld",
+                          (long long)rows, (long long)a->x_rows)
+               : epi_fail(EP_ERR_CAPACITY,
+                          "%lld rows are needed and the outputs hold %lld: rows past "
+                          "them were not written",
+                          (long long)rows, (long long)a->capacity);
 }
 
 static ep_status dispatch_after(struct epi_op *op) {
@@ -122,7 +119,7 @@ static ep_status dispatch_after(struct epi_op *op) {
         atomic_store(&h->lacks_rows, h->k.counts->need != 0);
     }
     if (atomic_load(&h->lacks_rows)) {
-        return fail_need(h);
+        return epi_fail_need(h);
     }
     if (op->flags & EPI_OP_BEGIN) {
         pthread_mutex_lock(&op->g->mutex);
@@ -227,6 +224,7 @@ static void set_outputs(struct epi_op *op, const struct epi_call *call,
     struct k_dispatch_args *k = &op->args.dispatch;
     const int64_t capacity = call->dim[EPI_DIM_ROWS];
     op->h->expanded = (a->flags & EP_DISPATCH_EXPANDED) != 0;
+    atomic_store(&op->h->output_rows, 0);
     k->flags |= K_DO_RECV | (op->h->expanded ? K_DO_EXPAND : 0) |
                 (a->flags & EP_DISPATCH_ZERO_GAPS ? K_DO_ZERO_GAPS : 0);
     k->alignment = a->alignment ? a->alignment : 1;
@@ -254,6 +252,13 @@ static ep_status check_stream(const ep_handle *h, uint32_t part, void *stream,
     bool capturing = false;
     EPI_TRY(h->group->backend->is_capturing(h->group, stream, &capturing));
     *flags = capturing ? EPI_OP_CAPTURED : 0;
+    if (capturing && h->excess) {
+        return epi_fail(
+            EP_ERR_STATE,
+            "dispatch: the handle was routed with %d tokens and max_tokens is %d, which "
+            "no graph can lack",
+            h->excess, h->group->config.max_tokens);
+    }
     return part == EPI_OP_FINISH && (h->open_op.flags & EPI_OP_CAPTURED) != *flags
                ? epi_fail(EP_ERR_STATE,
                           "ep_dispatch_finish: the stream is%s being captured, and that of "

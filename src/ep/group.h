@@ -80,6 +80,7 @@ struct ep_handle {
 
     /* As issued; the calling thread's view. */
     int tokens, topk;
+    int excess; /* T where it is above the group's max_tokens, and `tokens` 0; else 0 */
     const struct epi_experts *experts; /* of the last routing, or the group's */
     bool by_mask, routed, dispatched;
     uint64_t counted_by; /* operation that exchanged this routing's counts */
@@ -98,6 +99,7 @@ struct ep_handle {
         dropped; /* host, guarded by the group's mutex: it has run; nobody will finish it */
     atomic_bool
         lacks_rows; /* the last uncached dispatch did not fit anywhere: nothing arrived */
+    atomic_llong output_rows; /* that outputs of the last dispatch lacked room for; or 0 */
 };
 
 /* ---- group.c -------------------------------------------------------------------------------- */
@@ -211,8 +213,9 @@ ep_status epi_handle_counts(ep_handle *h, int64_t *rows, int32_t *per_source,
 ep_status epi_handle_await_fit(ep_handle *h, int64_t *rows);
 ep_status epi_handle_arena(const ep_handle *h, uint32_t flags, ep_dtype dtype, int64_t cols,
                            struct ep_tensor *view);
-/* EP_ERR_CAPACITY for rows that do not fit max_recv_rows somewhere. */
-ep_status epi_fail_need(const struct k_counts *c, int64_t max_recv_rows);
+/* EP_ERR_CAPACITY for tokens or rows that do not fit the group's maxima somewhere. */
+ep_status epi_fail_need(const ep_handle *h);
+void epi_handle_needs(const ep_handle *h, struct ep_needs *needs);
 /* Whether a word {ticket | ..} of a notice is that of `ticket`. */
 bool epi_is_known(const k_u64 *word, uint64_t ticket);
 

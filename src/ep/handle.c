@@ -100,31 +100,51 @@ static ep_status await_counts(ep_handle *h) {
 
 ep_status epi_handle_status(ep_handle *h) {
     ep_group *g = h->group;
-    const int64_t most = g->plan.info.max_recv_rows;
     if (epi_group_faulted(g)) {
         return epi_group_check_next(g);
     }
     if (!g->backend->on_device) {
         return atomic_load(&h->pending) > 0  ? EP_AGAIN
-               : atomic_load(&h->lacks_rows) ? epi_fail_need(h->notice, most)
+               : atomic_load(&h->lacks_rows) ? epi_fail_need(h)
                                              : EP_OK;
     }
     if (h->dispatched && !h->captured && !epi_is_known(&h->notice->known, h->counted_by)) {
         return EP_AGAIN;
     }
     if (h->dispatched && h->notice->need) {
-        return epi_fail_need(h->notice, most);
+        return epi_fail_need(h);
     }
     return h->routed ? g->backend->take_findings(h) : EP_OK;
 }
 
-ep_status epi_fail_need(const struct k_counts *c, int64_t max_recv_rows) {
-    return epi_fail(
-        EP_ERR_CAPACITY,
-        "rank %d would receive %lld rows and max_recv_rows is %lld: create the group "
-        "with max_recv_rows of at least %lld",
-        K_NEED_RANK(c->need), (long long)K_NEED_ROWS(c->need), (long long)max_recv_rows,
-        (long long)K_NEED_ROWS(c->need));
+ep_status epi_fail_need(const ep_handle *h) {
+    const ep_group *g = h->group;
+    const struct k_counts *c = h->notice;
+    const bool of_rows = K_NEED_ROWS(c->need) != 0;
+    char tokens[96] = "", rows[128] = "";
+    if (c->tokens) {
+        epi_format(tokens, sizeof(tokens), "rank %d has %lld tokens and max_tokens is %d%s",
+                   K_NEED_RANK(c->tokens), (long long)K_NEED_ROWS(c->tokens),
+                   g->config.max_tokens, of_rows ? ", and of other tokens " : "");
+    }
+    if (of_rows) {
+        epi_format(rows, sizeof(rows),
+                   "rank %d would receive %lld rows and max_recv_rows is %lld",
+                   K_NEED_RANK(c->need), (long long)K_NEED_ROWS(c->need),
+                   (long long)g->plan.info.max_recv_rows);
+    }
+    return epi_fail(EP_ERR_CAPACITY, "%s%s: create the group with at least so many", tokens,
+                    rows);
+}
+
+void epi_handle_needs(const ep_handle *h, struct ep_needs *needs) {
+    const struct k_counts *c = h->notice;
+    *needs = (struct ep_needs)EP_NEEDS_INIT;
+    needs->output_rows = atomic_load(&h->output_rows);
+    if (h->counted_by && epi_is_known(&c->known, h->counted_by)) {
+        needs->max_tokens = (int32_t)K_NEED_ROWS(c->tokens);
+        needs->max_recv_rows = K_NEED_ROWS(c->need);
+    }
 }
 
 /* The counts that kernels left in their memory; the caller's are written when all are known. */
@@ -168,7 +188,7 @@ ep_status epi_handle_await_fit(ep_handle *h, int64_t *rows) {
         h->dispatched = false; /* and a dispatch that has begun needs no finish */
         g->open_handle = g->open_handle == h ? NULL : g->open_handle;
         pthread_mutex_unlock(&g->mutex);
-        return epi_fail_need(h->notice, g->plan.info.max_recv_rows);
+        return epi_fail_need(h);
     }
     if (rows) {
         *rows = h->notice->rows;

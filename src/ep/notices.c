@@ -54,7 +54,6 @@ ep_status epi_notice_take(struct epi_notices *n, struct epi_gpu *gpu, struct k_c
     c->num_taken++;
     *out = (void *)(c->memory + (size_t)i * NOTICE_BYTES);
     memset(*out, 0, sizeof(**out));
-    (*out)->bad = ~UINT64_C(0);
     return EP_OK;
 }
 

@@ -46,7 +46,7 @@ void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded) {
     epi_call_begin(c, h->group);
     epi_call_experts(c, h->experts);
     c->is = (h->by_mask ? EPI_BY_MASK : 0) | (expanded ? EPI_EXPANDED : EPI_COMPACT);
-    c->dim[EPI_DIM_T] = h->tokens;
+    c->dim[EPI_DIM_T] = h->excess ? h->excess : h->tokens;
     c->dim[EPI_DIM_K] = h->topk;
 }
 

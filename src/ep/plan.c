@@ -45,7 +45,7 @@ static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
     } rules[] = {
         {"num_ranks", num_ranks, 1, EP_MAX_RANKS},
         {"num_experts", c->num_experts, 1, 65536},
-        {"max_tokens", c->max_tokens, 1, 1 << 24},
+        {"max_tokens", c->max_tokens, 1, EPI_MOST_TOKENS},
         {"max_topk", c->max_topk, 0, EP_MAX_TOPK},
         {"max_row_bytes", c->max_row_bytes, EP_ROW_ALIGN, 1 << 24},
         {"max_scale_bytes", c->max_scale_bytes, 0, 1 << 20},

@@ -13,6 +13,7 @@
  * early, large enough that announcing them costs nothing. */
 #define EPI_CHANNEL_TOKENS 6
 #define EPI_MAX_CHANNELS 640
+#define EPI_MOST_TOKENS (1 << 24) /* of a rank, whatever it asks for */
 /* Rows that gaps between experts may add to an expanded output, per expert. */
 #define EPI_EXPANDED_SLACK 127
 

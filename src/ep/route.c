@@ -72,7 +72,9 @@ static ep_status run_route(ep_handle *h, const struct epi_call *call,
                            const struct ep_routing *r, void *stream) {
     struct epi_op op;
     struct k_route_args *k = &op.args.route;
-    h->tokens = (int)call->dim[EPI_DIM_T];
+    const int tokens = (int)call->dim[EPI_DIM_T];
+    h->excess = tokens > h->group->config.max_tokens ? tokens : 0;
+    h->tokens = h->excess ? 0 : tokens;
     h->topk = r->topk_ids ? (int)call->dim[EPI_DIM_K] : 0;
     h->by_mask = !r->topk_ids;
     h->dispatched = false;
@@ -82,6 +84,7 @@ static ep_status run_route(ep_handle *h, const struct epi_call *call,
     k->id_bytes = !r->topk_ids ? 0 : r->topk_ids->dtype == EP_I64 ? 8 : 4;
     k->lenient = (h->config.flags & EP_HANDLE_LENIENT_IDS) != 0;
     k->ticket = ++h->routed_by;
+    k->excess = (k_u32)h->excess;
     epi_args_fill(call, &epi_route_rules, r, EPI_IN, k);
     const ep_status st = epi_op_issue(&op, stream);
     h->captured = (op.flags & EPI_OP_CAPTURED) != 0;
@@ -96,6 +99,21 @@ static ep_status run_layout(ep_handle *h, const struct epi_call *call,
     op.args.layout.num_nodes = 1;
     epi_args_fill(call, &epi_layout_rules, l, EPI_OUT, &op.args.layout);
     return epi_op_issue(&op, stream);
+}
+
+/* More tokens than the group's maximum are told to all ranks by the dispatch; in a graph, whose every
+ * replay would be refused, or beyond what any group can hold, they are an error here. */
+static ep_status check_tokens(const ep_handle *h, const char *name, int64_t tokens,
+                              void *stream) {
+    const int most = h->config.max_tokens, groups = h->group->config.max_tokens;
+    bool capturing = false;
+    if (tokens > groups) {
+        EPI_TRY(h->group->backend->is_capturing(h->group, stream, &capturing));
+    }
+    return tokens > most && (tokens <= groups || tokens > EPI_MOST_TOKENS || capturing)
+               ? epi_fail(EP_ERR_ARG, "%s.shape[0] is %lld, must be 0..%d (max_tokens)%s", name,
+                          (long long)tokens, most, capturing ? " in a capture" : "")
+               : EP_OK;
 }
 
 /* ---- the public functions -------------------------------------------------------------------- */
@@ -128,11 +146,7 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
         return epi_fail(EP_ERR_ARG, "topk_ids.shape[1] is %lld, must be 1..%d (max_topk)",
                         (long long)topk, most->max_topk);
     }
-    if (tokens > most->max_tokens) {
-        return epi_fail(EP_ERR_ARG, "%s.shape[0] is %lld, must be 0..%d (max_tokens)",
-                        r.topk_ids ? "topk_ids" : "token_in_rank", (long long)tokens,
-                        most->max_tokens);
-    }
+    EPI_TRY(check_tokens(handle, r.topk_ids ? "topk_ids" : "token_in_rank", tokens, stream));
     EPI_TRY(epi_experts_find(handle->group, "ep_routing", r.num_experts, r.expert_rank,
                              &handle->experts));
     return run_route(handle, &c, &r, stream);
@@ -147,6 +161,12 @@ ep_status ep_handle_layout(ep_handle *handle, const struct ep_layout *layout, vo
     EPI_TAKE(ep_layout, &l, layout);
     if (!handle->routed) {
         return epi_fail(EP_ERR_STATE, "ep_handle_layout: the handle is not routed");
+    }
+    if (handle->excess) {
+        return epi_fail(
+            EP_ERR_CAPACITY,
+            "ep_handle_layout: the handle was routed with %d tokens and max_tokens is %d",
+            handle->excess, handle->group->config.max_tokens);
     }
     epi_call_of(&c, handle, false);
     EPI_TRY(epi_args_check(&c, &epi_layout_rules, &l, EPI_OUT));

@@ -111,7 +111,9 @@ def test_each_status_has_a_class():
         error = ep._errors.make_error("EP_" + name, "5 rows are needed", None)
         assert isinstance(error, ep.Error) and type(error) is not ep.Error, name
     assert issubclass(ep.TimeoutError_, TimeoutError) and issubclass(ep.PeerError, ConnectionError)
-    assert ep._errors.make_error("EP_ERR_CAPACITY", "5 rows are needed", None).rows_needed == 5
+    lacking = ep._errors.make_error("EP_ERR_CAPACITY", "", ep._errors.make_record(
+        "needs", dict(max_tokens=3, max_recv_rows=5, output_rows=0)))
+    assert lacking.rows_needed == 5 and lacking.needs.max_tokens == 3 and lacking.fault is None
 
 
 def test_rows_that_do_not_fit_are_counted(ranks):
@@ -136,6 +138,18 @@ def test_rows_that_do_not_fit_are_counted(ranks):
         assert told.value.rows_needed == 2 * T
 
     ranks(2, crowded, max_recv_rows=T)
+
+    def long(group):
+        handle = ep.Handle(group)
+        tokens = T + 3 * group.rank
+        handle.route(np.zeros((tokens, K), np.int64))
+        with pytest.raises(ep.CapacityError, match="max_tokens") as told:
+            handle.dispatch(x=np.ones((tokens, H), np.float32))
+        needs = told.value.needs
+        assert (needs.max_tokens, needs.max_recv_rows, needs.output_rows) == (T + 3, 0, 0)
+        assert handle.needs() == needs
+
+    ranks(2, long)
 
 
 def test_an_abort_ends_the_waits_of_all_ranks_with_the_report(ranks):

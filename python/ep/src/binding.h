@@ -177,7 +177,7 @@ int epy_read_object(const char *name, enum node_kind kind, void **to, struct obj
                     PyObject *value);
 PyObject *epy_make_record(const char *name, PyObject *fields);
 PyObject *epy_set_hooks(PyObject *module, PyObject *args);
-extern struct record *const epy_fault_record;
+extern struct record *const epy_fault_record, *const epy_needs_record;
 /* Ties a new object to what it was made from. */
 int epy_adopt(struct object *o, enum node_kind kind, void *ptr, struct object *parent);
 /* Keeps `used` until what is queued on the stream now has run. */

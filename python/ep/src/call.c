@@ -35,17 +35,17 @@ PyObject *epy_make_record(const char *name, PyObject *fields) {
 
 static PyObject *fields_of(const struct record *r, const void *from);
 
-static PyObject *set_error(ep_status st, PyObject *message, PyObject *fault) {
-    PyObject *error =
-        message && fault
-            ? PyObject_CallFunction(make_error, "sOO", ep_status_string(st), message, fault)
-            : NULL;
+/* `of`: what ended the group, or what was lacking. */
+static PyObject *set_error(ep_status st, PyObject *message, PyObject *of) {
+    PyObject *error = message && of ? PyObject_CallFunction(make_error, "sOO",
+                                                            ep_status_string(st), message, of)
+                                    : NULL;
     if (error) {
         PyErr_SetObject((PyObject *)Py_TYPE(error), error);
     }
     Py_XDECREF(error);
     Py_XDECREF(message);
-    Py_XDECREF(fault);
+    Py_XDECREF(of);
     return NULL;
 }
 
@@ -57,6 +57,12 @@ PyObject *epy_set_error(ep_status st, const char *message) {
 PyObject *epy_raise(ep_status st, struct object *of) {
     const char *text = ep_last_error();
     PyObject *message = PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "replace");
+    struct ep_needs needs = EP_NEEDS_INIT;
+    if (st == EP_ERR_CAPACITY && of && of->node && of->node->kind == NODE_HANDLE &&
+        ep_handle_needs(of->node->ptr, &needs) == EP_OK) {
+        return set_error(st, message,
+                         epy_make_record("needs", fields_of(epy_needs_record, &needs)));
+    }
     while (of && of->node && of->node->kind != NODE_GROUP) {
         of = of->parent;
     }

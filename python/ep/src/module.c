@@ -11,6 +11,7 @@
 #include "bindings.h"
 
 struct record *const epy_fault_record = &record_ep_fault;
+struct record *const epy_needs_record = &record_ep_needs;
 
 /* ---- groups and handles ------------------------------------------------------------------- */
 
