@@ -98,7 +98,7 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
     return ok;
 }
 
-K_KERNEL(combine, k_combine_args) {
+K_KERNEL(throughput, combine, k_combine_args) {
     k_enter(k, &a->g, K_OP_COMBINE);
     if (!combine_run(k, a)) {
         k_fail_op(k, K_END_FAULT);

@@ -340,7 +340,7 @@ static K_FN k_bool dispatch_run(struct k_thread *k, const struct k_dispatch_args
     return ok;
 }
 
-K_KERNEL(dispatch, k_dispatch_args) {
+K_KERNEL(throughput, dispatch, k_dispatch_args) {
     const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
     k_enter(k, &a->g, K_OP_DISPATCH);
     /* Behind a kernel that sent on this stream, and has ended the operation if rows did not fit. */

@@ -6,7 +6,7 @@
  *
  * Who am I      k->block, k->num_blocks, k->warp, k->num_warps, k->lane, K_LANES
  *               k_first(k), k_stride(k)  this warp's number in the grid and the number of warps
- * Entry         K_KERNEL(name, struct args) { body with k and a }
+ * Entry         K_KERNEL(space, name, args) { body with k and a }
  * Shared memory k_shared(k), k_shared_bytes(k)   the block's, and how much it is on a GPU; else 0
  * Hand-offs     k_post(peer, w)          a word that carries its own value: no ordering
  *               k_publish(peer, w)       all this warp did before (after k_syncwarp) is visible to

@@ -42,10 +42,12 @@ struct k_thread {
     struct k_mask_thread mask;
 };
 
-#define K_KERNEL(name, args_t)                                                                 \
+#define K_KERNEL(space, name, args_t)                                                          \
     static K_INLINE void name##_body(struct k_thread *k, const struct args_t *a);              \
-    extern "C" __global__ void __launch_bounds__(K_BLOCK_THREADS, 1)                           \
-        ep_##name(const __grid_constant__ struct args_t args) {                                \
+    namespace deep_ep {                                                                        \
+    namespace space {                                                                          \
+    __global__ void __launch_bounds__(K_BLOCK_THREADS, 1)                                      \
+        name(const __grid_constant__ struct args_t args) {                                     \
         struct k_thread thread;                                                                \
         thread.block = (k_i32)blockIdx.x;                                                      \
         thread.num_blocks = (k_i32)gridDim.x;                                                  \
@@ -53,6 +55,8 @@ struct k_thread {
         thread.num_warps = (k_i32)(blockDim.x >> 5);                                           \
         thread.lane = (k_i32)(threadIdx.x & 31u);                                              \
         name##_body(&thread, &args);                                                           \
+    }                                                                                          \
+    }                                                                                          \
     }                                                                                          \
     static K_INLINE void name##_body(struct k_thread *k, const struct args_t *a)
 

@@ -49,10 +49,10 @@ struct k_thread {
 
 typedef void (*k_entry_fn)(struct k_thread *k, const void *args);
 
-#define K_KERNEL(name, args_t)                                                                 \
-    void k_entry_##name(struct k_thread *k, const void *args);                                 \
+#define K_KERNEL(space, name, args_t)                                                          \
+    void k_entry_##args_t(struct k_thread *k, const void *args);                               \
     static void name##_body(struct k_thread *k, const struct args_t *a);                       \
-    void k_entry_##name(struct k_thread *k, const void *args) {                                \
+    void k_entry_##args_t(struct k_thread *k, const void *args) {                              \
         name##_body(k, (const struct args_t *)args);                                           \
     }                                                                                          \
     static void name##_body(struct k_thread *k, const struct args_t *a)

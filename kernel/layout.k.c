@@ -11,7 +11,7 @@ static K_INLINE k_i32 node_of(const struct k_layout_args *a, k_i32 rank) {
 }
 
 /* The local counts of a routed handle, as the caller's tensors. */
-K_KERNEL(layout, k_layout_args) {
+K_KERNEL(throughput, layout, k_layout_args) {
     k_enter(k, &a->g, 0);
     const struct k_handle *h = &a->h;
     const k_i32 ranks = a->g.num_ranks, chans = a->g.num_channels;

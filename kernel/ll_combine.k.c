@@ -351,7 +351,7 @@ static K_FN void ll_combine_run(struct k_thread *k, const struct k_ll_combine_ar
     ll_leave(k, c);
 }
 
-K_KERNEL(ll_combine, k_ll_combine_args) {
+K_KERNEL(low_latency, combine, k_ll_combine_args) {
     struct ll_call c;
     if (!ll_begin(k, &a->g, &a->ll, a->flags, (k_i32)K_OP_LL_COMBINE, &c)) {
         return;

@@ -11,7 +11,7 @@
 #include "kernel/ll_receive.h"
 #include "kernel/ll_send.h"
 
-K_KERNEL(ll_dispatch, k_ll_dispatch_args) {
+K_KERNEL(low_latency, dispatch, k_ll_dispatch_args) {
     struct ll_call c;
     if (!ll_begin(k, &a->g, &a->ll, a->flags, (k_i32)K_OP_LL_DISPATCH, &c)) {
         return;

@@ -168,7 +168,7 @@ static K_FN void ll_masks_run(struct k_thread *k, const struct k_ll_masks_args *
     }
 }
 
-K_KERNEL(ll_masks, k_ll_masks_args) {
+K_KERNEL(low_latency, masks, k_ll_masks_args) {
     k->g = &a->g;
     k->kind = (k_i32)K_OP_LL_MASKS;
     k->epoch = 0;

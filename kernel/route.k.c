@@ -270,7 +270,7 @@ static K_INLINE void route_run(struct k_thread *k, const struct k_route_args *a,
     }
 }
 
-K_KERNEL(route, k_route_args) {
+K_KERNEL(throughput, route, k_route_args) {
     k_enter(k, &a->g, 0);
     struct team team = make_team(k, a);
     const k_i32 counters = (team.warps + 1) * num_columns(a);

@@ -331,7 +331,7 @@ static int dumped(int rank, void *ctx) {
     ok(scratch_count(dump, "") == 5 && scratch_count(dump, ".tmp") == 0,
        "four files and texts");
     ok(holds(dump, ".cu", "-DK_BLOCK_WARPS=8") && holds(dump, ".cu", "#include"), "text");
-    ok(holds(dump, ".ptx", ".entry ep_route"), "PTX");
+    ok(holds(dump, ".ptx", ".entry _ZN7deep_ep10throughput5routeE"), "PTX");
     ok(holds(dump, ".cubin", "\177ELF"), "cubin");
     ok(holds(dump, ".log", "registers"), "report");
     ok(holds(scratch_path(dump, "kernel"), "op.h", "kernel/"), "headers");

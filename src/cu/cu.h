@@ -156,9 +156,10 @@ struct epi_cu_kernel {
 /* Loads a cubin into the device, now and not at the first launch. */
 ep_status epi_cu_module_load(const struct epi_cu_device *d, const void *cubin, void **module);
 void epi_cu_module_unload(const struct epi_cu_device *d, void **module);
-/* The kernel opts in to all dynamic shared memory that the device has for it. */
-ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const char *name,
-                            struct epi_cu_kernel *out);
+/* The kernel opts in to all dynamic shared memory that the device has for it. `name` is what errors
+ * call it. */
+ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const char *symbol,
+                            const char *name, struct epi_cu_kernel *out);
 
 struct epi_cu_launch {
     int blocks, threads;

@@ -17,12 +17,12 @@ void epi_cu_module_unload(const struct epi_cu_device *d, void **module) {
     CU_GIVE_BACK(d, module, epi_cu_driver.ModuleUnload(*module));
 }
 
-static ep_status find_function(const struct epi_cu_device *d, void *module,
+static ep_status find_function(const struct epi_cu_device *d, void *module, const char *symbol,
                                struct epi_cu_kernel *k) {
     int own_bytes = 0;
-    const ep_status st = CU(ModuleGetFunction, &k->function, module, k->name);
+    const ep_status st = CU(ModuleGetFunction, &k->function, module, symbol);
     if (st != EP_OK) {
-        return epi_fail(st, "kernel %s: %s", k->name, epi_error_text());
+        return epi_fail(st, "kernel %s: %s", symbol, epi_error_text());
     }
     if (epi_cu_driver.FuncLoad) { /* with lazy loading the first launch would do this */
         EPI_TRY(CU(FuncLoad, k->function));
@@ -32,12 +32,12 @@ static ep_status find_function(const struct epi_cu_device *d, void *module,
               d->max_shared_bytes - own_bytes);
 }
 
-ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const char *name,
-                            struct epi_cu_kernel *out) {
+ep_status epi_cu_kernel_get(const struct epi_cu_device *d, void *module, const char *symbol,
+                            const char *name, struct epi_cu_kernel *out) {
     struct epi_cu_kernel k = {0};
     epi_format(k.name, sizeof(k.name), "%s", name);
     EPI_TRY(epi_cu_enter(d));
-    const ep_status st = find_function(d, module, &k);
+    const ep_status st = find_function(d, module, symbol, &k);
     epi_cu_leave();
     EPI_TRY(st);
     *out = k;

@@ -65,7 +65,7 @@ struct epi_op {
     uint32_t flags; /* EPI_OP_... */
     union {
         struct k_op op; /* the first fields of all: */
-#define EPI_ARGS_OF(NAME, name, file, args, set) struct args name;
+#define EPI_ARGS_OF(NAME, name, file, args, set, symbol) struct args name;
         K_KERNELS(EPI_ARGS_OF)
 #undef EPI_ARGS_OF
     } args;

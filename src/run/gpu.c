@@ -67,10 +67,11 @@ struct epi_gpu {
 /* ---- kernels ---------------------------------------------------------------------------- */
 
 static const struct {
-    const char *name, *file;
+    const char *symbol, *name, *file;
     enum epi_kernel_set set;
 } kernels[EPI_KERNEL_COUNT] = {
-#define ROW(NAME, name, file, args, set) {"ep_" #name, file, EPI_KERNEL_SET_##set},
+#define ROW(NAME, name, file, args, set, symbol)                                               \
+    {symbol, "ep_" #name, file, EPI_KERNEL_SET_##set},
     K_KERNELS(ROW)
 #undef ROW
 };
@@ -110,7 +111,7 @@ static ep_status load_kernels(const struct epi_cu_device *d, struct loaded *l) {
     for (int i = 0; st == EP_OK && i < EPI_KERNEL_COUNT; i++) {
         if (kernels[i].set == l->set) {
             st = epi_cu_kernel_get(d, module[find_file(files, num, kernels[i].file)],
-                                   kernels[i].name, &l->kernel[i]);
+                                   kernels[i].symbol, kernels[i].name, &l->kernel[i]);
         }
     }
     for (int i = 0; st != EP_OK && i < num; i++) {

@@ -11,12 +11,12 @@
 
 #include "kernel/lang.h"
 
-#define DECLARE(NAME, name, file, args, set)                                                   \
-    void k_entry_##name(struct k_thread *k, const void *a);
+#define DECLARE(NAME, name, file, args, set, symbol)                                           \
+    void k_entry_##args(struct k_thread *k, const void *a);
 K_KERNELS(DECLARE)
 #undef DECLARE
 
-#define ENTRY(NAME, name, file, args, set) k_entry_##name,
+#define ENTRY(NAME, name, file, args, set, symbol) k_entry_##args,
 static const k_entry_fn entries[EPI_KERNEL_COUNT] = {K_KERNELS(ENTRY)};
 #undef ENTRY
 

@@ -10,7 +10,7 @@
 #include "kernel/kernels.h"
 #include "src/base/base.h"
 
-#define EPI_KERNEL_ENUM(NAME, name, file, args, set) EPI_KERNEL_##NAME,
+#define EPI_KERNEL_ENUM(NAME, name, file, args, set, symbol) EPI_KERNEL_##NAME,
 enum epi_kernel { K_KERNELS(EPI_KERNEL_ENUM) EPI_KERNEL_COUNT };
 #undef EPI_KERNEL_ENUM
 

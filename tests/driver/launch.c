@@ -18,15 +18,15 @@
 #include <string.h>
 #include <unistd.h>
 
-#define DECLARE(NAME, name, file, args, set)                                                   \
-    void k_entry_##name(struct k_thread *k, const void *a);
+#define DECLARE(NAME, name, file, args, set, symbol)                                           \
+    void k_entry_##args(struct k_thread *k, const void *a);
 K_KERNELS(DECLARE)
 static const struct kernel {
     const char *name;
     k_entry_fn entry;
     size_t arg_bytes;
 } kernels[] = {
-#define ROW(NAME, name, file, args, set) {"ep_" #name, k_entry_##name, sizeof(struct args)},
+#define ROW(NAME, name, file, args, set, symbol) {symbol, k_entry_##args, sizeof(struct args)},
     K_KERNELS(ROW)};
 
 DEFINE(cuModuleLoadData, void **module, const void *image) {

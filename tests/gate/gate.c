@@ -20,6 +20,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kernel/kernels.h"
 #include "src/cu/nvrtc.h"
 
 #define MAX_OPTIONS 48
@@ -271,6 +272,20 @@ static bool compile_nvcc(const char *nvcc, const char *path, const char *arch,
     return pclose(pipe) == 0;
 }
 
+/* A kernel of the list that `path` does not have by its name, or NULL. */
+static const char *missing(const char *path, const char *log) {
+    static const char *const list[][2] = {
+#define ROW(NAME, name, file, args, set, symbol) {file, "'" symbol "'"},
+        K_KERNELS(ROW)};
+
+    for (size_t i = 0; i < sizeof(list) / sizeof(list[0]); i++) {
+        if (strcmp(list[i][0], path) == 0 && !strstr(log, list[i][1])) {
+            return list[i][1];
+        }
+    }
+    return NULL;
+}
+
 static void gate_one(const char *nvcc, const char *path, const char *arch,
                      const char *variant) {
     const char *what = nvcc ? "nvcc" : "nvrtc";
@@ -284,6 +299,10 @@ static void gate_one(const char *nvcc, const char *path, const char *arch,
     if (!good || num_kernels == 0) {
         printf("%-6s sm_%-4s %s %s: FAILED: %s\n%s\n", what, arch, path, variant,
                good ? "no kernel found in what ptxas prints" : "does not compile", log);
+        good = false;
+    }
+    if (good && missing(path, log)) {
+        printf("%s: FAILED: has no kernel %s\n", path, missing(path, log));
         good = false;
     }
     good = good && num_local == 0;
