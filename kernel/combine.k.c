@@ -68,7 +68,7 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
     k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
     const k_bool away = k->block < senders; /* if all blocks do, they do the rest as well */
     if (away && !sums) {
-        send_plain(k, a, &m, k_first(k, 0), k_stride(k, senders), &go);
+        send_plain(k, a, &m, spread_first(k, 0, senders), k_stride(k, senders), &go);
     }
     if (!may_send(k, &go)) {
         k_mover_end(k, &m);

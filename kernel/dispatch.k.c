@@ -322,8 +322,9 @@ static K_FN k_bool dispatch_run(struct k_thread *k, const struct k_dispatch_args
     if (sends && (k->block < senders || !direct)) { /* one place, as the code is large */
         const k_bool away = k->block < senders;
         const k_i32 from = away ? 0 : first_recv;
-        send_channels(k, a, &m, whom_to_serve(both, direct, away), k_first(k, from),
-                      k_stride(k, away ? senders : k->num_blocks - first_recv), &go);
+        const k_i32 blocks = away ? senders : k->num_blocks - first_recv;
+        send_channels(k, a, &m, whom_to_serve(both, direct, away),
+                      spread_first(k, from, blocks), k_stride(k, blocks), &go);
     }
     ok = may_send(k, &go);
     if (ok && sends && k_first(k, 0) == 0) {

@@ -49,6 +49,15 @@ static K_INLINE k_i32 channel_of(const struct k_channels *n, k_i32 t) {
     return channel_at(n, t, 0);
 }
 
+/*
+ * The number of a warp that sends with all others of `blocks` blocks from first_block on: neighbours
+ * are on different SMs, and the first block, which has control to do, comes last.
+ */
+static K_INLINE k_i32 spread_first(const struct k_thread *k, k_i32 first_block, k_i32 blocks) {
+    const k_i32 block = k->block - first_block;
+    return k->warp * blocks + (block == 0 ? blocks : block) - 1;
+}
+
 static K_INLINE k_u64 ready_offset(const struct k_group *g, k_u32 epoch, k_i32 writer) {
     return g->map.ready +
            8ull * K_READY_STRIDE * ((k_u64)(epoch & 1u) * (k_u64)g->num_ranks + (k_u64)writer);
