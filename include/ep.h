@@ -283,7 +283,7 @@ struct ep_group_config {
 /* What a configuration costs, to the byte, before anything is allocated. */
 struct ep_plan_info {
     uint32_t size;
-    int32_t num_channels;   /* parts in which a rank's tokens travel */
+    int32_t num_channels;   /* parts in which a rank's tokens travel, at most */
     int64_t control_bytes;  /* of the arena: words by which ranks talk */
     int64_t recv_bytes;     /* of the arena: received rows, all slots */
     int64_t sidecar_bytes;  /* of the arena: ids, weights, scales of received rows */

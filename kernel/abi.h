@@ -65,13 +65,14 @@
  *           +---------+--------------------------------------------------+
  *   word 2  | epoch   | dtype of scales : 4 | scale bytes of a row : 28  |
  *           +---------+--------------------------------------------------+
- *   word 3  | epoch   | where: the slot, or the first landing row        |
+ *   word 3  | epoch   | where: channels : 16, slot : 16; or the first    |
+ *           |         | landing row of a combine                         |
  *           +---------+--------------------------------------------------+
  *
  * `counted` names the routing: it is the operation that exchanged its counts (the low 16 bits of its
  * epoch). A rank's handles and those of others have nothing else in common. Where this operation
  * exchanges them it names the experts: E - 1, or, `mapped`, 16 bits of a hash of another map than the
- * default one.
+ * default one. `channels` are those that the writer's tokens use: a counts message has as many.
  */
 #define K_READY_WORDS 4
 #define K_READY_STRIDE 8 /* words from one message to the next: its own 64 bytes */
@@ -88,6 +89,9 @@
 #define K_SIG_MAPPED (1u << 13)
 #define K_SIG_COUNTED_SHIFT 16
 #define K_SIG_TYPE_SHIFT 28 /* of words 1 and 2 */
+#define K_WHERE(slot, channels) ((k_u32)(slot) | (k_u32)(channels) << 16)
+#define K_WHERE_SLOT(w) ((w)&0xffffu)
+#define K_WHERE_CHANNELS(w) ((w) >> 16)
 #define K_SIG_BYTES(w) ((w) & ((1u << K_SIG_TYPE_SHIFT) - 1u))
 /* The dtypes as kernels get them, and what of that goes into words 1 and 2. */
 #define K_TYPES(rows, scales) ((k_u32)(rows) << K_SIG_TYPE_SHIFT | (k_u32)(scales) << 24)
@@ -253,7 +257,7 @@ struct k_ctl {
 struct k_map {
     k_u64 board;                 /* struct k_board, where arenas are host memory */
     k_u64 ready;                 /* [2][R][K_READY_STRIDE] words, by writer */
-    k_u64 counts;                /* [2][R][count_words] words, by writer */
+    k_u64 counts;                /* [2][R][count_words] words, by writer; channels come last */
     k_u64 bases;                 /* [2][R][K_BASE_WORDS] words, by writer */
     k_u64 progress;              /* [R][C] words: dispatched rows of (source, channel) */
     k_u64 returned;              /* [R][C] words: combined rows of (rank, channel) */
@@ -303,7 +307,8 @@ struct k_counts {
 };
 
 /*
- * A handle: the routing of one micro-batch. T tokens, D = group's max_dests, C channels.
+ * A handle: the routing of one micro-batch. T tokens, D = group's max_dests, C channels, of which
+ * the prefix sums hold for as many as the source's tokens use.
  * Filled by `route` (the send side) and by an uncached dispatch (the receive side).
  */
 struct k_handle {
@@ -321,16 +326,17 @@ struct k_handle {
     k_u64 *totals;      /* [blocks][K_ROUTE_COLUMNS] words of route: its blocks' sums */
     k_u64 *bad;         /* [1] first bad selection (t * K + k), or ~0 */
     /* receive side */
-    k_u32 *recv_count;   /* [R] */
-    k_u32 *recv_base;    /* [R + 1] exclusive prefix: first row of each source */
-    k_u32 *recv_chan;    /* [R][C + 1] exclusive prefix over the source's channels */
-    k_u32 *recv_expert;  /* [R][L] selections by source */
-    k_u32 *expert_base;  /* [R][L] expanded: first row of (source, expert) */
-    k_u32 *expert_start; /* [L + 1] expanded: aligned starts, end */
-    k_u32 *expert_rows;  /* [L] */
-    k_u32 *remote_base;  /* [R] row at which this rank's rows start at each peer */
-    k_u32 *remote_where; /* [R] what each peer's ready message said: slot, or landing row */
-    k_i32 *expand_row;   /* [rows that can come][K] expanded row of a selection, or -1 */
+    k_u32 *recv_count;    /* [R] */
+    k_u32 *recv_base;     /* [R + 1] exclusive prefix: first row of each source */
+    k_u32 *recv_chan;     /* [R][C + 1] exclusive prefix over the source's channels */
+    k_u32 *recv_channels; /* [R + 1] channels that each source uses; the most of them */
+    k_u32 *recv_expert;   /* [R][L] selections by source */
+    k_u32 *expert_base;   /* [R][L] expanded: first row of (source, expert) */
+    k_u32 *expert_start;  /* [L + 1] expanded: aligned starts, end */
+    k_u32 *expert_rows;   /* [L] */
+    k_u32 *remote_base;   /* [R] row at which this rank's rows start at each peer */
+    k_u32 *remote_where;  /* [R] what each peer's ready message said: `where` */
+    k_i32 *expand_row;    /* [rows that can come][K] expanded row of a selection, or -1 */
     struct k_counts *counts;
     struct k_counts *notice; /* the same for the host to read; may be `counts` itself */
     k_u64 *sync;             /* [1] how often route has run: the epoch of `totals` */
@@ -346,10 +352,10 @@ struct k_array {
 };
 
 /*
- * Channels: contiguous runs of tokens, which depend on T alone, never on blocks or warps. They come
- * in groups of `in_group` and get smaller from one to the next, so that what is under way at the
- * end of an operation is small: what warps take last ends at about the same time, and little of
- * it is left to receive. The last channel has what the others leave.
+ * Channels: contiguous runs of tokens, which depend on T alone, never on blocks or warps. T tokens use
+ * `num` of the group's C. They come in groups of `in_group` and get smaller from one to the next, so
+ * that what is under way at the end of an operation is small: what warps take last ends at about the
+ * same time, and little of it is left to receive. The last channel has what the others leave.
  */
 #define K_CHANNEL_GROUPS 5
 
@@ -447,8 +453,8 @@ _Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
 _Static_assert(sizeof(struct k_fault) == 48, "k_fault");
 _Static_assert(sizeof(struct k_board) == 12 * 8 + K_MAX_RANKS / 8 + 48, "k_board");
 _Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
-_Static_assert(sizeof(struct k_handle) == 26 * 8, "k_handle");
-_Static_assert(sizeof(struct k_op) == 216 + 208 + 32 + 24, "k_op");
+_Static_assert(sizeof(struct k_handle) == 27 * 8, "k_handle");
+_Static_assert(sizeof(struct k_op) == 216 + 216 + 32 + 24, "k_op");
 _Static_assert(sizeof(struct k_route_args) == sizeof(struct k_op) + 16 + 48, "k_route_args");
 _Static_assert(sizeof(struct k_layout_args) == sizeof(struct k_op) + 16 + 40, "k_layout_args");
 _Static_assert(sizeof(struct k_dispatch_args) == sizeof(struct k_op) + 32 + 16 + 13 * 24,

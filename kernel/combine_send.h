@@ -28,7 +28,7 @@ static K_INLINE k_u64 x_row(const struct k_combine_args *a, k_u32 row) {
 
 static K_INLINE k_i32 num_answers(const struct k_combine_args *a, k_i32 whom) {
     const k_i32 ranks = a->g.num_ranks;
-    return (whom == K_TO_PEERS ? ranks - 1 : 1) * a->g.num_channels;
+    return (whom == K_TO_PEERS ? ranks - 1 : 1) * (k_i32)a->h.recv_channels[ranks];
 }
 
 /* Whose answer `item` is, of which channel (those of a channel are neighbours), and the rows
@@ -40,9 +40,7 @@ static K_INLINE void find_answer(const struct k_combine_args *a, k_i32 whom, k_i
     const k_i32 d = a->g.rank + (whom == K_TO_PEERS) + item % owners;
     *owner = d < ranks ? d : d - ranks;
     *c = item / owners;
-    const k_u32 *chan = a->h.recv_chan + (k_i64)*owner * (a->g.num_channels + 1) + *c;
-    *r0 = a->h.recv_base[*owner] + chan[0];
-    *r1 = a->h.recv_base[*owner] + chan[1];
+    channel_rows(&a->g, &a->h, *owner, *c, r0, r1);
 }
 
 /* Of the rows received from `owner`, those of channel c before `end` are answered. A word counts

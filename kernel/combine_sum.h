@@ -207,17 +207,14 @@ static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_a
     const struct k_group *g = &a->g;
     while (f->answers && f->row == f->end) {
         const k_i32 i = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_ANSWERS]);
-        if (i >= g->num_ranks * g->num_channels) {
+        if (i >= g->num_ranks * (k_i32)a->h.recv_channels[g->num_ranks]) {
             f->answers = 0;
             break;
         }
         f->first = 1;
         f->owner = (g->rank + 1 + i % g->num_ranks) % g->num_ranks;
         f->channel = i / g->num_ranks;
-        const k_u32 *chan =
-            a->h.recv_chan + (k_i64)f->owner * (g->num_channels + 1) + f->channel;
-        f->row = a->h.recv_base[f->owner] + chan[0];
-        f->end = a->h.recv_base[f->owner] + chan[1];
+        channel_rows(g, &a->h, f->owner, f->channel, &f->row, &f->end);
     }
     return f->row < f->end;
 }
@@ -301,10 +298,9 @@ static K_INLINE void end_sum(struct k_thread *k, const struct k_combine_args *a,
         return;
     }
     if (s->first && (a->flags & K_DO_WEIGHTS)) {
-        const k_u32 *chan =
-            a->h.recv_chan + (k_i64)s->owner * (a->g.num_channels + 1) + s->channel;
-        const k_u32 row = (k_u32)s->item;
-        send_weights(k, a, s->owner, row, row + chan[1] - chan[0]);
+        k_u32 first, end;
+        channel_rows(&a->g, &a->h, s->owner, s->channel, &first, &end);
+        send_weights(k, a, s->owner, first, end);
     }
     if (s->announce) {
         k_syncwarp(k);

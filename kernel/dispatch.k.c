@@ -42,15 +42,16 @@ static K_INLINE k_i32 num_parts(const struct k_group *g) {
     return parts_of(g->count_words - 1 - g->num_channels) + parts_of(g->num_channels);
 }
 
-/* A lane's words of part i of a message to rank p. */
-static K_INLINE struct part part_of(const struct k_thread *k, k_i32 i, k_i32 p) {
+/* A lane's words of part i of a message to rank p from one whose tokens use `channels` of them. */
+static K_INLINE struct part part_of(const struct k_thread *k, k_i32 i, k_i32 p,
+                                    k_i32 channels) {
     const struct k_group *g = k->g;
     const k_i32 chan_word = g->count_words - g->num_channels;
     const k_i32 of_experts = parts_of(chan_word - 1);
     struct part c;
     c.experts = i < of_experts;
     c.first = (c.experts ? i : i - of_experts) * K_COUNTS_PART + k->lane;
-    c.num = c.experts ? g->rank_first[p + 1] - g->rank_first[p] : g->num_channels;
+    c.num = c.experts ? g->rank_first[p + 1] - g->rank_first[p] : channels;
     c.word = c.first + (c.experts ? 1 : chan_word);
     return c;
 }
@@ -68,7 +69,7 @@ static K_FN void post_rows(struct k_thread *k, const struct k_dispatch_args *a) 
 static K_FN void post_counts(struct k_thread *k, const struct k_dispatch_args *a, k_i32 p,
                              k_i32 i) {
     const struct k_group *g = &a->g;
-    const struct part c = part_of(k, i, p);
+    const struct part c = part_of(k, i, p, a->channels.num);
     const struct k_peer to =
         k_peer_at(g, p, counts_offset(g, k->epoch, g->rank) + 8ull * (k_u64)c.word);
     k_u32 v[K_MANY];
@@ -81,7 +82,7 @@ static K_FN void post_counts(struct k_thread *k, const struct k_dispatch_args *a
             v[j] = c.first + j * K_LANES < c.num ? a->h.send_expert[v[j]] : 0;
         }
     } else {
-        const k_u32 *chan = a->h.send_chan + (k_i64)p * (g->num_channels + 1) + c.first;
+        const k_u32 *chan = a->h.send_chan + (k_i64)p * (g->num_channels + 1) + 1 + c.first;
         K_UNROLL for (k_i32 j = 0; j < K_MANY; j++) {
             v[j] = c.first + j * K_LANES < c.num ? chan[j * K_LANES] : 0;
         }
@@ -102,14 +103,16 @@ static K_INLINE const k_u64 *arrival_of(const struct k_thread *k, k_i32 src) {
 static K_FN k_bool await_counts(struct k_thread *k, const struct k_dispatch_args *a, k_i32 src,
                                 k_i32 i) {
     const struct k_group *g = &a->g;
-    const struct part c = part_of(k, i, g->rank);
+    k_u32 v[K_MANY], where = 0;
+    if (!k_await_word(k, arrival_of(k, src), k->epoch, src, K_PHASE_READY, &where)) {
+        return 0;
+    }
+    const struct part c = part_of(k, i, g->rank, (k_i32)K_WHERE_CHANNELS(where));
     const k_u64 *words = (const k_u64 *)k_own(g, counts_offset(g, k->epoch, src)) + c.word;
     const k_i32 left = c.num > c.first ? (c.num - c.first + K_LANES - 1) / K_LANES : 0;
     k_u32 *to = c.experts ? a->h.recv_expert + (k_i64)src * c.num
-                          : a->h.recv_chan + (k_i64)src * (c.num + 1);
-    k_u32 v[K_MANY], ignored = 0;
-    if (!k_await_word(k, arrival_of(k, src), k->epoch, src, K_PHASE_READY, &ignored) ||
-        !k_await_words(k, words, K_LANES, k_min(left, K_MANY), k->epoch, src, K_PHASE_COUNTS,
+                          : a->h.recv_chan + (k_i64)src * (g->num_channels + 1) + 1;
+    if (!k_await_words(k, words, K_LANES, k_min(left, K_MANY), k->epoch, src, K_PHASE_COUNTS,
                        v)) {
         return 0;
     }
@@ -179,7 +182,7 @@ static K_FN k_bool place_sources(struct k_thread *k, const struct k_dispatch_arg
             post_base(k, a, s, 0, base);
             h->recv_count[s] = rows;
             h->recv_base[s] = base;
-            h->recv_chan[(k_i64)s * (g->num_channels + 1) + g->num_channels] = rows;
+            h->recv_chan[(k_i64)s * (g->num_channels + 1)] = 0;
         }
         sum += total;
     }
@@ -236,6 +239,20 @@ static K_INLINE void report_counts(struct k_thread *k, const struct k_dispatch_a
     k_publish_local(&notice->known, K_WORD(ticket, k->epoch));
 }
 
+/* One warp: how many channels each source uses, of which its ready message told, and the most. */
+static K_INLINE void note_channels(struct k_thread *k, const struct k_handle *h, k_i32 ranks) {
+    k_u32 most = 0;
+    for (k_i32 s = k->lane; s < ranks; s += K_LANES) {
+        const k_u32 n = K_WHERE_CHANNELS(h->remote_where[s]);
+        h->recv_channels[s] = n;
+        most = n > most ? n : most;
+    }
+    most = k_most(k, most);
+    if (k->lane == 0) {
+        h->recv_channels[ranks] = most;
+    }
+}
+
 /*
  * Block 0. Ends with `go`, unless the operation has faulted. The last warp does what others wait
  * for: rows, bases, answers. The rest, or it too if it is alone, share the other words.
@@ -256,7 +273,7 @@ static K_FN k_bool dispatch_control(struct k_thread *k, const struct k_dispatch_
     K_ROLLED for (k_i32 i = k->warp; i < items; i += k->num_warps) {
         const k_i32 p = (g->rank + i) % g->num_ranks;
         if (i < g->num_ranks) {
-            post_ready(k, p, &sig, (k_u32)a->slot);
+            post_ready(k, p, &sig, K_WHERE(a->slot, a->channels.num));
         } else {
             post_counts(k, a, p, i / g->num_ranks - 1);
         }
@@ -274,6 +291,9 @@ static K_FN k_bool dispatch_control(struct k_thread *k, const struct k_dispatch_
     if (ok && last && k->lane == 0) {
         k_store(&g->ctl->taken[K_TAKEN_CHANNELS], 0);
         k_publish_local(&g->ctl->go, K_WORD(k->epoch, go));
+    }
+    if (ok && counts && last) {
+        note_channels(k, &a->h, g->num_ranks);
     }
     if (ok && counts && k->warp == 0 && k->lane == 0) {
         report_counts(k, a);

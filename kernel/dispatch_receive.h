@@ -11,6 +11,7 @@
 
 /* Which work receiving warps take, and how. Constant during an operation. */
 struct intake {
+    k_i32 channels;  /* the most that a source uses */
     k_i32 wide;      /* how many channels a source sends at once */
     k_i32 few;       /* parts of a channel so that there is one for each warp */
     k_i32 items;     /* parts of channels of a source */
@@ -73,9 +74,11 @@ static K_INLINE k_i32 parts_in(const struct k_dispatch_args *a, const struct int
     return k_min(k_max(k_max(large, w->few), 1), k_min(K_MOST_PARTS, tokens));
 }
 
-static K_INLINE k_i32 channels_in(const struct k_channels *n, k_i32 group) {
-    return group < K_CHANNEL_GROUPS - 1 ? n->in_group
-                                        : n->num - (K_CHANNEL_GROUPS - 1) * n->in_group;
+/* Of the channels, those of a group: of this rank's groups, the last with all that others have more. */
+static K_INLINE k_i32 channels_in(const struct k_dispatch_args *a, const struct intake *w,
+                                  k_i32 group) {
+    const k_i32 each = a->channels.in_group;
+    return group < K_CHANNEL_GROUPS - 1 ? each : w->channels - (K_CHANNEL_GROUPS - 1) * each;
 }
 
 static K_INLINE struct intake intake_of(const struct k_thread *k,
@@ -84,11 +87,12 @@ static K_INLINE struct intake intake_of(const struct k_thread *k,
     const k_i32 room = (g->scratch_bytes - K_NOTE_BYTES) / 4;
     const k_i32 senders = a->send_blocks ? (k_i32)a->send_blocks : 1;
     struct intake w;
-    w.few = 2 * k->num_blocks * k->num_warps / (g->num_ranks * g->num_channels);
-    w.wide = k_min(senders * k->num_warps, g->num_channels);
+    w.channels = k_max((k_i32)a->h.recv_channels[g->num_ranks], a->channels.num);
+    w.few = 2 * k->num_blocks * k->num_warps / (g->num_ranks * w.channels);
+    w.wide = k_min(senders * k->num_warps, w.channels);
     w.items = 0;
     for (k_i32 i = 0; i < K_CHANNEL_GROUPS; i++) {
-        w.items += channels_in(&a->channels, i) * parts_in(a, &w, i);
+        w.items += channels_in(a, &w, i) * parts_in(a, &w, i);
     }
     w.staged = g->side_stride <= a->stage_bytes;
     w.most_rows =
@@ -120,13 +124,13 @@ static K_INLINE struct item item_at(const struct k_dispatch_args *a, const struc
     struct item m;
     m.source = far < 0 ? a->g.rank : (a->g.rank + 1 + far % peers) % a->g.num_ranks;
     m.parts = parts_in(a, w, 0);
-    K_ROLLED while (at >= channels_in(&a->channels, group) * m.parts) {
-        at -= channels_in(&a->channels, group) * m.parts;
-        first += channels_in(&a->channels, group);
+    K_ROLLED while (at >= channels_in(a, w, group) * m.parts) {
+        at -= channels_in(a, w, group) * m.parts;
+        first += channels_in(a, w, group);
         group++;
         m.parts = parts_in(a, w, group);
     }
-    const k_i32 num = channels_in(&a->channels, group);
+    const k_i32 num = channels_in(a, w, group);
     const k_i32 wide = far < 0 ? 1 : k_min(w->wide, num);
     const k_i32 round = at / (wide * m.parts) * wide, width = k_min(wide, num - round);
     const k_i32 in = at - round * m.parts;
@@ -145,12 +149,10 @@ static K_INLINE k_bool take_rows(struct k_thread *k, const struct k_dispatch_arg
             return 0;
         }
         const struct item m = item_at(a, w, i);
-        const k_u32 *chan =
-            a->h.recv_chan + (k_i64)m.source * (g->num_channels + 1) + m.channel;
-        const k_u32 rows = chan[1] - chan[0], base = a->h.recv_base[m.source] + chan[0];
-        f->base = base;
-        f->row = base + rows * (k_u32)m.part / (k_u32)m.parts;
-        f->end = base + rows * (k_u32)(m.part + 1) / (k_u32)m.parts;
+        k_u32 end = 0;
+        channel_rows(g, &a->h, m.source, m.channel, &f->base, &end);
+        f->row = f->base + (end - f->base) * (k_u32)m.part / (k_u32)m.parts;
+        f->end = f->base + (end - f->base) * (k_u32)(m.part + 1) / (k_u32)m.parts;
         f->source = m.source;
         f->channel = m.channel;
         f->token = channel_first(&a->channels, m.channel);

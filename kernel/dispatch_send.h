@@ -108,7 +108,7 @@ static K_INLINE void next_channel(struct k_thread *k, const struct k_dispatch_ar
 /* Where this rank's rows begin at rank d, and their sidecars. */
 static K_INLINE struct k_pair first_place(const struct k_dispatch_args *a, k_i32 d) {
     const struct k_map *map = &a->g.map;
-    const k_u64 slot = a->h.remote_where[d], row = a->h.remote_base[d];
+    const k_u64 slot = K_WHERE_SLOT(a->h.remote_where[d]), row = a->h.remote_base[d];
     struct k_pair p;
     k_pair_set_first(
         &p, k_peer_at(&a->g, d,
@@ -423,7 +423,7 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
             p.newer = 0;
         }
         if (in.item == l.num && ahead <= K_FEW_AHEAD) {
-            if (l.channel < a->g.num_channels) {
+            if (l.channel < a->channels.num) {
                 next_channel(k, a, &l);
             } else if (out.item == l.num && p.unit < 0) {
                 return;
@@ -436,7 +436,7 @@ static K_FN void send_channels(struct k_thread *k, const struct k_dispatch_args 
 static K_FN void count_sent_rows(struct k_thread *k, const struct k_dispatch_args *a) {
     const struct k_group *g = &a->g;
     for (k_i32 d = k->lane; d < g->num_ranks; d += K_LANES) {
-        const k_u32 rows = a->h.send_chan[(k_i64)d * (g->num_channels + 1) + g->num_channels];
+        const k_u32 rows = a->h.send_count[d];
         k_add(d == g->rank ? &g->ctl->local_bytes : &g->ctl->remote_bytes,
               (k_u64)rows * (k_u64)a->row_bytes);
         k_add(&g->ctl->rows_sent, rows);

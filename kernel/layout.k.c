@@ -23,7 +23,7 @@ K_KERNEL(throughput, layout, k_layout_args) {
         }
         for (k_i32 c = 0; a->channel_prefix && c < chans; c++) {
             ((k_i32 *)a->channel_prefix)[(k_i64)r * chans + c] =
-                (k_i32)h->send_chan[(k_i64)r * (chans + 1) + c + 1];
+                (k_i32)h->send_chan[(k_i64)r * (chans + 1) + k_min(c + 1, a->channels.num)];
         }
     }
     for (k_i32 e = me; a->tokens_per_expert && e < a->g.num_experts; e += all) {

@@ -49,6 +49,16 @@ static K_INLINE k_i32 channel_of(const struct k_channels *n, k_i32 t) {
     return channel_at(n, t, 0);
 }
 
+/* The rows of channel c of rank s among those received: [*r0, *r1), none past the source's last. */
+static K_INLINE void channel_rows(const struct k_group *g, const struct k_handle *h, k_i32 s,
+                                  k_i32 c, k_u32 *r0, k_u32 *r1) {
+    const k_u32 *chan = h->recv_chan + (k_i64)s * (g->num_channels + 1) + c;
+    const k_u32 base = h->recv_base[s];
+    const k_bool has = (k_u32)c < h->recv_channels[s];
+    *r0 = has ? base + chan[0] : base;
+    *r1 = has ? base + chan[1] : base;
+}
+
 /*
  * The number of a warp that sends with all others of `blocks` blocks from first_block on: neighbours
  * are on different SMs, and the first block, which has control to do, comes last.

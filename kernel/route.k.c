@@ -190,7 +190,7 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
         if (r < ranks) {
             h->send_count[r] = a->excess ? K_ROWS_EXCESS | a->excess : rows;
             h->send_base[r] = base + before;
-            h->send_chan[(k_i64)r * (chans + 1) + chans] = rows;
+            h->send_chan[(k_i64)r * (chans + 1) + a->channels.num] = rows;
         }
         base += total;
     }
@@ -211,7 +211,7 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
 /* There is a channel for every warp that takes part; blocks are filled one after the other. */
 static K_INLINE struct team make_team(struct k_thread *k, const struct k_route_args *a) {
     struct team team;
-    const k_u32 chans = (k_u32)a->g.num_channels, warps = (k_u32)k->num_warps;
+    const k_u32 chans = (k_u32)a->channels.num, warps = (k_u32)k->num_warps;
     team.mark = (k_u32)k_load(&a->h.sync[0]) + 1u;
     team.blocks =
         k_min(k_min(k->num_blocks, K_MAX_BLOCKS), (k_i32)((chans + warps - 1) / warps));

@@ -19,7 +19,7 @@
 #include "tests/tap.h"
 
 #define PAGE 4096
-#define MOST_WORDS 64 /* of a message */
+#define MOST_WORDS 128 /* of a message */
 #define PAGE_ROWS (PAGE / (RIG_HIDDEN * 4))
 
 int rig_scale(void) {
@@ -237,12 +237,12 @@ static void say(struct rig *r, int p, k_u64 offset, k_u32 epoch, const k_u32 *va
     }
 }
 
-static void say_ready(struct rig *r, int p, k_u32 epoch, k_u32 signature) {
+static void say_ready(struct rig *r, int p, k_u32 epoch, k_u32 signature, k_u32 where) {
     const struct k_group *k = &r->group->k;
     const k_u64 turn = (k_u64)((int)(epoch & 1) * r->num_ranks + r->rank);
     const k_u32 words[K_READY_WORDS] = {signature | RIG_TOPK << K_SIG_TOPK_SHIFT,
                                         RIG_HIDDEN * 4 | K_SIG_ROW_TYPE(K_TYPES(EP_F32, 0)), 0,
-                                        0};
+                                        where};
     say(r, p, k->map.ready + 8 * turn * K_READY_STRIDE, epoch, words, K_READY_WORDS);
 }
 
@@ -255,7 +255,7 @@ static void say_counts(struct rig *r, int p, k_u32 rows) {
         printf("Bail out! a message of %d words\n", k->count_words);
         exit(1);
     }
-    for (int c = 1; c < k->num_channels; c++) { /* prefix sums */
+    for (int c = 0; c < k->num_channels; c++) { /* prefix sums */
         words[k->count_words - k->num_channels + c] = rows;
     }
     say(r, p, k->map.counts + 8 * turn * (k_u64)k->count_words, 1, words, k->count_words);
@@ -265,10 +265,10 @@ void rig_say(struct rig *r, enum rig_said what) {
     const struct k_group *k = &r->group->k;
     for (int p = 0; p < r->num_ranks; p++) {
         if (what == RIG_COMBINE_READY) {
-            say_ready(r, p, 2, K_OP_COMBINE | K_SIG_CACHED | 1u << K_SIG_COUNTED_SHIFT);
+            say_ready(r, p, 2, K_OP_COMBINE | K_SIG_CACHED | 1u << K_SIG_COUNTED_SHIFT, 0);
             continue;
         }
-        say_ready(r, p, 1, K_OP_DISPATCH | k->experts);
+        say_ready(r, p, 1, K_OP_DISPATCH | k->experts, K_WHERE(0, k->num_channels));
         if (what != RIG_READY) {
             say_counts(r, p, what == RIG_ROWS);
         }

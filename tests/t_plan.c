@@ -268,6 +268,40 @@ static void groups(uint64_t seed) {
     }
 }
 
+/* In how many channels so many tokens travel, and how many each group's have: by the tokens, not by
+ * the plan, if it has so many. */
+static void channels(void) {
+    static const struct {
+        int ranks, max_tokens, tokens, num, in_group, size[K_CHANNEL_GROUPS];
+        const char *what;
+    } t[] = {
+        {2, 4096, 4096, 640, 128, {12, 10, 6, 3, 1}, "many tokens"},
+        {2, 8192, 4096, 640, 128, {12, 10, 6, 3, 1}, "half of the most"},
+        {2, 512, 512, 256, 51, {4, 4, 2, 1, 1}, "more than there are lone channels"},
+        {2, 128, 128, 128, 25, {1, 1, 1, 1, 1}, "a channel for each token"},
+        {2, 4096, 128, 128, 25, {1, 1, 1, 1, 1}, "the same in a larger plan"},
+        {2, 100, 3, 3, 0, {1, 1, 1, 1, 1}, "fewer than there are groups"},
+        {2, 100, 0, 1, 0, {1, 1, 1, 1, 1}, "none"},
+        {1024, 128, 128, 22, 4, {12, 10, 6, 3, 1}, "many ranks"},
+    };
+
+    for (size_t i = 0; EPI_LONE_CHANNELS == 256 && i < sizeof(t) / sizeof(*t); i++) {
+        struct ep_group_config c = base(t[i].ranks);
+        struct k_channels is;
+        struct epi_plan p;
+
+        c.max_tokens = t[i].max_tokens;
+        if (!ok(epi_plan(&c, t[i].ranks, &p) == EP_OK, "%s", t[i].what)) {
+            continue;
+        }
+        epi_plan_channels(&p, t[i].tokens, &is);
+        ok(is.num == t[i].num && is.in_group == t[i].in_group && is.tokens == t[i].tokens &&
+               memcmp(is.size, t[i].size, sizeof(is.size)) == 0,
+           "%s: %d channels, %d in a group, of %d, %d, %d, %d, %d tokens", t[i].what, is.num,
+           is.in_group, is.size[0], is.size[1], is.size[2], is.size[3], is.size[4]);
+    }
+}
+
 /* The formula in docs/performance.md. */
 static void sms(void) {
     static const struct {
@@ -318,6 +352,7 @@ int main(void) {
     low_latency();
     growth();
     limit();
+    channels();
     sms();
     groups(seed + 1);
     return done_testing();

@@ -107,9 +107,13 @@ static int ceil_div(int a, int b) {
     return (a + b - 1) / b;
 }
 
-static int num_channels(int max_tokens) {
-    int n = ceil_div(max_tokens, EPI_CHANNEL_TOKENS);
-    return n < EPI_MAX_CHANNELS ? n : EPI_MAX_CHANNELS;
+/* How many of `most` channels so many tokens use: one at least, by their number alone. */
+static int num_channels(int tokens, int num_ranks, int most) {
+    const int lone = num_ranks > EPI_LONE_RANKS   ? 1
+                     : tokens < EPI_LONE_CHANNELS ? tokens
+                                                  : EPI_LONE_CHANNELS;
+    const int large = ceil_div(tokens, EPI_CHANNEL_TOKENS), n = large > lone ? large : lone;
+    return n > most ? most : n > 0 ? n : 1;
 }
 
 /* Lays out regions one behind the other. */
@@ -299,7 +303,7 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
     p->num_slots = c->num_slots ? c->num_slots : 2;
     p->max_local = most_local_experts(c, num_ranks);
     p->max_dests = c->mask_routing || c->max_topk > num_ranks ? num_ranks : c->max_topk;
-    p->info.num_channels = num_channels(c->max_tokens);
+    p->info.num_channels = num_channels(c->max_tokens, num_ranks, EPI_MAX_CHANNELS);
     p->count_words = 1 + p->max_local + p->info.num_channels;
     p->info.sidecar_row_bytes =
         K_SIDE_BYTES(K_SIDE_SCALES((int64_t)c->max_topk, true), (int64_t)c->max_scale_bytes);
@@ -321,17 +325,18 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
     return check_limit(c, &p->info, sums);
 }
 
-/* Fewer channels than groups are alike. */
+/* Channels of one token, and fewer channels than groups, are alike. */
 void epi_plan_channels(const struct epi_plan *p, int tokens, struct k_channels *out) {
     static const int parts[K_CHANNEL_GROUPS] = {12, 10, 6, 3, 1}, all = 32;
-    const int num = p->info.num_channels;
+    const int num = num_channels(tokens, p->num_ranks, p->info.num_channels);
     memset(out, 0, sizeof(*out));
     out->tokens = tokens;
     out->num = num;
     out->in_group = num / K_CHANNEL_GROUPS;
     for (int i = 0; i < K_CHANNEL_GROUPS; i++) {
-        const int size = out->in_group ? ceil_div(parts[i] * tokens, all * out->in_group)
-                                       : ceil_div(tokens, num);
+        const int size = out->in_group && tokens > num
+                             ? ceil_div(parts[i] * tokens, all * out->in_group)
+                             : ceil_div(tokens, num);
         out->size[i] = size ? size : 1; /* divisors, also of nothing */
     }
 }
@@ -381,6 +386,7 @@ size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p
     TAKE(recv_count, ranks * 4);
     TAKE(recv_base, (ranks + 1) * 4);
     TAKE(recv_chan, ranks * (chans + 1) * 4);
+    TAKE(recv_channels, (ranks + 1) * 4);
     TAKE(recv_expert, ranks * local * 4);
     TAKE(expert_base, ranks * local * 4);
     TAKE(expert_start, (local + 1) * 4);

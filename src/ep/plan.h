@@ -10,9 +10,17 @@
 #include "src/base/base.h"
 
 /* Tokens of a channel, about: small enough that many warps share the work and rows are announced
- * early, large enough that announcing them costs nothing. */
+ * early, large enough that announcing them costs nothing. Where tokens are no more than the warps
+ * that can send, each is a channel, as a warp that had two would end last; unless there are so many
+ * ranks that it is their words that cost. Check builds have channels of several tokens with fewer. */
 #define EPI_CHANNEL_TOKENS 6
 #define EPI_MAX_CHANNELS 640
+#define EPI_LONE_RANKS 128
+#if defined(K_LATE_MOVERS)
+#define EPI_LONE_CHANNELS 12
+#else
+#define EPI_LONE_CHANNELS 256
+#endif
 #define EPI_MOST_TOKENS (1 << 24) /* of a rank, whatever it asks for */
 /* Rows that gaps between experts may add to an expanded output, per expert. */
 #define EPI_EXPANDED_SLACK 127
@@ -47,7 +55,7 @@ int epi_default_rank(int num_experts, int num_ranks, int e);
  * EP_ERR_VERSION; EP_ERR_NOMEM when the arena exceeds memory_limit_bytes (*plan is complete). */
 ep_status epi_plan(const struct ep_group_config *config, int num_ranks, struct epi_plan *plan);
 
-/* How T tokens are cut into the group's channels. */
+/* How T tokens are cut into as many of the group's channels as they need. */
 void epi_plan_channels(const struct epi_plan *plan, int tokens, struct k_channels *out);
 
 /* A row of a low-latency dispatch on the wire, as it travels: where its sidecar begins, and from one
