@@ -900,6 +900,9 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
  *   expert_counts [L] EP_I32: rows of each local expert (selections)
  *   ranges        [L][R] EP_I64: rows of each source << 0, the first of them (from 0) << 32
  *   expert_totals [L] EP_I32: to which each expert's rows are added, by replays too
+ *   wait_ns       [R] EP_I64: to which is added, once per operation and by replays too, for how many
+ *                 nanoseconds each other rank's counts were not here since the receive began (behind
+ *                 its own send, where one call does both); ranks are waited for side by side
  */
 struct ep_ll_dispatch_args {
     uint32_t size;
@@ -922,11 +925,12 @@ struct ep_ll_dispatch_args {
     const int32_t *expert_rank;
     struct ep_tensor *recv_topk_ids;
     struct ep_tensor *recv_topk_weights;
+    struct ep_tensor *wait_ns;
 };
 #define EP_LL_DISPATCH_ARGS_INIT                                                               \
     {                                                                                          \
         sizeof(struct ep_ll_dispatch_args), 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
-            NULL, NULL, NULL, NULL, 0, 0, NULL, NULL, NULL                                     \
+            NULL, NULL, NULL, NULL, 0, 0, NULL, NULL, NULL, NULL                               \
     }
 
 /*
@@ -954,6 +958,8 @@ ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args 
  *   topk_weights  [T][K] EP_F32, any strides, or NULL: those of the dispatch. Given on all ranks or on
  *           none, in both halves, which both read them
  *   out     [T][H] EP_BF16, rows contiguous; looked at by the receive half
+ *   wait_ns [R] EP_I64, or NULL: as of ep_ll_dispatch, of each rank's answers; and by the send half,
+ *           but with EP_LL_EXACT, of the topk_weights that are given there
  *
  * out[t] = round(0 + sum over the ranks r that t was sent to, ascending, of y_r), where y_r is
  * round(0 + sum over the selections k of t at r, ascending, of weight[k] * row) with the weights
@@ -972,9 +978,10 @@ struct ep_ll_combine_args {
     int32_t num_experts;
     int32_t reserved;
     const int32_t *expert_rank;
+    struct ep_tensor *wait_ns;
 };
 #define EP_LL_COMBINE_ARGS_INIT                                                                \
-    { sizeof(struct ep_ll_combine_args), 0, 0, 0, NULL, NULL, NULL, NULL, 0, 0, NULL }
+    { sizeof(struct ep_ll_combine_args), 0, 0, 0, NULL, NULL, NULL, NULL, 0, 0, NULL, NULL }
 
 /*
  * Answers back to the owners of the tokens, and summed there: all of it, or its halves. A handle may be

@@ -167,7 +167,7 @@ struct k_ll_dispatch_args {
     k_i32 recv_id_bytes;
     struct k_array x, scales, ids, weights;
     struct k_array recv_x, recv_scales, recv_ids, recv_weights, recv_source, expert_counts,
-        expert_totals, ranges;
+        expert_totals, ranges, wait_ns;
 };
 
 struct k_ll_combine_args {
@@ -175,7 +175,7 @@ struct k_ll_combine_args {
     struct k_ll ll;
     k_u32 form; /* K_LL_SIG_... that this combine adds to its dispatch's */
     k_u32 pad;
-    struct k_array x, weights, out;
+    struct k_array x, weights, out, wait_ns;
 };
 
 /* What a caller wants of masks. */
@@ -195,10 +195,10 @@ _Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 11 * 8, "k_ll_map");
 _Static_assert(sizeof(struct k_ll_head) == 64, "k_ll_head");
 _Static_assert(sizeof(struct k_ll) == 24 + sizeof(struct k_ll_map) + 16, "k_ll");
 _Static_assert(sizeof(struct k_ll_dispatch_args) ==
-                   sizeof(struct k_op) + sizeof(struct k_ll) + 24 + 12 * 24,
+                   sizeof(struct k_op) + sizeof(struct k_ll) + 24 + 13 * 24,
                "k_ll_dispatch_args");
 _Static_assert(sizeof(struct k_ll_combine_args) ==
-                   sizeof(struct k_op) + sizeof(struct k_ll) + 8 + 3 * 24,
+                   sizeof(struct k_op) + sizeof(struct k_ll) + 8 + 4 * 24,
                "k_ll_combine_args");
 _Static_assert(sizeof(struct k_ll_masks_args) ==
                    sizeof(struct k_op) + sizeof(struct k_ll) + 8 + 24,

@@ -253,6 +253,45 @@ static K_FN k_bool ll_await_free(struct k_thread *k, const struct ll_call *c, k_
                    K_LL_TAG(c->number - 2), k_max(p, 0), K_PHASE_CONSUMED, &value);
 }
 
+/*
+ * For how long from now on the first word of each other rank in region `r` is not here, those of all ranks
+ * side by side (on the host of 64 at a time): added to `waits`, if the caller wants to know. `rows`: of
+ * ranks with rows here, NULL: of all. One warp waits; whoever needs the words says what is wrong.
+ */
+static K_FN void ll_time_waits(struct k_thread *k, const struct ll_call *c,
+                               const struct k_ll_region *r, k_i32 phase, const k_i32 *rows,
+                               const struct k_array *waits) {
+    const struct k_group *g = k->g;
+    k_bool ok = waits->data && k->block == k->num_blocks - 1 && k->warp == k->num_warps - 1;
+    const k_i64 start = ok ? k_now() : 0;
+    for (k_i32 base = k->lane; ok && base < g->num_ranks; base += 64 * K_LANES) {
+        struct k_spinner s = K_SPINNER;
+        k_u64 done = 0;
+        k_i32 missing;
+        do {
+            missing = -1;
+            for (k_i32 i = 0, p = base; i < 64 && p < g->num_ranks; i++, p += K_LANES) {
+                if (done >> i & 1) {
+                    continue;
+                }
+                if (p != g->rank && (!rows || rows[p] > 0) &&
+                    !(k->mask.ll && k_load(&k->mask.ll->peers[p].mask)) &&
+                    (k_u32)(k_load(ll_own_words(g, c, r, p)) >> 32) != c->tag) {
+                    missing = p;
+                    continue;
+                }
+                done |= 1ull << i;
+                if (s.turns) {
+                    *(k_i64 *)k_row(waits, p) += k_now() - start;
+                }
+            }
+            k->mask.is_gone = 0;
+            ok = missing < 0 || k_spin(k, &s, missing, phase) || k->mask.is_gone;
+        } while (ok && missing >= 0);
+    }
+    k_syncwarp(k);
+}
+
 /* What must agree, as words of a header. */
 struct ll_header {
     k_u32 compared[K_LL_COMPARED];

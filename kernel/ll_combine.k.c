@@ -195,7 +195,9 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
     if (k_first(k, 0) == 0 && k->lane == 0) {
         a->ll.head->number[1] = c->number;
     }
-    if ((a->form & (K_LL_SIG_WEIGHTS_NOW | K_LL_SIG_EXACT)) == K_LL_SIG_WEIGHTS_NOW) {
+    const k_bool weighs =
+        (a->form & (K_LL_SIG_WEIGHTS_NOW | K_LL_SIG_EXACT)) == K_LL_SIG_WEIGHTS_NOW;
+    if (weighs) {
         ll_push_weights(k, a, c);
     }
     for (k_i32 p = k_first(k, 0); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
@@ -206,6 +208,10 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
         }
     }
     ok = k_barrier(k, ok);
+    if (ok && weighs) {
+        ll_time_waits(k, c, &a->ll.map.weights, K_PHASE_WEIGHTS,
+                      (const k_i32 *)ll_in_handle(&a->ll, a->ll.map.count), &a->wait_ns);
+    }
     for (k_i32 i = 0; ok && i < g->num_ranks; i++) {
         const k_i32 owner = (g->rank + 1 + i) % g->num_ranks;
         const k_i32 units = ll_is_masked(k, owner) ? 0 : ll_rows_from(&a->ll, owner) * slices;
@@ -313,6 +319,7 @@ static K_FN k_bool ll_sum_again(struct k_thread *k, const struct k_ll_combine_ar
 static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_combine_args *a,
                                       const struct ll_call *c, const struct ll_header *h) {
     const k_i32 slices = ll_slices(a->tokens);
+    ll_time_waits(k, c, &a->ll.map.header, K_PHASE_ANSWERS, 0, &a->wait_ns);
     for (k_i32 u = k->block; u < a->tokens * slices; u += k->num_blocks) {
         const k_i32 t = u / slices;
         const struct ll_span part =

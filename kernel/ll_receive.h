@@ -473,6 +473,9 @@ static K_FN void ll_wipe(struct k_thread *k, const struct k_ll_dispatch_args *a,
 /* `ok`: the send half, if there was one, has not failed. */
 static K_FN k_bool ll_receive(struct k_thread *k, const struct k_ll_dispatch_args *a,
                               const struct ll_call *c, const struct ll_shape *s, k_bool ok) {
+    if (ok) {
+        ll_time_waits(k, c, &a->ll.map.counts, K_PHASE_COUNTS, 0, &a->wait_ns);
+    }
     ok = ok && (!k->mask.ll || ll_settle(k, a, c));
     return ll_take_counts(k, a, c, ok && ll_take_rows(k, a, c, s));
 }

@@ -24,6 +24,8 @@ struct live {
     struct ll_run run;
     struct ep_ll_dispatch_args dispatch;
     struct ep_ll_combine_args combine;
+    int64_t waits[RANKS];
+    struct ep_tensor wait_ns;
     struct stage stage;
 };
 
@@ -40,6 +42,8 @@ static void live_create(struct live *l, struct world *w, const struct ll_step *s
     ll_create(&l->run, w, s);
     l->dispatch = l->run.dispatch;
     l->combine = l->run.combine;
+    ep_tensor_1d(&l->wait_ns, EP_I64, l->waits, RANKS);
+    l->dispatch.wait_ns = &l->wait_ns;
     call_arena(w->group, &arena, &arena_bytes);
     stage_begin(&l->stage, call_gpu(w->group), arena, arena_bytes);
     stage_all(&l->stage, &epi_ll_dispatch_rules, &l->dispatch, 0);
@@ -143,6 +147,19 @@ static bool capture(struct scene *s, void (*calls)(struct scene *), struct graph
 
 /* ---- legal replays -------------------------------------------------------------------------- */
 
+/* Replays add how long they have waited. */
+static void late(struct scene *s, const struct graph *g) {
+    for (int i = 0; i < 2; i++) {
+        const int64_t before = s->l[0].waits[1];
+        tap_sleep_ms(s->w->rank == 1 ? 100 : 0);
+        graph_launch(s->w, g, s->stream);
+        fetch(s, &s->l[0]);
+        world_check(s->w, s->w->rank == 1 || s->l[0].waits[1] - before > 20000000,
+                    "%lld ns for a rank that was late by 100 ms",
+                    (long long)(s->l[0].waits[1] - before));
+    }
+}
+
 static void turns(struct scene *s) {
     const struct ll_steps *all = s->w->ctx;
     uint64_t state = all->seed; /* the same on all ranks */
@@ -178,6 +195,7 @@ static void turns(struct scene *s) {
                 break;
             }
         }
+        late(s, &a);
     }
     graph_destroy(s->w, &a);
     graph_destroy(s->w, &b);

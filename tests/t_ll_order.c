@@ -3,8 +3,10 @@
 /*
  * Low-latency operations in any legal order: two micro-batches with halves, received in either order, of
  * other routings, shapes and maxima from round to round, on streams, with throughput operations and
- * delays between. And those that are refused: they write nothing, and the group goes on.
+ * delays between. A rank that is late is seen in the time that its peers have waited for it. And operations
+ * that are refused: they write nothing, and the group goes on.
  */
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -13,6 +15,8 @@
 #include "tests/tap.h"
 
 #define RANKS 3
+#define LATE 1 /* a rank */
+#define LATE_MS 200
 
 static void create_all(struct ll_run r[LL_STEPS], struct world *w) {
     const struct ll_steps *all = w->ctx;
@@ -143,6 +147,73 @@ static void streams(struct world *w) {
     destroy_all(r);
 }
 
+/* ---- how long was waited -------------------------------------------------------------------- */
+
+static atomic_int *num_sent; /* by ranks that are not late; all processes share it */
+
+/* Until the ranks that are not late have come so far `num` times, and then, if it is this one, longer. */
+static void await_others(struct world *w, int num) {
+    while (atomic_load(num_sent) < num * (RANKS - 1)) {
+        tap_sleep_ms(1);
+    }
+    tap_sleep_ms(w->rank == LATE ? LATE_MS : 0);
+}
+
+/* An operation in which a rank sends after all others have, which then receive: nobody has waited for
+ * them, not even the one that is late. */
+static void with_late(struct ll_run *r,
+                      ep_status (*op)(struct ll_run *, enum call_half, void *), int num,
+                      const int64_t waits[RANKS], int64_t *received_ns) {
+    struct world *w = r->w;
+    if (w->rank != LATE) {
+        must(w, op(r, CALL_SEND, NULL), "send");
+        atomic_fetch_add(num_sent, 1);
+    }
+    await_others(w, num);
+    if (w->rank == LATE) {
+        must(w, op(r, CALL_SEND, NULL), "send late");
+    }
+    const double start = tap_now();
+    must(w, op(r, CALL_RECV, NULL), "receive");
+    *received_ns += (int64_t)(1e9 * (tap_now() - start)) + 1000;
+    for (int p = 0; p < RANKS; p++) {
+        const bool late = p == LATE && w->rank != LATE;
+        world_check(w, late ? waits[p] <= *received_ns : waits[p] == 0,
+                    "%lld ns for rank %d, after receives of %lld ns", (long long)waits[p], p,
+                    (long long)*received_ns);
+    }
+}
+
+static void waits(struct world *w) {
+    int64_t waited[3][RANKS] = {{0}}, received[2] = {0};
+    struct ep_tensor t[3];
+    struct ll_run r[LL_STEPS];
+
+    create_all(r, w);
+    for (int i = 0; i < 3; i++) {
+        ep_tensor_1d(&t[i], EP_I64, waited[i], RANKS);
+    }
+    r[0].dispatch.wait_ns = &t[0];
+    r[0].combine.wait_ns = &t[1];
+    r[3].combine.wait_ns = &t[2];
+    for (int i = 0; i < 4; i++) { /* of each kind two, which add */
+        with_late(&r[0], i % 2 ? ll_combine : ll_dispatch, i + 1, waited[i % 2],
+                  &received[i % 2]);
+    }
+    /* Where a combine brings weights, others need them to send. */
+    must(w, ll_dispatch(&r[3], CALL_BOTH, NULL), "dispatch");
+    atomic_fetch_add(num_sent, w->rank != LATE);
+    await_others(w, 5);
+    must(w, ll_combine(&r[3], CALL_BOTH, NULL), "combine");
+    for (int i = 0; i < 3 && w->rank != LATE;
+         i++) { /* whatever else a machine does meanwhile */
+        world_check(w, waited[i][LATE] > LATE_MS * 1000000 / 5,
+                    "operation %d: %lld ns for rank %d, which was late by %d ms", i,
+                    (long long)waited[i][LATE], LATE, LATE_MS);
+    }
+    destroy_all(r);
+}
+
 /* ---- what is refused ------------------------------------------------------------------------ */
 
 static void refused(struct world *w, ep_status st, const char *words, const char *what) {
@@ -211,11 +282,13 @@ int main(void) {
     struct ll_steps all;
 
     tap_deadline(180);
+    num_sent = tap_shared(sizeof(*num_sent));
     ll_steps_build(&all, RANKS, tap_seed());
     run(&all, rounds, false, "random rounds of two micro-batches, threads");
     run(&all, rounds, true, "random rounds of two micro-batches, processes");
     run(&all, between, false, "throughput operations between the halves");
     run(&all, streams, false, "halves on two streams");
+    run(&all, waits, false, "waits are told, of the rank that was late and no other");
     run(&all, illegal, false, "what is out of order is refused, and the group goes on");
     ll_steps_free(&all);
     return done_testing();

@@ -39,6 +39,8 @@ static const struct epi_rule ll_dispatch_rules[] = {
      EPI_AS(NONE, DENSE), 0},
     {FIELD(ranges, ranges), EPI_OUT, EPI_DIMS(LL_LISTS, R), EPI_TYPE(EP_I64),
      EPI_AS(NONE, DENSE), 0},
+    {FIELD(wait_ns, wait_ns), EPI_OUT, EPI_DIMS(R, NONE), EPI_TYPE(EP_I64), EPI_AS(NONE, DENSE),
+     0},
 };
 #undef FIELD
 EPI_RULES(epi_ll_dispatch_rules, ll_dispatch_rules);
@@ -53,6 +55,8 @@ static const struct epi_rule ll_combine_rules[] = {
      EPI_AS(NONE, ANY), 0}, /* both halves read it */
     {FIELD(out, out), EPI_OUT | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(T, HIDDEN),
      EPI_TYPE(EP_BF16), EPI_AS(NONE, ROWS), 0},
+    {FIELD(wait_ns, wait_ns), EPI_IN | EPI_OUT, EPI_DIMS(R, NONE), EPI_TYPE(EP_I64),
+     EPI_AS(NONE, DENSE), 0},
 };
 #undef FIELD
 EPI_RULES(epi_ll_combine_rules, ll_combine_rules);
