@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """deep_ep, low-latency mode: shapes, strides, values, halves and events, on 4 ranks with gloo."""
+import time
+
 import pytest  # noqa: F401
 import torch
+import torch.distributed as dist
 from deep_ep import Buffer
 
 from deep_ep_ranks import Batch, on_ranks, rank_pools, raises  # noqa: F401
@@ -140,6 +143,32 @@ def test_received_rows_are_added_up_for_each_expert(group):
 
 
 @on_ranks(4)
+def test_the_time_that_a_late_rank_was_waited_for_is_told(group):
+    buffer, b, late = buffer_of(group), Decode(group), 2
+    waits = [torch.zeros(4, dtype=torch.int64) for _ in range(2)]
+
+    def dispatch(**stats):
+        return buffer.low_latency_dispatch(b.x, b.topk_idx, M, 16, use_fp8=False, return_recv_hook=True,
+                                           **stats)
+
+    dispatch()[-1]()  # which makes the group
+    if b.rank != late:
+        data, _, handle, _, hook = dispatch(dispatch_wait_recv_cost_stats=waits[0])
+    dist.barrier(group)
+    if b.rank == late:
+        time.sleep(0.2)
+        data, _, handle, _, hook = dispatch(dispatch_wait_recv_cost_stats=waits[0])
+    hook()
+    dist.barrier(group)
+    time.sleep(0.2 if b.rank == late else 0)
+    buffer.low_latency_combine(b.answers(data), b.topk_idx, b.topk_weights, handle,
+                               combine_wait_recv_cost_stats=waits[1])
+    told = waits[0].tolist()
+    assert told.pop(late) >= (0 if b.rank == late else 10_000_000) and told == [0] * 3
+    assert b.rank == late or waits[1][late] > 10_000_000
+
+
+@on_ranks(4)
 def test_two_micro_batches_overlap_by_their_hooks(group):
     buffer = buffer_of(group)
     one, two = Decode(group, seed=5), Decode(group, tokens=(1, 30, 0, 8), seed=6)
@@ -195,7 +224,8 @@ def test_bad_calls_name_the_argument(group):
                       ("x", torch.zeros(M + 1, 256, dtype=torch.bfloat16)),
                       ("topk_idx", torch.zeros(len(b.x) + 1, 4, dtype=torch.int64)),
                       ("topk_idx", b.topk_idx.float()), ("num_experts", 18),
-                      ("cumulative_local_expert_recv_stats", torch.zeros(3))):
+                      ("cumulative_local_expert_recv_stats", torch.zeros(3)),
+                      ("dispatch_wait_recv_cost_stats", torch.zeros(4, 4, dtype=torch.int64))):
         raises(RuntimeError, name, send, **{**good, name: bad})
     raises(RuntimeError, "round_scale", send, **good, use_ue8m0=True)
     raises(RuntimeError, "return_recv_hook", send, **good, async_finish=True, return_recv_hook=True)
@@ -204,6 +234,7 @@ def test_bad_calls_name_the_argument(group):
     for name, bad in (("x", data[0]), ("x", data.float()), ("x", data[:, :3].contiguous()),
                       ("topk_weights", b.topk_weights.double()), ("out", torch.zeros(3, 3)),
                       ("topk_idx", torch.zeros(len(b.x) + 1, 4, dtype=torch.int64)),
+                      ("combine_wait_recv_cost_stats", torch.zeros(4, dtype=torch.int32)),
                       ("handle", handle[2:])):
         raises(RuntimeError, name, back, **{**good, name: bad})
     raises(RuntimeError, "return_recv_hook", back, **good, async_finish=True, return_recv_hook=True)

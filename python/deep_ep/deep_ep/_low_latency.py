@@ -29,6 +29,11 @@ class LowLatency:
                 f"{method} needs a Buffer made with low_latency_mode=True")
         return runtime
 
+    def _check_waits(self, name, waits):
+        host_check(waits is None or (waits.dtype == torch.int64 and
+                                     waits.shape == (self.group_size,)),
+                   f"{name} must be int64 [{self.group_size}]")
+
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None,
                              dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False,
@@ -36,8 +41,8 @@ class LowLatency:
                              use_nvfp4=False, x_global_scale=None):
         """(recv_x, recv_count, handle, event, hook). Collective."""
         runtime = self._low_latency("low_latency_dispatch")
-        refuse(use_nvfp4=use_nvfp4, x_global_scale=x_global_scale is not None,
-               dispatch_wait_recv_cost_stats=dispatch_wait_recv_cost_stats is not None)
+        refuse(use_nvfp4=use_nvfp4, x_global_scale=x_global_scale is not None)
+        self._check_waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
         most, ranks = num_max_dispatch_tokens_per_rank, self.group_size
         host_check(x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16 and
                    x.size(1) % 128 == 0,
@@ -75,7 +80,7 @@ class LowLatency:
             recv_scales=None if scales is None else
             scales.view(local * groups, -1)[:, :rows], recv_source=source.view(-1),
             expert_counts=count, ranges=ranges, expert_totals=totals, max_tokens=most,
-            num_experts=num_experts,
+            wait_ns=dispatch_wait_recv_cost_stats, num_experts=num_experts,
             flags=(ep.LL_FP8 if use_fp8 else 0) | (ep.LL_SCALES_POWER_OF_2 if round_scale else 0))
         Routing(group, None, x.size(0), rows, memory).mark((source, ranges))
         recv_x = data if scales is None else (data, scales[:, :, :rows].transpose(1, 2))
@@ -89,8 +94,8 @@ class LowLatency:
         """(combined_x, event, hook). Collective."""
         self._low_latency("low_latency_combine")
         refuse(overlap=overlap, src_signals=src_signals is not None, use_logfmt=use_logfmt,
-               zero_copy=zero_copy,
-               combine_wait_recv_cost_stats=combine_wait_recv_cost_stats is not None)
+               zero_copy=zero_copy)
+        self._check_waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
         routing = Routing.find(handle)
         host_check(routing.memory is not None, "handle is of dispatch, not of low_latency_dispatch")
         most, num_experts = handle[2], handle[4]
@@ -112,7 +117,7 @@ class LowLatency:
                    f"out must be contiguous bfloat16 [{tokens}, {hidden}]")
         args = dict(handle=routing.memory, x=x.detach().view(local * rows, hidden),
                     topk_weights=topk_weights, out=out, max_tokens=most,
-                    num_experts=num_experts)
+                    wait_ns=combine_wait_recv_cost_stats, num_experts=num_experts)
         event, hook = self._run(routing.group, "ll_combine", args, async_finish, return_recv_hook)
         return out, event, hook
 
