@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """deep_ep, throughput mode: what every element of every return tuple holds, on 4 ranks with gloo."""
 import gc
+import logging
 import threading
 
 import deep_ep
@@ -202,6 +203,27 @@ def test_larger_calls_make_a_larger_group_and_old_handles_stay(group):
         check_pair(buffer, Batch(group, **kw))
         recv_x = buffer.dispatch(first.x, handle=handle)[0]
         same(buffer.combine(answer(r, recv_x), handle)[0], first.combined(answer))
+
+
+@on_ranks(4)
+def test_a_dispatch_asks_nobody_for_tokens_and_says_once_that_it_is_repeated(group):
+    buffer, asked, said = Buffer(group), [], []
+    check_pair(buffer, Batch(group))
+    gather = buffer.runtime.gather
+    buffer.runtime.gather = lambda obj: asked.append(obj) or gather(obj)
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("deep_ep").addHandler(handler)
+    for tokens in [3, 0, 9, 7], [1, 64, 2, 2]:
+        check_pair(buffer, Batch(group, tokens=tokens))
+    assert not asked
+    for tokens in [3, 500, 9, 70], [0, 2, 1200, 9]:
+        check_pair(buffer, Batch(group, tokens=tokens))
+    b = Batch(group, tokens=[1, 1, 2500, 0])
+    recv_x = b.dispatch(buffer, num_worst_tokens=2502)[0]
+    same(recv_x[:len(b.rows)], b.received(b.xs))
+    logging.getLogger("deep_ep").removeHandler(handler)
+    assert asked and sum(record.levelno == logging.WARNING for record in said) == (group.rank() == 0)
 
 
 @on_ranks(4)

@@ -87,6 +87,7 @@ class Runtime:
         self.comm_stream = torch.cuda.Stream(priority=-1) if self.cuda else None
         self.lock = threading.RLock()
         self._group = None
+        self._told = False  # that a dispatch was repeated
         kinds = gather(self.device.type + (", low latency" if low_latency_mode else "") +
                        (", shrink" if masks else ""))
         host_check(len(set(kinds)) == 1, "the ranks make different Buffers: " + "; ".join(
@@ -107,12 +108,15 @@ class Runtime:
     def get_local_device_id(self):
         return self.device_index
 
-    def group_for(self, **needs):
-        """The newest group if it has room for the call, else a larger one, which all ranks make."""
+    def group_for(self, tokens=0, **needs):
+        """The newest group if it has room for what is the same on all ranks, else a larger one, which
+        all of them make, and then also for this rank's tokens."""
         group = self._group
-        return group if group is not None and group.holds(needs) else self.grow(needs)
+        return group if group is not None and group.holds(needs) else \
+            self.grow(dict(needs, max_tokens=max(tokens, needs.get("max_tokens", 0))))
 
-    def grow(self, needs):
+    def grow(self, needs, lacking=None):
+        """A larger group; `lacking` is what an operation of the last one has raised."""
         host_check(not (self.cuda and torch.cuda.is_current_stream_capturing()),
                    "this call needs a larger group of libep (" + _text(needs) + "), which cannot be "
                    "made while a graph is captured: do the call once before the capture")
@@ -130,8 +134,11 @@ class Runtime:
             first_recv_rows(self.size, agreed["max_tokens"], agreed["max_topk"])))
         group = self._group = Group(self, agreed)
         if self.rank == 0:
-            log.info("%s group of libep: %s; its arena has %d bytes on each rank",
-                     "made a larger" if old else "made a", _text(agreed), group.plan.arena_bytes)
+            said, self._told = self._told, self._told or lacking is not None
+            log.log(logging.WARNING if self._told and not said else logging.INFO,
+                    "%s group of libep: %s; its arena has %d bytes on each rank%s",
+                    "made a larger" if old else "made a", _text(agreed), group.plan.arena_bytes,
+                    f" (a dispatch is repeated: {lacking})" if lacking else "")
         return group
 
     def close(self):

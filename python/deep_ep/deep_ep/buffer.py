@@ -243,20 +243,23 @@ class Buffer(LowLatency):
         return (recv_x if scales is None else (recv_x, recv_scales)), None, None, None, None, event
 
     def _send(self, call, args, needs, topk_idx, is_token_in_rank, worst):
-        """A dispatch without a handle: (routing, outputs, counts per expert or None)."""
+        """A dispatch without a handle: (routing, outputs, counts per expert or None). Nobody asks the
+        others for their tokens: libep tells all ranks what was lacking, and all make a larger group."""
         x, runtime = args["x"], self.runtime
+        capturing = runtime.cuda and torch.cuda.is_current_stream_capturing()
         where = dict(topk_ids=topk_idx) if topk_idx is not None else \
             dict(token_in_rank=is_token_in_rank)
-        if not (runtime.cuda and torch.cuda.is_current_stream_capturing()):
-            needs["max_tokens"] = max(runtime.gather(x.size(0)))
-        group = runtime.group_for(**needs)
+        group = runtime.group_for(x.size(0), **needs)
         while True:
             stream = call.stream_of(group)
             routing = Routing(group, ep.Handle(
-                group.ep, max_tokens=max(x.size(0), 1), max_topk=needs["max_topk"],
+                group.ep, max_tokens=min(max(x.size(0), 1), group.needs["max_tokens"]),
+                max_topk=needs["max_topk"],
                 flags=ep.HANDLE_LENIENT_IDS), x.size(0), worst)
             routing.ep.route(num_experts=needs["num_experts"], stream=stream, **where)
-            if worst:
+            if capturing:
+                host_check(worst, "a dispatch without a handle waits for its counts, which a captured "
+                                  "one cannot: give num_worst_tokens")
                 out = self._outputs(call, args, topk_idx, worst)
                 routing.ep.dispatch(stream=stream, **args, **out)
                 return routing, out, None
@@ -265,16 +268,18 @@ class Buffer(LowLatency):
                 counts = routing.ep.counts()
             except ep.CapacityError as error:
                 # Every rank has it, nothing was sent: all make a larger group, and all try again.
-                group = runtime.grow(dict(needs, max_recv_rows=error.rows_needed or 0))
+                lacks = error.needs
+                group = runtime.grow(dict(needs, max_tokens=lacks.max_tokens,
+                                          max_recv_rows=lacks.max_recv_rows), error)
                 continue
             except ep.TimeoutError_ as error:
                 which = "timeout (dispatch CPU)" if runtime.get_num_rdma_ranks() > 1 else \
                     "CPU recv timeout"
                 raise RuntimeError(f"DeepEP error: {which}: {error}") from error
-            routing.rows = counts.rows
-            out = self._outputs(call, args, topk_idx, counts.rows)
+            routing.rows = worst or counts.rows
+            out = self._outputs(call, args, topk_idx, routing.rows)
             routing.ep.dispatch_finish(stream=stream, num_workers=args["num_workers"], **out)
-            return routing, out, counts.rows_per_expert
+            return routing, out, None if worst else counts.rows_per_expert
 
     def _outputs(self, call, args, topk_idx, rows):
         x, scales = args["x"], args["scales"]
