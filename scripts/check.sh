@@ -97,15 +97,9 @@ run_demo() {
     timeout -k 5 60 build/ep demo && echo "ok: ep demo"
 }
 
-# It takes one core for as long as the two before it: beside them.
-if wanted law-self-test; then
-    scripts/law.sh --self-test >$logs/self-test.txt 2>&1 </dev/null &
-    self_test=$!
-fi
-end_of_self_test() { wait $self_test && cat $logs/self-test.txt || { cat $logs/self-test.txt; false; }; }
 step fmt 'format' make --no-print-directory fmt-check
 step law 'layer law' scripts/law.sh
-step law-self-test 'layer law: planted violations are caught' end_of_self_test
+step law-self-test 'layer law: planted violations are caught' scripts/law.sh --self-test
 step build-gcc 'build with gcc' build build-all tests
 # It is not run: what clang has to say it says before it optimizes.
 step build-clang 'build with clang' build VARIANT=clang OPT=-O0 KERNEL_OPT=-O0 build-all tests
