@@ -124,7 +124,7 @@ counted model 'the protocol of low-latency mode, every order of events' scripts/
 counted fuzz 'fuzzers: corpus and seeded mutants' scripts/fuzz.sh replay
 step build-gate 'build the gate' build build/gate
 counted gate 'gate: kernels for every GPU generation, aarch64' \
-    env GATE_NVCC_ARCHS='80 90' scripts/gate.sh
+    env GATE_NVCC_ARCHS=90 scripts/gate.sh
 
 heading 'the slowest ten programs: seconds, name, seconds of CPU'
 for variant in plain san tsan; do
