@@ -5,7 +5,7 @@
 # head of a test says with whom it runs:
 #   exclusive   nobody: its bounds on time mean nothing beside others, or others' beside it
 #   timed       others of its class, several at once: it mostly sleeps
-#   rest        others of its class, as many at once as there are cores
+#   rest        others of its class, one more at once than there are cores
 # "class: rest, long" or "timed, long": it begins first, so that it does not end long after the others.
 # The last line is "VARIANT: N passed, N failed, N skipped"; build/logs/VARIANT holds it all, and
 # in the file times a line "SECONDS NAME CPU-SECONDS" for each program. A program that is neither
@@ -191,7 +191,8 @@ cores=$(nproc 2>/dev/null || echo 2)
 # Those that mostly sleep leave the cores to the rest.
 in_class timed "${TAP_TIMED_JOBS:-6}" &
 timed=$!
-in_class rest "$cores" || rc=1
+# One more than there are cores: ranks that wait for each other leave a part of theirs.
+in_class rest $((cores + 1)) || rc=1
 wait $timed || rc=1
 in_class exclusive 1 || rc=1
 for t in $tests; do

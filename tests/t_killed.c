@@ -249,34 +249,59 @@ static void check_times(struct stage *s, const char *name) {
     ok(slowest < rig_within(1.5), "%s: the slowest destroy took %.0f ms", name, 1e3 * slowest);
 }
 
-static void kill_at(enum moment moment, int who) {
-    struct stage *s = tap_shared(sizeof(*s));
+struct killing {
+    struct stage *s;
     struct tap_ranks ranks;
     char name[64];
-    bool ended = true;
+};
 
-    snprintf(name, sizeof(name), "rank %d killed %s", who, names[moment]);
+static bool begin(struct killing *k, enum moment moment, int who) {
+    struct stage *s = k->s = tap_shared(sizeof(*s));
+    snprintf(k->name, sizeof(k->name), "rank %d killed %s", who, names[moment]);
     s->moment = moment;
     s->victim = who;
     s->meeting = (struct rig_meeting){RANKS, tap_free_port(), NULL, 30000 * rig_scale()};
     s->survivors = (struct rig_meeting){RANKS - 1, tap_free_port(), NULL, 30000 * rig_scale()};
-    if (!ok(tap_ranks_start(&ranks, RANKS, rank_main, s) == 0, "%s: started", name)) {
-        return;
-    }
-    rig_await(&s->trapped, 1);
-    rig_await(&s->done, RANKS - 1);
+    return ok(tap_ranks_start(&k->ranks, RANKS, rank_main, s) == 0, "%s: started", k->name);
+}
+
+static void kill_victim(struct killing *k) {
+    rig_await(&k->s->trapped, 1);
+    rig_await(&k->s->done, RANKS - 1);
     tap_sleep_ms(50 * rig_scale()); /* the others come to where they wait */
-    s->killed_at = tap_now();
-    tap_ranks_signal(&ranks, who, SIGKILL);
-    atomic_store(&s->killed, 1);
+    k->s->killed_at = tap_now();
+    tap_ranks_signal(&k->ranks, k->s->victim, SIGKILL);
+    atomic_store(&k->s->killed, 1);
+}
+
+static void check_end(struct killing *k) {
+    bool ended = true;
     for (int r = 0; r < RANKS; r++) {
-        ended = tap_ranks_wait_one(&ranks, r, 30) && ended;
+        ended = tap_ranks_wait_one(&k->ranks, r, 30) && ended;
     }
-    ok(ended && kill(-ranks.group, 0) != 0 && errno == ESRCH, "%s: no process is left", name);
-    ok(tap_ranks_wait(&ranks, 1) == 0, "%s: the survivors agree", name);
-    tap_ranks_free(&ranks);
-    check_times(s, name);
-    ok(nothing_in_shm(), "%s: no shared memory is left", name);
+    ok(ended && kill(-k->ranks.group, 0) != 0 && errno == ESRCH, "%s: no process is left",
+       k->name);
+    ok(tap_ranks_wait(&k->ranks, 1) == 0, "%s: the survivors agree", k->name);
+    tap_ranks_free(&k->ranks);
+    check_times(k->s, k->name);
+    ok(nothing_in_shm(), "%s: no shared memory is left", k->name);
+}
+
+/* Rank 0, and in a job beside it rank 3; where a rank takes seconds to start, one of the two. */
+static void kill_at(int m) {
+    struct killing k[2];
+    const int num = gpu_wanted() ? 1 : 2;
+    for (int i = 0; i < num; i++) {
+        if (!begin(&k[i], (enum moment)m, num == 2 ? 3 * i : m % 2 ? 3 : 0)) {
+            return;
+        }
+    }
+    for (int i = 0; i < num; i++) {
+        kill_victim(&k[i]);
+    }
+    for (int i = 0; i < num; i++) {
+        check_end(&k[i]);
+    }
 }
 
 /* ---- while the group forms ------------------------------------------------------------------ */
@@ -330,17 +355,28 @@ static int born_rank(int rank, void *ctx) {
     return 0;
 }
 
+#define AT_ONCE 4
+
+/* Jobs of three ranks, several of them at a time. On a GPU, where ranks are slow to start, four in all. */
 static void kill_at_birth(void) {
-    for (int i = 0; i < 12; i += gpu_wanted() ? 3 : 1) {
-        struct birth *b = tap_shared(sizeof(*b));
-        const int timeout = gpu_wanted() ? 4000 : 700; /* kernels are loaded meanwhile */
-        b->meeting = (struct rig_meeting){3, tap_free_port(), NULL, timeout * rig_scale()};
-        b->victim = i % 2 ? 0 : 2;
-        b->delay_us = (gpu_wanted() ? 30000 : 3000) * i * rig_scale();
-        ok(tap_spawn_ranks(3, born_rank, b, 30) == 1,
-           "rank %d killed %d us after it began; %d "
-           "survivors had a group by then",
-           b->victim, b->delay_us, atomic_load(&b->created));
+    const int timeout = gpu_wanted() ? 4000 : 700; /* kernels are loaded meanwhile */
+    const int step = gpu_wanted() ? 3 : 1, num = gpu_wanted() ? 1 : AT_ONCE;
+    for (int first = 0; first < 12; first += num * step) {
+        struct tap_ranks ranks[AT_ONCE];
+        struct birth *b = tap_shared(AT_ONCE * sizeof(*b));
+        for (int i = 0; i < num; i++) {
+            b[i].meeting =
+                (struct rig_meeting){3, tap_free_port(), NULL, timeout * rig_scale()};
+            b[i].victim = (first + i) % 2 ? 0 : 2;
+            b[i].delay_us = (gpu_wanted() ? 30000 : 3000) * (first + i) * rig_scale();
+            ok(tap_ranks_start(&ranks[i], 3, born_rank, &b[i]) == 0, "three ranks begin");
+        }
+        for (int i = 0; i < num; i++) {
+            ok(tap_ranks_wait(&ranks[i], 30) == 1,
+               "rank %d killed %d us after it began; %d survivors had a group by then",
+               b[i].victim, b[i].delay_us, atomic_load(&b[i].created));
+            tap_ranks_free(&ranks[i]);
+        }
     }
 }
 
@@ -354,12 +390,7 @@ int main(void) {
     tap_expect_log(" died: ");
     tap_expect_log("dropped a connection"); /* killed while it was meeting the others */
     for (int m = 0; m < NUM_MOMENTS; m++) {
-        if (gpu_wanted()) { /* where a rank takes seconds to start, one of the two */
-            kill_at((enum moment)m, m % 2 ? 3 : 0);
-            continue;
-        }
-        kill_at((enum moment)m, 3);
-        kill_at((enum moment)m, 0);
+        kill_at(m);
     }
     return done_testing();
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* class: rest */
+/* class: timed */
 /*
  * What launchers say: who is believed where two speak, which jobs have one name and which never,
  * how addresses may be written; that a name nobody resolves does not outlast the deadline.

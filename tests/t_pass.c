@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* class: rest */
+/* class: timed, long */
 /*
  * Shared memory goes from a process to another one of the same user and to nobody else: both ends
  * look at whose process the other is, what arrives is looked at before it is mapped, who is silent
