@@ -10,7 +10,8 @@ logs=${TAP_LOGS:-$build/logs}/driver
 if [ "$1" = --one ]; then
     case $2 in
     t_handoff | t_layout | t_mismatch | t_storm) sms=64 ;; # whose groups ask for many, or may have them
-    *) sms=16 ;;
+    t_abort | t_stats | t_cuda_streams) sms=16 ;;
+    *) sms=8 ;;
     esac
     # shellcheck disable=SC2086
     LD_LIBRARY_PATH=$PWD/$build/driver EP_TEST_DEVICE=cuda EP_TEST_DRIVER=1 EP_TEST_PAIRS=10 \
