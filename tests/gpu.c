@@ -138,6 +138,10 @@ bool gpu_processes(bool processes) {
                                               : processes;
 }
 
+int gpu_ways(void) {
+    return gpu_processes(false) == gpu_processes(true) ? 1 : 2;
+}
+
 struct threads {
     int num_ranks;
     int (*fn)(int rank, void *ctx);

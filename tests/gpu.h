@@ -42,6 +42,8 @@ void gpu_forks_nothing(void);
 
 /* Whether ranks are processes, where a test says `processes`. */
 bool gpu_processes(bool processes);
+/* In how many ways a test runs that is for both: one where EP_TEST_RANKS says which, else two. */
+int gpu_ways(void);
 /* Runs fn(rank, ctx) in threads or processes (ask gpu_processes), which may use the GPUs. Returns
  * how many failed. */
 int gpu_run_ranks(int num_ranks, bool processes, int (*fn)(int rank, void *ctx), void *ctx,

@@ -197,7 +197,7 @@ int main(void) {
     struct scene s;
 
     tap_deadline(180);
-    for (int processes = 0; processes < 2; processes++) {
+    for (int processes = 0; processes < gpu_ways(); processes++) {
         scene_create(&s, seed + (uint64_t)processes, true);
         scene_run(&s, one_handle_many_times, processes, "one handle many times");
         scene_create(&s, seed + 100 + (uint64_t)processes, false);

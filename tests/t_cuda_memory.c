@@ -70,7 +70,7 @@ int main(void) {
     uint64_t seed = tap_seed();
 
     tap_deadline(120);
-    for (int processes = 0; processes < 2; processes++) {
+    for (int processes = 0; processes < gpu_ways(); processes++) {
         run(seed, &compact, processes, "compact");
         run(seed + 1, &expanded, processes, "expanded");
         run(seed + 2, &view, processes, "a view of the arena");

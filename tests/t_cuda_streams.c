@@ -368,7 +368,7 @@ int main(void) {
     uint64_t seed = tap_seed();
 
     tap_deadline(180);
-    for (int processes = 0; processes < 2; processes++) {
+    for (int processes = 0; processes < gpu_ways(); processes++) {
         run(seed, two_handles, processes, "two handles on two streams");
         run(seed + 10, alternately, processes, "one handle on two streams alternately");
         run(seed + 20, two_groups, processes, "two groups in flight");

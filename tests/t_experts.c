@@ -128,7 +128,7 @@ int main(void) {
         trial_random(&m.t[i], seed + 100 + (uint64_t)i);
         trial_build(&m.t[i]);
     }
-    for (int processes = 0; processes < 2; processes++) {
+    for (int processes = 0; processes < gpu_ways(); processes++) {
         setup(&s, &m);
         s.processes = processes;
         s.body = body;

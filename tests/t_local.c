@@ -246,7 +246,7 @@ int main(void) {
     struct world_setup s;
 
     tap_deadline(150);
-    for (int processes = 0; processes < 2; processes++) {
+    for (int processes = 0; processes < gpu_ways(); processes++) {
         destroy_in_any_order(processes);
         case_default(&c, RANKS, seed);
         run(&c, leave_a_peer_in_an_operation, processes, 0,

@@ -76,7 +76,7 @@ static void tune(struct ep_group_config *config, int rank, void *ctx) {
 
 static void configurations(void) {
     for (int i = 0; i < NUM_FIELDS; i++) {
-        for (int processes = 0; processes < 2; processes++) {
+        for (int processes = 0; processes < gpu_ways(); processes++) {
             struct world_setup s;
 
             world_defaults(&s, RANKS);
@@ -86,7 +86,7 @@ static void configurations(void) {
             s.create_says = fields[i];
             s.processes = processes;
             ok(world_run(&s) == 0, "%s differs, %s", fields[i],
-               processes ? "processes" : "threads");
+               gpu_processes(processes) ? "processes" : "threads");
         }
     }
 }
