@@ -394,6 +394,7 @@ static K_INLINE void store_step(struct k_thread *k, const struct k_dispatch_args
         } else {
             unpack_compact(k, a, b, sides);
         }
+        k_mover_filled(k, m); /* read: the stage may be loaded again */
     }
     k_mover_commit(k, m); /* of nothing, after sidecars: retire counts pieces */
 }

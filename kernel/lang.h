@@ -32,10 +32,10 @@
  *                                        commit, retire (a stage can be used again), settle (a
  *                                        store can be published), end; or fill, filled and
  *                                        store_filled, for what the lanes write themselves; or
- *                                        view, for what they read themselves once it was waited
- *                                        for; or gather and sum: a part of several rows, then
- *                                        k_reduce of it. K_IN_PLACE: nothing is copied into
- *                                        stages, so that a part may be a whole row
+ *                                        view and filled, for what they read themselves once it
+ *                                        was waited for; or gather and sum: a part of several
+ *                                        rows, then k_reduce of it. K_IN_PLACE: nothing is copied
+ *                                        into stages, so that a part may be a whole row
  *               k_reduce(k, ...)         sum of rows in float32 in the order given, rounded once
  *               k_zero(k, ...)           fills own memory
  *               k_load16(p), k_store16_to(peer, v)   16 bytes, at once; nowhere is allowed

@@ -59,6 +59,11 @@ static K_INLINE k_u32 *k_mover_fill(struct k_thread *k, struct k_mover *m, k_i32
     return (k_u32 *)__cvta_shared_to_generic(m->ring + (k_u32)stage * (k_u32)m->stage_bytes);
 }
 
+/*
+ * What lanes have read and written in stages themselves is before the copies that follow. Reads,
+ * too: a barrier alone orders only what goes through the generic proxy, so a copy into the stage
+ * might overtake them (seen elsewhere as rows of a combine that were wrong now and then).
+ */
 static K_INLINE void k_mover_filled(struct k_thread *k, struct k_mover *m) {
     (void)k, (void)m;
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -148,7 +153,7 @@ static K_INLINE void k_mover_gather(struct k_thread *k, struct k_mover *m, k_i32
                                     k_i32 bytes) {
     const k_u32 bar = m->bars + 8u * (k_u32)stage;
     const k_u32 dst = m->ring + (k_u32)stage * (k_u32)m->stage_bytes;
-    __syncwarp(); /* all lanes have read what the stage held, and written their terms */
+    k_mover_filled(k, m); /* all lanes have read what the stage held, and written their terms */
     if (k->lane == 0) {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar),
                      "r"(num * bytes)
@@ -246,7 +251,7 @@ static K_INLINE void k_sum_as(k_i32 lane, k_u32 src, k_u64 dst, k_i32 dtype, k_b
     }
 }
 
-/* What was gathered, by plain loads: the next gather into the stage begins with a __syncwarp. */
+/* What was gathered, by plain loads: the next gather into the stage begins with a fence. */
 static K_INLINE void k_mover_sum(struct k_thread *k, struct k_mover *m, k_i32 stage,
                                  struct k_peer dst, k_i32 dtype, k_bool weighted, k_i32 bytes,
                                  const struct k_term *terms, k_i32 num) {
