@@ -21,7 +21,7 @@
  *     ...the experts compute...
  *     ep_combine(handle, &combine_args, stream);      // collective: answers come back, summed
  *     ep_handle_destroy(&handle);
- *     ep_group_destroy(&group);                       // waits for nobody
+ *     ep_group_destroy(&group);                       // waits for no other rank
  *
  * Words. A *rank* is one member of a *group*. A *token* is an index into a rank's input; its
  * bytes are a *row*. T is a rank's number of tokens, K the experts per token (top-k), E the
@@ -329,8 +329,8 @@ ep_status ep_group_create(ep_group **out, const struct ep_group_config *config);
 /*
  * Destroys a group and frees all it owns. Every rank does, when it likes: a rank does not wait
  * for the others to call it, so several groups may be destroyed in any order. It waits for its
- * own operations that are queued, at most as long as the timeout, and to part with its peers, at
- * most two seconds. What this rank has sent still reaches the peers; an operation that one of
+ * own operations that are queued, at most as long as the timeout (after ep_group_abort, until they
+ * have ended with that), and to part with its peers, at most two seconds. What this rank has sent still reaches the peers; an operation that one of
  * them issues afterwards ends there with EP_ERR_PEER. Handles, streams and events of the group
  * must have been destroyed before. Safe after any fault.
  */

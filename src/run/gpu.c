@@ -301,18 +301,6 @@ ep_status epi_gpu_zero(struct epi_gpu *g, void *stream, uint64_t at, size_t byte
     return epi_cu_fill(&g->device, stream, at, 0, bytes);
 }
 
-ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes) {
-    uint64_t got = 0;
-    EPI_TRY(epi_gpu_reserve(g, &got, bytes));
-    const ep_status st = zero_at_once(g, got, bytes);
-    if (st != EP_OK) {
-        epi_cu_pool_free(&g->device, g->control, &got);
-        return st;
-    }
-    *at = got;
-    return EP_OK;
-}
-
 void epi_gpu_free(struct epi_gpu *g, uint64_t *at) {
     if (*at && atomic_load(
                    &g->launches.launched)) { /* not before the kernels that use it have ended */

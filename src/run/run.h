@@ -73,8 +73,6 @@ const struct epi_cu_device *epi_gpu_device(const struct epi_gpu *g);
 void *epi_gpu_stream(const struct epi_gpu *g); /* of high priority */
 struct epi_gpu_shape epi_gpu_shape(const struct epi_gpu *g);
 
-/* Zeroed; returns when it is. */
-ep_status epi_gpu_alloc(struct epi_gpu *g, uint64_t *at, size_t bytes);
 /* Of any contents, and does not wait: for streams that have called epi_gpu_zero for it. */
 ep_status epi_gpu_reserve(struct epi_gpu *g, uint64_t *at, size_t bytes);
 /* On the stream, after epi_gpu_begin; but in a capture at once, and in no graph. */
