@@ -121,6 +121,7 @@ done <<'END'
 2 --routing grouped --experts 4 --groups 8 --topk 1
 2 --routing grouped --experts 16 --groups 4 --topk-groups 5 --topk 1
 2 --routing grouped --experts 16 --groups 4 --topk-groups 1 --topk 5
+2 --max-tokens 3
 2 --sweep tokens
 2 --sweep tokens=
 2 --sweep tokens=1,
@@ -142,6 +143,12 @@ END
 want 0 "$ep" bench $small --sweep 'tokens=8,16;hidden=64,128' --json && is_json "$tmp/out" &&
     [ "$(grep -c '"phase": "route"' "$tmp/out")" = 4 ]
 ok "bench --json with a sweep of four cases"
+want 0 "$ep" bench $small --max-tokens 300 --sweep 'tokens=8,16' && has 'grows with tokens' &&
+    has '^combine from .* us + .* us per 1000 tokens'
+ok "bench says how times grow with tokens, in a group that is planned for more"
+want 0 "$ep" bench $small --models --sweep 'tokens=8;hidden=64' --csv &&
+    [ "$(wc -l <"$tmp/out")" = 33 ] && has ',8,8,64,16,896,'
+ok "bench --models has a case for each"
 low="--mode ll -n 2 --hidden 256 --tokens 8 --iters 1 --warmup 0"
 want 0 "$ep" bench $small $low && has 'data checked' &&
     for row in 'fp8 round trip' 'bf16 round trip' 'fp8 dispatch' 'bf16 dispatch' \

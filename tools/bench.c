@@ -10,9 +10,16 @@
 #include "tools/bench.h"
 
 struct outputs {
-    bool json, csv;
+    bool json, csv, models;
     const char *sweep;
 };
+
+/* Shapes of models that people run; a sweep is made of each. */
+static const struct {
+    int64_t tokens, hidden, topk, experts;
+} models[] = {
+    {4096, 7168, 8, 256}, {4096, 3584, 16, 896}, {4096, 2880, 4, 128}, {16384, 1024, 6, 64}};
+enum { NUM_MODELS = sizeof(models) / sizeof(models[0]) };
 
 static int refuse_row(const struct bench_params *p) {
     struct bench_item items[BENCH_MAX_ITEMS];
@@ -32,6 +39,10 @@ static int refuse_params(const struct bench_params *p) {
     int status = refuse_row(p);
     if (status >= 0) {
         return status;
+    }
+    if (p->max_tokens > 0 && p->max_tokens < p->tokens) {
+        return args_refuse("ep bench", "--max-tokens %d is less than --tokens %d",
+                           (int)p->max_tokens, (int)p->tokens);
     }
     if (p->topk > p->experts) {
         return args_refuse("ep bench", "--topk %d is more than --experts %d", (int)p->topk,
@@ -69,24 +80,37 @@ static int refuse_params(const struct bench_params *p) {
     return -1;
 }
 
+/* Case i: of a model, if they are asked for, what the sweep makes of it. */
+static void set_case(struct bench_params *p, const struct outputs *to,
+                     const struct sweep *sweep, int num_swept, int i) {
+    if (to->models) {
+        p->tokens = models[i / num_swept].tokens;
+        p->hidden = models[i / num_swept].hidden;
+        p->topk = models[i / num_swept].topk;
+        p->experts = models[i / num_swept].experts;
+    }
+    sweep_set(sweep, i % num_swept, p);
+}
+
 static int bench(struct bench_params *p, const struct outputs *to) {
-    static struct bench_case *cases[SWEEP_MAX_CASES];
+    static struct bench_case *cases[NUM_MODELS * SWEEP_MAX_CASES];
     struct sweep sweep = {0};
     char why[160];
-    const int num_cases = to->sweep ? sweep_parse(to->sweep, &sweep, why, sizeof(why)) : 1;
+    const int swept = to->sweep ? sweep_parse(to->sweep, &sweep, why, sizeof(why)) : 1;
+    const int num_cases = swept * (to->models ? NUM_MODELS : 1);
     int status = -1;
-    if (num_cases < 0) {
+    if (swept < 0) {
         return args_refuse("ep bench",
                            "--sweep: cannot read \"%s\": %s; write for example "
                            "tokens=128,4096;hidden=2048,7168",
                            to->sweep, why);
     }
     for (int i = 0; i < num_cases && status < 0; i++) { /* before any of them is measured */
-        sweep_set(&sweep, i, p);
+        set_case(p, to, &sweep, swept, i);
         status = refuse_params(p);
     }
     for (int i = 0; i < num_cases && status <= 0; i++) {
-        sweep_set(&sweep, i, p);
+        set_case(p, to, &sweep, swept, i);
         status = bench_case(p, false, &cases[i]);
         if (status == 0 && to->csv) {
             bench_report_csv(stdout, cases[i], i == 0);
@@ -100,6 +124,8 @@ static int bench(struct bench_params *p, const struct outputs *to) {
     }
     if (status == 0 && to->json) {
         bench_report_json(stdout, cases, num_cases);
+    } else if (status == 0 && !to->csv) {
+        bench_report_growth(cases, num_cases);
     }
     return status;
 }
@@ -169,6 +195,8 @@ static const struct opt opts[] = {
     {"threads", 0, OPT_FLAG, &params.threads, 0, 0, NULL, "ranks are threads, not processes"},
     {"tokens", 't', OPT_INT, &params.tokens, 1, 1 << 20, "T",
      "tokens per rank (4096; ll: 128)"},
+    {"max-tokens", 0, OPT_INT, &params.max_tokens, 1, 1 << 20, "T",
+     "tokens that the group is planned for (as many as there are)"},
     {"hidden", 0, OPT_INT, &params.hidden, 1, 1 << 20, "H", "elements of a row"},
     {"dtype", 0, OPT_CHOICE, &params.dtype, 0, 0, "bf16|fp8|f32",
      "rows of dispatch; fp8 has scales per 128 and answers in bf16 (bf16; cuda: bf16 and "
@@ -198,6 +226,8 @@ static const struct opt opts[] = {
     {"no-check", 0, OPT_FLAG, &params.no_check, 0, 0, NULL, "do not check the data"},
     {"sweep", 0, OPT_TEXT, &outputs.sweep, 0, 0, "S",
      "several cases: tokens=128,4096;hidden=2048,7168 (also topk, experts, ranks)"},
+    {"models", 0, OPT_FLAG, &outputs.models, 0, 0, NULL,
+     "several cases: shapes of models that people run; --sweep is made of each"},
     {"json", 0, OPT_FLAG, &outputs.json, 0, 0, NULL, "print JSON"},
     {"csv", 0, OPT_FLAG, &outputs.csv, 0, 0, NULL, "print CSV, a line per case and phase"},
 };

@@ -22,6 +22,7 @@ extern const char *const bench_routing_names[]; /* by enum bench_routing */
 struct bench_params {
     int64_t ranks, tokens, hidden, topk, experts, groups, topk_groups, iters, warmup, workers;
     int64_t seed;
+    int64_t max_tokens; /* of the plan; 0: as many as a rank has */
     int device;
     int dtype; /* cuda, low latency: -1 is bf16 and fp8 */
     int routing;
@@ -332,6 +333,8 @@ bool bench_line(const struct bench_case *c, int index, int mode, struct bench_li
 double bench_rate(const struct bench_case *c);
 int64_t bench_rows(const struct bench_case *c, bool remote);
 void bench_report_text(const struct bench_case *c);
+/* Of cases that differ in tokens: what an operation costs anyhow, and what more tokens cost. */
+void bench_report_growth(struct bench_case *const *cases, int num);
 void bench_report_csv(FILE *out, const struct bench_case *c, bool header);
 void bench_report_json(FILE *out, struct bench_case *const *cases, int num_cases);
 

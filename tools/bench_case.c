@@ -40,8 +40,9 @@ void bench_config(const struct bench_case *c, struct ep_group_config *config) {
     const struct bench_params *p = &c->p;
     config->num_ranks = (int32_t)p->ranks;
     config->num_experts = (int32_t)p->experts;
-    config->max_tokens = p->ll ? 1 : (int32_t)p->tokens;
-    config->ll_max_tokens = p->ll ? (int32_t)p->tokens : 0;
+    const int32_t most = (int32_t)larger(p->max_tokens, p->tokens);
+    config->max_tokens = p->ll ? 1 : most;
+    config->ll_max_tokens = p->ll ? most : 0;
     config->max_topk = (int32_t)p->topk;
     config->max_row_bytes = (int32_t)c->row_bytes;
     config->max_scale_bytes = (int32_t)c->scale_bytes;

@@ -71,6 +71,7 @@ static void add_case(struct members *m, const struct bench_case *c) {
     }
     add_int(m, "ranks", p->ranks);
     add_int(m, "tokens", p->tokens);
+    add_int(m, "max_tokens", p->max_tokens > 0 ? p->max_tokens : p->tokens);
     add_int(m, "hidden", p->hidden);
     add_int(m, "topk", p->topk);
     add_int(m, "experts", p->experts);

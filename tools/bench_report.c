@@ -327,3 +327,53 @@ void bench_report_text(const struct bench_case *c) {
         host_text(c);
     }
 }
+
+/* ---- of several cases ---------------------------------------------------------------------- */
+
+static bool is_alike(const struct bench_params *a, const struct bench_params *b) {
+    return a->hidden == b->hidden && a->topk == b->topk && a->experts == b->experts &&
+           a->ranks == b->ranks;
+}
+
+/* The line through the medians of an item, eager: ns = *fixed + *each * tokens, with the least sum of
+ * squares. False where there are no two numbers of tokens. */
+static bool fit(struct bench_case *const *cases, int first, int num, int item, double *fixed,
+                double *each) {
+    double n = 0, t = 0, tt = 0, y = 0, ty = 0;
+    for (int i = first; i < num; i++) {
+        const double tokens = (double)cases[i]->p.tokens;
+        const double ns = (double)cases[i]->result[item][BENCH_EAGER].p50_ns;
+        if (is_alike(&cases[i]->p, &cases[first]->p)) {
+            n += 1, t += tokens, tt += tokens * tokens, y += ns, ty += tokens * ns;
+        }
+    }
+    const double spread = n * tt - t * t;
+    *each = spread > 0 ? (n * ty - t * y) / spread : 0;
+    *fixed = n > 0 ? (y - *each * t) / n : 0;
+    return spread > 0;
+}
+
+void bench_report_growth(struct bench_case *const *cases, int num) {
+    for (int first = 0; first < num; first++) {
+        const struct bench_case *c = cases[first];
+        double fixed = 0, each = 0;
+        bool told = false;
+        for (int i = 0; i < first; i++) {
+            told = told || is_alike(&cases[i]->p, &c->p);
+        }
+        if (told || !fit(cases, first, num, 0, &fixed, &each)) {
+            continue;
+        }
+        printf(
+            "\n\nhow p50 grows with tokens, a straight line: hidden %d, top-%d of %d experts, "
+            "%d ranks\n",
+            (int)c->p.hidden, (int)c->p.topk, (int)c->p.experts, (int)c->p.ranks);
+        for (int i = 0; i < c->num_items; i++) {
+            fit(cases, first, num, i, &fixed, &each);
+            if (c->items[i].op->kind != BENCH_COPY) {
+                printf("%-34s %9.1f us + %8.2f us per 1000 tokens\n",
+                       bench_item_name(&c->p, &c->items[i]).s, fixed / 1000, each);
+            }
+        }
+    }
+}
