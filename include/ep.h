@@ -953,7 +953,8 @@ ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args 
 
 /*
  *   x       [L * N][H] EP_BF16, rows contiguous: the answers, in the rows of recv_x (L: 1 with
- *           EP_LL_COMPACT); rows past a count are not read. Looked at by the send half
+ *           EP_LL_COMPACT); rows past a count are not read. Looked at by the send half, which reads
+ *           the rows where they are: no copy is made of them
  *   handle  of a dispatch that was received, with the same M, T and experts; H may be another
  *   topk_weights  [T][K] EP_F32, any strides, or NULL: those of the dispatch. Given on all ranks or on
  *           none, in both halves, which both read them

@@ -169,6 +169,28 @@ def test_the_time_that_a_late_rank_was_waited_for_is_told(group):
 
 
 @on_ranks(4)
+def test_answers_are_taken_from_the_memory_that_the_handle_lends(group):
+    buffer, batches = buffer_of(group), [Decode(group, seed=seed) for seed in (5, 6)]
+    lent = []
+    for b in batches:
+        data, _, handle, _, _ = buffer.low_latency_dispatch(b.x, b.topk_idx, M, 16, use_fp8=False)
+        raises(RuntimeError, "get_next_low_latency_combine_buffer", buffer.low_latency_combine, data,
+               b.topk_idx, b.topk_weights, handle, zero_copy=True)
+        answers = buffer.get_next_low_latency_combine_buffer(handle)
+        assert answers.shape == data.shape and answers.dtype == torch.bfloat16
+        answers[:] = b.answers(data)
+        lent.append((handle, answers))
+    for b, (handle, answers) in zip(batches, lent):  # each has its own, which stays
+        assert buffer.get_next_low_latency_combine_buffer(handle).data_ptr() == answers.data_ptr()
+        ignored = torch.full_like(answers, float("nan"))
+        for _ in range(2):
+            assert torch.equal(buffer.low_latency_combine(ignored, b.topk_idx, b.topk_weights, handle,
+                                                          zero_copy=True)[0], b.sums())
+        raises(RuntimeError, "shape", buffer.low_latency_combine, ignored[:, :, :128].contiguous(),
+               b.topk_idx, b.topk_weights, handle, zero_copy=True)
+
+
+@on_ranks(4)
 def test_two_micro_batches_overlap_by_their_hooks(group):
     buffer = buffer_of(group)
     one, two = Decode(group, seed=5), Decode(group, tokens=(1, 30, 0, 8), seed=6)
@@ -238,6 +260,7 @@ def test_bad_calls_name_the_argument(group):
                       ("handle", handle[2:])):
         raises(RuntimeError, name, back, **{**good, name: bad})
     raises(RuntimeError, "return_recv_hook", back, **good, async_finish=True, return_recv_hook=True)
+    raises(RuntimeError, "use_logfmt", back, **good, zero_copy=True, use_logfmt=True)
     plain = Buffer(group)
     normal = b.dispatch(plain)[4]
     raises(RuntimeError, "handle", back, **{**good, "handle": normal})

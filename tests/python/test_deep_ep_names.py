@@ -38,6 +38,7 @@ V1 = {
     "low_latency_combine": "x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False, "
                            "async_finish=False, return_recv_hook=False, out=None, "
                            "combine_wait_recv_cost_stats=None",
+    "get_next_low_latency_combine_buffer": "handle",
     "clean_low_latency_buffer": "num_max_dispatch_tokens_per_rank, hidden, num_experts",
     "get_local_buffer_tensor": "dtype, size=None, offset=0, use_rdma_buffer=False",
 }

@@ -93,8 +93,8 @@ class LowLatency:
                             src_signal_expect_value=0):
         """(combined_x, event, hook). Collective."""
         self._low_latency("low_latency_combine")
-        refuse(overlap=overlap, src_signals=src_signals is not None, use_logfmt=use_logfmt,
-               zero_copy=zero_copy)
+        host_check(not (zero_copy and use_logfmt), "zero_copy and use_logfmt must not both be set")
+        refuse(overlap=overlap, src_signals=src_signals is not None, use_logfmt=use_logfmt)
         self._check_waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
         routing = Routing.find(handle)
         host_check(routing.memory is not None, "handle is of dispatch, not of low_latency_dispatch")
@@ -104,6 +104,11 @@ class LowLatency:
                    x.shape[:2] == (local, rows),
                    f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be contiguous "
                    f"bfloat16 [{local}, {rows}, hidden]")
+        if zero_copy:
+            host_check(routing.answers is not None and routing.answers.shape == x.shape,
+                       f"zero_copy needs get_next_low_latency_combine_buffer of this handle before, and "
+                       f"an x of its shape, not {list(x.shape)}")
+            x = routing.answers
         _layout.check_ids(topk_idx, tokens)
         host_check(topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape,
                    f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, must be "
@@ -120,6 +125,17 @@ class LowLatency:
                     wait_ns=combine_wait_recv_cost_stats, num_experts=num_experts)
         event, hook = self._run(routing.group, "ll_combine", args, async_finish, return_recv_hook)
         return out, event, hook
+
+    def get_next_low_latency_combine_buffer(self, handle):
+        """Where the answers for a combine with zero_copy go: the same memory for as long as the handle
+        lives. Combine reads answers where they lie, so any other tensor travels as directly."""
+        self._low_latency("get_next_low_latency_combine_buffer")
+        routing = Routing.find(handle)
+        host_check(routing.memory is not None, "handle is of dispatch, not of low_latency_dispatch")
+        if routing.answers is None:
+            routing.answers = torch.empty((handle[4] // self.group_size, routing.rows, handle[3]),
+                                          dtype=torch.bfloat16, device=routing.memory.device)
+        return routing.answers
 
     def _run(self, group, name, args, async_finish, return_recv_hook):
         """(event, hook) of an operation. With a hook, both halves run on the stream that is current

@@ -23,14 +23,14 @@ log = logging.getLogger("deep_ep")
 
 class Routing:
     """What the tensors of a handle stand for: a handle of libep, or of a low-latency dispatch the
-    memory that its combine needs; and the rows of its inputs and outputs. The group lives as long
-    as a handle of it."""
+    memory that its combine needs, and answers for that if the caller has asked for a place to put
+    them; and the rows of its inputs and outputs. The group lives as long as a handle of it."""
 
-    __slots__ = ("group", "ep", "tokens", "rows", "memory")
+    __slots__ = ("group", "ep", "tokens", "rows", "memory", "answers")
 
     def __init__(self, group, ep_handle, tokens, rows, memory=None):
         self.group, self.ep, self.tokens, self.rows = group, ep_handle, tokens, rows
-        self.memory = memory
+        self.memory, self.answers = memory, None
 
     def mark(self, tensors):
         """Lets find() come from any of these tensors to the routing, whatever tuple they are in."""
