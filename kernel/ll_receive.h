@@ -196,26 +196,31 @@ static K_INLINE void ll_put_id(const struct k_ll_dispatch_args *a, k_i64 row, k_
     }
 }
 
-/* Compact: the row is written once, and beside it which of this rank's experts it is for. */
+/* Compact: the row is written once. */
 static K_FN k_bool ll_find_compact(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                    const struct ll_call *c, const struct ll_shape *s,
-                                   k_i32 source, k_i32 j, const k_u32 *side,
-                                   struct ll_places *to) {
+                                   k_i32 source, k_i32 j, struct ll_places *to) {
     const k_i64 at = ll_compact_row(k, a, c, source, j);
     for (k_i32 i = k->lane; at >= 0 && i < s->topk; i += K_LANES) {
-        const k_i32 id = (k_i32)side[K_SIDE_IDS + i];
-        const k_bool here = id >= 0 && a->g.expert_rank[id] == a->g.rank;
-        const k_i32 e = here ? a->g.expert_local[id] : -1;
         to->at[i] = i == 0 ? (k_i32)at : -1;
         to->weight[i] = 1.0f;
-        ll_put_id(a, at, i, e);
-        if (a->recv_weights.data) {
-            *(k_u32 *)k_at(&a->recv_weights, at, i) =
-                here ? side[K_SIDE_WEIGHTS(s->topk) + i] : 0;
-        }
     }
     k_syncwarp(k);
     return at >= 0;
+}
+
+/* And beside it, by one warp, which of this rank's experts it is for. */
+static K_FN void ll_put_experts(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                const struct ll_shape *s, const k_u32 *side, k_i64 row) {
+    for (k_i32 i = k->lane; i < s->topk; i += K_LANES) {
+        const k_i32 id = (k_i32)side[K_SIDE_IDS + i];
+        const k_bool here = id >= 0 && a->g.expert_rank[id] == a->g.rank;
+        ll_put_id(a, row, i, here ? a->g.expert_local[id] : -1);
+        if (a->recv_weights.data) {
+            *(k_u32 *)k_at(&a->recv_weights, row, i) =
+                here ? side[K_SIDE_WEIGHTS(s->topk) + i] : 0;
+        }
+    }
 }
 
 /* The counts of lower sources are awaited, lane by lane each for its selection's expert. */
@@ -351,7 +356,7 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
     if (ok && ll_any_gone(k)) {
         return 1; /* ll_wipe does the rest */
     }
-    if (!ok || !(ll_compact(a) ? ll_find_compact(k, a, c, s, source, j, side, to)
+    if (!ok || !(ll_compact(a) ? ll_find_compact(k, a, c, s, source, j, to)
                                : ll_find_places(k, a, c, s, source, side, to))) {
         return 0;
     }
@@ -363,6 +368,9 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
     }
     if (slice == 0 && k->warp == 0) {
         ll_note_row(k, a, s, source, j, (k_i32)side[0], to);
+        if (ll_compact(a)) {
+            ll_put_experts(k, a, s, side, to->at[0]);
+        }
     }
     if (slice == 0 && a->recv_scales.data) {
         ll_take_scales(k, a, s, side + s->side_words, to);
