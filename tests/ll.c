@@ -60,6 +60,22 @@ static void build_values(struct ll_step *s) {
     }
 }
 
+/* As if ranks that are gone had no tokens, and nobody selected their experts. */
+static void leave_out(struct ll_step *s) {
+    for (int r = 0; s->gone && r < s->c.num_ranks; r++) {
+        struct ref_input *in = &s->c.in[r];
+        const int64_t num = in->num_tokens * s->c.topk;
+        int64_t *ids = pool_zero(&s->pool, (size_t)num * sizeof(*ids));
+        for (int64_t i = 0; i < num; i++) {
+            const int64_t id = in->ids[i];
+            const bool selected = id >= 0 && id < s->c.num_experts;
+            ids[i] = selected && (s->gone >> s->c.problem.expert_rank[id] & 1) ? -1 : id;
+        }
+        in->ids = ids;
+        in->num_tokens = s->gone >> r & 1 ? 0 : in->num_tokens;
+    }
+}
+
 void ll_build(struct ll_step *s) {
     const size_t ranks = (size_t)s->c.num_ranks;
     uint64_t state = s->c.data_seed + 7;
@@ -69,6 +85,7 @@ void ll_build(struct ll_step *s) {
     if (s->all_values) {
         build_values(s);
     }
+    leave_out(s);
     build_weights(s, &state);
     s->recv = pool_zero(&s->pool, ranks * sizeof(*s->recv));
     s->answers = pool_zero(&s->pool, ranks * sizeof(*s->answers));

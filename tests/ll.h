@@ -22,6 +22,7 @@ struct ll_step {
     bool exact;         /* combines */
     bool weights_now;   /* given to combine; those of the dispatch are not these */
     int num_workers;
+    unsigned gone;   /* bits: ranks of which nothing comes; what the others get without them */
     bool all_values; /* rows of bf16 have every value, 65,536 elements on each rank */
 
     struct pool pool;

@@ -74,7 +74,8 @@ void ref_cast(const uint16_t x[128], bool power_of_2, uint8_t out[128], float *s
 /* Adds the answer of the expert that is selection k of the token, wherever that is. */
 static void add_selection(const struct ref_problem *p, int rank, int64_t t, int k,
                           const struct ref_combine *c, float *sums) {
-    for (int r = 0; r < p->num_ranks; r++) {
+    const int64_t id = p->in[rank].ids[t * p->topk + k];
+    for (int r = 0; id >= 0 && r < p->num_ranks; r++) {
         const struct ref_recv *v = &c->recv[r];
         const struct ref_answers *a = &c->answers[r];
         for (int64_t i = 0; i < v->num_rows; i++) {

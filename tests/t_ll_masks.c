@@ -2,8 +2,8 @@
 /* class: timed */
 /*
  * Masks of low-latency mode: ranks that are killed, stopped (also in the middle of a row), late, gone or
- * masked by the caller are left out and told apart; the others go on with the right bytes, and one
- * deadline holds for all. Then those that live come back. Operations of throughput mode are refused
+ * masked by the caller are left out and told apart; the others go on with the right bytes, in every form of
+ * rows and sums, and one deadline holds for all. Then those that live come back. Operations of throughput mode are refused
  * meanwhile.
  */
 #include <signal.h>
@@ -13,15 +13,17 @@
 
 #include "tests/gpu.h"
 #include "tests/ll.h"
+#include "tests/ref_ll.h"
 #include "tests/rig.h"
 #include "tests/tap.h"
 
 #define MOST 12
+#define TOKENS 6
 #define TIMEOUT_MS (2000 + 500 * rig_scale()) /* machines are shared */
 
 struct scene {
-    struct ll_step step;
-    ep_world *world; /* of ranks that are threads */
+    struct ll_step step, without, alone; /* the two: with ranks that are gone */
+    ep_world *world;                     /* of ranks that are threads */
     int port;
     atomic_int *place; /* [MOST] how far each rank has come; all processes share it */
 };
@@ -44,7 +46,7 @@ static bool begin(struct rank *k, struct scene *s, int rank) {
     setup.config.num_ranks = k->w.num_ranks;
     setup.config.world = s->world;
     setup.config.address = s->world ? NULL : address;
-    setup.config.flags = EP_GROUP_LL_MASKS;
+    setup.config.flags |= EP_GROUP_LL_MASKS;
     setup.config.timeout_ms = 60000;
     setup.config.ll_timeout_ms = TIMEOUT_MS;
     setup.config.num_workers = 1 + rank % 3 * 2;
@@ -76,40 +78,44 @@ static void await(const struct scene *s, unsigned ranks, int place) {
 
 /* ---- what an operation gives without some ranks --------------------------------------------- */
 
-/* Of ranks `absent` no counts have come; of ranks `torn` not all rows. */
-static void without_rows(struct ll_run *r, unsigned absent, unsigned torn) {
-    const struct ll_step *s = r->s;
-    const int ranks = s->c.num_ranks;
-    const size_t row = (size_t)s->c.hidden * 2;
-    const int64_t each = (int64_t)ranks * s->max_tokens;
-    for (int e = 0; e < ep_group_num_local_experts(r->w->group); e++) {
-        int64_t from = e * each, to = from, range;
-        for (int p = 0; p < ranks; p++) {
-            memcpy(&range, r->want[LL_RANGES] + (e * ranks + p) * 8, 8);
-            const int64_t num = range & 0xffffffff;
-            int64_t now = absent >> p & 1 ? 0 : num;
-            uint8_t *x = r->want[LL_X], *source = r->want[LL_SOURCE];
-            memmove(x + (size_t)to * row, x + (size_t)from * row, (size_t)now * row);
-            memmove(source + to * 4, source + from * 4, (size_t)now * 4);
-            range = torn >> p & 1 ? 0 : (to - e * each) << 32 | now;
-            memcpy(r->want[LL_RANGES] + (e * ranks + p) * 8, &range, 8);
-            if (torn >> p & 1) {
-                memset(x + (size_t)to * row, 0, (size_t)now * row);
-                memset(source + to * 4, 0xFF, (size_t)now * 4);
-            }
-            from += num;
-            to += now;
-        }
-        const int32_t count = (int32_t)(to - e * each);
-        memcpy(r->want[LL_COUNTS] + e * 4, &count, 4);
-        memset(r->want[LL_X] + (size_t)to * row, 0xA5, (size_t)(from - to) * row);
-        memset(r->want[LL_SOURCE] + to * 4, 0xA5, (size_t)(from - to) * 4);
+/* Of the matrix or list that is output `what`, line `row`; scales: column by column. */
+static void fill(struct ll_run *r, int what, int64_t row, int byte) {
+    const struct ep_tensor *t = &r->t[what];
+    const size_t elem = ep_dtype_bytes((ep_dtype)t->dtype);
+    const size_t bytes = t->ndim == 1 ? elem : (size_t)t->shape[1] * elem;
+    if (r->bytes[what]) {
+        memset(r->want[what] + (size_t)(row * t->stride[0]) * elem, byte, bytes);
     }
-    ll_expect(r, 1);
 }
 
-/* Their experts answer nothing. */
-static void without_answers(struct ll_run *r, unsigned gone) {
+/* Counts of rank `from` have come, but not all rows. */
+static void tear(struct ll_run *r, int from) {
+    const int ranks = r->w->num_ranks;
+    const struct ep_tensor *scales = &r->t[LL_SCALES];
+    const size_t elem = ep_dtype_bytes((ep_dtype)scales->dtype);
+    const int64_t lists = r->t[LL_RANGES].shape[0], each = (int64_t)ranks * r->s->max_tokens;
+    const int64_t columns = lists ? scales->shape[0] / lists : 0;
+    for (int64_t list = 0; list < lists; list++) {
+        int64_t range;
+        uint8_t *at = r->want[LL_RANGES] + (list * ranks + from) * 8;
+        memcpy(&range, at, 8);
+        memset(at, 0, 8);
+        for (int64_t i = range >> 32; i < (range >> 32) + (range & 0xffffffff); i++) {
+            fill(r, LL_X, list * each + i, 0);
+            fill(r, LL_IDS, list * each + i, 0xFF);
+            fill(r, LL_WEIGHTS, list * each + i, 0);
+            fill(r, LL_SOURCE, list * each + i, 0xFF);
+            for (int64_t c = list * columns;
+                 r->dispatch.recv_scales && c < (list + 1) * columns; c++) {
+                memset(r->want[LL_SCALES] + (size_t)(c * scales->stride[0] + i) * elem, 0,
+                       elem);
+            }
+        }
+    }
+}
+
+/* The experts of rank `from` do not answer. */
+static void without_answers(struct ll_run *r, int from) {
     const struct ll_step *s = r->s;
     struct ref_problem p = s->c.problem;
     struct ref_input in[MOST];
@@ -121,41 +127,35 @@ static void without_answers(struct ll_run *r, unsigned gone) {
     memcpy(in, p.in, (size_t)p.num_ranks * sizeof(in[0]));
     for (int64_t i = 0; i < n; i++) {
         const int64_t id = in[r->w->rank].ids[i];
-        const bool kept = id >= 0 && id < p.num_experts && !(gone >> p.expert_rank[id] & 1);
+        const bool kept = id >= 0 && id < p.num_experts && p.expert_rank[id] != from;
         ids[i] = kept ? id : -1;
     }
     in[r->w->rank].ids = ids;
     p.in = in;
-    ref_combine(&p, r->w->rank, &c, none, r->want[LL_Y], NULL);
+    if (s->exact) {
+        ref_combine_exact(&p, r->w->rank, &c, r->want[LL_Y]);
+    } else {
+        ref_combine(&p, r->w->rank, &c, none, r->want[LL_Y], NULL);
+    }
     pool_free(&pool);
 }
 
-/* The experts' answers lie where the rows do. */
-static void move_answers(struct ll_run *r, unsigned absent) {
-    const struct ll_step *s = r->s;
-    const int ranks = s->c.num_ranks;
-    const size_t row = (size_t)s->c.hidden * 2;
-    uint8_t *x = r->answers.data;
-    for (int e = 0; e < ep_group_num_local_experts(r->w->group); e++) {
-        int64_t from = (int64_t)e * ranks * s->max_tokens, to = from, range;
-        for (int p = 0; p < ranks; p++) {
-            memcpy(&range, r->want[LL_RANGES] + (e * ranks + p) * 8, 8);
-            const int64_t num = range & 0xffffffff, now = absent >> p & 1 ? 0 : num;
-            memmove(x + (size_t)to * row, x + (size_t)from * row, (size_t)now * row);
-            from += num;
-            to += now;
-        }
-    }
+/* A round trip of those whom `step` leaves, all others masked before. */
+static void pass_without(struct rank *k, const struct ll_step *step) {
+    struct ll_run r;
+    ll_create(&r, &k->w, step);
+    ll_pass(&r, k->w.rank % 2);
+    ll_destroy(&r);
 }
 
-/* A round trip as it must be without `gone`, all of whom were masked before. */
-static void pass_without(struct rank *k, unsigned gone) {
+/* A dispatch that leaves out those whom `step` has not. */
+static void dispatch_without(struct rank *k, const struct ll_step *step, ep_status want,
+                             const char *words) {
     struct ll_run r;
-    ll_create(&r, &k->w, &k->s->step);
-    move_answers(&r, gone);
-    without_rows(&r, gone, 0);
-    without_answers(&r, gone);
-    ll_pass(&r, k->w.rank % 2);
+    ll_create(&r, &k->w, step);
+    world_fails(&k->w, ll_dispatch(&r, CALL_BOTH, NULL), want, words,
+                "a dispatch without ranks");
+    ll_check_dispatch(&r);
     ll_destroy(&r);
 }
 
@@ -210,14 +210,42 @@ static void is_refused(struct rank *k, const char *words) {
 
 /* ---- scenes --------------------------------------------------------------------------------- */
 
-static void build(struct scene *s, int ranks, int64_t hidden, int tokens) {
-    ll_init(&s->step, ranks, tap_seed());
-    s->step.c.hidden = hidden;
-    s->step.c.max_tokens = s->step.max_tokens = tokens;
-    s->step.c.tokens = TOKENS_MAX;
-    ll_build(&s->step);
+/* What a step is, beside ranks and tokens. */
+struct form {
+    const char *name;
+    int64_t hidden;
+    uint32_t flags;
+    bool exact, weights_now, opaque;
+};
+
+static void build_step(struct ll_step *step, int ranks, const struct form *f, unsigned gone) {
+    ll_init(step, ranks, tap_seed());
+    step->c.hidden = f->hidden;
+    step->c.max_tokens = step->max_tokens = TOKENS;
+    step->c.tokens = TOKENS_MAX;
+    step->c.row_dtype = f->opaque ? EP_U8 : EP_BF16;
+    step->c.num_scales = f->opaque ? 5 : 0;
+    step->c.scale_dtype = EP_I16;
+    step->flags = f->flags;
+    step->packed = (f->flags & EP_LL_SCALES_POWER_OF_2) != 0;
+    step->exact = f->exact;
+    step->weights_now = f->weights_now;
+    step->gone = gone;
+    ll_build(step);
+}
+
+static void build(struct scene *s, int ranks, const struct form *f, unsigned gone) {
+    build_step(&s->step, ranks, f, 0);
+    build_step(&s->without, ranks, f, gone);
+    build_step(&s->alone, ranks, f, ~gone);
     s->port = tap_free_port();
     s->place = tap_shared(MOST * sizeof(*s->place));
+}
+
+static void free_scene(struct scene *s) {
+    ll_free(&s->step);
+    ll_free(&s->without);
+    ll_free(&s->alone);
 }
 
 /* 1 is killed, 2 stopped, 3 late; 0 and 4 go on. */
@@ -239,13 +267,7 @@ static int apart(int rank, void *ctx) {
         return end(&k);
     }
     await(s, gone, 1);
-    without_rows(&k.run, gone, 0);
-    const ep_status st = ll_dispatch(&k.run, CALL_BOTH, NULL);
-    world_check(&k.w, st == EP_ERR_PEER, "dispatch without rank 1: %s: %s",
-                ep_status_string(st), ep_last_error());
-    world_check(&k.w, strstr(ep_last_error(), "and without 2, 3"), "it says \"%s\"",
-                ep_last_error());
-    ll_check_dispatch(&k.run);
+    dispatch_without(&k, &s->without, EP_ERR_PEER, "rank 1|and without 2, 3");
     reports(&k, 1, EP_LL_MASK_GONE);
     reports(&k, 2, EP_LL_MASK_STOPPED);
     reports(&k, 3, EP_LL_MASK_LATE);
@@ -253,8 +275,8 @@ static int apart(int rank, void *ctx) {
     await(s, alive, 2);
     masks_are(&k, gone);
     is_refused(&k, "throughput mode need all ranks|rank 1 died");
-    pass_without(&k, gone);
-    pass_without(&k, gone);
+    pass_without(&k, &s->without);
+    pass_without(&k, &s->without);
     say(&k, 3);
     await(s, alive, 3);
     return end(&k);
@@ -270,10 +292,7 @@ static int one_deadline(int rank, void *ctx) {
     }
     if (rank < 2) {
         const double start = tap_now();
-        without_rows(&k.run, ~alive, 0);
-        world_fails(&k.w, ll_dispatch(&k.run, CALL_BOTH, NULL), EP_ERR_TIMEOUT,
-                    "alive but late", "dispatch");
-        ll_check_dispatch(&k.run);
+        dispatch_without(&k, &s->without, EP_ERR_TIMEOUT, "alive but late");
         const double took = tap_now() - start, limit = 1e-3 * TIMEOUT_MS;
         world_check(&k.w, took > 0.7 * limit && took < 5 * limit,
                     "ten ranks were waited for %.2f s, the deadline is %.2f s", took, limit);
@@ -320,13 +339,13 @@ static int back(int rank, void *ctx) {
         is_refused(&k, "has masked rank 2");
         say(&k, 3);
     } else {
-        without_rows(&k.run, 0, 4);
+        tear(&k.run, 2);
         world_fails(&k.w, ll_dispatch(&k.run, CALL_BOTH, NULL), EP_ERR_TIMEOUT,
                     "rank 2|rows|stopped", "dispatch");
         ll_check_dispatch(&k.run);
         reports(&k, 2, EP_LL_MASK_STOPPED);
         is_refused(&k, "rank 2");
-        pass_without(&k, 4);
+        pass_without(&k, &s->without);
         world_is(&k.w, ll_dispatch(&k.run, CALL_SEND, NULL), EP_OK, "send");
         world_fails(&k.w, ep_ll_barrier(k.w.group, NULL), EP_ERR_STATE, "not received",
                     "barrier");
@@ -367,13 +386,13 @@ static int by_caller(int rank, void *ctx) {
         masks_are(&k, 7);
         world_fails(&k.w, ep_ll_status(k.w.group), EP_ERR_PEER, "has masked rank 3", "status");
         reports(&k, 0, EP_LL_MASK_BY_IT);
-        pass_without(&k, 7);
+        pass_without(&k, &s->alone);
     } else {
         world_is(&k.w, ep_ll_mask_rank(k.w.group, 3, NULL), EP_OK, "mask");
         reports(&k, 3, EP_LL_MASK_BY_CALLER);
         say(&k, 2);
-        pass_without(&k, 8);
-        pass_without(&k, 8);
+        pass_without(&k, &s->without);
+        pass_without(&k, &s->without);
         world_is(&k.w, ll_dispatch(&k.run, CALL_BOTH, NULL), EP_OK, "one dispatch more");
     }
     world_is(&k.w, ep_ll_unmask_rank(k.w.group, -1, NULL), EP_OK, "unmask");
@@ -383,20 +402,105 @@ static int by_caller(int rank, void *ctx) {
     ll_pass(&k.run, true);
     world_is(&k.w, throughput(&k), EP_OK, "throughput dispatch");
     if (rank != 3) {
-        without_rows(&k.run, 8, 0);
-        world_fails(&k.w, ll_dispatch(&k.run, CALL_BOTH, NULL), EP_ERR_PEER,
-                    "rank 3 died or has left", "dispatch without the one that left");
-        ll_check_dispatch(&k.run);
+        dispatch_without(&k, &s->without, EP_ERR_PEER, "rank 3 died or has left");
     }
     return end(&k);
 }
 
+/* ---- every form ----------------------------------------------------------------------------- */
+
+static const struct form forms[] = {
+    {.name = "one row per rank", .hidden = 2048, .flags = EP_LL_COMPACT},
+    {.name = "exact", .hidden = 2048, .exact = true},
+    {.name = "rows as they are, with scales", .hidden = 4096, .opaque = true},
+    {.name = "weights at combine", .hidden = 2048, .weights_now = true},
+    {.name = "E4M3",
+     .hidden = 2048,
+     .flags = EP_LL_FP8 | EP_LL_SCALES_POWER_OF_2,
+     .exact = true,
+     .weights_now = true},
+};
+#define NUM_FORMS ((int)(sizeof(forms) / sizeof(forms[0])))
+#define TORN 3 /* a rank */
+
+static void await_the_others(void *scene) {
+    await(scene, 7, 2);
+}
+
+/* A rank is late in the middle of a row; comes back; and then does not answer. */
+static int in_form(int rank, void *ctx) {
+    struct scene *s = ctx;
+    struct rank k;
+    if (!begin(&k, s, rank)) {
+        return 1;
+    }
+    ll_pass(&k.run, rank % 2);
+    say(&k, 1);
+    await(s, 15, 1);
+    if (rank == TORN) {
+        const struct ep_tensor *x = k.run.dispatch.x; /* of rows of 4 KiB */
+        rig_trap((uint8_t *)x->data + TOKENS / 2 * 4096 + 2048, await_the_others, s);
+        world_is(&k.w, ll_dispatch(&k.run, CALL_BOTH, NULL), EP_OK, "a late dispatch");
+        ll_check_dispatch(&k.run);
+        masks_are(&k, 7);
+        world_fails(&k.w, ep_ll_status(k.w.group), EP_ERR_PEER, "has masked rank 3", "status");
+    } else {
+        tear(&k.run, TORN);
+        world_fails(&k.w, ll_dispatch(&k.run, CALL_BOTH, NULL), EP_ERR_TIMEOUT, "rank 3|rows",
+                    "a torn dispatch");
+        ll_check_dispatch(&k.run);
+        pass_without(&k, &s->without);
+    }
+    say(&k, 2);
+    await(s, 15, 2);
+    world_is(&k.w, ep_ll_unmask_rank(k.w.group, -1, NULL), EP_OK, "unmask");
+    world_is(&k.w, ep_ll_barrier(k.w.group, NULL), EP_OK, "barrier");
+    ll_destroy(&k.run);
+    ll_create(&k.run, &k.w, &s->step);
+    world_is(&k.w, ll_dispatch(&k.run, CALL_BOTH, NULL), EP_OK, "dispatch");
+    ll_check_dispatch(&k.run);
+    if (rank != TORN) {
+        without_answers(&k.run, TORN);
+        world_fails(&k.w, ll_combine(&k.run, CALL_BOTH, NULL), EP_ERR_TIMEOUT, "rank 3",
+                    "a combine without answers");
+        ll_check_combine(&k.run);
+        say(&k, 3);
+    }
+    await(s, 7, 3);
+    return end(&k);
+}
+
+/* In a process for each form, as a process has one trap. */
+static int form_main(int i, void *ctx) {
+    struct scene *s = (struct scene *)ctx + i;
+    ep_world_create(&s->world, 4);
+    const int failed = tap_run_threads(4, in_form, s);
+    ep_world_destroy(&s->world);
+    return failed;
+}
+
+static void in_every_form(void) {
+    static struct scene s[NUM_FORMS];
+    struct tap_ranks t;
+    for (int i = 0; i < NUM_FORMS; i++) {
+        build(&s[i], 4, &forms[i], 1u << TORN);
+    }
+    ok(tap_ranks_start(&t, NUM_FORMS, form_main, s) == 0, "a process for each form");
+    tap_ranks_wait(&t, 60 * rig_scale());
+    for (int i = 0; i < NUM_FORMS; i++) {
+        ok(t.status[i] == 0, "torn, left out and back: %s", forms[i].name);
+        free_scene(&s[i]);
+    }
+    tap_ranks_free(&t);
+}
+
 /* ---- the test's own process ----------------------------------------------------------------- */
 
-static void processes(struct scene *s, int ranks, int64_t hidden,
+static void processes(struct scene *s, int ranks, int64_t hidden, unsigned gone,
                       int (*fn)(int rank, void *ctx), const char *name) {
+    const struct form plain = {.hidden = hidden};
     struct tap_ranks t;
-    build(s, ranks, hidden, 6);
+    build(s, ranks, &plain, gone);
     ok(tap_ranks_start(&t, ranks, fn, s) == 0, "the ranks start");
     if (fn == back) {
         await(s, 3, 2);
@@ -408,16 +512,17 @@ static void processes(struct scene *s, int ranks, int64_t hidden,
     }
     ok(tap_ranks_wait(&t, 60 * rig_scale()) == 0, "%s", name);
     tap_ranks_free(&t);
-    ll_free(&s->step);
+    free_scene(s);
 }
 
-static void threads(struct scene *s, int ranks, int (*fn)(int rank, void *ctx),
+static void threads(struct scene *s, int ranks, unsigned gone, int (*fn)(int rank, void *ctx),
                     const char *name) {
-    build(s, ranks, 256, 6);
+    const struct form plain = {.hidden = 256};
+    build(s, ranks, &plain, gone);
     ep_world_create(&s->world, ranks);
     ok(tap_run_threads(ranks, fn, s) == 0, "%s", name);
     ep_world_destroy(&s->world);
-    ll_free(&s->step);
+    free_scene(s);
 }
 
 int main(void) {
@@ -426,9 +531,10 @@ int main(void) {
     tap_deadline(120 * rig_scale());
     tap_expect_log(" died: ");
     tap_expect_log("alive but late");
-    processes(&s[0], 5, 256, apart, "killed, stopped and late ranks are told apart");
-    processes(&s[1], 3, 4096, back, "a rank that was stopped in a row is back");
-    threads(&s[2], 12, one_deadline, "one deadline for ten ranks");
-    threads(&s[3], 4, by_caller, "masked by the caller, back, and gone");
+    processes(&s[0], 5, 256, 0xe, apart, "killed, stopped and late ranks are told apart");
+    processes(&s[1], 3, 4096, 4, back, "a rank that was stopped in a row is back");
+    threads(&s[2], 12, 0xffc, one_deadline, "one deadline for ten ranks");
+    threads(&s[3], 4, 8, by_caller, "masked by the caller, back, and gone");
+    in_every_form();
     return done_testing();
 }
