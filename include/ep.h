@@ -273,11 +273,14 @@ struct ep_group_config {
     int32_t reserved;
     int64_t ll_timeout_ms; /* with EP_GROUP_LL_MASKS: how long a low-latency operation waits for
                                 a rank before it masks it; 0: timeout_ms */
+    int64_t most_tokens;   /* ceiling of max_tokens for ep_group_grow; 0: it does not grow */
+    int64_t
+        most_recv_rows; /* the same of max_recv_rows; 0: that stays, or stays the worst case */
 };
 #define EP_GROUP_CONFIG_INIT                                                                   \
     {                                                                                          \
         sizeof(struct ep_group_config), 0, 0, -1, -1, -1, NULL, NULL, NULL, NULL, NULL, 0, 0,  \
-            0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0                                        \
+            0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                  \
     }
 
 /* What a configuration costs, to the byte, before anything is allocated. */
@@ -289,11 +292,12 @@ struct ep_plan_info {
     int64_t sidecar_bytes;  /* of the arena: ids, weights, scales of received rows */
     int64_t combine_bytes;  /* of the arena: answers on their way back */
     int64_t expanded_bytes; /* of the arena: expanded views, all slots */
-    int64_t arena_bytes;    /* the sum of the above and ll_bytes, rounded up to whole pages */
-    int64_t local_bytes;    /* ordinary memory of a rank for tables and num_workers workers
+    int64_t arena_bytes;   /* the sum of the above and ll_bytes, rounded up to whole pages; of a
+                                   group that can grow more addresses are taken */
+    int64_t local_bytes;   /* ordinary memory of a rank for tables and num_workers workers
                                    (0: one), without handles */
-    int64_t handle_bytes;   /* memory of the largest handle (ep_handle_plan) */
-    int64_t max_recv_rows;  /* as resolved */
+    int64_t handle_bytes;  /* memory of the largest handle (ep_handle_plan) */
+    int64_t max_recv_rows; /* as resolved */
     int64_t max_expanded_rows; /* as resolved, 0 without EP_GROUP_EXPANDED_VIEW */
     int64_t max_combine_rows;  /* answers one rank can receive */
     int64_t sidecar_row_bytes; /* stride of a row's sidecar */
@@ -655,6 +659,21 @@ struct ep_needs {
 
 /* Local, not blocking. */
 ep_status ep_handle_needs(ep_handle *handle, struct ep_needs *needs);
+
+/*
+ * Raises max_tokens and max_recv_rows to what the needs of any rank say (0: nothing is wanted), up to
+ * the ceilings in ep_group_config; output_rows is not looked at. Collective and blocking, between
+ * operations: no thread of this rank makes another call for the group meanwhile. Nothing moves: views,
+ * and handles with what they hold, stay as they are. A handle whose max_tokens is the group's gets room
+ * for more in its next ep_handle_route, which may then be EP_ERR_NOMEM, and has what it had until it
+ * is destroyed.
+ * All ranks return alike, and after a failure of any nothing has changed: EP_ERR_ARG: more than a
+ * ceiling. EP_ERR_STATE: a dispatch has begun and is not finished. EP_ERR_NOMEM: memory, or
+ * memory_limit_bytes. EP_ERR_TIMEOUT names who has not come; the group goes on as it was, and every
+ * later call is EP_ERR_STATE. EP_ERR_PEER, EP_ERR_FAULTED. CUDA groups are made without ceilings (else
+ * EP_ERR_UNSUPPORTED).
+ */
+ep_status ep_group_grow(ep_group *group, const struct ep_needs *needs);
 
 /* ---------------------------------------------------------------------------------------------
  * Dispatch

@@ -97,6 +97,10 @@ static int32_t *read_config(struct input *in, struct ep_group_config *c, uint32_
         map = make_map(in, c->num_experts, c->num_ranks);
     }
     c->expert_rank = map;
+    if (how & 16) {
+        c->most_tokens = number(in);
+        c->most_recv_rows = number(in);
+    }
     return map;
 }
 
@@ -106,7 +110,31 @@ static void region(uint64_t *end, uint64_t at, int64_t bytes) {
     *end = at + (uint64_t)bytes;
 }
 
+/* What the maxima use is within what the ceilings have, and larger maxima move nothing. */
+static void check_growth(const struct ep_group_config *c, const struct epi_plan *p) {
+    struct ep_group_config most = *c;
+    struct epi_plan all = *p;
+    uint64_t end = 0, used = 0;
+    most.max_tokens = epi_most_tokens(c);
+    most.max_recv_rows = c->most_recv_rows ? c->most_recv_rows : c->max_recv_rows;
+    most.memory_limit_bytes = 0;
+    must(epi_plan_again(&most, &all) == EP_OK);
+    must(memcmp(&all.map, &p->map, sizeof(p->map)) == 0 && all.length == p->length);
+    must((uint64_t)all.info.arena_bytes == all.length);
+    for (int i = 0; i < p->num_uses; i++) {
+        const struct epi_mem_use *u = &p->use[i];
+        must(u->at >= end && u->used <= all.use[i].used && all.use[i].used <= u->stride);
+        end = u->at + u->parts * u->stride;
+        used += u->parts * u->used;
+    }
+    must(end <= p->length && (uint64_t)p->info.arena_bytes - used < PAGE);
+}
+
 static void check_map(const struct ep_group_config *c, const struct epi_plan *p) {
+    if (epi_plan_grows(c)) {
+        check_growth(c, p);
+        return;
+    }
     const struct ep_plan_info *i = &p->info;
     const struct k_map *m = &p->map;
     const int64_t ranks = c->num_ranks, chans = i->num_channels;

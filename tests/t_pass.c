@@ -44,7 +44,7 @@ static bool become_nobody(void) {
 
 static int new_memory(void) {
     ep_status st = EP_OK;
-    const int fd = epi_memfd_create(BYTES, &st);
+    const int fd = epi_memfd_create(BYTES, true, &st);
     ok(fd >= 3 && st == EP_OK, "shared memory: %s", st == EP_OK ? "" : ep_last_error());
     return fd;
 }
@@ -81,7 +81,7 @@ static int impostor(void *arg) {
     if (!become_nobody()) {
         return 1;
     }
-    int fd = epi_memfd_create(BYTES, &st), listener = epi_fd_listen(m->token, &st);
+    int fd = epi_memfd_create(BYTES, true, &st), listener = epi_fd_listen(m->token, &st);
     atomic_store(&m->listens, 1);
     rig_await(&m->done, 1);
     return fd < 0 || listener < 0;
@@ -332,7 +332,7 @@ static int forbidden(void *arg) {
         prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0) {
         return 0;
     }
-    const bool good = epi_memfd_create(BYTES, &st) == -1 && st == EP_ERR_SYSTEM &&
+    const bool good = epi_memfd_create(BYTES, true, &st) == -1 && st == EP_ERR_SYSTEM &&
                       strstr(ep_last_error(), "seccomp") &&
                       strstr(ep_last_error(), "memfd_create") &&
                       rig_is_sentence(ep_last_error());

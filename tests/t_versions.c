@@ -182,7 +182,7 @@ static void configs(void) {
            strstr(ep_last_error(), "ep_group_config.size"),
        "ep_group_config, 8 bytes longer and one is set: %s", ep_last_error());
     c.is.size = sizeof(c.is) - 8;
-    c.is.ll_timeout_ms = -5; /* among the last 8 bytes */
+    c.is.most_recv_rows = -5; /* the last 8 bytes */
     ok(ep_plan(&c.is, &info.is) == EP_OK, "ep_group_config, 8 bytes shorter: %s",
        ep_last_error());
     info.is.size -= 8;

@@ -353,6 +353,8 @@ ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *st
  * happened, every rank returns that, with the text of the first rank it happened to. No rank
  * returns EP_ERR_UNSUPPORTED unless all do.
  */
+/* With the status of the rank that failed on all of them. */
+ep_status epi_agree_alike(const struct epi_exchange *x, ep_status mine, const char *step);
 ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const char *step);
 
 #endif

@@ -43,15 +43,16 @@ static struct verdict *gather_verdicts(const struct epi_exchange *x, ep_status m
     return NULL;
 }
 
-static ep_status blame(struct verdict *all, int rank, const char *step) {
+static ep_status blame(struct verdict *all, int rank, const char *step, bool alike) {
     all[rank].text[VERDICT_TEXT - 1] = 0;
-    return epi_fail(EP_ERR_PEER, "%s failed on rank %d: %s: %s", step, rank,
+    return epi_fail(alike ? (ep_status)all[rank].status : EP_ERR_PEER,
+                    "%s failed on rank %d: %s: %s", step, rank,
                     ep_status_string((ep_status)all[rank].status), all[rank].text);
 }
 
 /* With `optional`, EP_ERR_UNSUPPORTED is everybody's verdict where nothing worse happened. */
 static ep_status agree(const struct epi_exchange *x, ep_status mine, const char *step,
-                       bool optional) {
+                       bool optional, bool alike) {
     ep_status st;
     int without = -1, worse = -1, cause = -1;
     struct verdict *all = gather_verdicts(x, mine, step, &st);
@@ -69,9 +70,9 @@ static ep_status agree(const struct epi_exchange *x, ep_status mine, const char 
     st = mine;
     if (cause >= 0 && mine == EP_ERR_PEER) {
         /* What this rank missed of a peer is told better by who knows why. */
-        st = blame(all, cause, step);
+        st = blame(all, cause, step, alike);
     } else if (worse >= 0 && (mine == EP_OK || (optional && mine == EP_ERR_UNSUPPORTED))) {
-        st = blame(all, cause >= 0 ? cause : worse, step);
+        st = blame(all, cause >= 0 ? cause : worse, step, alike);
     } else if (worse < 0 && without >= 0) {
         const char *why = all[without].text;
         all[without].text[VERDICT_TEXT - 1] = 0;
@@ -84,9 +85,13 @@ static ep_status agree(const struct epi_exchange *x, ep_status mine, const char 
 }
 
 ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *step) {
-    return agree(x, mine, step, false);
+    return agree(x, mine, step, false, false);
+}
+
+ep_status epi_agree_alike(const struct epi_exchange *x, ep_status mine, const char *step) {
+    return agree(x, mine, step, false, true);
 }
 
 ep_status epi_agree_optional(const struct epi_exchange *x, ep_status mine, const char *step) {
-    return agree(x, mine, step, true);
+    return agree(x, mine, step, true, false);
 }

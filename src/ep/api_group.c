@@ -91,6 +91,15 @@ ep_status ep_group_plan(const ep_group *group, struct ep_plan_info *info) {
     return EPI_GIVE(ep_plan_info, info, &group->plan.info);
 }
 
+ep_status ep_group_grow(ep_group *group, const struct ep_needs *needs) {
+    struct ep_needs n;
+    EPI_NOT_NULL("ep_group_grow", group);
+    EPI_NOT_NULL("ep_group_grow", needs);
+    EPI_NOT_FORKED("ep_group_grow", "group", group->process);
+    EPI_TAKE(ep_needs, &n, needs);
+    return epi_group_grow(group, &n);
+}
+
 ep_status ep_group_abort(ep_group *group) {
     EPI_NOT_NULL("ep_group_abort", group);
     EPI_NOT_FORKED("ep_group_abort", "group", group->process);

@@ -57,6 +57,12 @@ static ep_status open_device(ep_group *g) {
     if (!c) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a CUDA group");
     }
+    if (g->plan.num_uses) {
+        epi_free(c);
+        return epi_fail(EP_ERR_UNSUPPORTED,
+                        "ep_group_config.most_tokens and most_recv_rows: CUDA "
+                        "groups do not grow yet; create a larger one");
+    }
     g->cuda = c;
     epi_cond_init(&c->stopping);
     ep_status st = choose_device(g);

@@ -61,13 +61,13 @@ static void dispatch_issued(struct epi_op *op) {
 }
 
 static ep_status dispatch_before(struct epi_op *op) {
-    const ep_handle *h = op->h;
+    ep_handle *h = op->h;
     if (!atomic_load(&h->lacks_rows)) {
         return EP_OK;
     }
     if (op->flags & EPI_OP_FINISH) {
         op->flags |= EPI_OP_OPEN; /* begin has ended the operation */
-        return epi_fail_need(h);
+        return epi_fail_need(op->g, op->args.op.h.counts);
     }
     return op->flags & EPI_OP_CACHED
                ? epi_fail(EP_ERR_STATE,
@@ -77,7 +77,7 @@ static ep_status dispatch_before(struct epi_op *op) {
 
 /* Rows that expanded output takes, which kernels count no further than 32 bits. */
 static int64_t expanded_rows(const struct epi_op *op) {
-    const struct k_handle *k = &op->h->k;
+    const struct k_handle *k = &op->args.op.h;
     const struct k_dispatch_args *a = &op->args.dispatch;
     int64_t sum = k->expert_start[a->g.num_local];
     if (sum < UINT32_MAX) {
@@ -97,7 +97,7 @@ static int64_t expanded_rows(const struct epi_op *op) {
 static ep_status check_output(const struct epi_op *op) {
     const struct k_dispatch_args *a = &op->args.dispatch;
     const bool expand = (a->flags & K_DO_EXPAND) != 0;
-    const int64_t rows = expand ? expanded_rows(op) : op->h->k.counts->rows;
+    const int64_t rows = expand ? expanded_rows(op) : op->args.op.h.counts->rows;
     const bool small_view = (op->flags & EPI_OP_ARENA) && rows > a->x_rows;
     if (!small_view && rows <= a->capacity) {
         return EP_OK;
@@ -116,10 +116,10 @@ static ep_status check_output(const struct epi_op *op) {
 static ep_status dispatch_after(struct epi_op *op) {
     ep_handle *h = op->h;
     if (op->args.op.flags & K_DO_COUNTS) {
-        atomic_store(&h->lacks_rows, h->k.counts->need != 0);
+        atomic_store(&h->lacks_rows, op->args.op.h.counts->need != 0);
     }
     if (atomic_load(&h->lacks_rows)) {
-        return epi_fail_need(h);
+        return epi_fail_need(op->g, op->args.op.h.counts);
     }
     if (op->flags & EPI_OP_BEGIN) {
         pthread_mutex_lock(&op->g->mutex);

@@ -28,6 +28,8 @@
     X(mask_routing)                                                                            \
     X(max_recv_rows)                                                                           \
     X(max_expanded_rows)                                                                       \
+    X(most_tokens)                                                                             \
+    X(most_recv_rows)                                                                          \
     X(ll_max_tokens)                                                                           \
     X(ll_timeout_ms)                                                                           \
     X(memory_limit_bytes)                                                                      \
@@ -61,6 +63,8 @@ static void fill_agreed(const ep_group *g, struct agreed *a) {
     a->mask_routing = c->mask_routing != 0;
     a->max_recv_rows = g->plan.info.max_recv_rows;
     a->ll_max_tokens = c->ll_max_tokens;
+    a->most_tokens = c->most_tokens;
+    a->most_recv_rows = g->plan.most_recv_rows;
     a->ll_timeout_ms = c->ll_timeout_ms;
     a->max_expanded_rows = g->plan.info.max_expanded_rows;
     a->memory_limit_bytes = c->memory_limit_bytes;
@@ -208,7 +212,9 @@ static ep_status make_memory(ep_group *g, const struct epi_exchange *x) {
     struct epi_mem_config m;
     memset(&m, 0, sizeof(m));
     m.exchange = *x;
-    m.arena_bytes = (size_t)g->plan.info.arena_bytes;
+    m.arena_bytes = (size_t)g->plan.length;
+    m.use = g->plan.num_uses ? g->plan.use : NULL;
+    m.num_uses = g->plan.num_uses;
     m.threads = epi_boot_is_threads(g->boot);
     m.deadline = epi_deadline_after(g->timeout_ns);
     g->backend->choose_memory(g, &m, &device);
@@ -285,6 +291,84 @@ ep_status epi_group_create(ep_group **out, const struct ep_group_config *config)
     *out = g;
     return EP_OK;
 }
+
+/* ---- growth --------------------------------------------------------------------------------- */
+
+static ep_status check_growth(ep_group *g, const struct ep_needs *want) {
+    if (g->open_handle) {
+        return epi_fail(EP_ERR_STATE, "a dispatch of this group has begun and not finished");
+    }
+    if (want->max_tokens < 0 || want->max_tokens > epi_most_tokens(&g->config) ||
+        want->max_recv_rows < 0 || want->max_recv_rows > g->plan.most_recv_rows) {
+        return epi_fail(EP_ERR_ARG,
+                        "%d tokens and %lld received rows are wanted, and the ceilings are %d "
+                        "(most_tokens) and %lld (most_recv_rows)",
+                        want->max_tokens, (long long)want->max_recv_rows,
+                        epi_most_tokens(&g->config), (long long)g->plan.most_recv_rows);
+    }
+    return epi_group_admit(g);
+}
+
+/* The largest that any rank wants. */
+static ep_status agree_needs(ep_group *g, struct ep_needs *want) {
+    struct ep_needs *all = epi_alloc_array((size_t)g->num_ranks, sizeof(*all));
+    const struct epi_exchange x = exchange_of(g);
+    ep_status st =
+        all ? EP_OK : epi_fail(EP_ERR_NOMEM, "no memory to hear %d ranks", g->num_ranks);
+    st = epi_agree_alike(&x, st == EP_OK ? check_growth(g, want) : st, "ep_group_grow");
+    st = st == EP_OK ? gather(g, want, sizeof(*want), all) : st;
+    for (int r = 0; st == EP_OK && r < g->num_ranks; r++) {
+        want->max_tokens =
+            all[r].max_tokens > want->max_tokens ? all[r].max_tokens : want->max_tokens;
+        want->max_recv_rows = all[r].max_recv_rows > want->max_recv_rows ? all[r].max_recv_rows
+                                                                         : want->max_recv_rows;
+    }
+    epi_free(all);
+    return st;
+}
+
+static ep_status grow_group(ep_group *g, struct ep_needs *want) {
+    const struct epi_exchange x = exchange_of(g);
+    struct ep_group_config c = g->config;
+    struct epi_plan plan = g->plan;
+    EPI_TRY(agree_needs(g, want));
+    c.max_tokens = want->max_tokens > c.max_tokens ? want->max_tokens : c.max_tokens;
+    if (c.max_recv_rows && want->max_recv_rows > c.max_recv_rows) {
+        c.max_recv_rows = want->max_recv_rows;
+    }
+    ep_status st = epi_plan_again(&c, &plan);
+    const bool more = st == EP_OK && plan.info.arena_bytes > g->plan.info.arena_bytes;
+    st = more ? epi_mem_grow(g->mem, g->plan.use, plan.use, plan.num_uses) : st;
+    const bool backed = more && st == EP_OK;
+    st = epi_agree_alike(&x, st, "ep_group_grow");
+    if (st != EP_OK) {
+        if (backed) {
+            epi_mem_shrink(g->mem, g->plan.use, plan.use, plan.num_uses);
+        }
+        return st;
+    }
+    pthread_mutex_lock(&g->mutex);
+    g->config = c;
+    g->plan = plan;
+    g->k.max_recv_rows = plan.info.max_recv_rows;
+    pthread_mutex_unlock(&g->mutex);
+    return EP_OK;
+}
+
+ep_status epi_group_grow(ep_group *g, const struct ep_needs *needs) {
+    struct ep_needs want = *needs;
+    if (g->cannot_meet) { /* the others count its meetings otherwise */
+        return epi_fail(
+            EP_ERR_STATE,
+            "ep_group_grow: an earlier one has ended before all ranks had come: this "
+            "group cannot grow any more");
+    }
+    const ep_status st = grow_group(g, &want);
+    g->cannot_meet = g->cannot_meet || st == EP_ERR_TIMEOUT;
+    return st;
+}
+
+/* ---- the end -------------------------------------------------------------------------------- */
 
 /* The last operation that this rank has taken part in. */
 static uint64_t last_operation(ep_group *g) {

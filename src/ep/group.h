@@ -59,9 +59,16 @@ struct ep_group {
 
     atomic_ullong fault_told; /* the operation that returned the fault; 0: none has yet */
     uint64_t fault_last;      /* issued by then */
+    bool cannot_meet;         /* a growth has ended before all had come */
     atomic_bool is_orphan;    /* of a CUDA rank: none of its threads is left */
     atomic_int dead_rank;     /* -1, or who died */
     char dead_why[96];
+};
+
+/* Memory that operations may still use which were queued before a handle got more. */
+struct epi_old_block {
+    struct epi_old_block *next;
+    void *block;
 };
 
 struct ep_handle {
@@ -71,7 +78,9 @@ struct ep_handle {
     size_t bytes;               /* of kernels' memory ... */
     struct k_handle k;          /* addresses of kernels' memory */
     void *block;                /* that k points into */
-    void *own_block;            /* the same where it is this process's memory */
+    void *own_block;            /* the same where it is this process's memory ... */
+    struct epi_old_block *old;  /* ... and those before the group has grown */
+    bool follows;               /* max_tokens are the group's */
     struct k_counts *notice;    /* what kernels tell the host */
     bool zeroed;                /* of a CUDA group: the block, which begins with any contents */
     struct epi_gpu_apart apart; /* the same: its routing and layout */
@@ -108,6 +117,7 @@ struct ep_handle {
 ep_status epi_fail_before_meeting(const struct ep_group_config *config, ep_status st);
 ep_status epi_group_create(ep_group **out, const struct ep_group_config *config);
 void epi_group_destroy(ep_group **group);
+ep_status epi_group_grow(ep_group *g, const struct ep_needs *needs);
 /* Tells kernels where the group's tables are: low-latency mode's, then the peers' addresses. */
 void epi_group_tables(ep_group *g, uint64_t at);
 
@@ -202,6 +212,8 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
 /* Memory that a handle's kernels use. */
 size_t epi_handle_bytes(const ep_group *g, const struct ep_handle_config *config);
 void epi_handle_destroy(ep_handle **handle);
+/* Room for what the group has grown to, before it is routed. */
+ep_status epi_handle_fit(ep_handle *h);
 /* It stays until this is released, also if the caller destroys it. */
 void epi_handle_hold(ep_handle *h);
 void epi_handle_release(ep_handle *h);
@@ -214,7 +226,7 @@ ep_status epi_handle_await_fit(ep_handle *h, int64_t *rows);
 ep_status epi_handle_arena(const ep_handle *h, uint32_t flags, ep_dtype dtype, int64_t cols,
                            struct ep_tensor *view);
 /* EP_ERR_CAPACITY for tokens or rows that do not fit the group's maxima somewhere. */
-ep_status epi_fail_need(const ep_handle *h);
+ep_status epi_fail_need(ep_group *g, const struct k_counts *c);
 void epi_handle_needs(const ep_handle *h, struct ep_needs *needs);
 /* Whether a word {ticket | ..} of a notice is that of `ticket`. */
 bool epi_is_known(const k_u64 *word, uint64_t ticket);

@@ -16,6 +16,7 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
     h->group = g;
     h->process = g->process;
     h->config = *config;
+    h->follows = config->max_tokens == g->config.max_tokens;
     h->experts = g->experts;
     h->bytes = epi_handle_bytes(g, config);
     atomic_init(&h->refs, 1);
@@ -32,6 +33,45 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
     return EP_OK;
 }
 
+ep_status epi_handle_fit(ep_handle *h) {
+    ep_group *g = h->group;
+    const struct ep_handle_config was = h->config;
+    const size_t bytes = h->bytes;
+    void *block = h->own_block;
+    const uint32_t tag = h->k.tag;
+    if (g->plan.num_uses == 0) {
+        return EP_OK;
+    }
+    h->config.max_tokens = h->follows ? g->config.max_tokens : was.max_tokens;
+    h->bytes = epi_handle_bytes(g, &h->config);
+    if (h->bytes == bytes) {
+        return EP_OK;
+    }
+    struct epi_old_block *old = epi_alloc(sizeof(*old));
+    const ep_status st = old ? g->backend->make_handle(h)
+                             : epi_fail(EP_ERR_NOMEM, "no memory for a larger handle");
+    if (st != EP_OK) {
+        epi_free(old);
+        h->config = was;
+        h->bytes = bytes;
+        h->block = h->own_block = block;
+        return st;
+    }
+    h->k.tag = tag;
+    *old = (struct epi_old_block){h->old, block};
+    h->old = old;
+    return EP_OK;
+}
+
+static void free_old(ep_handle *h) {
+    while (h->old) {
+        struct epi_old_block *old = h->old;
+        h->old = old->next;
+        epi_free(old->block);
+        epi_free(old);
+    }
+}
+
 size_t epi_handle_bytes(const ep_group *g, const struct ep_handle_config *config) {
     struct k_handle k;
     return epi_plan_handle(&g->config, &g->plan, config, 0, &k);
@@ -42,6 +82,7 @@ void epi_handle_destroy(ep_handle **handle) {
     *handle = NULL;
     if (epi_is_forked(h->process)) { /* the group may have been freed here, its mutex be held */
         epi_free(h->own_block);
+        free_old(h);
         epi_free(h);
         return;
     }
@@ -61,6 +102,7 @@ void epi_handle_release(ep_handle *h) {
     if (atomic_fetch_sub(&h->refs, 1) == 1) {
         ep_group *g = h->group;
         g->backend->drop_handle(h);
+        free_old(h);
         epi_free(h);
         atomic_fetch_sub(&g->num_held, 1); /* the group may go now */
     }
@@ -105,36 +147,38 @@ ep_status epi_handle_status(ep_handle *h) {
     }
     if (!g->backend->on_device) {
         return atomic_load(&h->pending) > 0  ? EP_AGAIN
-               : atomic_load(&h->lacks_rows) ? epi_fail_need(h)
+               : atomic_load(&h->lacks_rows) ? epi_fail_need(g, h->notice)
                                              : EP_OK;
     }
     if (h->dispatched && !h->captured && !epi_is_known(&h->notice->known, h->counted_by)) {
         return EP_AGAIN;
     }
     if (h->dispatched && h->notice->need) {
-        return epi_fail_need(h);
+        return epi_fail_need(g, h->notice);
     }
     return h->routed ? g->backend->take_findings(h) : EP_OK;
 }
 
-ep_status epi_fail_need(const ep_handle *h) {
-    const ep_group *g = h->group;
-    const struct k_counts *c = h->notice;
+ep_status epi_fail_need(ep_group *g, const struct k_counts *c) {
     const bool of_rows = K_NEED_ROWS(c->need) != 0;
     char tokens[96] = "", rows[128] = "";
+    pthread_mutex_lock(&g->mutex); /* ep_group_grow raises the maxima */
+    const int max_tokens = g->config.max_tokens;
+    const int64_t max_recv_rows = g->plan.info.max_recv_rows;
+    const bool can_grow = g->plan.num_uses > 0;
+    pthread_mutex_unlock(&g->mutex);
     if (c->tokens) {
         epi_format(tokens, sizeof(tokens), "rank %d has %lld tokens and max_tokens is %d%s",
-                   K_NEED_RANK(c->tokens), (long long)K_NEED_ROWS(c->tokens),
-                   g->config.max_tokens, of_rows ? ", and of other tokens " : "");
+                   K_NEED_RANK(c->tokens), (long long)K_NEED_ROWS(c->tokens), max_tokens,
+                   of_rows ? ", and of other tokens " : "");
     }
     if (of_rows) {
-        epi_format(rows, sizeof(rows),
-                   "rank %d would receive %lld rows and max_recv_rows is %lld",
-                   K_NEED_RANK(c->need), (long long)K_NEED_ROWS(c->need),
-                   (long long)g->plan.info.max_recv_rows);
+        epi_format(
+            rows, sizeof(rows), "rank %d would receive %lld rows and max_recv_rows is %lld",
+            K_NEED_RANK(c->need), (long long)K_NEED_ROWS(c->need), (long long)max_recv_rows);
     }
-    return epi_fail(EP_ERR_CAPACITY, "%s%s: create the group with at least so many", tokens,
-                    rows);
+    return epi_fail(EP_ERR_CAPACITY, "%s%s: %s at least so many", tokens, rows,
+                    can_grow ? "let all ranks ask ep_group_grow for" : "create the group with");
 }
 
 void epi_handle_needs(const ep_handle *h, struct ep_needs *needs) {
@@ -188,7 +232,7 @@ ep_status epi_handle_await_fit(ep_handle *h, int64_t *rows) {
         h->dispatched = false; /* and a dispatch that has begun needs no finish */
         g->open_handle = g->open_handle == h ? NULL : g->open_handle;
         pthread_mutex_unlock(&g->mutex);
-        return epi_fail_need(h);
+        return epi_fail_need(g, h->notice);
     }
     if (rows) {
         *rows = h->notice->rows;

@@ -51,6 +51,10 @@ static ep_status check_config(const struct ep_group_config *c, int num_ranks) {
         {"max_scale_bytes", c->max_scale_bytes, 0, 1 << 20},
         {"num_slots", c->num_slots, 0, 64},
         {"max_recv_rows", c->max_recv_rows, 0, MAX_ROWS},
+        {"most_tokens", c->most_tokens ? c->most_tokens : c->max_tokens, c->max_tokens,
+         EPI_MOST_TOKENS},
+        {"most_recv_rows", c->most_recv_rows ? c->most_recv_rows : c->max_recv_rows,
+         c->max_recv_rows, MAX_ROWS},
         {"max_expanded_rows", c->max_expanded_rows, 0, MAX_ROWS},
         {"memory_limit_bytes", c->memory_limit_bytes, 0, INT64_MAX},
         {"timeout_ms", c->timeout_ms ? c->timeout_ms : 100, 100, 86400000},
@@ -135,6 +139,7 @@ struct region {
     k_u64 *offset;     /* in the map */
     k_u64 *slot_bytes; /* NULL: there is one part */
     int64_t bytes;     /* of a part */
+    int64_t used;      /* of these with the maxima; 0: all */
 };
 
 struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, int scale_bytes) {
@@ -180,53 +185,70 @@ static void set_ll_parts(const struct ep_group_config *c, struct epi_plan *p) {
     m->answers.stride = answers * (uint64_t)epi_plan_ll_answer_bytes(row);
 }
 
+/* Of a rank: received, of answers, of an expanded view. */
+struct rows {
+    int64_t recv, combine, expanded;
+};
+
 static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
-                    int64_t sums[NUM_CLASSES]) {
+                    const struct rows *most, int64_t sums[NUM_CLASSES]) {
     struct k_map *m = &p->map;
     const struct ep_plan_info *info = &p->info;
     const int64_t ranks = p->num_ranks, chans = info->num_channels, row = c->max_row_bytes;
     struct k_ll_map *ll = &p->ll;
     const int64_t ll_parts = c->ll_max_tokens ? 2 * ranks : 0; /* two slots, by rank */
     const struct region regions[] = {
-        {CONTROL, &m->board, NULL, (int64_t)sizeof(struct k_board)},
-        {CONTROL, &m->ready, NULL, 2 * ranks * K_READY_STRIDE * 8},
-        {CONTROL, &m->counts, NULL, 2 * ranks * p->count_words * 8},
-        {CONTROL, &m->bases, NULL, 2 * ranks * K_BASE_WORDS * 8},
-        {CONTROL, &m->progress, NULL, ranks * chans * 8},
-        {CONTROL, &m->returned, NULL, ranks * chans * 8},
-        {RECEIVED, &m->recv, &m->recv_slot_bytes, info->max_recv_rows * row},
-        {SIDECARS, &m->side, &m->side_slot_bytes,
+        {CONTROL, &m->board, NULL, (int64_t)sizeof(struct k_board), 0},
+        {CONTROL, &m->ready, NULL, 2 * ranks * K_READY_STRIDE * 8, 0},
+        {CONTROL, &m->counts, NULL, 2 * ranks * p->count_words * 8, 0},
+        {CONTROL, &m->bases, NULL, 2 * ranks * K_BASE_WORDS * 8, 0},
+        {CONTROL, &m->progress, NULL, ranks * chans * 8, 0},
+        {CONTROL, &m->returned, NULL, ranks * chans * 8, 0},
+        {RECEIVED, &m->recv, &m->recv_slot_bytes, most->recv * row, info->max_recv_rows * row},
+        {SIDECARS, &m->side, &m->side_slot_bytes, most->recv * info->sidecar_row_bytes,
          info->max_recv_rows * info->sidecar_row_bytes},
-        {ANSWERS, &m->land, NULL, info->max_combine_rows * row},
-        {ANSWERS, &m->land_side, NULL, info->max_combine_rows * c->max_topk * 4},
-        {VIEWS, &m->expanded, &m->expanded_slot_bytes, info->max_expanded_rows * row},
-        {LOW_LATENCY, &ll->counts.at, NULL, ll_parts * (int64_t)ll->counts.stride},
-        {LOW_LATENCY, &ll->arrived.at, NULL, ll_parts * (int64_t)ll->arrived.stride},
-        {LOW_LATENCY, &ll->header.at, NULL, ll_parts * (int64_t)ll->header.stride},
-        {LOW_LATENCY, &ll->answered.at, NULL, ll_parts * (int64_t)ll->answered.stride},
-        {LOW_LATENCY, &ll->weights.at, NULL, ll_parts * (int64_t)ll->weights.stride},
-        {LOW_LATENCY, &ll->consumed, NULL, ll_parts * K_LL_KINDS * 8},
-        {LOW_LATENCY, &ll->masked_by, NULL, ll_parts * 4},
-        {LOW_LATENCY, &ll->waits, NULL, ll_parts * 4},
-        {LOW_LATENCY, &ll->meeting, NULL, ll_parts * K_LL_MEETING * 4},
-        {LOW_LATENCY, &ll->rows.at, NULL, ll_parts * (int64_t)ll->rows.stride},
-        {LOW_LATENCY, &ll->answers.at, NULL, ll_parts * (int64_t)ll->answers.stride},
+        {ANSWERS, &m->land, NULL, most->combine * row, info->max_combine_rows * row},
+        {ANSWERS, &m->land_side, NULL, most->combine * c->max_topk * 4,
+         info->max_combine_rows * c->max_topk * 4},
+        {VIEWS, &m->expanded, &m->expanded_slot_bytes, most->expanded * row,
+         info->max_expanded_rows * row},
+        {LOW_LATENCY, &ll->counts.at, NULL, ll_parts * (int64_t)ll->counts.stride, 0},
+        {LOW_LATENCY, &ll->arrived.at, NULL, ll_parts * (int64_t)ll->arrived.stride, 0},
+        {LOW_LATENCY, &ll->header.at, NULL, ll_parts * (int64_t)ll->header.stride, 0},
+        {LOW_LATENCY, &ll->answered.at, NULL, ll_parts * (int64_t)ll->answered.stride, 0},
+        {LOW_LATENCY, &ll->weights.at, NULL, ll_parts * (int64_t)ll->weights.stride, 0},
+        {LOW_LATENCY, &ll->consumed, NULL, ll_parts * K_LL_KINDS * 8, 0},
+        {LOW_LATENCY, &ll->masked_by, NULL, ll_parts * 4, 0},
+        {LOW_LATENCY, &ll->waits, NULL, ll_parts * 4, 0},
+        {LOW_LATENCY, &ll->meeting, NULL, ll_parts * K_LL_MEETING * 4, 0},
+        {LOW_LATENCY, &ll->rows.at, NULL, ll_parts * (int64_t)ll->rows.stride, 0},
+        {LOW_LATENCY, &ll->answers.at, NULL, ll_parts * (int64_t)ll->answers.stride, 0},
     };
     uint64_t at = 0;
+    int64_t all = 0;
     memset(sums, 0, NUM_CLASSES * sizeof(sums[0]));
     for (size_t i = 0; i < sizeof(regions) / sizeof(regions[0]); i++) {
         const struct region *r = &regions[i];
-        const int64_t part = align_up(r->bytes, REGION_ALIGN);
-        *r->offset = take(&at, r->slot_bytes ? part * p->num_slots : part);
+        const int64_t part = align_up(r->bytes, REGION_ALIGN),
+                      parts = r->slot_bytes ? p->num_slots : 1;
+        const int64_t used = r->used ? align_up(r->used, REGION_ALIGN) : part;
+        *r->offset = take(&at, part * parts);
         if (r->slot_bytes) {
             *r->slot_bytes = (uint64_t)part;
         }
-        sums[r->of] += (int64_t)(at - *r->offset);
+        p->use[i] =
+            (struct epi_mem_use){*r->offset, (uint64_t)part, (uint64_t)used, (uint64_t)parts};
+        sums[r->of] += used * parts;
+        all += used * parts;
     }
-    sums[CONTROL] += align_up((int64_t)at, PAGE) - (int64_t)at; /* the rest of the last page */
+    sums[CONTROL] += align_up(all, PAGE) - all; /* the rest of the last page */
+    p->length = (uint64_t)align_up((int64_t)at, PAGE);
+    p->num_uses = epi_plan_grows(c) ? (int)(sizeof(regions) / sizeof(regions[0])) : 0;
+    _Static_assert(sizeof(regions) / sizeof(regions[0]) <= EPI_MAX_USES, "regions");
 }
 
 static void fill_info(struct ep_plan_info *info, const int64_t sums[NUM_CLASSES]) {
+    info->arena_bytes = 0;
     info->control_bytes = sums[CONTROL];
     info->recv_bytes = sums[RECEIVED];
     info->sidecar_bytes = sums[SIDECARS];
@@ -262,16 +284,19 @@ static ep_status check_limit(const struct ep_group_config *c, const struct ep_pl
         (long long)info->arena_bytes, (long long)c->memory_limit_bytes, most[largest].lower);
 }
 
-static ep_status resolve_rows(const struct ep_group_config *c, struct epi_plan *p) {
-    struct ep_plan_info *info = &p->info;
-    const int64_t worst = (int64_t)c->max_tokens * p->num_ranks;
-    info->max_recv_rows =
-        c->max_recv_rows && c->max_recv_rows < worst ? c->max_recv_rows : worst;
-    info->max_combine_rows = (int64_t)c->max_tokens * p->max_dests;
+/* With so many tokens and at most so many received rows; 0: the worst case. */
+static ep_status resolve_rows(const struct ep_group_config *c, const struct epi_plan *p,
+                              int64_t tokens, int64_t max_recv_rows, struct rows *out) {
+    const int64_t worst = tokens * p->num_ranks;
+    out->recv = max_recv_rows && max_recv_rows < worst ? max_recv_rows : worst;
+    out->recv =
+        c->most_recv_rows && out->recv > c->most_recv_rows ? c->most_recv_rows : out->recv;
+    out->combine = tokens * p->max_dests;
+    out->expanded = 0;
     if (c->flags & EP_GROUP_EXPANDED_VIEW) {
-        int64_t most =
-            info->max_recv_rows * c->max_topk + (int64_t)p->max_local * EPI_EXPANDED_SLACK;
-        info->max_expanded_rows = c->max_expanded_rows ? c->max_expanded_rows : most;
+        const int64_t most =
+            out->recv * c->max_topk + (int64_t)p->max_local * EPI_EXPANDED_SLACK;
+        out->expanded = c->max_expanded_rows ? c->max_expanded_rows : most;
     } else if (c->max_expanded_rows) {
         return epi_fail(
             EP_ERR_ARG,
@@ -281,9 +306,9 @@ static ep_status resolve_rows(const struct ep_group_config *c, struct epi_plan *
     const struct {
         const char *what, *lower;
         int64_t rows;
-    } sums[] = {{"max_recv_rows", "max_recv_rows or max_tokens", info->max_recv_rows},
-                {"answers of a rank", "max_tokens or max_topk", info->max_combine_rows},
-                {"max_expanded_rows", "max_expanded_rows", info->max_expanded_rows}};
+    } sums[] = {{"max_recv_rows", "max_recv_rows or max_tokens", out->recv},
+                {"answers of a rank", "max_tokens or max_topk", out->combine},
+                {"max_expanded_rows", "max_expanded_rows", out->expanded}};
     for (size_t i = 0; i < sizeof(sums) / sizeof(sums[0]); i++) {
         if (sums[i].rows > MAX_ROWS) {
             return epi_fail(EP_ERR_ARG, "%s would be %lld rows, at most %lld: lower %s",
@@ -296,32 +321,43 @@ static ep_status resolve_rows(const struct ep_group_config *c, struct epi_plan *
 
 ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_plan *p) {
     memset(p, 0, sizeof(*p));
-    int64_t sums[NUM_CLASSES];
     EPI_TRY(check_config(c, num_ranks));
     p->info.size = sizeof(p->info);
     p->num_ranks = num_ranks;
     p->num_slots = c->num_slots ? c->num_slots : 2;
     p->max_local = most_local_experts(c, num_ranks);
     p->max_dests = c->mask_routing || c->max_topk > num_ranks ? num_ranks : c->max_topk;
-    p->info.num_channels = num_channels(c->max_tokens, num_ranks, EPI_MAX_CHANNELS);
+    p->info.num_channels = num_channels(epi_most_tokens(c), num_ranks, EPI_MAX_CHANNELS);
     p->count_words = 1 + p->max_local + p->info.num_channels;
     p->info.sidecar_row_bytes =
         K_SIDE_BYTES(K_SIDE_SCALES((int64_t)c->max_topk, true), (int64_t)c->max_scale_bytes);
-    EPI_TRY(resolve_rows(c, p));
-    set_ll_parts(c, p);
-    lay_out(c, p, sums);
-    fill_info(&p->info, sums);
-    if (c->ll_max_tokens) {
-        p->info.ll_handle_bytes = lay_out_ll_handle(c, num_ranks, &p->ll);
-    }
-    struct k_handle h;
-    const struct ep_handle_config most = {sizeof(most), c->max_tokens, c->max_topk, 0};
-    p->info.handle_bytes = (int64_t)epi_plan_handle(c, p, &most, 0, &h);
     /* One more than workers: for what a thread runs beside them (src/run/host.c). */
     p->info.local_bytes = (int64_t)(epi_plan_table_bytes(num_ranks) +
                                     epi_plan_expert_bytes(c->num_experts, num_ranks) +
                                     (size_t)(c->num_workers ? c->num_workers + 1 : 2) *
                                         epi_plan_warp_bytes(c, p));
+    return epi_plan_again(c, p);
+}
+
+ep_status epi_plan_again(const struct ep_group_config *c, struct epi_plan *p) {
+    int64_t sums[NUM_CLASSES];
+    struct rows rows, most;
+    EPI_TRY(resolve_rows(c, p, c->max_tokens, c->max_recv_rows, &rows));
+    EPI_TRY(resolve_rows(c, p, epi_most_tokens(c),
+                         c->most_recv_rows ? c->most_recv_rows : c->max_recv_rows, &most));
+    p->info.max_recv_rows = rows.recv;
+    p->info.max_combine_rows = rows.combine;
+    p->info.max_expanded_rows = rows.expanded;
+    p->most_recv_rows = most.recv;
+    set_ll_parts(c, p);
+    lay_out(c, p, &most, sums);
+    fill_info(&p->info, sums);
+    if (c->ll_max_tokens) {
+        p->info.ll_handle_bytes = lay_out_ll_handle(c, p->num_ranks, &p->ll);
+    }
+    struct k_handle h;
+    const struct ep_handle_config whole = {sizeof(whole), c->max_tokens, c->max_topk, 0};
+    p->info.handle_bytes = (int64_t)epi_plan_handle(c, p, &whole, 0, &h);
     return check_limit(c, &p->info, sums);
 }
 
@@ -367,7 +403,9 @@ size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p
     const int64_t experts = c->num_experts, topk = most->max_topk, local = p->max_local;
     const int64_t come =
         tokens + (ranks - 1) * c->max_tokens; /* rows: peers may have larger ones */
-    const int64_t rows = come < p->info.max_recv_rows ? come : p->info.max_recv_rows;
+    /* Where a peer may have grown and this rank not, what may come is not known. */
+    const bool sure = !epi_plan_grows(c);
+    const int64_t rows = sure && come < p->info.max_recv_rows ? come : p->info.max_recv_rows;
     const int64_t columns = K_ROUTE_COLUMNS(experts, ranks);
     const int64_t blocks = chans < K_MAX_BLOCKS ? chans : K_MAX_BLOCKS; /* of route, at most */
     uint64_t at = block;

@@ -8,6 +8,7 @@
 
 #include "kernel/abi.h"
 #include "src/base/base.h"
+#include "src/mem/mem.h"
 
 /* Tokens of a channel, about: small enough that many warps share the work and rows are announced
  * early, large enough that announcing them costs nothing. Where tokens are no more than the warps
@@ -38,10 +39,17 @@
 #endif
 int epi_plan_stage_bytes(int row_bytes);
 
+#define EPI_MAX_USES 32
+
 struct epi_plan {
     struct ep_plan_info info;
     struct k_map map;
     struct k_ll_map ll; /* regions of no bytes without low-latency mode */
+    /* Offsets are for the ceilings: what of the arena the maxima use, and how long it is. */
+    struct epi_mem_use use[EPI_MAX_USES];
+    int num_uses; /* 0: all of it, for good */
+    uint64_t length;
+    int64_t most_recv_rows; /* as resolved */
     int num_ranks, num_slots;
     int max_local; /* the most experts any rank has */
     int max_dests; /* destinations a token can have */
@@ -54,6 +62,15 @@ int epi_default_rank(int num_experts, int num_ranks, int e);
 /* Checks the fields of `config` and computes the plan for num_ranks ranks. EP_ERR_ARG,
  * EP_ERR_VERSION; EP_ERR_NOMEM when the arena exceeds memory_limit_bytes (*plan is complete). */
 ep_status epi_plan(const struct ep_group_config *config, int num_ranks, struct epi_plan *plan);
+
+/* The same for larger maxima of a group that exists: nothing else of it changes. */
+ep_status epi_plan_again(const struct ep_group_config *config, struct epi_plan *plan);
+static inline bool epi_plan_grows(const struct ep_group_config *c) {
+    return c->most_tokens || c->most_recv_rows;
+}
+static inline int epi_most_tokens(const struct ep_group_config *c) {
+    return c->most_tokens ? c->most_tokens : c->max_tokens;
+}
 
 /* How T tokens are cut into as many of the group's channels as they need. */
 void epi_plan_channels(const struct epi_plan *plan, int tokens, struct k_channels *out);

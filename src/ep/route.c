@@ -42,19 +42,19 @@ ep_status epi_bad_selection(const ep_handle *h, int topk, uint64_t number, int64
 }
 
 static ep_status route_before(struct epi_op *op) {
-    op->h->k.bad[0] = UNFINISHED;
+    op->args.op.h.bad[0] = UNFINISHED;
     return EP_OK;
 }
 
 static ep_status route_after(struct epi_op *op) {
     ep_handle *h = op->h;
-    const uint64_t bad = h->k.bad[0];
+    const uint64_t bad = op->args.op.h.bad[0];
     if (bad == UNFINISHED) {
         EPI_TRY(epi_group_check_next(h->group));
         return epi_fail(EP_ERR_INTERNAL, "the routing was not computed");
     }
     return op->args.route.id_bytes && bad != ~UINT64_C(0)
-               ? epi_bad_selection(h, op->args.op.topk, bad, h->notice->bad_id, "")
+               ? epi_bad_selection(h, op->args.op.topk, bad, op->args.op.h.counts->bad_id, "")
                : EP_OK;
 }
 
@@ -139,6 +139,7 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
     if (r.token_in_rank && !handle->group->config.mask_routing) {
         return epi_fail(EP_ERR_ARG, "token_in_rank needs ep_group_config.mask_routing");
     }
+    EPI_TRY(epi_handle_fit(handle));
     epi_call_begin(&c, handle->group);
     EPI_TRY(epi_args_check(&c, &epi_route_rules, &r, EPI_IN));
     const int64_t tokens = c.dim[EPI_DIM_T], topk = c.dim[EPI_DIM_K];

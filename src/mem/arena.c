@@ -35,6 +35,7 @@ static void mapping_release(struct epi_mapping *m, const struct epi_mem_device *
         return;
     }
     if (forked) { /* nothing of it is mapped here, and something else may be in its place */
+        epi_fd_close(&m->fd);
         epi_free(m);
         return;
     }
@@ -48,6 +49,7 @@ static void mapping_release(struct epi_mapping *m, const struct epi_mem_device *
     } else {
         munmap(m->base, m->bytes);
     }
+    epi_fd_close(&m->fd);
     epi_free(m);
 }
 
@@ -85,6 +87,7 @@ static struct epi_mapping *mapping_create(const struct epi_mem *mem, int fd, siz
         return NULL;
     }
     m->num_pieces = num_pieces;
+    m->fd = -1;
     atomic_init(&m->users, users);
     *st = map_shared(m, fd, bytes);
     if (*st == EP_OK && d->attach) {
@@ -103,6 +106,39 @@ static struct epi_mapping *mapping_create(const struct epi_mem *mem, int fd, siz
     return m;
 }
 
+/* What `now` has more than `was` (NULL: nothing) of the arena that begins at `base`. */
+static ep_status back(int fd, uint64_t base, const struct epi_mem_use *was,
+                      const struct epi_mem_use *now, int num_uses) {
+    for (int i = 0; i < num_uses; i++) {
+        const uint64_t from = was ? was[i].used : 0;
+        for (uint64_t part = 0; part < now[i].parts; part++) {
+            EPI_TRY(epi_memfd_allocate(fd, base + now[i].at + part * now[i].stride + from,
+                                       now[i].used - from));
+        }
+    }
+    return EP_OK;
+}
+
+static int make_fd(const struct epi_mem_config *c, size_t bytes, ep_status *st) {
+    int fd = epi_memfd_create(bytes, !c->use, st);
+    for (int r = 0; fd >= 0 && c->use && *st == EP_OK && r < c->exchange.num_ranks; r++) {
+        *st = back(fd, (uint64_t)r * c->arena_bytes, NULL, c->use, c->num_uses);
+    }
+    if (*st != EP_OK) {
+        epi_fd_close(&fd);
+    }
+    return fd;
+}
+
+/* The descriptor is needed no longer, unless arenas grow. */
+static void keep_fd(struct epi_mapping *m, const struct epi_mem_config *c, int *fd) {
+    if (m && c->use) {
+        m->fd = *fd;
+        *fd = -1;
+    }
+    epi_fd_close(fd);
+}
+
 /* Rank 0 makes the memory, the other threads get the pointer. */
 static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c,
                              size_t bytes) {
@@ -110,10 +146,10 @@ static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c
     struct epi_mapping *mine = NULL;
     ep_status st = EP_OK;
     if (x->rank == 0) {
-        int fd = epi_memfd_create(bytes, &st);
+        int fd = make_fd(c, bytes, &st);
         if (fd >= 0) {
             mine = mapping_create(mem, fd, bytes, x->num_ranks, &st);
-            epi_fd_close(&fd);
+            keep_fd(mine, c, &fd);
         }
     }
     struct epi_mapping **all = epi_alloc_array((size_t)x->num_ranks, sizeof(*all));
@@ -145,7 +181,7 @@ static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config 
     ep_status st = EP_OK;
     int fd = -1;
     if (c->exchange.rank == 0) {
-        fd = epi_memfd_create(bytes, &st);
+        fd = make_fd(c, bytes, &st);
     }
     st = epi_share_open(&share, c, 1, st);
     if (st == EP_OK) {
@@ -159,7 +195,7 @@ static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config 
         st = epi_mem_agree(c, st, "sharing the arenas");
     }
     epi_share_close(&share);
-    epi_fd_close(&fd);
+    keep_fd(mem->map, c, &fd);
     return st;
 }
 
@@ -261,6 +297,27 @@ static size_t arena_at(const struct epi_mem *mem, int rank) {
 
 static size_t board_at(const struct epi_mem *mem, int rank) {
     return arenas_end(mem) + (size_t)rank * mem->board_bytes;
+}
+
+ep_status epi_mem_grow(struct epi_mem *mem, const struct epi_mem_use *was,
+                       const struct epi_mem_use *now, int num_uses) {
+    const ep_status st = epi_alloc_should_fail()
+                             ? epi_fail(EP_ERR_NOMEM, "no memory for a larger arena (injected)")
+                             : back(mem->map->fd, arena_at(mem, mem->rank), was, now, num_uses);
+    if (st != EP_OK) {
+        epi_mem_shrink(mem, was, now, num_uses);
+    }
+    return st;
+}
+
+void epi_mem_shrink(struct epi_mem *mem, const struct epi_mem_use *was,
+                    const struct epi_mem_use *now, int num_uses) {
+    for (int i = 0; i < num_uses; i++) {
+        for (uint64_t part = 0; part < now[i].parts; part++) {
+            const uint64_t at = arena_at(mem, mem->rank) + now[i].at + part * now[i].stride;
+            epi_memfd_release(mem->map->fd, at + was[i].used, at + now[i].used);
+        }
+    }
 }
 
 bool epi_mem_on_device(const struct epi_mem *mem) {

@@ -62,9 +62,16 @@ enum epi_mem_kind {
     EPI_MEM_HOST
 };
 
+/* Of an arena, what is backed by memory: `used` bytes of each of the parts, which are `stride` apart. */
+struct epi_mem_use {
+    uint64_t at, stride, used, parts;
+};
+
 struct epi_mem_config {
     struct epi_exchange exchange;
-    size_t arena_bytes; /* of each rank; whole pages */
+    size_t arena_bytes;            /* of each rank; whole pages */
+    const struct epi_mem_use *use; /* of each, until it grows, without a device; NULL: all */
+    int num_uses;
     size_t board_bytes; /* of each rank, always in host memory; whole pages, may be 0 */
     bool threads;       /* the ranks are threads of this process */
     struct epi_deadline deadline;
@@ -78,6 +85,13 @@ struct epi_mem_config {
  * that are on another host, or devices that cannot share memory; EP_ERR_SYSTEM.
  */
 ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *config);
+
+/* Backs more of this rank's arena, which was created with uses: they differ from those in `used` alone,
+ * num_uses of each. Shrink takes it back. Local; after a failure it is as before. */
+ep_status epi_mem_grow(struct epi_mem *mem, const struct epi_mem_use *was,
+                       const struct epi_mem_use *now, int num_uses);
+void epi_mem_shrink(struct epi_mem *mem, const struct epi_mem_use *was,
+                    const struct epi_mem_use *now, int num_uses);
 
 /* Unmaps. Local; the memory itself goes when the last rank has unmapped it. */
 void epi_mem_destroy(struct epi_mem **mem);

@@ -77,7 +77,7 @@ static int resize(int fd, uint64_t bytes) {
     return err;
 }
 
-static ep_status allocate(int fd, size_t bytes) {
+ep_status epi_memfd_allocate(int fd, uint64_t from, uint64_t bytes) {
     uint64_t look_at = 0; /* when to ask what there is */
     struct epi_room room;
     int err = 0;
@@ -86,25 +86,35 @@ static ep_status allocate(int fd, size_t bytes) {
             if (!epi_room_has(EPI_ROOM_SHARED, bytes - at, &room)) {
                 return epi_fail(
                     EP_ERR_NOMEM,
-                    "the arenas of this host's ranks need %zu bytes%s, and %lld are "
+                    "the arenas of this host's ranks need %llu bytes%s, and %lld are "
                     "left by %s: " LOWER "%s",
-                    bytes, at ? ", of which some are allocated" : "", (long long)room.bytes,
-                    room.limit, room.exact ? ", or raise that limit" : "");
+                    (unsigned long long)bytes, at ? ", of which some are allocated" : "",
+                    (long long)room.bytes, room.limit,
+                    room.exact ? ", or raise that limit" : "");
             }
-            err = at == 0 ? resize(fd, bytes) : 0;
             look_at = at + epi_room_step(&room);
         }
         const uint64_t rest = bytes - at;
         const uint64_t part = rest < MOST_AT_ONCE ? rest : MOST_AT_ONCE;
-        err = err ? err : allocate_part(fd, at, part);
+        err = err ? err : allocate_part(fd, from + at, part);
         at += part;
     }
-    return err ? epi_fail(EP_ERR_NOMEM, "cannot allocate %zu bytes for arenas: %s: " LOWER,
-                          bytes, strerror(err))
+    return err ? epi_fail(EP_ERR_NOMEM, "cannot allocate %llu bytes for arenas: %s: " LOWER,
+                          (unsigned long long)bytes, strerror(err))
                : EP_OK;
 }
 
-int epi_memfd_create(size_t bytes, ep_status *st) {
+void epi_memfd_release(int fd, uint64_t at, uint64_t end) {
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE),
+                   first = (at + page - 1) / page * page;
+    end = end / page * page;
+    if (first < end) {
+        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)first,
+                  (off_t)(end - first));
+    }
+}
+
+int epi_memfd_create(size_t bytes, bool whole, ep_status *st) {
     if (epi_alloc_should_fail()) {
         *st = epi_fail(EP_ERR_NOMEM, "no memory for arenas of %zu bytes (injected)", bytes);
         return -1;
@@ -113,7 +123,11 @@ int epi_memfd_create(size_t bytes, ep_status *st) {
     if (fd < 0) {
         return -1;
     }
-    *st = allocate(fd, bytes);
+    const int err = resize(fd, bytes);
+    *st = err     ? epi_fail(EP_ERR_NOMEM, "cannot make shared memory of %zu bytes: %s", bytes,
+                             strerror(err))
+          : whole ? epi_memfd_allocate(fd, 0, bytes)
+                  : EP_OK;
     if (*st == EP_OK && fcntl(fd, F_ADD_SEALS, SEALS) != 0) {
         *st = epi_fail(EP_ERR_SYSTEM, "cannot seal shared memory: %s", strerror(errno));
     }

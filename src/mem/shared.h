@@ -12,6 +12,7 @@
 /* What a rank's epi_mem stands on; threads of a process share one, the last user undoes it. */
 struct epi_mapping {
     void *base; /* of the shared memory */
+    int fd;     /* of the same where it can grow; else -1 */
     size_t bytes;
     uint64_t address; /* of the same for kernels */
     bool attached;
@@ -25,8 +26,12 @@ ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const ch
 
 /* ---- memfd.c ------------------------------------------------------------------------------ */
 
-/* A sealed memfd of `bytes`, fully allocated, or -1 with the error told in *st. */
-int epi_memfd_create(size_t bytes, ep_status *st);
+/* A sealed memfd of `bytes`, allocated if it is to be `whole`, or -1 with the error told in *st. */
+int epi_memfd_create(size_t bytes, bool whole, ep_status *st);
+/* Allocates `bytes` from `at` on. EP_ERR_NOMEM. */
+ep_status epi_memfd_allocate(int fd, uint64_t at, uint64_t bytes);
+/* Gives the whole pages in there back. */
+void epi_memfd_release(int fd, uint64_t at, uint64_t end);
 /* Whether what rank `source` passed is such a one, of this user and of these bytes. */
 ep_status epi_memfd_check(int fd, size_t bytes, int source);
 

@@ -151,6 +151,21 @@ def test_rows_that_do_not_fit_are_counted(ranks):
 
     ranks(2, long)
 
+    def grown(group):
+        handle = ep.Handle(group)
+        tokens = T + 3 * group.rank
+        for n in range(2):
+            handle.route(np.zeros((tokens, K), np.int64))
+            x, got = np.ones((tokens, H), np.float32), np.zeros((2 * T + 3, H), np.float32)
+            if n == 0:
+                with pytest.raises(ep.CapacityError, match="ep_group_grow") as told:
+                    handle.dispatch(x=x, recv_x=got)
+                group.grow(**vars(told.value.needs))
+        handle.dispatch(x=x, recv_x=got)
+        assert handle.counts().rows == (0 if group.rank else 2 * T + 3)
+
+    ranks(2, grown, most_tokens=T + 8)
+
 
 def test_an_abort_ends_the_waits_of_all_ranks_with_the_report(ranks):
     def rank(group):
