@@ -228,7 +228,7 @@ struct k_board {
 enum k_taken {
     K_TAKEN_PARTS = 0,    /* dispatch: parts of channels that are received */
     K_TAKEN_CHANNELS = 1, /* dispatch: channels that are sent */
-    K_TAKEN_ANSWERS = 0,  /* combine: (owner, channel) whose answers are sent or summed */
+    K_TAKEN_ANSWERS = 0,  /* combine: (owner, channel) whose answers are sent; parts of sums */
     K_TAKEN_TOKENS = 1,   /* combine: tokens that are summed, or slices of their rows */
     K_NUM_TAKEN = 2
 };
@@ -336,6 +336,7 @@ struct k_handle {
     k_u32 *expert_rows;   /* [L] */
     k_u32 *remote_base;   /* [R] row at which this rank's rows start at each peer */
     k_u32 *remote_where;  /* [R] what each peer's ready message said: `where` */
+    k_u64 *answered;      /* [R][C] combine: answers that are summed; 0 between operations */
     k_i32 *expand_row;    /* [rows that can come][K] expanded row of a selection, or -1 */
     struct k_counts *counts;
     struct k_counts *notice; /* the same for the host to read; may be `counts` itself */
@@ -453,8 +454,8 @@ _Static_assert(sizeof(struct k_map) == 14 * 8, "k_map");
 _Static_assert(sizeof(struct k_fault) == 48, "k_fault");
 _Static_assert(sizeof(struct k_board) == 12 * 8 + K_MAX_RANKS / 8 + 48, "k_board");
 _Static_assert(sizeof(struct k_group) == 48 + 56 + 112, "k_group");
-_Static_assert(sizeof(struct k_handle) == 27 * 8, "k_handle");
-_Static_assert(sizeof(struct k_op) == 216 + 216 + 32 + 24, "k_op");
+_Static_assert(sizeof(struct k_handle) == 28 * 8, "k_handle");
+_Static_assert(sizeof(struct k_op) == 216 + 224 + 32 + 24, "k_op");
 _Static_assert(sizeof(struct k_route_args) == sizeof(struct k_op) + 16 + 48, "k_route_args");
 _Static_assert(sizeof(struct k_layout_args) == sizeof(struct k_op) + 16 + 40, "k_layout_args");
 _Static_assert(sizeof(struct k_dispatch_args) == sizeof(struct k_op) + 32 + 16 + 13 * 24,

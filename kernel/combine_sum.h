@@ -19,7 +19,7 @@ struct sum {
     k_i32 owner, channel; /* of an answer; the owner of a token's sum is K_NOBODY */
     k_i32 num;            /* terms */
     k_i32 bytes, part;    /* of the row; of each term, that a stage takes */
-    k_u8 first, announce; /* answer of its channel; it is to be announced */
+    k_i32 ends;           /* with it a part of so many answers has ended; 0: none */
     k_u8 last;            /* slice of its token */
 };
 
@@ -29,8 +29,8 @@ struct sum {
 struct sum_feed {
     k_u8 answers, tokens; /* there may be more to take from the rank's counters */
     k_u8 eager;           /* tokens that can be summed come before answers */
-    k_u8 first;           /* no answer of the channel taken last is begun */
-    k_u32 row, end;       /* its answers that are not begun */
+    k_u32 row, end;       /* the answers taken that are not begun */
+    k_i32 rows;           /* that were taken at once */
     k_i32 owner, channel;
     k_i32 token; /* taken, not begun; or K_NOBODY */
     k_i32 from;  /* the byte of its row at which the slice begins */
@@ -132,10 +132,8 @@ static K_INLINE void begin_answer(struct k_thread *k, const struct k_combine_arg
     s->bytes = a->row_bytes;
     s->num = answer_terms(k, a, f->row, terms);
     f->row++;
-    s->first = f->first;
-    s->announce = f->row == f->end;
+    s->ends = f->row == f->end ? f->rows : 0;
     s->last = 0;
-    f->first = 0;
 }
 
 static K_INLINE k_i32 add_bias(struct k_thread *k, const struct k_array *bias, k_i32 t,
@@ -201,20 +199,32 @@ static K_INLINE void begin_token(const struct k_combine_args *a, const struct sl
     f->token = K_NOBODY;
 }
 
-/* Answers of the next channel that has any; false: all were taken. */
+/*
+ * Into how many parts the answers of a channel are cut, each for a warp: a sum is long, and whoever
+ * takes a whole channel ends long after the others. Finer parts would cost more takes than they save.
+ */
+#define K_MOST_ANSWER_PARTS 4
+
+/* The answers of a part that has any; false: all were taken. */
 static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_args *a,
                                     struct sum_feed *f) {
     const struct k_group *g = &a->g;
     while (f->answers && f->row == f->end) {
-        const k_i32 i = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_ANSWERS]);
+        const k_i32 number = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_ANSWERS]);
+        const k_i32 parts = k_min(a->channels.size[0], K_MOST_ANSWER_PARTS);
+        const k_i32 i = number / parts;
+        const k_u32 part = (k_u32)(number % parts);
         if (i >= g->num_ranks * (k_i32)a->h.recv_channels[g->num_ranks]) {
             f->answers = 0;
             break;
         }
-        f->first = 1;
+        k_u32 first, end;
         f->owner = (g->rank + 1 + i % g->num_ranks) % g->num_ranks;
         f->channel = i / g->num_ranks;
-        channel_rows(g, &a->h, f->owner, f->channel, &f->row, &f->end);
+        channel_rows(g, &a->h, f->owner, f->channel, &first, &end);
+        f->row = first + (end - first) * part / (k_u32)parts;
+        f->end = first + (end - first) * (part + 1) / (k_u32)parts;
+        f->rows = (k_i32)(f->end - f->row);
     }
     return f->row < f->end;
 }
@@ -288,7 +298,20 @@ static K_FN void sum_weights(struct k_thread *k, const struct k_combine_args *a,
     }
 }
 
-/* A row is summed; an answer is announced, with the weights of its channel if it is the first. */
+/* So many more answers of a channel are made: who makes the last announces them all. */
+static K_INLINE void count_answers(struct k_thread *k, const struct k_combine_args *a,
+                                   k_i32 owner, k_i32 c, k_i32 rows) {
+    k_u64 *answered = a->h.answered + (k_i64)owner * a->g.num_channels + c;
+    k_u32 first, end;
+    k_syncwarp(k);
+    channel_rows(&a->g, &a->h, owner, c, &first, &end);
+    if (k->lane == 0 && k_fetch_add(answered, (k_u64)rows) + (k_u64)rows == end - first) {
+        k_store(answered, 0);
+        publish_answers(k, a, owner, c, end);
+    }
+}
+
+/* A row is summed; an answer's weights go with it. */
 static K_INLINE void end_sum(struct k_thread *k, const struct k_combine_args *a,
                              const struct sum *s) {
     if (s->owner == K_NOBODY) {
@@ -297,14 +320,11 @@ static K_INLINE void end_sum(struct k_thread *k, const struct k_combine_args *a,
         }
         return;
     }
-    if (s->first && (a->flags & K_DO_WEIGHTS)) {
-        k_u32 first, end;
-        channel_rows(&a->g, &a->h, s->owner, s->channel, &first, &end);
-        send_weights(k, a, s->owner, first, end);
+    if (a->flags & K_DO_WEIGHTS) {
+        send_weights(k, a, s->owner, (k_u32)s->item, (k_u32)s->item + 1);
     }
-    if (s->announce) {
-        k_syncwarp(k);
-        publish_answers(k, a, s->owner, s->channel, (k_u32)s->item + 1);
+    if (s->ends) {
+        count_answers(k, a, s->owner, s->channel, s->ends);
     }
 }
 

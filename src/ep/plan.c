@@ -431,6 +431,7 @@ size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p
     TAKE(expert_rows, (local + 1) * 4);
     TAKE(remote_base, ranks * 4);
     TAKE(remote_where, ranks * 4);
+    TAKE(answered, ranks * chans * 8);
     TAKE(expand_row, rows * topk * 4);
     TAKE(totals, blocks * columns * 8);
     TAKE(counts, (int64_t)sizeof(struct k_counts));
