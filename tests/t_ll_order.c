@@ -3,11 +3,13 @@
 /*
  * Low-latency operations in any legal order: two micro-batches with halves, received in either order, of
  * other routings, shapes and maxima from round to round, on streams, with throughput operations and
- * delays between. A rank that is late is seen in the time that its peers have waited for it. And operations
- * that are refused: they write nothing, and the group goes on.
+ * delays between; and EP_TEST_PAIRS round trips that all differ, a few unless it is set. A rank that is
+ * late is seen in the time that its peers have waited for it. And operations that are refused: they write
+ * nothing, and the group goes on.
  */
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "tests/gpu.h"
@@ -87,6 +89,40 @@ static void rounds(struct world *w) {
         }
     }
     destroy_all(r);
+}
+
+/* Round trips with EP_TEST_PAIRS. */
+static int num_changes(void) {
+    const char *text = getenv("EP_TEST_PAIRS");
+    return text ? atoi(text) : (tap_quick() ? 5 : 20) * tap_effort();
+}
+
+/* On one group, each of another routing, shape, maximum and form than the one before. */
+static void changes(struct world *w) {
+    const struct ll_steps *all = w->ctx;
+    uint64_t common = all->seed + 1, own = all->seed + 29 * (uint64_t)(w->rank + 1);
+
+    for (int i = 0; i < num_changes() && !w->bad; i++) {
+        struct ll_step s;
+        struct ll_run r;
+        ll_init(&s, RANKS, tap_rand(&common));
+        s.c.hidden = 128 * (1 + case_rand(&common, 5));
+        s.c.max_tokens = 1 + (int)case_rand(&common, 16);
+        s.max_tokens = s.c.max_tokens + (int)case_rand(&common, 4);
+        s.c.topk = 2 + (int)case_rand(&common, 3);
+        s.c.routing = (enum case_routing)case_rand(&common, NUM_ROUTINGS);
+        s.c.tokens = (enum case_tokens)case_rand(&common, NUM_TOKENS);
+        s.flags = (case_rand(&common, 2) ? EP_LL_FP8 : 0) |
+                  (case_rand(&common, 3) ? 0 : EP_LL_COMPACT);
+        s.weights_now = !(s.flags & EP_LL_COMPACT) && case_rand(&common, 2);
+        s.exact = !(s.flags & EP_LL_COMPACT) && case_rand(&common, 2);
+        ll_build(&s);
+        ll_create(&r, w, &s);
+        tap_sleep_ms((int)case_rand(&own, 64) / 60);
+        ll_pass(&r, case_rand(&common, 2));
+        ll_destroy(&r);
+        ll_free(&s);
+    }
 }
 
 /* A throughput operation between the halves, which not all ranks have at the same place. */
@@ -281,11 +317,12 @@ int main(void) {
     gpu_program();
     struct ll_steps all;
 
-    tap_deadline(180);
+    tap_deadline(180 + num_changes() / 50);
     num_sent = tap_shared(sizeof(*num_sent));
     ll_steps_build(&all, RANKS, tap_seed());
     run(&all, rounds, false, "random rounds of two micro-batches, threads");
     run(&all, rounds, true, "random rounds of two micro-batches, processes");
+    run(&all, changes, false, "another routing, shape and form with every round trip");
     run(&all, between, false, "throughput operations between the halves");
     run(&all, streams, false, "halves on two streams");
     run(&all, waits, false, "waits are told, of the rank that was late and no other");
