@@ -19,7 +19,7 @@
  *               k_await_rows(k, p, e, n, ...)  k_await, until the value is n at least
  *               k_arrived(k, p, e, n)    the same as a question: true if it need not wait
  *               k_all(k, ok)             the AND over a warp's lanes
- *               k_await_words            several posted words at once
+ *               k_await_words, k_await_most   several posted words at once
  *               k_scan(k, x, &total)     sum of x over the lanes before this one, and over all
  *               k_most(k, x)             the largest x of a warp's lanes
  *               k_ballot(k, yes)         the mask of the lanes that say yes
@@ -40,7 +40,7 @@
  *               k_zero(k, ...)           fills own memory
  *               k_load16(p), k_store16_to(peer, v)   16 bytes, at once; nowhere is allowed
  * 8-bit floats  K_CASTERS, K_CAST_CHANNELS   lanes that cast a group together; channels of each
- *               k_group_most(k, x)       the largest x of the lanes that cast a group together
+ *               k_group_most(k, x, n)    the largest x of n lanes that are side by side
  *               k_to_e4m3(x)             nearest even, saturating; NaN is 0x7f
  *               k_store_cast(peer, b)    a lane's channels of a group
  * Own words     k_load(p), k_store(p, w)  a word of this rank's, whole; they order nothing
@@ -427,17 +427,19 @@ static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k
 #define K_MANY 12
 
 /*
- * k_await_word for `num` (0 to K_MANY) posted words of one peer, the first at `at`, each `step`
- * words behind the one before: all are asked for at once, then again those that have not come.
+ * k_await_word for `num` (0 to `most`, a constant where this is called) posted words of one peer, the first
+ * at `at`, each `step` words behind the one before: all are asked for at once, then again those that have
+ * not come.
  */
-static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step, k_i32 num,
-                                 k_u32 epoch, k_i32 peer, k_i32 phase, k_u32 *value) {
+static K_INLINE k_bool k_await_most(struct k_thread *k, k_i32 most, const k_u64 *at, k_i64 step,
+                                    k_i32 num, k_u32 epoch, k_i32 peer, k_i32 phase,
+                                    k_u32 *value) {
     k_u64 w[K_MANY];
     k_bool ok = 1, all = 1;
-    K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+    K_UNROLL for (k_i32 i = 0; i < most; i++) {
         w[i] = i < num ? k_load(at + i * step) : K_WORD(epoch, 0);
     }
-    K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+    K_UNROLL for (k_i32 i = 0; i < most; i++) {
         all = all && (k_u32)(w[i] >> 32) == epoch;
     }
     if (!all) {
@@ -445,13 +447,13 @@ static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step
         const k_i64 start = k_now();
         do {
             ok = k_spin(k, &s, peer, phase);
-            K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+            K_UNROLL for (k_i32 i = 0; i < most; i++) {
                 if ((k_u32)(w[i] >> 32) != epoch) {
                     w[i] = k_load(at + i * step);
                 }
             }
             all = 1;
-            K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+            K_UNROLL for (k_i32 i = 0; i < most; i++) {
                 all = all && (k_u32)(w[i] >> 32) == epoch;
             }
         } while (ok && !all);
@@ -460,10 +462,16 @@ static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step
         }
         ok = ok || all || k->mask.is_gone;
     }
-    K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+    K_UNROLL for (k_i32 i = 0; i < most; i++) {
         value[i] = (k_u32)w[i];
     }
     return k_all(k, ok);
+}
+
+/* The same for up to K_MANY words. */
+static K_FN k_bool k_await_words(struct k_thread *k, const k_u64 *at, k_i64 step, k_i32 num,
+                                 k_u32 epoch, k_i32 peer, k_i32 phase, k_u32 *value) {
+    return k_await_most(k, K_MANY, at, step, num, epoch, peer, phase, value);
 }
 
 /* The operation does not end well, for the reason K_END_...; said before k_is_last_out. */

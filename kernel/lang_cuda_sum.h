@@ -65,11 +65,11 @@ static K_INLINE k_f32 k_float(k_u32 u) {
 
 #include "kernel/lang_e4m3.h"
 
-static K_INLINE k_f32 k_group_most(struct k_thread *k, k_f32 x) {
+static K_INLINE k_u32 k_group_most(struct k_thread *k, k_u32 x, k_i32 lanes) {
     (void)k;
 #pragma unroll
-    for (k_i32 d = 8; d > 0; d /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+    for (k_i32 d = lanes / 2; d > 0; d /= 2) {
+        x = max(x, __shfl_xor_sync(0xffffffffu, x, d));
     }
     return x;
 }

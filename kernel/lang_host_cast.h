@@ -29,8 +29,8 @@ static K_INLINE void k_store16_to(struct k_peer at, struct k_16 v) {
 #define K_CASTERS 1
 #define K_CAST_CHANNELS 128
 
-static K_INLINE k_f32 k_group_most(struct k_thread *k, k_f32 x) {
-    (void)k;
+static K_INLINE k_u32 k_group_most(struct k_thread *k, k_u32 x, k_i32 lanes) {
+    (void)k, (void)lanes;
     return x;
 }
 

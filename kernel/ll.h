@@ -314,10 +314,11 @@ static K_INLINE void ll_post_header(struct k_thread *k, const struct ll_call *c,
 static K_FN k_bool ll_await_header(struct k_thread *k, const struct ll_call *c, const k_u64 *at,
                                    k_i32 p, const struct ll_header *h, k_u32 *rows,
                                    k_u32 *slices) {
-    k_u32 value[K_MANY] = {0};
+    k_u32 value[K_LL_SLICES + 1] = {0};
     k_bool same = 1;
     const k_i32 phase = c->kind ? K_PHASE_ANSWERS : K_PHASE_COUNTS;
-    if (!k_await_words(k, at, 1, at ? K_LL_SLICES + 1 : 0, c->tag, p, phase, value)) {
+    if (!k_await_most(k, K_LL_SLICES + 1, at, 1, at ? K_LL_SLICES + 1 : 0, c->tag, p, phase,
+                      value)) {
         return 0;
     }
     at = k->mask.is_gone ? 0 : at;

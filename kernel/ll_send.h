@@ -253,7 +253,8 @@ static K_FN void ll_send_cast(struct k_thread *k, const struct k_ll_dispatch_arg
     for (k_i32 base = first + k->warp * in_warp; base < end; base += in_warp * k->num_warps) {
         const k_i32 group = base + k->lane / K_CASTERS;
         const k_i32 channel = k_min(group, end - 1) * K_LL_GROUP + lane * K_CAST_CHANNELS;
-        k_f32 v[K_CAST_CHANNELS], most = 0.0f, inverse = 0.0f;
+        k_f32 v[K_CAST_CHANNELS], inverse = 0.0f;
+        k_u32 most = 0; /* bits of a magnitude: those of larger ones are larger */
         k_u8 out[K_CAST_CHANNELS];
         K_UNROLL for (k_i32 i = 0; i < K_CAST_CHANNELS; i += 8) {
             const struct k_16 q = k_load16((const void *)(x + 2ull * (k_u64)(channel + i)));
@@ -264,10 +265,11 @@ static K_FN void ll_send_cast(struct k_thread *k, const struct k_ll_dispatch_arg
             }
         }
         K_UNROLL for (k_i32 i = 0; i < K_CAST_CHANNELS; i++) {
-            const k_f32 m = k_float(k_bits(v[i]) & 0x7fffffffu);
-            most = m > most ? m : most;
+            const k_u32 m = k_bits(v[i]) & 0x7fffffffu;
+            most = m > most && m <= 0x7f800000u ? m : most;
         }
-        const k_f32 scale = ll_scale(k_group_most(k, most), power_of_2, &inverse);
+        const k_f32 scale =
+            ll_scale(k_float(k_group_most(k, most, K_CASTERS)), power_of_2, &inverse);
         K_UNROLL for (k_i32 i = 0; i < K_CAST_CHANNELS; i++) {
             out[i] = k_to_e4m3(v[i] * scale);
         }
