@@ -969,6 +969,17 @@ ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args 
 /* In a group with EP_GROUP_LL_EXACT: every expert's row travels as it is, so sums are rounded once;
  * that takes K rows of a token across the link where else one of each rank would do. */
 #define EP_LL_EXACT 4u
+/*
+ * LogFMT-10: the row of an answer that travels, also to this rank itself, has 10 bits for a channel
+ * where that can be told apart, with all other flags and weights. H is a multiple of 128. Channels
+ * are taken in blocks of 1024 where H is a multiple of that, else of 512, the last perhaps shorter.
+ * A block is encoded if in every 128 of its channels the largest magnitude is below 1 and some other is
+ * less; else it travels as it is. Of 128 channels a and b are log2 of the largest and the least
+ * magnitude, b at least a - 32: a channel becomes the nearest of +-2^(b + i * s), s = (a - b) / 510, i
+ * 0..510, and 0 where +-2^(b - s) would be nearer; but for 2^-16 in an exponent. As that number it is
+ * added in float32, the same on every backend.
+ */
+#define EP_LL_LOGFMT 16u
 
 /*
  *   x       [L * N][H] EP_BF16, rows contiguous: the answers, in the rows of recv_x (L: 1 with
@@ -988,7 +999,7 @@ ep_status ep_ll_dispatch_recv(ep_group *group, const struct ep_ll_dispatch_args 
  */
 struct ep_ll_combine_args {
     uint32_t size;
-    uint32_t flags;      /* EP_LL_EXACT or EP_LL_COMPACT, or 0 */
+    uint32_t flags;      /* EP_LL_EXACT or EP_LL_COMPACT, and EP_LL_LOGFMT */
     int32_t max_tokens;  /* as of the dispatch */
     int32_t num_workers; /* of this call; 0: the group's */
     struct ep_tensor *handle;

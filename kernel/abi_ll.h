@@ -92,7 +92,10 @@ struct k_ll_region {
 #define K_LL_SIG_WEIGHTS_NOW 8u /* of a combine: it brings the weights */
 #define K_LL_SIG_EXACT 16u      /* of a combine: every expert's row travels as it is */
 #define K_LL_SIG_COMPACT 32u    /* one row at the receiver, whatever its experts */
+#define K_LL_SIG_LOGFMT 64u     /* of a combine: rows travel as kernel/ll_logfmt.h says */
 #define K_LL_GROUP 128
+#define K_LL_STAGE_BYTES                                                                       \
+    (2048 + 32) /* behind the scratch of each warp: a block in LogFMT, its metadata */
 #define K_LL_MOST_SLICES 8
 #define K_LL_CUT_BELOW 128 /* tokens: rows of so many or more are not cut */
 

@@ -11,6 +11,7 @@
  *            the rows of its selections, weighed, in the order of k
  */
 #include "kernel/ll.h"
+#include "kernel/ll_logfmt.h"
 
 #define K_LL_EXACT_ROWS 4
 
@@ -19,9 +20,10 @@ static K_INLINE struct k_term *ll_terms(struct k_thread *k) {
 }
 _Static_assert(K_MAX_TOPK * sizeof(struct k_term) <= K_SCRATCH_BYTES(1), "a warp's scratch");
 
-/* The warp's part of a slice. */
-static K_INLINE struct ll_span ll_warp_part(const struct k_thread *k, struct ll_span slice) {
-    struct ll_span part = ll_cut(slice.end - slice.from, 16 * K_LANES, k->num_warps, k->warp);
+/* The warp's part of a slice, in whole `unit` bytes. */
+static K_INLINE struct ll_span ll_warp_part(const struct k_thread *k, struct ll_span slice,
+                                            k_i32 unit) {
+    struct ll_span part = ll_cut(slice.end - slice.from, unit, k->num_warps, k->warp);
     part.from += slice.from;
     part.end += slice.from;
     return part;
@@ -122,6 +124,61 @@ static K_FN void ll_send_exact(struct k_thread *k, const struct k_ll_combine_arg
     }
 }
 
+/* Behind a warp's terms, for all warps of the block: the bytes of its block, in rounds by turns. */
+static K_INLINE k_i32 *ll_told(struct k_thread *k, k_i32 warp, k_i32 turn) {
+    return (k_i32 *)((k_u8 *)k_shared(k) + (k_u64)warp * (k_u64)k->g->scratch_bytes +
+                     K_MAX_TOPK * sizeof(struct k_term)) +
+           turn;
+}
+
+/*
+ * LogFMT: where a block begins depends on what those before it have become. So the warps take blocks of
+ * the row (exact: of all rows) in rounds, and tell each other how long theirs are. Who does not go takes
+ * part in that. False: weights do not come.
+ */
+static K_FN k_bool ll_send_logfmt(struct k_thread *k, const struct k_ll_combine_args *a,
+                                  const struct ll_call *c, const struct ll_header *h,
+                                  k_i32 owner, k_i32 j, k_i64 first, const k_i32 *place,
+                                  k_bool goes) {
+    const k_bool exact = (a->form & K_LL_SIG_EXACT) != 0;
+    const k_i32 block = ll_log_block_bytes(a->row_bytes);
+    const k_i32 each = (a->row_bytes + block - 1) / block;
+    const k_i32 all = each * (exact ? a->ll.head->topk : 1);
+    struct k_term *terms = ll_terms(k);
+    const k_i32 num = !goes ? 0 : exact ? 1 : ll_answer_terms(k, a, c, h, owner, j, 0, terms);
+    k_i32 at = 0;
+    for (k_i32 base = 0; base < all; base += k->num_warps) {
+        const k_i32 u = base + k->warp, turn = base / k->num_warps & 1;
+        const k_i32 row = exact && u < all ? place[u / each] : 0;
+        const k_bool has = num > 0 && u < all && row >= 0;
+        const k_i32 from = u % each * block, end = k_min(from + block, a->row_bytes);
+        const struct k_peer answer = ll_answer_at(a, c, owner, first + (has ? u / each : 0));
+        k_bool encoded = 0;
+        k_i32 mine = 0;
+        if (exact && has && k->lane == 0) {
+            terms->row = (const void *)k_row(&a->x, row);
+            terms->weight = 1.0f;
+        }
+        k_syncwarp(k);
+        if (has) {
+            encoded = ll_log_make(k, terms, num, from, end, answer);
+        }
+        if (k->lane == 0) {
+            *ll_told(k, k->warp, turn) = has ? ll_log_bytes(end - from, encoded) : 0;
+        }
+        k_barrier(k, 1);
+        for (k_i32 w = 0; w < k->num_warps; w++) {
+            at = (base + w) % each ? at : a->row_bytes / 64;
+            mine = w == k->warp ? at : mine;
+            at += *ll_told(k, w, turn);
+        }
+        if (has) {
+            ll_log_store(k, k_peer_plus(answer, (k_u64)mine), end - from, encoded);
+        }
+    }
+    return num >= 0;
+}
+
 static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine_args *a,
                                    const struct ll_call *c, const struct ll_header *h,
                                    k_i32 owner, k_i32 j, k_i32 slice, k_i32 slices) {
@@ -129,13 +186,17 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
     const k_i64 row = ll_row_of(ll, owner, j, 1);
     const k_i64 token = ((const k_i32 *)ll_in_handle(ll, ll->map.token))[row];
     const k_i32 *place = (const k_i32 *)ll_in_handle(ll, ll->map.place) + row * ll->group_topk;
-    const struct ll_span part = ll_warp_part(k, ll_cut(a->row_bytes, 16, slices, slice));
+    const struct ll_span part =
+        ll_warp_part(k, ll_cut(a->row_bytes, 16, slices, slice), 16 * K_LANES);
     const k_u32 weighted = K_LL_SIG_WEIGHTS | K_LL_SIG_WEIGHTS_NOW;
     const k_bool exact = (a->form & K_LL_SIG_EXACT) != 0;
+    const k_i64 first = exact ? token * ll->head->topk : token;
     k_bool ok = ll_await_free(k, c, k->lane == 0 ? owner : -1);
     const k_bool goes = ok && !ll_any_gone(k);
-    if (goes && exact) {
-        ll_send_exact(k, a, c, owner, token * ll->head->topk, place, part);
+    if (a->form & K_LL_SIG_LOGFMT) {
+        ok = ll_send_logfmt(k, a, c, h, owner, j, first, place, goes) && ok;
+    } else if (goes && exact) {
+        ll_send_exact(k, a, c, owner, first, place, part);
     } else if (goes && part.from < part.end) {
         struct k_term *terms = ll_terms(k);
         const k_i32 num = ll_answer_terms(k, a, c, h, owner, j, part.from, terms);
@@ -154,8 +215,7 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
     }
     for (k_i32 i = k->lane; k->warp == 0 && i < (exact ? ll->head->topk : 1); i += K_LANES) {
         if (!exact || place[i] >= 0) {
-            const k_i64 answer = exact ? token * ll->head->topk + i : token;
-            const k_i64 word = answer * K_LL_MOST_SLICES + slice;
+            const k_i64 word = (first + i) * K_LL_MOST_SLICES + slice;
             k_publish(
                 k_peer_at(&a->g, owner,
                           ll_part(&a->g, c, &ll->map.answered, a->g.rank) + 8ull * (k_u64)word),
@@ -169,13 +229,13 @@ static K_INLINE k_i32 ll_rows_from(const struct k_ll *ll, k_i32 source) {
     return ((const k_i32 *)ll_in_handle(ll, ll->map.count))[source];
 }
 
-/* By what this rank answers. */
+/* By what this rank answers; LogFMT's rows are not cut, as their blocks lie one behind the other. */
 static K_FN k_i32 ll_answer_slices(const struct k_ll_combine_args *a) {
     k_i32 rows = 0;
     for (k_i32 p = 0; p < a->g.num_ranks; p++) {
         rows += ll_rows_from(&a->ll, p);
     }
-    return ll_slices(rows);
+    return a->form & K_LL_SIG_LOGFMT ? 1 : ll_slices(rows);
 }
 
 static K_INLINE void ll_combine_header(const struct k_ll_combine_args *a, struct ll_header *h) {
@@ -272,12 +332,17 @@ static K_FN k_bool ll_sum_part(struct k_thread *k, const struct k_ll_combine_arg
                                const struct ll_call *c, const struct ll_header *h, k_i32 t,
                                struct ll_span part) {
     struct k_term *terms = ll_terms(k);
-    const k_i32 num = ll_token_terms(k, a, c, h, t, part.from, terms);
+    const k_bool logfmt = (a->form & K_LL_SIG_LOGFMT) != 0;
+    const k_i32 num = ll_token_terms(k, a, c, h, t, logfmt ? 0 : part.from, terms);
     if (num < 0) {
         return 0;
     }
-    k_reduce(k, k_peer_own(k_row(&a->out, t) + (k_u64)part.from), K_BF16,
-             (a->form & K_LL_SIG_EXACT) != 0, part.end - part.from, terms, num);
+    if (logfmt) {
+        ll_log_reduce(k, k_peer_own(k_row(&a->out, t)), a->row_bytes, part, terms, num);
+    } else {
+        k_reduce(k, k_peer_own(k_row(&a->out, t) + (k_u64)part.from), K_BF16,
+                 (a->form & K_LL_SIG_EXACT) != 0, part.end - part.from, terms, num);
+    }
     k_syncwarp(k);
     return 1;
 }
@@ -319,11 +384,12 @@ static K_FN k_bool ll_sum_again(struct k_thread *k, const struct k_ll_combine_ar
 static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_combine_args *a,
                                       const struct ll_call *c, const struct ll_header *h) {
     const k_i32 slices = ll_slices(a->tokens);
+    const k_i32 unit = a->form & K_LL_SIG_LOGFMT ? K_LOG_STEP : 16 * K_LANES;
     ll_time_waits(k, c, &a->ll.map.header, K_PHASE_ANSWERS, 0, &a->wait_ns);
     for (k_i32 u = k->block; u < a->tokens * slices; u += k->num_blocks) {
         const k_i32 t = u / slices;
         const struct ll_span part =
-            ll_warp_part(k, ll_cut(a->row_bytes, 16 * K_LANES, slices, u % slices));
+            ll_warp_part(k, ll_cut(a->row_bytes, unit, slices, u % slices), unit);
         if (part.from < part.end && !ll_sum_part(k, a, c, h, t, part)) {
             return 0;
         }

@@ -30,6 +30,27 @@ static void build_weights(struct ll_step *s, uint64_t *state) {
     }
 }
 
+/*
+ * Rows for LogFMT: each 512 channels of all rows alike of one sort. Every third has 128 that cannot be
+ * encoded, for the reason `why`; of the rest 128 are near to each other, far apart, with zeros, or
+ * denormal.
+ */
+static void fill_logs(uint16_t *x, int64_t n, int64_t hidden, int why, uint64_t *state) {
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t part = i % hidden / 128, place = i % 128;
+        const uint64_t bits = tap_rand(state);
+        const int near = 110 + (int)(bits >> 16 & 7),
+                  far = 1 + (int)((bits >> 16 & 0xff) * 7 / 16);
+        const int exponent = part % 4 == 3 ? 0 : part % 4 == 1 ? far : near;
+        x[i] = (uint16_t)((bits & 0x807f) | (unsigned)exponent << 7);
+        x[i] = part % 4 == 2 && bits >> 60 < 5 ? 0 : x[i];
+        if ((part / 4 + why) % 3 == 0 && part % 4 == why % 4) {
+            const uint16_t odd[] = {0, 0x3b80, 0x3fc0, 0x7fc0, 0xff80};
+            x[i] = why % 5 < 2 || place == 77 ? odd[why % 5] : x[i];
+        }
+    }
+}
+
 /* Answers of every expert for its rows. */
 static void build_answers(struct ll_step *s, int rank, uint64_t *state) {
     const struct ref_recv *v = &s->recv[rank];
@@ -37,7 +58,12 @@ static void build_answers(struct ll_step *s, int rank, uint64_t *state) {
 
     a->x = pool_zero(&s->pool, (size_t)(v->num_rows * s->c.hidden) * 2);
     a->weights = v->expanded ? v->weights : NULL; /* one row, which is summed */
-    case_fill_finite(EP_BF16, a->x, v->num_rows * s->c.hidden, state);
+    if (s->logfmt) {
+        fill_logs((uint16_t *)(void *)a->x, v->num_rows * s->c.hidden, s->c.hidden,
+                  (int)(s->c.data_seed % 60), state);
+    } else {
+        case_fill_finite(EP_BF16, a->x, v->num_rows * s->c.hidden, state);
+    }
     if (!s->weights_now) {
         return;
     }
@@ -98,8 +124,9 @@ void ll_build(struct ll_step *s) {
     for (int r = 0; r < s->c.num_ranks; r++) {
         const uint8_t *none[2] = {NULL, NULL};
         s->y[r] = pool_zero(&s->pool, (size_t)(s->c.in[r].num_tokens * s->c.hidden) * 2);
-        if (s->exact) {
-            ref_combine_exact(&s->c.problem, r, &in, s->y[r]);
+        if (s->exact || s->logfmt) {
+            s->num_encoded +=
+                ref_combine_ll(&s->c.problem, r, &in, s->exact, s->logfmt, s->y[r]);
         } else {
             ref_combine(&s->c.problem, r, &in, none, s->y[r], NULL);
         }
@@ -149,6 +176,7 @@ void ll_steps_build(struct ll_steps *all, int num_ranks, uint64_t seed) {
         s->c.weights = i != 3;
         s->weights_now = i == 1 || i == 3;
         s->exact = i == 1 || i == 2;
+        s->logfmt = i == 1 || i == 3;
         s->flags |= i == 0 ? EP_LL_COMPACT : 0;
         s->num_workers = i == 2 ? 1 : 0;
         ll_build(s);
@@ -346,7 +374,8 @@ void ll_create(struct ll_run *r, struct world *w, const struct ll_step *s) {
     r->combine.max_tokens = s->max_tokens;
     r->combine.num_experts = r->dispatch.num_experts;
     r->combine.expert_rank = r->dispatch.expert_rank;
-    r->combine.flags = (s->exact ? EP_LL_EXACT : 0) | (s->flags & EP_LL_COMPACT);
+    r->combine.flags = (s->exact ? EP_LL_EXACT : 0) | (s->logfmt ? EP_LL_LOGFMT : 0) |
+                       (s->flags & EP_LL_COMPACT);
     r->combine.num_workers = s->num_workers;
     r->combine.handle = &r->t[LL_HANDLE];
     r->combine.x = &r->answers;

@@ -19,7 +19,7 @@ struct ll_step {
     uint32_t flags;     /* EP_LL_... */
     bool packed;        /* scales as exponents, four in an element */
     bool named_experts; /* the calls name the case's, the group has more */
-    bool exact;         /* combines */
+    bool exact, logfmt; /* combines */
     bool weights_now;   /* given to combine; those of the dispatch are not these */
     int num_workers;
     unsigned gone;   /* bits: ranks of which nothing comes; what the others get without them */
@@ -29,6 +29,7 @@ struct ll_step {
     struct ref_recv *recv;       /* [R] */
     struct ref_answers *answers; /* [R] of the experts */
     uint8_t **y;                 /* [R] what combine gives */
+    int num_encoded;             /* blocks of its answers, in LogFMT */
     struct ep_tensor *now;       /* [R] weights given to combine */
 };
 

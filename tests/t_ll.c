@@ -4,11 +4,13 @@
  * Low-latency dispatch and combine against the reference, every byte, in one call and in halves: casts,
  * scales, maps, routings, numbers of tokens and of ranks.
  */
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "tests/gpu.h"
 #include "tests/ll.h"
+#include "tests/ref_ll.h"
 #include "tests/tap.h"
 
 /* Outputs for so many experts have tens of megabytes, which ThreadSanitizer looks at one by one. */
@@ -75,6 +77,66 @@ static void values(uint64_t seed) {
         s.c.max_tokens = s.max_tokens = 256;
         ll_case(&s, false, i ? "every bf16 cast, powers of two" : "every bf16 cast");
     }
+}
+
+/* Rows of LogFMT with blocks that are encoded and others that are not; the last may be short. */
+static void logfmt(uint64_t seed) {
+    static const int hidden[] = {2048, 1280, 640, 1280, 128, 1024};
+    int num_encoded = 0;
+    for (int i = 0; i < 6; i++) {
+        struct ll_step s;
+        char name[64];
+        ll_init(&s, 2 + i % 3, seed + (uint64_t)i);
+        s.logfmt = true;
+        s.c.hidden = hidden[i];
+        s.exact = i % 2;
+        s.weights_now = i % 4 > 1;
+        s.c.weights = i != 2;
+        s.flags = i == 4 ? EP_LL_COMPACT : 0;
+        s.weights_now = s.weights_now && i != 4;
+        s.c.tokens = i == 5 ? TOKENS_ONE : TOKENS_MIXED;
+        snprintf(name, sizeof(name), "LogFMT%s, hidden %d", s.exact ? ", exact" : "",
+                 (int)s.c.hidden);
+        ll_case(&s, i == 1, name);
+        num_encoded += s.num_encoded;
+    }
+    ok(num_encoded > 0, "blocks were encoded: %d", num_encoded);
+}
+
+/* What the reference makes of a channel: of 511 numbers the nearest, but for 2e-5 of it, or 0. */
+static void log_values(uint64_t seed) {
+    bool good = true;
+    for (int i = 0; good && i < 2000; i++) {
+        uint16_t x[128];
+        float y[128];
+        double most = 0, least = 1;
+        const int top = i % 7 ? 0x3f7f : 0x90, most_apart = 2 + i * i / 256;
+        const int apart = most_apart < top ? most_apart : top + 1;
+        for (int j = 0; j < 128; j++) { /* neighbours, exponents far apart, denormals */
+            const uint64_t bits = tap_rand(&seed);
+            const int below = j < 2 ? j : (int)((bits >> 20 & 0x7fff) % (unsigned)apart);
+            x[j] = (uint16_t)((top - below) | (int)(bits & 0x8000));
+            const double v = fabs(ref_load(EP_BF16, &x[j]));
+            most = v > most ? v : most;
+            least = v < least ? v : least;
+        }
+        const double a = log2(most), b = fmax(log2(least), a - 32), step = (a - b) / 510;
+        const double edge = (exp2(b) + exp2(b - step)) / 2; /* below it is 0 */
+        good = ref_logfmt(x, 128, y) == 1;
+        for (int j = 0; good && j < 128; j++) {
+            const double v = ref_load(EP_BF16, &x[j]);
+            double best = 1;
+            for (int c = 0; c < 511; c++) {
+                best = fmin(best, fabs(exp2(b + c * step) - fabs(v)));
+            }
+            good = fabs((double)y[j] - v) <= best + fabs(v) * 2e-5 ||
+                   (y[j] == 0 && fabs(v) < edge * (1 + 2e-5));
+            if (!good) {
+                diag("%g of %g to %g became %g", v, least, most, (double)y[j]);
+            }
+        }
+    }
+    ok(good, "LogFMT's numbers are the nearest");
 }
 
 static void shapes(uint64_t seed) {
@@ -148,6 +210,8 @@ int main(void) {
     forms(seed);
     opaque(seed + 50);
     values(seed + 60);
+    logfmt(seed + 80);
+    log_values(seed + 90);
     shapes(seed + 100);
     return done_testing();
 }

@@ -101,6 +101,16 @@ static void arguments(struct world *w) {
     r.combine.flags = EP_LL_EXACT;
     arg(w, ll_combine(&r, CALL_BOTH, NULL), "EP_GROUP_LL_EXACT", "a group without that memory");
     r.combine = good_combine;
+    {
+        struct ep_tensor x = r.answers, y = r.t[LL_Y];
+        x.shape[1] = y.shape[1] = 200;
+        r.combine.flags = EP_LL_LOGFMT;
+        r.combine.x = &x;
+        r.combine.out = &y;
+        arg(w, ll_combine(&r, CALL_BOTH, NULL), "200 channels|EP_LL_LOGFMT|128",
+            "LogFMT of part of a division");
+    }
+    r.combine = good_combine;
     r.combine.out = NULL;
     arg(w, ll_combine(&r, CALL_BOTH, NULL), "out is NULL", "no output of combine");
     r.combine = good_combine;
@@ -147,12 +157,14 @@ enum difference {
     COMPACT,
     WEIGHTS_NOW,
     EXACT,
+    LOGFMT,
     NUM_DIFFERENCES
 };
 static const char *const difference_words[] = {
     "top-k is",       "max_tokens is",    "bytes of a row",        "weights are",
     "EP_LL_FP8 is|",  "POWER_OF_2 is",    "rows are of type EP_|", "scales of a row are",
-    "num_experts is", "EP_LL_COMPACT is", "weights are",           "EP_LL_EXACT is"};
+    "num_experts is", "EP_LL_COMPACT is", "weights are",           "EP_LL_EXACT is",
+    "EP_LL_LOGFMT is"};
 
 struct odd {
     struct ll_step s[2]; /* of rank 0 and of rank 1 */
@@ -205,6 +217,7 @@ static void differences(uint64_t seed) {
             s->c.num_scales = i == SCALES ? 4 - r : 0;
             s->weights_now = i == WEIGHTS_NOW && r;
             s->exact = i == EXACT && !r;
+            s->logfmt = i == LOGFMT && r;
             s->named_experts = i == EXPERTS;
             s->c.num_experts -= i == EXPERTS && r;
             s->flags = i == CAST         ? (r ? EP_LL_FP8 : 0)

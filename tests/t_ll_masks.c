@@ -132,8 +132,8 @@ static void without_answers(struct ll_run *r, int from) {
     }
     in[r->w->rank].ids = ids;
     p.in = in;
-    if (s->exact) {
-        ref_combine_exact(&p, r->w->rank, &c, r->want[LL_Y]);
+    if (s->exact || s->logfmt) {
+        ref_combine_ll(&p, r->w->rank, &c, s->exact, s->logfmt, r->want[LL_Y]);
     } else {
         ref_combine(&p, r->w->rank, &c, none, r->want[LL_Y], NULL);
     }

@@ -186,7 +186,8 @@ static void describe_ll_mismatch(const struct k_fault *k, char *out, size_t byte
                     {K_LL_SIG_POWER_OF_2, "EP_LL_SCALES_POWER_OF_2 is"},
                     {K_LL_SIG_WEIGHTS_NOW, "top-k weights are"},
                     {K_LL_SIG_EXACT, "EP_LL_EXACT is"},
-                    {K_LL_SIG_COMPACT, "EP_LL_COMPACT is"}};
+                    {K_LL_SIG_COMPACT, "EP_LL_COMPACT is"},
+                    {K_LL_SIG_LOGFMT, "EP_LL_LOGFMT is"}};
         int i = 0;
         while (!(differ & form[i].bit)) {
             i++;

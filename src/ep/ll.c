@@ -349,7 +349,7 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     EPI_TAKE(ep_ll_combine_args, &a, args);
     EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
     const uint32_t known =
-        EP_LL_COMPACT | (g->config.flags & EP_GROUP_LL_EXACT ? EP_LL_EXACT : 0);
+        EP_LL_COMPACT | EP_LL_LOGFMT | (g->config.flags & EP_GROUP_LL_EXACT ? EP_LL_EXACT : 0);
     if (a.flags & ~known) {
         return epi_fail(
             EP_ERR_ARG,
@@ -371,6 +371,10 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     EPI_TRY(check_handle(a.handle));
     const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
     EPI_TRY(check_lengths(&c, max_tokens));
+    if ((a.flags & EP_LL_LOGFMT) && hidden % K_LL_GROUP) {
+        return epi_fail(EP_ERR_ARG, "rows of %lld channels: with EP_LL_LOGFMT a multiple of %d",
+                        (long long)hidden, K_LL_GROUP);
+    }
     const struct epi_load load = {(int)hidden * 2, g->config.max_topk, true, true};
     epi_op_of_group(&op, &ll_combine_kind, g, workers_of(g, a.num_workers), &load);
     epi_experts_use(experts, &op.args.op.g);
@@ -381,7 +385,8 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     k->types = K_TYPES(EP_BF16, EP_DTYPE_NONE);
     k->form = (a.topk_weights ? K_LL_SIG_WEIGHTS_NOW : 0) |
               (a.flags & EP_LL_EXACT ? K_LL_SIG_EXACT : 0) |
-              (a.flags & EP_LL_COMPACT ? K_LL_SIG_COMPACT : 0);
+              (a.flags & EP_LL_COMPACT ? K_LL_SIG_COMPACT : 0) |
+              (a.flags & EP_LL_LOGFMT ? K_LL_SIG_LOGFMT : 0);
     k->tokens = (k_i32)c.dim[EPI_DIM_T]; /* -1, as of K 0: not known to this half */
     k->topk = c.dim[EPI_DIM_K] < 0 ? 0 : (k_i32)c.dim[EPI_DIM_K];
     k->ll.wire_bytes = epi_plan_ll_answer_bytes(k->row_bytes);

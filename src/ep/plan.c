@@ -149,7 +149,8 @@ struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, int s
 }
 
 int epi_plan_ll_answer_bytes(int row_bytes) {
-    return (int)align_up(row_bytes, K_LL_GROUP);
+    /* LogFMT that encodes nothing has its metadata besides. */
+    return (int)align_up(row_bytes + row_bytes / (2 * K_LL_GROUP) * 4, K_LL_GROUP);
 }
 
 /* Handles of low-latency mode; returns their bytes. */
@@ -393,7 +394,9 @@ int epi_plan_stage_bytes(int row_bytes) {
 
 size_t epi_plan_warp_bytes(const struct ep_group_config *c, const struct epi_plan *p) {
     const int stage = epi_plan_stage_bytes(c->max_row_bytes);
-    return (size_t)K_SCRATCH_BYTES(p->max_dests) + (size_t)K_RING_BYTES(EPI_HOST_STAGES, stage);
+    const int ring = K_RING_BYTES(EPI_HOST_STAGES, stage);
+    return (size_t)K_SCRATCH_BYTES(p->max_dests) +
+           (size_t)(c->ll_max_tokens && ring < K_LL_STAGE_BYTES ? K_LL_STAGE_BYTES : ring);
 }
 
 size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p,

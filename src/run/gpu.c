@@ -22,7 +22,8 @@
 #define MOST_STAGES 8 /* as many as K_MOVER_STAGES of lang_cuda_tma.h */
 #define MOST_STAGES_GENERIC 4
 #define MOST_STAGE_BYTES 4096
-#define LEAST_STAGE_BYTES 512
+#define LEAST_STAGE_BYTES 1024
+_Static_assert(K_RING_BYTES(STAGES, LEAST_STAGE_BYTES) >= K_LL_STAGE_BYTES, "is in its place");
 
 /* One per set, device, number of warps and mover; guarded by `mutex`, freed never. */
 struct loaded {
