@@ -175,13 +175,15 @@ def ll_dispatch(group: Any, x: Array, topk_ids: Array, *,
 
 
 def ll_combine(group: Any, x: Array, received: LowLatency, *, out: Optional[Array] = None,
-               hook: bool = False, stream: Any = None, **fields: Any) -> Any:
+               logfmt: bool = False, hook: bool = False, stream: Any = None, **fields: Any) -> Any:
     """The answers [L, N, H] back to the owners of the tokens, summed there. Collective. Returns the
-    sums, or with `hook` the sums and the function that receives them."""
+    sums, or with `hook` the sums and the function that receives them. `logfmt`: in 10 bits for each
+    channel, see LL_LOGFMT."""
     if out is None:
         out = _empty(x, (received.tokens, x.shape[-1]))
     args = dict(fields, handle=received.handle, x=x.reshape((-1, x.shape[-1])), out=out,
-                max_tokens=received.max_tokens, stream=stream)
+                max_tokens=received.max_tokens, stream=stream,
+                flags=fields.get("flags", 0) | logfmt * _ep.LL_LOGFMT)
     then = _in_halves(hook, group.ll_combine, group.ll_combine_send, group.ll_combine_recv, args)
     return (out, then) if hook else out
 

@@ -112,6 +112,22 @@ def end(way, event, hook):
 
 
 @on_ranks(4)
+def test_answers_travel_in_logfmt(group):
+    buffer, b = buffer_of(group), Decode(group)
+    for way in ({}, {"return_recv_hook": True}):
+        data, _, handle, _, _ = buffer.low_latency_dispatch(b.x, b.topk_idx, M, 16, use_fp8=False)
+        answers = b.answers(data)
+        for scale in (2.0 ** 8, 2.0 ** -10):  # some channels are above 1: as they are; all are below
+            got, event, hook = buffer.low_latency_combine(
+                (answers.float() * scale).bfloat16(), b.topk_idx, b.topk_weights, handle,
+                use_logfmt=True, **way)
+            end(way, event, hook)
+            got, want = got.double() / scale, b.sums().double()
+            assert len(b.x) == 0 or torch.equal(got, want) == (scale > 1)
+            assert (got - want).norm() <= 0.01 * want.norm()
+
+
+@on_ranks(4)
 def test_rows_are_cast_to_fp8_with_scales_column_major(group):
     for hidden in (512, 640):
         buffer, b = buffer_of(group), Decode(group, hidden=hidden)

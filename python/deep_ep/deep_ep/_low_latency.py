@@ -94,7 +94,7 @@ class LowLatency:
         """(combined_x, event, hook). Collective."""
         self._low_latency("low_latency_combine")
         host_check(not (zero_copy and use_logfmt), "zero_copy and use_logfmt must not both be set")
-        refuse(overlap=overlap, src_signals=src_signals is not None, use_logfmt=use_logfmt)
+        refuse(overlap=overlap, src_signals=src_signals is not None)
         self._check_waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
         routing = Routing.find(handle)
         host_check(routing.memory is not None, "handle is of dispatch, not of low_latency_dispatch")
@@ -122,7 +122,8 @@ class LowLatency:
                    f"out must be contiguous bfloat16 [{tokens}, {hidden}]")
         args = dict(handle=routing.memory, x=x.detach().view(local * rows, hidden),
                     topk_weights=topk_weights, out=out, max_tokens=most,
-                    wait_ns=combine_wait_recv_cost_stats, num_experts=num_experts)
+                    wait_ns=combine_wait_recv_cost_stats, num_experts=num_experts,
+                    flags=ep.LL_LOGFMT if use_logfmt else 0)
         event, hook = self._run(routing.group, "ll_combine", args, async_finish, return_recv_hook)
         return out, event, hook
 
