@@ -23,6 +23,7 @@
 struct k_ll_ctl {
     k_u64 sent[K_LL_KINDS];
     k_u64 received[K_LL_KINDS][2]; /* by slot */
+    k_u64 lost;                    /* not 0: a dispatch has failed; handles may hold anything */
     /* What follows is of groups with masks. */
     k_u64 kernels;           /* counts all of this mode, as the others count */
     k_u64 floor[K_LL_KINDS]; /* numbers that the last barrier has agreed; even */

@@ -416,7 +416,8 @@ static K_FN void ll_combine_run(struct k_thread *k, const struct k_ll_combine_ar
                                 const struct ll_call *c) {
     struct ll_header h;
     ll_combine_header(a, &h);
-    const k_bool ok = (!c->sends || ll_combine_send(k, a, c, &h)) &&
+    const k_bool ok = k_load(&a->ll.ctl->lost) == 0 &&
+                      (!c->sends || ll_combine_send(k, a, c, &h)) &&
                       (!c->receives || ll_combine_receive(k, a, c, &h));
     if (!ok || (ll_is_mender(k, c) && !ll_sum_again(k, a, c, &h))) {
         ll_fail(k);

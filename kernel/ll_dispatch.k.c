@@ -28,6 +28,7 @@ K_KERNEL(low_latency, dispatch, k_ll_dispatch_args) {
     }
     if (!ok) {
         ll_fail(k);
+        k_store(&c.ll->ctl->lost, 1); /* for combines that are queued behind this */
     }
     if (ok && ll_is_mender(k, &c)) {
         ll_wipe(k, a, &c, &s);

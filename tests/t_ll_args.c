@@ -314,6 +314,26 @@ static void leaves(struct world *w) {
     ll_destroy(&r);
 }
 
+/* It leaves without having sent. A combine is queued behind the dispatch that finds this out, of a handle
+ * that holds anything. */
+static void quits(struct world *w) {
+    struct ll_run r;
+    void *stream;
+
+    ll_create(&r, w, w->ctx);
+    if (w->rank == 0 && world_is(w, call_stream_create(&stream, w->group), EP_OK, "stream")) {
+        world_is(w, ll_dispatch(&r, CALL_BOTH, stream), EP_OK, "dispatch");
+        const ep_status queued = ll_combine(&r, CALL_BOTH, stream);
+        const ep_status found = call_stream_sync(w->group, stream);
+        world_check(w, found == EP_ERR_PEER || queued == EP_ERR_PEER, "%s, %s",
+                    ep_status_string(queued), ep_status_string(found));
+        call_stream_destroy(w->group, &stream);
+    } else {
+        tap_sleep_ms(50);
+    }
+    ll_destroy(&r);
+}
+
 static void run(struct ll_step *s, void (*body)(struct world *), const char *name) {
     struct world_setup w;
 
@@ -340,6 +360,7 @@ int main(void) {
     run(&s, late, "a rank that does not come");
     run(&s, late_weights, "weights of a rank that does not come");
     run(&s, leaves, "a rank that has sent all and left");
+    run(&s, quits, "a rank that has left without sending");
     ll_free(&s);
     differences(seed + 1);
     return done_testing();

@@ -51,7 +51,7 @@ bool epi_group_faulted(ep_group *g) {
     const struct k_board *b = own_board(g);
     const k_u64 told = read_word(&b->told);
     return read_word(&b->abort) != 0 || (told != 0 && !is_goodbye(told)) ||
-           (g->backend->on_device && read_word(&b->failed) != 0);
+           read_word(&b->failed) != 0;
 }
 
 bool epi_group_is_over(ep_group *g, uint64_t n) {
