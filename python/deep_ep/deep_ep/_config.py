@@ -6,6 +6,8 @@ The chunk sizes of a Config mean nothing to libep, whose memory has no rings and
 are checked as DeepEP checks them and kept. What remains of a Config is num_sms: how many SMs a call
 may take. A size hint is what libep's own plan says for the shape that the caller names.
 """
+import functools
+
 import ep
 
 # What a hint without a number of tokens or top-k assumes: the shape that is published everywhere.
@@ -15,9 +17,10 @@ NODE_RANKS = 8  # DeepEP's: ranks of a node in its handles
 
 
 def host_check(holds, sentence):
-    """DeepEP's host assertion: RuntimeError, here with a sentence that names the argument."""
+    """DeepEP's host assertion: RuntimeError, here with a sentence that names the argument, or what
+    makes one: calls that are made for every layer do not format what nobody reads."""
     if not holds:
-        raise RuntimeError(sentence)
+        raise RuntimeError(sentence() if callable(sentence) else sentence)
 
 
 def round_up(n, unit):
@@ -84,6 +87,7 @@ _DEFAULTS = {
 }
 
 
+@functools.lru_cache(None)
 def default_config(num_sms, num_ranks, combine):
     """DeepEP's, or of a number of ranks that it does not know, that of the next one it does."""
     known = min((n for n in _DEFAULTS if n >= num_ranks), default=160)

@@ -46,20 +46,20 @@ class LowLatency:
         most, ranks = num_max_dispatch_tokens_per_rank, self.group_size
         host_check(x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16 and
                    x.size(1) % 128 == 0,
-                   f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be contiguous "
-                   f"bfloat16 [tokens, hidden] with hidden a multiple of 128")
-        host_check(x.size(0) <= most, f"x has {x.size(0)} rows, num_max_dispatch_tokens_per_rank is "
-                                      f"{most}")
+                   lambda: f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
+                   f"contiguous bfloat16 [tokens, hidden] with hidden a multiple of 128")
+        host_check(x.size(0) <= most, lambda: f"x has {x.size(0)} rows, "
+                   f"num_max_dispatch_tokens_per_rank is {most}")
         _layout.check_ids(topk_idx, x.size(0))
         host_check(num_experts > 0 and num_experts % ranks == 0,
-                   f"num_experts is {num_experts}, must be a multiple of the {ranks} ranks")
+                   lambda: f"num_experts is {num_experts}, must be a multiple of the {ranks} ranks")
         host_check(round_scale or not use_ue8m0, "use_ue8m0 needs round_scale")
         host_check(not (async_finish and return_recv_hook),
                    "async_finish and return_recv_hook must not both be set")
         local, rows, hidden = num_experts // ranks, ranks * most, x.size(1)
         totals = cumulative_local_expert_recv_stats
         host_check(totals is None or (totals.dtype == torch.int32 and totals.shape == (local,)),
-                   f"cumulative_local_expert_recv_stats must be int32 [{local}]")
+                   lambda: f"cumulative_local_expert_recv_stats must be int32 [{local}]")
 
         group = runtime.group_for(max_tokens=most, num_experts=num_experts, max_topk=topk_idx.size(1),
                                   max_row_bytes=2 * hidden, ll_max_tokens=most)
@@ -102,24 +102,24 @@ class LowLatency:
         local, rows, tokens = num_experts // self.group_size, routing.rows, routing.tokens
         host_check(x.dim() == 3 and x.is_contiguous() and x.dtype == torch.bfloat16 and
                    x.shape[:2] == (local, rows),
-                   f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be contiguous "
-                   f"bfloat16 [{local}, {rows}, hidden]")
+                   lambda: f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
+                   f"contiguous bfloat16 [{local}, {rows}, hidden]")
         if zero_copy:
             host_check(routing.answers is not None and routing.answers.shape == x.shape,
-                       f"zero_copy needs get_next_low_latency_combine_buffer of this handle before, and "
-                       f"an x of its shape, not {list(x.shape)}")
+                       lambda: "zero_copy needs get_next_low_latency_combine_buffer of this handle "
+                       f"before, and an x of its shape, not {list(x.shape)}")
             x = routing.answers
         _layout.check_ids(topk_idx, tokens)
         host_check(topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape,
-                   f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, must be "
-                   f"float32 {list(topk_idx.shape)}, as topk_idx")
+                   lambda: f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, must "
+                   f"be float32 {list(topk_idx.shape)}, as topk_idx")
         host_check(not (async_finish and return_recv_hook),
                    "async_finish and return_recv_hook must not both be set")
         hidden = x.size(2)
         if out is None:
             out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
         host_check(out.shape == (tokens, hidden) and out.dtype == x.dtype and out.is_contiguous(),
-                   f"out must be contiguous bfloat16 [{tokens}, {hidden}]")
+                   lambda: f"out must be contiguous bfloat16 [{tokens}, {hidden}]")
         args = dict(handle=routing.memory, x=x.detach().view(local * rows, hidden),
                     topk_weights=topk_weights, out=out, max_tokens=most,
                     wait_ns=combine_wait_recv_cost_stats, num_experts=num_experts,
@@ -142,7 +142,7 @@ class LowLatency:
         """(event, hook) of an operation. With a hook, both halves run on the stream that is current
         now; the hook holds all tensors, and so does the event of an asynchronous call."""
         runtime = self.runtime
-        stream = torch.cuda.current_stream() if runtime.cuda else None
+        stream = runtime.current_stream()
 
         def call(method, **kw):
             self._masking(group, getattr(group.ep, method), **kw)
@@ -154,7 +154,7 @@ class LowLatency:
             call(name, stream=stream, **args)
             return EventOverlap(), None
         if runtime.cuda:
-            runtime.comm_stream.wait_stream(stream)
+            runtime.comm_stream.wait_stream(torch.cuda.current_stream())
             call(name, stream=runtime.comm_stream, **args)
             passed = torch.cuda.Event()
             passed.record(runtime.comm_stream)
@@ -179,7 +179,7 @@ class LowLatency:
     def _shrinking(self, method):
         runtime = self._low_latency(method)
         host_check(self.enable_shrink, f"{method} needs a Buffer made with enable_shrink=True")
-        return runtime._group, dict(stream=torch.cuda.current_stream() if runtime.cuda else None)
+        return runtime._group, dict(stream=runtime.current_stream())
 
     def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
         """Masks a rank here, from the next call on, or wants it back at the next cleaning."""

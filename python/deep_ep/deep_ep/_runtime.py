@@ -16,6 +16,7 @@ import ep
 import torch
 
 from ._config import NODE_RANKS, first_recv_rows, host_check
+from ._layout import layout
 from .utils import EventHandle, EventOverlap, on_cuda
 
 log = logging.getLogger("deep_ep")
@@ -58,10 +59,16 @@ class Group:
                            device_index=runtime.device_index,
                            flags=ep.GROUP_LL_MASKS if runtime.masks else 0, **needs)
         self.plan = self.ep.plan()
-        self._stream = None
+        self._stream = self._layouts = None
 
     def holds(self, needs):
         return all(self.needs[name] >= n for name, n in needs.items())
+
+    def layouts(self):
+        """The handle that layouts are computed with, one after the other."""
+        if self._layouts is None:
+            self._layouts = ep.Handle(self.ep, flags=ep.HANDLE_LENIENT_IDS)
+        return self._layouts
 
     def host_stream(self):
         if self._stream is None:
@@ -93,6 +100,10 @@ class Runtime:
         host_check(len(set(kinds)) == 1, "the ranks make different Buffers: " + "; ".join(
             f"rank {r} {kind}" for r, kind in enumerate(kinds)))
 
+    def current_stream(self):
+        """As a number: what an object costs, a call without events need not pay."""
+        return torch._C._cuda_getCurrentRawStream(self.device_index) if self.cuda else None
+
     def is_available(self):
         return True
 
@@ -114,6 +125,14 @@ class Runtime:
         group = self._group
         return group if group is not None and group.holds(needs) else \
             self.grow(dict(needs, max_tokens=max(tokens, needs.get("max_tokens", 0))))
+
+    def layout(self, topk_idx, num_experts):
+        tokens, topk = topk_idx.shape
+        with self.lock:
+            group = self._group
+            known = group is not None and group.holds(
+                dict(num_experts=num_experts, max_tokens=tokens, max_topk=topk))
+            return layout(topk_idx, num_experts, self.size, group.layouts() if known else None)
 
     def grow(self, needs, lacking=None):
         """A larger group; `lacking` is what an operation of the last one has raised."""
@@ -149,6 +168,9 @@ def _text(needs):
     return ", ".join(f"{name} {n}" for name, n in needs.items() if n)
 
 
+AS_IT_IS = contextlib.nullcontext()
+
+
 class Call:
     """
     Where a normal-mode call runs and what it returns as its event. An asynchronous call runs on the
@@ -161,11 +183,14 @@ class Call:
         host_check(not allocate_on_comm_stream or (before is not None and async_finish),
                    "allocate_on_comm_stream needs a previous_event with an event, and async_finish")
         self.runtime, self.before, self.is_async = runtime, before, async_finish
-        self.allocating = contextlib.nullcontext()
+        self.allocating = AS_IT_IS
         self.compute = self.stream = None
         if not runtime.cuda:
             if before is not None and not async_finish:
                 before.current_stream_wait()
+            return
+        if before is None and not async_finish:
+            self.stream = runtime.current_stream()
             return
         self.compute = torch.cuda.current_stream()
         self.stream = runtime.comm_stream if async_finish else self.compute

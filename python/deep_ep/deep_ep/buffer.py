@@ -122,11 +122,20 @@ class Buffer(LowLatency):
         return self._alive().comm_stream or torch.cpu.current_stream()
 
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
-        """Memory of the size that the Buffer was made with, zeroed; not libep's arena, which no
-        caller may write to. Engines clear DeepEP's memory through it after a fault; here nothing
-        has to be cleared."""
-        num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        flat = torch.zeros(num_bytes - offset, dtype=torch.int8, device=self._alive().device)
+        """The memory that low-latency rows travel through, from its byte `offset` on; engines clear
+        it after a fault, which is allowed while nothing is in flight, and needless. Before there is
+        any, and of throughput mode, whose memory no caller may write to, zeroed memory of the size
+        that the Buffer was made with."""
+        runtime = self._alive()
+        group = runtime._group
+        if use_rdma_buffer and group is not None and group.needs["ll_max_tokens"]:
+            view = ep.Tensor()
+            group.ep.ll_memory(view=view)
+            flat = torch.from_dlpack(view)
+        else:
+            num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+            flat = torch.zeros(num_bytes, dtype=torch.uint8, device=runtime.device)
+        flat = flat[offset:]
         flat = flat[:flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         if size is None:
             return flat
@@ -148,17 +157,16 @@ class Buffer(LowLatency):
         _layout.check_ids(topk_idx)
         host_check(num_experts > 0, f"num_experts is {num_experts}, must be above 0")
         call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
-        if not runtime.cuda:
+        if not (runtime.cuda and async_finish):
             if async_finish and call.before is not None:
                 call.before.current_stream_wait()
-            out = _layout.layout(topk_idx, num_experts, self.group_size)
+            out = runtime.layout(topk_idx, num_experts)
         else:
             with torch.cuda.stream(call.stream):
-                out = _layout.layout(topk_idx, num_experts, self.group_size)
-            if async_finish:  # it all came from the comm stream's memory
-                for t in out:
-                    if t is not None:
-                        t.record_stream(call.compute)
+                out = runtime.layout(topk_idx, num_experts)
+            for t in out:  # it all came from the comm stream's memory
+                if t is not None:
+                    t.record_stream(call.compute)
         return out + (call.end(None, None, topk_idx),)
 
     def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None,
@@ -171,7 +179,7 @@ class Buffer(LowLatency):
         x, scales = x if isinstance(x, tuple) else (x, None)
         _check_rows("x", x)
         host_check(scales is None or (scales.dim() == 2 and scales.size(0) == x.size(0)),
-                   f"x[1], the scales, must be [{x.size(0)}, scales of a row]")
+                   lambda: f"x[1], the scales, must be [{x.size(0)}, scales of a row]")
         given = config is not None
         config = config if given else self.get_dispatch_config(self.group_size)
         workers = self._workers(given, config)
@@ -190,8 +198,8 @@ class Buffer(LowLatency):
         if topk_idx is not None:
             _layout.check_ids(topk_idx, x.size(0))
             host_check(topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape,
-                       f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, must be "
-                       f"float32 {list(topk_idx.shape)}, as topk_idx")
+                       lambda: f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, "
+                       f"must be float32 {list(topk_idx.shape)}, as topk_idx")
         host_check(not num_worst_tokens or topk_idx is not None,
                    "num_worst_tokens needs topk_idx and topk_weights")
         call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
@@ -231,7 +239,7 @@ class Buffer(LowLatency):
 
     def _dispatch_again(self, call, x, scales, routing, workers):
         host_check(x.size(0) == routing.tokens,
-                   f"x has {x.size(0)} rows, the handle is of {routing.tokens} tokens")
+                   lambda: f"x has {x.size(0)} rows, the handle is of {routing.tokens} tokens")
         x = x.detach()
         with call.allocating:
             recv_x = x.new_empty((routing.rows, x.size(1)))
@@ -318,14 +326,16 @@ class Buffer(LowLatency):
         bias = self._unpack_bias(bias)
         _check_rows("x", x)
         host_check(x.size(0) == routing.rows,
-                   f"x has {x.size(0)} rows, must have {routing.rows}, as recv_x of the handle")
+                   lambda: f"x has {x.size(0)} rows, must have {routing.rows}, as recv_x of the "
+                   "handle")
         for i, b in enumerate(bias):
             host_check(b is None or (b.shape == (routing.tokens, x.size(1)) and b.dtype == x.dtype
                                      and b.is_contiguous()),
-                       f"bias_{i} must be contiguous {x.dtype} [{routing.tokens}, {x.size(1)}]")
+                       lambda: f"bias_{i} must be contiguous {x.dtype} [{routing.tokens}, {x.size(1)}]")
         host_check(topk_weights is None or (
             topk_weights.dim() == 2 and topk_weights.size(0) == x.size(0) and
-            topk_weights.dtype == torch.float32), f"topk_weights must be float32 [{x.size(0)}, topk]")
+            topk_weights.dtype == torch.float32),
+            lambda: f"topk_weights must be float32 [{x.size(0)}, topk]")
         call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
         x = x.detach()
         topk_weights = None if topk_weights is None else topk_weights.detach().contiguous()
@@ -356,15 +366,15 @@ def _experts_of(rank, num_experts, num_ranks):
 
 def _check_rows(name, x):
     host_check(x.dim() == 2 and x.is_contiguous() and x.size(1) * x.element_size() % 16 == 0,
-               f"{name} is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be contiguous "
-               f"[tokens, hidden] with rows of a multiple of 16 bytes")
+               lambda: f"{name} is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
+               f"contiguous [tokens, hidden] with rows of a multiple of 16 bytes")
 
 
 def _check_layout(tokens, num_ranks, is_token_in_rank, num_tokens_per_expert):
     host_check(is_token_in_rank.dtype == torch.bool and is_token_in_rank.is_contiguous() and
                is_token_in_rank.shape == (tokens, num_ranks),
-               f"is_token_in_rank is {is_token_in_rank.dtype} {list(is_token_in_rank.shape)}, must be "
-               f"contiguous bool [{tokens}, {num_ranks}]")
+               lambda: f"is_token_in_rank is {is_token_in_rank.dtype} "
+               f"{list(is_token_in_rank.shape)}, must be contiguous bool [{tokens}, {num_ranks}]")
     host_check(num_tokens_per_expert.dim() == 1 and num_tokens_per_expert.dtype == torch.int32,
-               f"num_tokens_per_expert is {num_tokens_per_expert.dtype} "
+               lambda: f"num_tokens_per_expert is {num_tokens_per_expert.dtype} "
                f"{list(num_tokens_per_expert.shape)}, must be int32 [experts]")
