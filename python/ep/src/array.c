@@ -375,7 +375,20 @@ int epy_read_array(PyObject *array, const char *name, struct ep_tensor *t, struc
 
 int epy_current_stream(const struct source *s, void **stream) {
     const struct dl_exchange *e = s->exchange;
-    return e && e->current_stream ? e->current_stream(DL_CUDA, s->device_index, stream) : 0;
+    if (e && e->current_stream) {
+        return e->current_stream(DL_CUDA, s->device_index, stream);
+    }
+    /* Torch before it had such functions; another library's arrays go to the default stream. */
+    PyObject *torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
+    PyObject *cuda = torch ? PyObject_GetAttrString(torch, "cuda") : NULL;
+    PyObject *now =
+        cuda ? PyObject_CallMethod(cuda, "current_stream", "i", s->device_index) : NULL;
+    PyObject *number = now ? PyObject_GetAttrString(now, "cuda_stream") : NULL;
+    *stream = number ? PyLong_AsVoidPtr(number) : NULL;
+    Py_XDECREF(number);
+    Py_XDECREF(now);
+    Py_XDECREF(cuda);
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 /* ---- libep's own tensors ------------------------------------------------------------------ */

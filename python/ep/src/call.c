@@ -496,7 +496,8 @@ static struct record *set_up(struct frame *f, const struct call *call) {
 
 /* A CUDA group's work goes where the library of its tensors works, unless the caller says. */
 static int choose_stream(struct frame *f, const struct call *call) {
-    for (int i = 0; i < call->num_params && !f->has_stream && f->source.exchange; i++) {
+    const bool wanted = !f->has_stream && f->source.device == EP_DEVICE_CUDA;
+    for (int i = 0; i < call->num_params && wanted; i++) {
         if (call->params[i].kind == F_WHERE) {
             return epy_current_stream(&f->source, &f->arguments[i]);
         }
