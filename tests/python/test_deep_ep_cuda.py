@@ -63,6 +63,9 @@ def test_throughput_calls_are_captured_and_replayed(group):
         fresh, *_ = buffer.dispatch(x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank,
                                     num_tokens_per_expert=per_expert, topk_idx=b.topk_idx,
                                     topk_weights=b.topk_weights, num_worst_tokens=2 * len(x))
+    del handle  # what a graph uses lives on, whatever is collected and made
+    larger = Batch(group, tokens=300, hidden=256)
+    assert torch.equal(larger.dispatch(buffer)[0], larger.received(larger.xs))
     for seed in range(1, 6):
         other = Batch(group, seed=1)
         xs = [x * seed for x in other.xs]

@@ -143,6 +143,7 @@ class LowLatency:
         now; the hook holds all tensors, and so does the event of an asynchronous call."""
         runtime = self.runtime
         stream = runtime.current_stream()
+        runtime.keep_if_captured(group)
 
         def call(method, **kw):
             self._masking(group, getattr(group.ep, method), **kw)

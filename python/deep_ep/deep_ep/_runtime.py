@@ -95,6 +95,7 @@ class Runtime:
         self.lock = threading.RLock()
         self._group = None
         self._told = False  # that a dispatch was repeated
+        self._captured = set()
         kinds = gather(self.device.type + (", low latency" if low_latency_mode else "") +
                        (", shrink" if masks else ""))
         host_check(len(set(kinds)) == 1, "the ranks make different Buffers: " + "; ".join(
@@ -103,6 +104,12 @@ class Runtime:
     def current_stream(self):
         """As a number: what an object costs, a call without events need not pay."""
         return torch._C._cuda_getCurrentRawStream(self.device_index) if self.cuda else None
+
+    def keep_if_captured(self, used):
+        """A graph is replayed when the objects of its capture, and larger groups, have come and gone:
+        what its operations use must live on."""
+        if self.cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.add(used)
 
     def is_available(self):
         return True
@@ -132,6 +139,7 @@ class Runtime:
             group = self._group
             known = group is not None and group.holds(
                 dict(num_experts=num_experts, max_tokens=tokens, max_topk=topk))
+            self.keep_if_captured(group)
             return layout(topk_idx, num_experts, self.size, group.layouts() if known else None)
 
     def grow(self, needs, lacking=None):

@@ -240,6 +240,7 @@ class Buffer(LowLatency):
     def _dispatch_again(self, call, x, scales, routing, workers):
         host_check(x.size(0) == routing.tokens,
                    lambda: f"x has {x.size(0)} rows, the handle is of {routing.tokens} tokens")
+        self.runtime.keep_if_captured(routing)
         x = x.detach()
         with call.allocating:
             recv_x = x.new_empty((routing.rows, x.size(1)))
@@ -264,6 +265,7 @@ class Buffer(LowLatency):
                 group.ep, max_tokens=min(max(x.size(0), 1), group.needs["max_tokens"]),
                 max_topk=needs["max_topk"],
                 flags=ep.HANDLE_LENIENT_IDS), x.size(0), worst)
+            runtime.keep_if_captured(routing)
             routing.ep.route(num_experts=needs["num_experts"], stream=stream, **where)
             if capturing:
                 host_check(worst, "a dispatch without a handle waits for its counts, which a captured "
@@ -337,6 +339,7 @@ class Buffer(LowLatency):
             topk_weights.dtype == torch.float32),
             lambda: f"topk_weights must be float32 [{x.size(0)}, topk]")
         call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
+        runtime.keep_if_captured(routing)
         x = x.detach()
         topk_weights = None if topk_weights is None else topk_weights.detach().contiguous()
         with call.allocating:
