@@ -103,7 +103,8 @@ def work(rank, ranks, args):
         torch.cuda.set_device(rank % torch.cuda.device_count())
     else:
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=ranks)
+    nccl = cuda and ranks <= torch.cuda.device_count()  # which takes one rank of a GPU
+    dist.init_process_group("nccl" if nccl else "gloo", rank=rank, world_size=ranks)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     layer = Layer(rank, ranks, device)
     size = Buffer.get_low_latency_rdma_size_hint(args.most, HIDDEN, ranks, EXPERTS)

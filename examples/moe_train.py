@@ -189,7 +189,8 @@ def work(rank, ranks, args):
         torch.backends.cuda.matmul.allow_tf32 = False
     else:
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=ranks)
+    nccl = cuda and ranks <= torch.cuda.device_count()  # which takes one rank of a GPU
+    dist.init_process_group("nccl" if nccl else "gloo", rank=rank, world_size=ranks)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     buffer = Buffer(dist.group.WORLD, explicitly_destroy=True)
     text = read_text(args.text)

@@ -149,7 +149,7 @@ class Batch:
 
     def combined(self, answer, *bias):
         """The sum over the ranks, ascending, that each token of this rank was sent to."""
-        acc = torch.zeros(self.x.shape)
+        acc = torch.zeros_like(self.x, dtype=torch.float32)
         for b in bias:
             acc += b.float()
         for r in range(self.size):
