@@ -25,12 +25,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "rank_pools" not in item.fixturenames)
 
 
-def stream_of_its_own(device):
-    """Kernels of ranks wait for each other, so no two ranks may share a stream."""
+def place(rank, device):
+    """What a group is told of it, and the rank's stream, which no other may share: kernels of ranks
+    wait for each other."""
     if device == "cpu":
-        return contextlib.nullcontext()
+        return {}, contextlib.nullcontext()
     import torch
-    return torch.cuda.stream(torch.cuda.Stream())
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    return dict(device=device, device_index=torch.cuda.current_device()), \
+        torch.cuda.stream(torch.cuda.Stream())
 
 
 def run_ranks(num, function, device="cpu", **config):
@@ -42,8 +45,8 @@ def run_ranks(num, function, device="cpu", **config):
 
     def rank(r):
         try:
-            with stream_of_its_own(device), ep.Group(rank=r, num_ranks=num, world=world,
-                                                     device=device, **config) as group:
+            where, stream = place(r, device)
+            with stream, ep.Group(rank=r, num_ranks=num, world=world, **where, **config) as group:
                 results[r] = function(group)
         except BaseException:  # noqa: B902  (told by the main thread)
             errors.append(f"rank {r}: {traceback.format_exc()}")
