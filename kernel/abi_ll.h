@@ -96,7 +96,9 @@ struct k_ll_region {
 #define K_LL_SIG_LOGFMT 64u     /* of a combine: rows travel as kernel/ll_logfmt.h says */
 #define K_LL_GROUP 128
 #define K_LL_STAGE_BYTES                                                                       \
-    (2048 + 32) /* behind the scratch of each warp: a block in LogFMT, its metadata */
+    (2048 + 32)       /* behind the scratch of each warp: a block in LogFMT, its metadata */
+#define K_LL_WARPS 4  /* of a block on a GPU, at most */
+#define K_LL_BLOCKS 3 /* that share an SM, at most: so many have registers enough */
 #define K_LL_MOST_SLICES 8
 #define K_LL_CUT_BELOW 128 /* tokens: rows of so many or more are not cut */
 

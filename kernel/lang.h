@@ -22,9 +22,12 @@
  *               k_await_words, k_await_most   several posted words at once
  *               k_scan(k, x, &total)     sum of x over the lanes before this one, and over all
  *               k_most(k, x)             the largest x of a warp's lanes
+ *               k_sum(k, x)              the sum of x over a warp's lanes
+ *               k_from(k, x, lane)       the x of another lane
  *               k_ballot(k, yes)         the mask of the lanes that say yes
  *               k_same(k, x)             the mask of the lanes whose x is this lane's
  *               k_below(k), k_count(m)   the mask of lower lanes; how many lanes a mask has
+ *               k_lowest(m)              the number of the lowest bit of 64 that is set
  *               k_syncwarp(k)            lanes of a warp; orders their memory
  *               k_barrier(k, ok)         warps of a block; the AND of all ok
  * Rows          k_mover_*                a pipeline of row copies: load, wait, store (each lane
@@ -41,8 +44,9 @@
  *               k_load16(p), k_store16_to(peer, v)   16 bytes, at once; nowhere is allowed
  * 8-bit floats  K_CASTERS, K_CAST_CHANNELS   lanes that cast a group together; channels of each
  *               k_group_most(k, x, n)    the largest x of n lanes that are side by side
- *               k_to_e4m3(x)             nearest even, saturating; NaN is 0x7f
- *               k_store_cast(peer, b)    a lane's channels of a group
+ *               k_to_e4m3_pair(x, y)     two side by side: nearest even, saturating; NaN is 0x7f
+ *               k_store_cast(peer, four) a lane's channels of a group, four in a word
+ *               K_AHEAD                  pieces of 16 bytes that a lane may hold at once
  * Own words     k_load(p), k_store(p, w)  a word of this rank's, whole; they order nothing
  *               k_fetch_add(p, v)        adds, returns the old value, orders like release and acquire
  *               k_add(p, v)              adds to a sum that nobody waits for; orders nothing

@@ -31,6 +31,9 @@
 #else
 #define K_BLOCK_THREADS 256 /* rows pass through registers */
 #endif
+#if !defined(K_BLOCKS_PER_SM)
+#define K_BLOCKS_PER_SM 1
+#endif
 typedef bool k_bool;
 
 struct k_thread {
@@ -46,7 +49,7 @@ struct k_thread {
     static K_INLINE void name##_body(struct k_thread *k, const struct args_t *a);              \
     namespace deep_ep {                                                                        \
     namespace space {                                                                          \
-    __global__ void __launch_bounds__(K_BLOCK_THREADS, 1)                                      \
+    __global__ void __launch_bounds__(K_BLOCK_THREADS, K_BLOCKS_PER_SM)                        \
         name(const __grid_constant__ struct args_t args) {                                     \
         struct k_thread thread;                                                                \
         thread.block = (k_i32)blockIdx.x;                                                      \
@@ -220,6 +223,20 @@ static K_INLINE k_i32 k_count(k_u32 mask) {
 static K_INLINE k_u32 k_most(struct k_thread *k, k_u32 x) {
     (void)k;
     return __reduce_max_sync(0xffffffffu, x);
+}
+
+static K_INLINE k_u32 k_sum(struct k_thread *k, k_u32 x) {
+    (void)k;
+    return __reduce_add_sync(0xffffffffu, x);
+}
+
+static K_INLINE k_u32 k_from(struct k_thread *k, k_u32 x, k_i32 lane) {
+    (void)k;
+    return __shfl_sync(0xffffffffu, x, lane);
+}
+
+static K_INLINE k_i32 k_lowest(k_u64 mask) {
+    return __ffsll((long long)mask) - 1;
 }
 
 /* After polling by any lanes: what they have acquired goes on to the whole warp, and to the bulk

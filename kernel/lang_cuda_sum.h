@@ -58,10 +58,11 @@ static K_INLINE k_f32 k_float(k_u32 u) {
     return __uint_as_float(u);
 }
 
-/* ---- 8-bit floats: 16 lanes cast a group ------------------------------------------------------ */
+/* ---- 8-bit floats: 8 lanes cast a group ------------------------------------------------------- */
 
-#define K_CASTERS 16
-#define K_CAST_CHANNELS 8
+#define K_CASTERS 8
+#define K_CAST_CHANNELS 16
+#define K_AHEAD 4
 
 #include "kernel/lang_e4m3.h"
 
@@ -74,23 +75,19 @@ static K_INLINE k_u32 k_group_most(struct k_thread *k, k_u32 x, k_i32 lanes) {
     return x;
 }
 
-static K_INLINE k_u8 k_to_e4m3(k_f32 x) {
+static K_INLINE k_u32 k_to_e4m3_pair(k_f32 x, k_f32 y) {
 #if __CUDA_ARCH__ >= 890
     k_u16 two;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(x));
-    return (k_u8)two;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(y), "f"(x));
+    return two;
 #else
-    return k_to_e4m3_by_bits(x);
+    return (k_u32)k_to_e4m3_by_bits(x) | (k_u32)k_to_e4m3_by_bits(y) << 8;
 #endif
 }
 
-static K_INLINE void k_store_cast(struct k_peer at, const k_u8 *b) {
-    if (at.address) {
-        const k_u32 lo = (k_u32)b[0] | (k_u32)b[1] << 8 | (k_u32)b[2] << 16 | (k_u32)b[3] << 24;
-        const k_u32 hi = (k_u32)b[4] | (k_u32)b[5] << 8 | (k_u32)b[6] << 16 | (k_u32)b[7] << 24;
-        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at.address), "r"(lo), "r"(hi)
-                     : "memory");
-    }
+static K_INLINE void k_store_cast(struct k_peer at, const k_u32 *four) {
+    const struct k_16 v = {four[0], four[1], four[2], four[3]};
+    k_store16_to(at, v);
 }
 
 static K_INLINE k_f32 k_from_bf16(k_u16 h) {

@@ -195,6 +195,20 @@ static K_INLINE k_u32 k_most(struct k_thread *k, k_u32 x) {
     return x;
 }
 
+static K_INLINE k_u32 k_sum(struct k_thread *k, k_u32 x) {
+    (void)k;
+    return x;
+}
+
+static K_INLINE k_u32 k_from(struct k_thread *k, k_u32 x, k_i32 lane) {
+    (void)k, (void)lane;
+    return x;
+}
+
+static K_INLINE k_i32 k_lowest(k_u64 mask) {
+    return __builtin_ctzll(mask);
+}
+
 /* After polling: what the words announced is visible; here the load was an acquire. */
 static K_INLINE void k_acquired(struct k_thread *k) {
     (void)k;

@@ -28,19 +28,20 @@ static K_INLINE void k_store16_to(struct k_peer at, struct k_16 v) {
 /* One lane casts a whole group. */
 #define K_CASTERS 1
 #define K_CAST_CHANNELS 128
+#define K_AHEAD 16
 
 static K_INLINE k_u32 k_group_most(struct k_thread *k, k_u32 x, k_i32 lanes) {
     (void)k, (void)lanes;
     return x;
 }
 
-static K_INLINE k_u8 k_to_e4m3(k_f32 x) {
-    return k_to_e4m3_by_bits(x);
+static K_INLINE k_u32 k_to_e4m3_pair(k_f32 x, k_f32 y) {
+    return (k_u32)k_to_e4m3_by_bits(x) | (k_u32)k_to_e4m3_by_bits(y) << 8;
 }
 
-static K_INLINE void k_store_cast(struct k_peer at, const k_u8 *bytes) {
+static K_INLINE void k_store_cast(struct k_peer at, const k_u32 *four) {
     if (at.address) {
-        memcpy((void *)at.address, bytes, K_CAST_CHANNELS);
+        memcpy((void *)at.address, four, K_CAST_CHANNELS);
     }
 }
 

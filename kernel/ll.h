@@ -7,6 +7,13 @@
 #ifndef KERNEL_LL_H
 #define KERNEL_LL_H
 
+#if !defined(K_MOVER_GENERIC)
+#define K_MOVER_GENERIC 1 /* rows pass through registers */
+#endif
+#if !defined(K_BLOCK_WARPS) /* as src/run/gpu.c has it */
+#define K_BLOCK_WARPS 4
+#define K_BLOCKS_PER_SM 3
+#endif
 #include "kernel/lang.h"
 
 /* What a kernel is about: set by ll_begin, the same for all its warps. */
@@ -209,7 +216,9 @@ static K_FN k_bool ll_begin(struct k_thread *k, const struct k_group *g, const s
     c->kind = op == (k_i32)K_OP_LL_COMBINE ? 1 : 0;
     c->sends = (flags & K_LL_SEND) != 0;
     c->receives = (flags & K_LL_RECEIVE) != 0;
-    const k_u64 sent = ll_count(&ll->ctl->sent[c->kind]);
+    const k_u64 sent = ll_count(&ll->ctl->sent[c->kind]),
+                even = ll_count(&ll->ctl->received[c->kind][0]),
+                odd = ll_count(&ll->ctl->received[c->kind][1]);
     if (c->sends) {
         c->number = sent + 1; /* and another warp may be writing the handle */
     } else {
@@ -220,15 +229,17 @@ static K_FN k_bool ll_begin(struct k_thread *k, const struct k_group *g, const s
     c->tag = c->number ? K_LL_TAG(c->number) : 0;
     k->epoch = c->tag;
     if (c->number == 0 || c->number > sent + (c->sends ? 1 : 0) ||
-        ll_count(&ll->ctl->received[c->kind][c->slot]) != ll_before(c->number)) {
+        (c->slot ? odd : even) != ll_before(c->number)) {
         return ll_refuse(k, c->sends ? K_REFUSED_SEND : K_REFUSED_RECEIVE);
     }
     return 1;
 }
 
-/* By one warp, whoever has least else to do. */
+/* By one warp that has little else to do: in a dispatch blocks at the start have rows and at the end
+ * counts, in a combine nearly all have rows. */
 static K_INLINE void ll_hello(struct k_thread *k, const struct ll_call *c) {
-    if (k->block == k->num_blocks - 1 && k->warp == k->num_warps - 1) {
+    const k_i32 block = c->kind ? k->num_blocks - 1 : k->num_blocks * 5 / 8;
+    if (k->block == block && k->warp == k->num_warps - 1) {
         ll_tell_consumed(k, c->ll);
         if (k->mask.ll) {
             ll_hear(k, 1);
@@ -292,6 +303,42 @@ static K_FN void ll_time_waits(struct k_thread *k, const struct ll_call *c,
     k_syncwarp(k);
 }
 
+/*
+ * Until all ranks have received what this slot held before, where no masks tell them apart. By warps that
+ * may have nothing to send, so a rank may have received this operation, too, before they look; more it
+ * cannot have, as that needs what this kernel receives.
+ */
+static K_FN k_bool ll_await_all_free(struct k_thread *k, const struct ll_call *c) {
+    const k_u64 *words = (const k_u64 *)k_own(k->g, c->ll->map.consumed);
+    k_bool ok = 1;
+    if (k->mask.ll || c->number <= 2) {
+        return 1;
+    }
+    for (k_i32 p = k->lane; ok && p < k->g->num_ranks; p += K_LANES) {
+        const k_u64 *word = words + p * 2 * K_LL_KINDS + c->kind * 2 + c->slot;
+        struct k_spinner s = K_SPINNER;
+        for (;;) {
+            const k_u32 tag = (k_u32)(k_acquire(word) >> 32);
+            if (tag == K_LL_TAG(c->number - 2) || tag == c->tag) {
+                break;
+            }
+            if (!k_spin(k, &s, p, K_PHASE_CONSUMED)) {
+                ok = 0;
+                break;
+            }
+        }
+    }
+    ok = k_all(k, ok);
+    k_acquired(k);
+    return ok;
+}
+
+/* The same for one rank of each lane, with masks. */
+static K_INLINE k_bool ll_await_one_free(struct k_thread *k, const struct ll_call *c, k_i32 p) {
+    k->mask.is_gone = 0;
+    return !k->mask.ll || ll_await_free(k, c, p);
+}
+
 /* What must agree, as words of a header. */
 struct ll_header {
     k_u32 compared[K_LL_COMPARED];
@@ -334,16 +381,23 @@ static K_FN k_bool ll_await_header(struct k_thread *k, const struct ll_call *c, 
     return k_all(k, same);
 }
 
-/* Waits until slices `from` to `to` of a row are here, whose words begin at `words`; each lane for a
- * row of its own, NULL: none. */
+/* Waits until all slices of a row are here, whose words begin at `words` and say how many they are; each
+ * lane for a row of its own, NULL: none. */
 static K_FN k_bool ll_await_slices(struct k_thread *k, const struct ll_call *c,
-                                   const k_u64 *words, k_i32 slices, k_i32 p, k_i32 phase) {
-    k_bool ok = 1;
-    for (k_i32 i = 0; ok && i < K_LL_MOST_SLICES; i++) {
+                                   const k_u64 *words, k_i32 p, k_i32 phase) {
+    k_u32 slices = 0;
+    k_bool ok = k_await(k, words, c->tag, p, phase, &slices);
+    const k_i32 most = (k_i32)k_most(k, slices);
+    for (k_i32 i = 1; ok && i < most; i++) {
         k_u32 value = 0;
-        ok = k_await(k, words && i < slices ? words + i : 0, c->tag, p, phase, &value);
+        ok = k_await(k, i < (k_i32)slices ? words + i : 0, c->tag, p, phase, &value);
     }
     return ok;
+}
+
+/* This warp's number from the grid's end, where blocks are without rows if there are few. */
+static K_INLINE k_i32 ll_last_first(const struct k_thread *k) {
+    return (k->num_blocks - 1 - k->block) * k->num_warps + k->warp;
 }
 
 /* Blocks take units in turn: the first of this block, when `before` have been dealt. */

@@ -191,7 +191,7 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
     const k_u32 weighted = K_LL_SIG_WEIGHTS | K_LL_SIG_WEIGHTS_NOW;
     const k_bool exact = (a->form & K_LL_SIG_EXACT) != 0;
     const k_i64 first = exact ? token * ll->head->topk : token;
-    k_bool ok = ll_await_free(k, c, k->lane == 0 ? owner : -1);
+    k_bool ok = ll_await_one_free(k, c, k->lane == 0 ? owner : -1);
     const k_bool goes = ok && !ll_any_gone(k);
     if (a->form & K_LL_SIG_LOGFMT) {
         ok = ll_send_logfmt(k, a, c, h, owner, j, first, place, goes) && ok;
@@ -219,7 +219,7 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
             k_publish(
                 k_peer_at(&a->g, owner,
                           ll_part(&a->g, c, &ll->map.answered, a->g.rank) + 8ull * (k_u64)word),
-                K_WORD(c->tag, 1));
+                K_WORD(c->tag, slices));
         }
     }
     return 1;
@@ -230,12 +230,13 @@ static K_INLINE k_i32 ll_rows_from(const struct k_ll *ll, k_i32 source) {
 }
 
 /* By what this rank answers; LogFMT's rows are not cut, as their blocks lie one behind the other. */
-static K_FN k_i32 ll_answer_slices(const struct k_ll_combine_args *a) {
-    k_i32 rows = 0;
-    for (k_i32 p = 0; p < a->g.num_ranks; p++) {
-        rows += ll_rows_from(&a->ll, p);
+static K_FN k_i32 ll_answer_slices(struct k_thread *k, const struct k_ll_combine_args *a) {
+    k_u32 rows = 0;
+    for (k_i32 p = k->lane; p < a->g.num_ranks; p += K_LANES) {
+        rows += (k_u32)ll_rows_from(&a->ll, p);
     }
-    return a->form & K_LL_SIG_LOGFMT ? 1 : ll_slices(rows);
+    rows = k_sum(k, rows);
+    return a->form & K_LL_SIG_LOGFMT ? 1 : ll_slices((k_i32)rows);
 }
 
 static K_INLINE void ll_combine_header(const struct k_ll_combine_args *a, struct ll_header *h) {
@@ -249,9 +250,8 @@ static K_INLINE void ll_combine_header(const struct k_ll_combine_args *a, struct
 static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine_args *a,
                                    const struct ll_call *c, const struct ll_header *h) {
     const struct k_group *g = &a->g;
-    const k_i32 slices = ll_answer_slices(a);
+    const k_i32 slices = ll_answer_slices(k, a);
     k_i32 before = 0;
-    k_bool ok = 1;
     if (k_first(k, 0) == 0 && k->lane == 0) {
         a->ll.head->number[1] = c->number;
     }
@@ -260,8 +260,9 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
     if (weighs) {
         ll_push_weights(k, a, c);
     }
-    for (k_i32 p = k_first(k, 0); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
-        ok = ll_await_free(k, c, k->lane == 0 ? p : -1);
+    k_bool ok = ll_await_all_free(k, c);
+    for (k_i32 p = ll_last_first(k); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
+        ok = ll_await_one_free(k, c, k->lane == 0 ? p : -1);
         if (ok && !k->mask.is_gone) {
             ll_post_header(k, c, k_peer_at(g, p, ll_part(g, c, &a->ll.map.header, g->rank)), h,
                            0, (k_u32)slices);
@@ -288,8 +289,8 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
 /* The answers for token t from byte `from` on, when they are here, but for ranks that are left out; -1:
  * they will not be. */
 static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_args *a,
-                                 const struct ll_call *c, const struct ll_header *h, k_i32 t,
-                                 k_i32 from, struct k_term *terms) {
+                                 const struct ll_call *c, k_i32 t, k_i32 from,
+                                 struct k_term *terms) {
     const struct k_group *g = &a->g;
     const struct k_ll *ll = &a->ll;
     const k_bool exact = (a->form & K_LL_SIG_EXACT) != 0;
@@ -302,13 +303,11 @@ static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_a
         const k_i32 i = base + k->lane, d = i < a->ll.head->topk ? dest[i] : -1;
         const k_i32 p = d < 0 || ll_is_masked(k, K_LL_DEST_RANK(d)) ? -1 : K_LL_DEST_RANK(d);
         const k_i64 answer = exact ? (k_i64)t * a->ll.head->topk + i : t;
-        k_u32 rows = 0, slices = 1, all = 0;
+        k_u32 all = 0;
         k->mask.is_gone = 0;
         const k_u64 *words = p >= 0 ? ll_own_words(g, c, &ll->map.answered, p) : 0;
-        if (!ll_await_header(k, c, p >= 0 ? ll_own_words(g, c, &ll->map.header, p) : 0, p, h,
-                             &rows, &slices) ||
-            !ll_await_slices(k, c, words ? words + answer * K_LL_MOST_SLICES : 0, (k_i32)slices,
-                             p, K_PHASE_ANSWERS)) {
+        if (!ll_await_slices(k, c, words ? words + answer * K_LL_MOST_SLICES : 0, p,
+                             K_PHASE_ANSWERS)) {
             return -1;
         }
         const k_bool here = p >= 0 && !k->mask.is_gone;
@@ -329,11 +328,10 @@ static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_a
 
 /* Bytes part.from to part.end of token t's sum. */
 static K_FN k_bool ll_sum_part(struct k_thread *k, const struct k_ll_combine_args *a,
-                               const struct ll_call *c, const struct ll_header *h, k_i32 t,
-                               struct ll_span part) {
+                               const struct ll_call *c, k_i32 t, struct ll_span part) {
     struct k_term *terms = ll_terms(k);
     const k_bool logfmt = (a->form & K_LL_SIG_LOGFMT) != 0;
-    const k_i32 num = ll_token_terms(k, a, c, h, t, logfmt ? 0 : part.from, terms);
+    const k_i32 num = ll_token_terms(k, a, c, t, logfmt ? 0 : part.from, terms);
     if (num < 0) {
         return 0;
     }
@@ -347,12 +345,13 @@ static K_FN k_bool ll_sum_part(struct k_thread *k, const struct k_ll_combine_arg
     return 1;
 }
 
-/* Also from ranks that answer nothing a header is awaited: whoever differs is told so. */
+/* Also from ranks that answer nothing a header is awaited: whoever differs is told so. Before any answer
+ * is awaited, as one of a rank that differs may never come. */
 static K_FN k_bool ll_await_headers(struct k_thread *k, const struct k_ll_combine_args *a,
                                     const struct ll_call *c, const struct ll_header *h) {
     const struct k_group *g = &a->g;
     k_bool ok = 1;
-    for (k_i32 p = k_first(k, 0); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
+    for (k_i32 p = ll_last_first(k); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
         k_u32 rows = 0, slices = 1;
         k->mask.is_gone = ll_is_masked(k, p);
         ok = ll_await_header(k, c, ll_own_words(g, c, &a->ll.map.header, p), p, h, &rows,
@@ -364,7 +363,7 @@ static K_FN k_bool ll_await_headers(struct k_thread *k, const struct k_ll_combin
 /* By the warp that leaves last: answers of ranks that this kernel has left out were added by some and not
  * by others. Of the tokens that went there they are left out altogether. */
 static K_FN k_bool ll_sum_again(struct k_thread *k, const struct k_ll_combine_args *a,
-                                const struct ll_call *c, const struct ll_header *h) {
+                                const struct ll_call *c) {
     const struct k_ll *ll = &a->ll;
     for (k_i32 t = 0; t < a->tokens; t++) {
         const k_i32 *dest =
@@ -374,7 +373,7 @@ static K_FN k_bool ll_sum_again(struct k_thread *k, const struct k_ll_combine_ar
             again = again || (dest[i] >= 0 && ll_is_masked(k, K_LL_DEST_RANK(dest[i])));
         }
         const struct ll_span row = {0, a->row_bytes};
-        if (k_ballot(k, again) != 0 && !ll_sum_part(k, a, c, h, t, row)) {
+        if (k_ballot(k, again) != 0 && !ll_sum_part(k, a, c, t, row)) {
             return 0;
         }
     }
@@ -386,15 +385,18 @@ static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_comb
     const k_i32 slices = ll_slices(a->tokens);
     const k_i32 unit = a->form & K_LL_SIG_LOGFMT ? K_LOG_STEP : 16 * K_LANES;
     ll_time_waits(k, c, &a->ll.map.header, K_PHASE_ANSWERS, 0, &a->wait_ns);
+    if (!ll_await_headers(k, a, c, h)) {
+        return 0;
+    }
     for (k_i32 u = k->block; u < a->tokens * slices; u += k->num_blocks) {
         const k_i32 t = u / slices;
         const struct ll_span part =
             ll_warp_part(k, ll_cut(a->row_bytes, unit, slices, u % slices), unit);
-        if (part.from < part.end && !ll_sum_part(k, a, c, h, t, part)) {
+        if (part.from < part.end && !ll_sum_part(k, a, c, t, part)) {
             return 0;
         }
     }
-    return ll_await_headers(k, a, c, h);
+    return 1;
 }
 
 /* ---- entry ---------------------------------------------------------------------------------- */
@@ -419,7 +421,7 @@ static K_FN void ll_combine_run(struct k_thread *k, const struct k_ll_combine_ar
     const k_bool ok = k_load(&a->ll.ctl->lost) == 0 &&
                       (!c->sends || ll_combine_send(k, a, c, &h)) &&
                       (!c->receives || ll_combine_receive(k, a, c, &h));
-    if (!ok || (ll_is_mender(k, c) && !ll_sum_again(k, a, c, &h))) {
+    if (!ok || (ll_is_mender(k, c) && !ll_sum_again(k, a, c))) {
         ll_fail(k);
     }
     ll_leave(k, c);

@@ -223,6 +223,29 @@ static K_FN void ll_put_experts(struct k_thread *k, const struct k_ll_dispatch_a
     }
 }
 
+/* Adds to `at` the counts of local expert e (-1: none) by lower sources, several at once as long as all
+ * of them are here; the first that was not added. */
+static K_FN k_i32 ll_add_lower(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                               const struct ll_call *c, k_i32 source, k_i32 e, k_u32 *at) {
+    k_i32 lower = 0;
+    for (k_bool here = 1; here && lower < source; lower += here ? K_LL_IDS : 0) {
+        k_u64 w[K_LL_IDS];
+        k_u32 sum = 0;
+        K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
+            const k_u64 *word =
+                e >= 0 && lower + i < source ? ll_count_word(k, a, c, lower + i, e) : 0;
+            w[i] = word ? k_load(word) : K_WORD(c->tag, 0);
+        }
+        K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
+            here = here && (k_u32)(w[i] >> 32) == c->tag;
+            sum += (k_u32)w[i];
+        }
+        here = k_all(k, here);
+        *at += here ? sum : 0;
+    }
+    return k_min(lower, source);
+}
+
 /* The counts of lower sources are awaited, lane by lane each for its selection's expert. */
 static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                   const struct ll_call *c, const struct ll_shape *s,
@@ -235,7 +258,8 @@ static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch
         const k_bool here = id >= 0 && a->g.expert_rank[id] == a->g.rank;
         const k_i32 e = here ? a->g.expert_local[id] : 0;
         k_u32 at = here ? side[K_SIDE_INDICES(s->topk) + i] : 0;
-        for (k_i32 lower = 0; lower < source; lower++) {
+        k_i32 lower = ll_add_lower(k, a, c, source, here ? e : -1, &at);
+        for (; lower < source; lower++) {
             const k_u64 *word = here ? ll_count_word(k, a, c, lower, e) : 0;
             k_u32 count = 0;
             if (!k_await_word(k, word, c->tag, lower, K_PHASE_COUNTS, &count)) {
@@ -294,7 +318,7 @@ static K_INLINE void ll_put_scale(const struct k_ll_dispatch_args *a, k_i32 byte
 /* The row's scales: a column of the output for each, or for each four exponents. */
 static K_FN void ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                 const struct ll_shape *s, const k_u32 *scales,
-                                const struct ll_places *to) {
+                                const struct ll_places *to, k_u64 mask) {
     const k_bool cast = (s->signature & K_LL_SIG_CAST) != 0;
     const k_i32 most = ll_expert_rows(a), bytes = cast ? 4 : a->scale_bytes;
     const k_i32 all = ll_num_scales(a, s), columns = a->packed_scales ? (all + 3) / 4 : all;
@@ -307,24 +331,33 @@ static K_FN void ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_a
         } else {
             word = scales[w * bytes / 4] >> (8 * (w * bytes % 4));
         }
-        for (k_i32 i = 0; i < s->topk; i++) {
-            if (to->at[i] >= 0) {
-                const k_i32 e = to->at[i] / most;
-                ll_put_scale(a, bytes, (k_i64)e * columns + w, to->at[i] % most, word);
-            }
+        for (k_u64 left = mask; left; left &= left - 1) {
+            const k_i32 at = to->at[k_lowest(left)], e = at / most;
+            ll_put_scale(a, bytes, (k_i64)e * columns + w, at - e * most, word);
         }
     }
 }
 
-static K_FN void ll_take_bytes(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                               const struct ll_shape *s, const k_u8 *row, struct ll_span part,
-                               const struct ll_places *to) {
-    const k_i32 step = 16 * K_LANES * k->num_warps;
-    for (k_i32 at = part.from + 16 * (k->warp * K_LANES + k->lane); at < part.end; at += step) {
-        const struct k_16 v = k_load16(row + at);
-        for (k_i32 i = 0; i < s->topk; i++) {
-            if (to->at[i] >= 0) {
-                k_store16_to(k_peer_own(k_row(&a->recv_x, to->at[i]) + (k_u64)at), v);
+/* The selections of a received row that have a place, a bit for each. */
+static K_INLINE k_u64 ll_place_mask(struct k_thread *k, const struct ll_places *to,
+                                    k_i32 topk) {
+    k_u64 mask = 0;
+    for (k_i32 base = 0; base < topk; base += K_LANES) {
+        const k_i32 i = base + k->lane;
+        mask |= (k_u64)k_ballot(k, i < topk && to->at[i] >= 0) << base;
+    }
+    return mask;
+}
+
+static K_INLINE void ll_take_pieces(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                    struct ll_span part, k_i32 batch, const struct ll_pieces *p,
+                                    const struct ll_places *to, k_u64 mask) {
+    for (; mask; mask &= mask - 1) {
+        const k_u64 row = k_row(&a->recv_x, to->at[k_lowest(mask)]);
+        K_UNROLL for (k_i32 i = 0; i < K_AHEAD; i++) {
+            const k_i32 at = ll_piece_at(k, part, 0, batch, i);
+            if (at < part.end) {
+                k_store16_to(k_peer_own(row + (k_u64)at), p->v[i]);
             }
         }
     }
@@ -346,34 +379,45 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
     struct ll_places *to = (struct ll_places *)ll_warp_scratch(k);
     k_u32 value = 0;
     k->mask.is_gone = 0;
-    k_bool ok = k_await(k, words, c->tag, source, K_PHASE_ROWS, &value);
+    k_bool ok = 1;
+    if (slice > 0 || !cast || slices == 1) {
+        ok = k_await(k, k->lane == 0 ? words : 0, c->tag, source, K_PHASE_ROWS, &value);
+    }
     if (slice > 0) {
-        ok = ok && k_await(k, words + slice, c->tag, source, K_PHASE_ROWS, &value);
-    } else if (cast) {
-        ok =
-            ok && ll_await_slices(k, c, k->lane == 0 ? words : 0, slices, source, K_PHASE_ROWS);
+        ok = ok &&
+             k_await(k, k->lane == 0 ? words + slice : 0, c->tag, source, K_PHASE_ROWS, &value);
+    } else if (cast && slices > 1) {
+        ok = ok && ll_await_slices(k, c, k->lane == 0 ? words : 0, source, K_PHASE_ROWS);
     }
     if (ok && ll_any_gone(k)) {
         return 1; /* ll_wipe does the rest */
     }
-    if (!ok || !(ll_compact(a) ? ll_find_compact(k, a, c, s, source, j, to)
-                               : ll_find_places(k, a, c, s, source, side, to))) {
+    if (!ok) {
         return 0;
     }
     const struct ll_span part = ll_cut(a->row_bytes, 2 * K_LL_GROUP, slices, slice);
-    const k_i32 shrink = cast ? 2 : 1;
+    const k_i32 shrink = cast ? 2 : 1, each = 16 * K_AHEAD * K_LANES * k->num_warps;
     const struct ll_span wire = {part.from / shrink, part.end / shrink};
-    if (a->recv_x.data) {
-        ll_take_bytes(k, a, s, row, wire, to);
+    struct ll_pieces pieces, next;
+    ll_load_pieces(k, (k_u64)row, wire, 0, 0, &pieces);
+    if (!(ll_compact(a) ? ll_find_compact(k, a, c, s, source, j, to)
+                        : ll_find_places(k, a, c, s, source, side, to))) {
+        return 0;
     }
-    if (slice == 0 && k->warp == 0) {
+    const k_u64 mask = ll_place_mask(k, to, s->topk);
+    if (slice == 0 && k->warp == k->num_warps - 1) {
         ll_note_row(k, a, s, source, j, (k_i32)side[0], to);
         if (ll_compact(a)) {
             ll_put_experts(k, a, s, side, to->at[0]);
         }
     }
     if (slice == 0 && a->recv_scales.data) {
-        ll_take_scales(k, a, s, side + s->side_words, to);
+        ll_take_scales(k, a, s, side + s->side_words, to, mask);
+    }
+    for (k_i32 i = 0; a->recv_x.data && mask && i * each < wire.end - wire.from; i++) {
+        ll_load_pieces(k, (k_u64)row, wire, 0, i + 1, &next);
+        ll_take_pieces(k, a, wire, i, &pieces, to, mask);
+        pieces = next;
     }
     k_syncwarp(k); /* the scratch can be used again */
     return 1;
@@ -384,25 +428,29 @@ static K_FN k_bool ll_take_rows(struct k_thread *k, const struct k_ll_dispatch_a
                                 const struct ll_call *c, const struct ll_shape *s) {
     const struct k_group *g = &a->g;
     k_i32 before = 0;
-    for (k_i32 i = 0; i < g->num_ranks; i++) {
-        const k_i32 source = (g->rank + 1 + i) % g->num_ranks;
-        k_u32 rows = 0, slices = 1;
-        k->mask.is_gone = ll_is_absent(k, source);
-        if (!ll_await_header(k, c, ll_counts_of(a, c, source), source, &s->header, &rows,
-                             &slices)) {
+    for (k_i32 base = 0; base < g->num_ranks; base += K_LANES) {
+        const k_i32 mine = base + k->lane, of = (g->rank + 1 + mine) % g->num_ranks;
+        const k_bool any = mine < g->num_ranks;
+        k_u32 num_rows = 0, num_slices = 1;
+        k->mask.is_gone = any && ll_is_absent(k, of);
+        if (!ll_await_header(k, c, any ? ll_counts_of(a, c, of) : 0, of, &s->header, &num_rows,
+                             &num_slices)) {
             return 0;
         }
-        if (k_first(k, 0) == 0 && k->lane == 0) {
-            ((k_u32 *)ll_in_handle(&a->ll, a->ll.map.count))[source] = rows;
+        if (k_first(k, 0) == 0 && any) {
+            ((k_u32 *)ll_in_handle(&a->ll, a->ll.map.count))[of] = num_rows;
         }
-        const k_i32 units = (k_i32)(rows * slices);
-        for (k_i32 u = ll_first_unit(k, before); u < units; u += k->num_blocks) {
-            if (!ll_take_slice(k, a, c, s, source, u / (k_i32)slices, u % (k_i32)slices,
-                               (k_i32)slices)) {
-                return 0;
+        for (k_i32 i = 0; i < K_LANES && base + i < g->num_ranks; i++) {
+            const k_i32 source = (g->rank + 1 + base + i) % g->num_ranks;
+            const k_i32 slices = (k_i32)k_from(k, num_slices, i);
+            const k_i32 units = (k_i32)k_from(k, num_rows, i) * slices;
+            for (k_i32 u = ll_first_unit(k, before); u < units; u += k->num_blocks) {
+                if (!ll_take_slice(k, a, c, s, source, u / slices, u % slices, slices)) {
+                    return 0;
+                }
             }
+            before += units;
         }
-        before += units;
     }
     return 1;
 }

@@ -35,11 +35,14 @@ static int64_t process_id(void) {
     return atomic_load(&id);
 }
 
-/* What a group wants that leaves it to the library: the formula's most, for rows of its size. It is
- * given no more than half of what other groups have left, so that another always finds some. */
+/* What a group wants that leaves it to the library: the formula's most, for rows of its size; in
+ * low-latency mode all, as a row is not to wait for another. It is given
+ * no more than half of what other groups have left, in low-latency mode two thirds, so that another
+ * always finds some. */
 static int wanted_sms(const ep_group *g, const struct epi_cu_device *d, bool nvlink) {
     const struct epi_load load = {g->config.max_row_bytes, g->config.max_topk, true, false};
-    return epi_sms_for(d->major, nvlink, g->num_ranks, &load).all;
+    return g->config.ll_max_tokens ? d->num_sms
+                                   : epi_sms_for(d->major, nvlink, g->num_ranks, &load).all;
 }
 
 /* Ranks of this process on this device. */
@@ -88,10 +91,11 @@ static ep_status divide_sms(struct epi_cuda_sms *out, const ep_group *g,
                         "ep_group_config.num_workers, of the other groups too",
                         d->index, d->num_sms, s->taken, s->ranks, s->asked + num_rest);
     }
+    const bool ll = g->config.ll_max_tokens > 0;
     out->local = most;
     out->promised = asked;
     if (!asked) {
-        const int fair = one_at_least(rest / num_rest / 2),
+        const int each = rest / num_rest, fair = one_at_least(ll ? 2 * each / 3 : each / 2),
                   want = wanted_sms(g, d, out->nvlink);
         out->promised = most < fair ? most : fair;
         out->promised = want < out->promised ? want : out->promised;

@@ -23,7 +23,6 @@
 #define MOST_STAGES_GENERIC 4
 #define MOST_STAGE_BYTES 4096
 #define LEAST_STAGE_BYTES 1024
-_Static_assert(K_RING_BYTES(STAGES, LEAST_STAGE_BYTES) >= K_LL_STAGE_BYTES, "is in its place");
 
 /* One per set, device, number of warps and mover; guarded by `mutex`, freed never. */
 struct loaded {
@@ -51,9 +50,10 @@ struct epi_gpu {
     struct epi_gpu_shape shape;
     bool generic; /* which mover */
     size_t shared_bytes;
-    void *stream;  /* for overlap with the caller's work */
-    void *control; /* copies and fills that must not wait for kernels */
-    void *made;    /* event: the newest piece of memory that nobody has waited for */
+    int scratch_bytes; /* of a warp */
+    void *stream;      /* for overlap with the caller's work */
+    void *control;     /* copies and fills that must not wait for kernels */
+    void *made;        /* event: the newest piece of memory that nobody has waited for */
     struct epi_gpu_activity launches; /* outside of captures */
     void *forked; /* event: where the caller's stream was at the last fork; then what the launch
                       after that waits for */
@@ -96,14 +96,31 @@ int epi_kernel_files(enum epi_kernel_set set, const char *files[EPI_KERNEL_COUNT
     return num;
 }
 
+/* The blocks into which the warps of an SM are divided. In low-latency mode there are several small ones,
+ * each with a row of its own, that share nothing; all of them are on the SM at once. */
+struct block {
+    int warps, per_sm;
+};
+
+static struct block block_of(enum epi_kernel_set set, int warps) {
+    struct block b = {warps, 1};
+    if (set == EPI_KERNEL_SET_LOW_LATENCY && warps > K_LL_WARPS) {
+        b.warps = K_LL_WARPS;
+        b.per_sm = warps / K_LL_WARPS < K_LL_BLOCKS ? warps / K_LL_WARPS : K_LL_BLOCKS;
+    }
+    return b;
+}
+
 static ep_status load_kernels(const struct epi_cu_device *d, struct loaded *l) {
-    char warps[32];
-    const char *defines[] = {warps, l->generic ? "-DK_MOVER_GENERIC=1" : NULL, NULL};
+    char warps[32], blocks[32];
+    const char *defines[] = {warps, blocks, l->generic ? "-DK_MOVER_GENERIC=1" : NULL, NULL};
     const char *files[EPI_KERNEL_COUNT];
     const int num = epi_kernel_files(l->set, files);
     struct epi_jit_kernel built[EPI_KERNEL_COUNT];
     void *module[EPI_KERNEL_COUNT] = {NULL};
-    epi_format(warps, sizeof(warps), "-DK_BLOCK_WARPS=%d", l->warps);
+    const struct block b = block_of(l->set, l->warps);
+    epi_format(warps, sizeof(warps), "-DK_BLOCK_WARPS=%d", b.warps);
+    epi_format(blocks, sizeof(blocks), "-DK_BLOCKS_PER_SM=%d", b.per_sm);
     ep_status st = epi_jit_get_all(files, num, d->major * 10 + d->minor, defines,
                                    epi_cu_driver_version(), built);
     for (int i = 0; st == EP_OK && i < num; i++) {
@@ -170,6 +187,7 @@ static ep_status choose_shape(struct epi_gpu *g, int scratch_bytes) {
         const int stage = each / STAGES / 128 * 128;
         if (stage >= LEAST_STAGE_BYTES && (stage >= 2048 || warps <= 4)) {
             g->shape.warps = warps;
+            g->scratch_bytes = scratch_bytes;
             g->shape.stages = STAGES;
             g->shape.most_stages = generic ? MOST_STAGES_GENERIC : MOST_STAGES;
             g->shape.stage_bytes = stage < MOST_STAGE_BYTES ? stage : MOST_STAGE_BYTES;
@@ -416,12 +434,16 @@ void epi_gpu_apart_destroy(struct epi_gpu *g, struct epi_gpu_apart *a) {
 
 static ep_status launch_and_record(struct epi_gpu *g, enum epi_kernel kernel, const void *args,
                                    int blocks, void *stream, bool join) {
-    const struct epi_cu_launch l = {.blocks = blocks,
-                                    .threads = 32 * g->shape.warps,
-                                    .shared_bytes = g->shared_bytes,
-                                    .stream = stream};
-    EPI_TRY(
-        epi_cu_launch(&g->device, &g->loaded[kernels[kernel].set]->kernel[kernel], &l, args));
+    const enum epi_kernel_set set = kernels[kernel].set;
+    const struct block b = block_of(set, g->shape.warps);
+    const size_t ll_bytes =
+        (size_t)b.warps * ((size_t)g->scratch_bytes + (size_t)K_LL_STAGE_BYTES);
+    const struct epi_cu_launch l = {
+        .blocks = blocks * b.per_sm,
+        .threads = 32 * b.warps,
+        .shared_bytes = set == EPI_KERNEL_SET_LOW_LATENCY ? ll_bytes : g->shared_bytes,
+        .stream = stream};
+    EPI_TRY(epi_cu_launch(&g->device, &g->loaded[set]->kernel[kernel], &l, args));
     if (join) {
         EPI_TRY(epi_cu_event_wait(&g->device, stream, g->launches.last));
     }
