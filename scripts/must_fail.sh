@@ -23,7 +23,7 @@ weakened=$(grep -rlE --include='*.d' 'kernel/lang_host\.h|tests/late/' build/tsa
 grep -v '^ *\(#\|$\)' $list >build/logs/must_fail.list
 while IFS='|' read -r name flags test text; do
     name=$(echo $name) test=$(echo $test) text=$(echo "$text" | sed 's/^ *//; s/ *$//')
-    dir=build/mustfail/$name
+    dir=build/mustfail/$(echo "$flags" | tr -dc A-Za-z0-9_=) # the same for the same flags
     log=build/logs/must_fail-$name.txt
     objects=
     for o in $weakened; do

@@ -8,9 +8,6 @@
 cd "$(dirname "$0")/.." || exit 1
 venv=${PYTHON:-build/venv/bin/python}
 out=$PWD/build/python
-passed=0
-failed=0
-skipped=0
 
 if ! "$venv" -c 'import torch, numpy, pytest, setuptools, wheel' 2>/dev/null; then
     echo "python: $venv lacks torch, numpy, pytest or wheel; make check without DEPS=0 gets them"
@@ -18,7 +15,7 @@ if ! "$venv" -c 'import torch, numpy, pytest, setuptools, wheel' 2>/dev/null; th
     exit 77
 fi
 
-# run LABEL PYTHON ARGUMENT...: one pytest; its counts are added.
+# run LABEL PYTHON ARGUMENT...: one pytest; its counts go to a file, because several run at once.
 run() {
     local label=$1 python=$2 log=$out/$1.txt what
     shift 2
@@ -29,12 +26,9 @@ run() {
     [ "$rc" = 0 ] && [ -n "$what" ] || tail -60 "$log"
     echo "$label: ${what:-ended with status $rc}"
     count() { grep -oE "[0-9]+ $1" <<<"$what" | grep -oE '[0-9]+' || echo 0; }
-    passed=$((passed + $(count passed)))
-    failed=$((failed + $(count failed) + $(count error)))
-    skipped=$((skipped + $(count skipped)))
-    if [ "$rc" != 0 ] && [ "$(count failed)$(count error)" = 00 ]; then
-        failed=$((failed + 1))
-    fi
+    local failed=$(($(count failed) + $(count error)))
+    [ "$rc" = 0 ] || [ $failed != 0 ] || failed=1
+    echo "$(count passed) $failed $(count skipped)" >>"$out/sums"
 }
 
 mkdir -p "$out/wheels"
@@ -54,7 +48,8 @@ done
     "$out"/wheels/*.whl </dev/null || exit 1
 ls "$out"/wheels | sed 's/^/built /'
 
-run python "$venv" "${@:-tests/python}"
+rm -f "$out/sums"
+run python "$venv" "${@:-tests/python}" &
 for version in 3.8 3.13; do
     [ $# = 0 ] || continue
     python=$(find ~/.pyenv/versions/$version.*/bin/python "$(command -v python$version)" \
@@ -66,8 +61,9 @@ for version in 3.8 3.13; do
             tests/python/test_lives.py
     else
         echo "python$version: not tried: no such Python here, or no numpy for it"
-        skipped=$((skipped + 1))
+        echo 0 0 1 >>"$out/sums"
     fi
 done
-echo "python: $passed passed, $failed failed, $skipped skipped"
-[ $failed = 0 ]
+wait
+awk '{ p += $1; f += $2; s += $3 }
+    END { printf "python: %d passed, %d failed, %d skipped\n", p, f, s; exit f > 0 || NR == 0 }' "$out/sums"
