@@ -99,6 +99,8 @@ struct k_ll_region {
     (2048 + 32)       /* behind the scratch of each warp: a block in LogFMT, its metadata */
 #define K_LL_WARPS 4  /* of a block on a GPU, at most */
 #define K_LL_BLOCKS 3 /* that share an SM, at most: so many have registers enough */
+#define K_LL_SHARED_BYTES                                                                      \
+    28672 /* of a block, at least: the selections of 512 tokens, and more */
 #define K_LL_MOST_SLICES 8
 #define K_LL_CUT_BELOW 128 /* tokens: rows of so many or more are not cut */
 

@@ -80,9 +80,9 @@ static K_INLINE k_u32 *ll_entries(struct k_thread *k) {
 }
 
 /* Tokens whose selections the list holds at once. */
-static K_INLINE k_i32 ll_most_listed(const struct k_thread *k,
-                                     const struct k_ll_dispatch_args *a) {
-    return (k->num_warps * a->g.scratch_bytes - (k_i32)sizeof(struct ll_dests)) / 4 / a->topk;
+static K_INLINE k_i32 ll_most_listed(struct k_thread *k, const struct k_ll_dispatch_args *a) {
+    const k_i32 bytes = (k_i32)k_shared_bytes(k), least = k->num_warps * a->g.scratch_bytes;
+    return (k_max(bytes, least) - (k_i32)sizeof(struct ll_dests)) / 4 / a->topk;
 }
 
 /* All warps of a block list tokens `from` to `end`: each lane takes a token. */

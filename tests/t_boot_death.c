@@ -135,7 +135,7 @@ static void test_kill(int victim, bool in_allgather, bool has_child, const char 
     }
     wait_until(&s->num_ready, NUM_RANKS);
     tap_sleep_ms(50);
-    int64_t killed_ns = epi_now_ns();
+    const int64_t most_ms = 2000 * tap_scaled(1), killed_ns = epi_now_ns();
     tap_ranks_signal(&ranks, victim, SIGKILL);
     for (int r = 0; r < NUM_RANKS; r++) {
         if (r == victim) {
@@ -143,13 +143,13 @@ static void test_kill(int victim, bool in_allgather, bool has_child, const char 
         }
         wait_until(&s->num_dead_calls[r], 1);
         int64_t took_ms = (s->dead_at_ns[r] - killed_ns) / EPI_NS_PER_MS;
-        ok(s->num_dead_calls[r] == 1 && took_ms < 1000, "%s: rank %d saw it after %lld ms",
+        ok(s->num_dead_calls[r] == 1 && took_ms < most_ms, "%s: rank %d saw it after %lld ms",
            what, r, (long long)took_ms);
         for (int i = 0; i < 1000 && s->failed_at_ns[r] == 0; i++) {
             tap_sleep_ms(2);
         }
         took_ms = (s->failed_at_ns[r] - killed_ns) / EPI_NS_PER_MS;
-        ok(took_ms < 1000, "%s: its allgather came back after %lld ms", what,
+        ok(took_ms < most_ms, "%s: its allgather came back after %lld ms", what,
            (long long)took_ms);
     }
     s->go = 1;

@@ -12,6 +12,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -69,12 +70,26 @@ static int allocate_part(int fd, uint64_t at, uint64_t bytes) {
     return err;
 }
 
+/* What the limit on files forbids raises a signal, so it is not tried. 0 or errno. */
 static int resize(int fd, uint64_t bytes) {
+    struct rlimit most;
     int err;
+    if (getrlimit(RLIMIT_FSIZE, &most) == 0 && bytes > most.rlim_cur) {
+        return EFBIG;
+    }
     do {
         err = ftruncate(fd, (off_t)bytes) == 0 ? 0 : errno;
     } while (err == EINTR);
     return err;
+}
+
+static ep_status fail_length(size_t bytes, int err) {
+    return epi_fail(
+        EP_ERR_NOMEM,
+        "the arenas of this host's ranks need %zu bytes of shared memory: %s%s: " LOWER "%s",
+        bytes, strerror(err),
+        err == EFBIG ? ", by the limit on the size of files (ulimit -f)" : "",
+        err == EFBIG ? ", or raise that limit" : "");
 }
 
 ep_status epi_memfd_allocate(int fd, uint64_t from, uint64_t bytes) {
@@ -124,10 +139,7 @@ int epi_memfd_create(size_t bytes, bool whole, ep_status *st) {
         return -1;
     }
     const int err = resize(fd, bytes);
-    *st = err     ? epi_fail(EP_ERR_NOMEM, "cannot make shared memory of %zu bytes: %s", bytes,
-                             strerror(err))
-          : whole ? epi_memfd_allocate(fd, 0, bytes)
-                  : EP_OK;
+    *st = err ? fail_length(bytes, err) : whole ? epi_memfd_allocate(fd, 0, bytes) : EP_OK;
     if (*st == EP_OK && fcntl(fd, F_ADD_SEALS, SEALS) != 0) {
         *st = epi_fail(EP_ERR_SYSTEM, "cannot seal shared memory: %s", strerror(errno));
     }

@@ -436,8 +436,9 @@ static ep_status launch_and_record(struct epi_gpu *g, enum epi_kernel kernel, co
                                    int blocks, void *stream, bool join) {
     const enum epi_kernel_set set = kernels[kernel].set;
     const struct block b = block_of(set, g->shape.warps);
-    const size_t ll_bytes =
+    const size_t least =
         (size_t)b.warps * ((size_t)g->scratch_bytes + (size_t)K_LL_STAGE_BYTES);
+    const size_t ll_bytes = least < K_LL_SHARED_BYTES ? K_LL_SHARED_BYTES : least;
     const struct epi_cu_launch l = {
         .blocks = blocks * b.per_sm,
         .threads = 32 * b.warps,

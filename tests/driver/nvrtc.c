@@ -91,8 +91,9 @@ int nvrtcCompileProgram(program_t p, int num_options, const char *const *options
         }
     }
     snprintf(p->log, sizeof(p->log), "ptxas info    : Used 32 registers\n");
-    snprintf(p->ptx, sizeof(p->ptx), "// %016llx\n.visible .entry ep_%s()\n{\n}\n",
-             (unsigned long long)p->hash, p->name);
+    snprintf(p->ptx, sizeof(p->ptx),
+             "// %016llx\n.visible .entry _ZN7deep_ep10throughput%zu%sE()\n{\n}\n",
+             (unsigned long long)p->hash, strlen(p->name), p->name);
     return SUCCESS;
 }
 
