@@ -278,9 +278,8 @@ static K_FN void ll_time_waits(struct k_thread *k, const struct ll_call *c,
     for (k_i32 base = k->lane; ok && base < g->num_ranks; base += 64 * K_LANES) {
         struct k_spinner s = K_SPINNER;
         k_u64 done = 0;
-        k_i32 missing;
-        do {
-            missing = -1;
+        for (;;) {
+            k_i32 missing = -1;
             for (k_i32 i = 0, p = base; i < 64 && p < g->num_ranks; i++, p += K_LANES) {
                 if (done >> i & 1) {
                     continue;
@@ -297,8 +296,11 @@ static K_FN void ll_time_waits(struct k_thread *k, const struct ll_call *c,
                 }
             }
             k->mask.is_gone = 0;
-            ok = missing < 0 || k_spin(k, &s, missing, phase) || k->mask.is_gone;
-        } while (ok && missing >= 0);
+            if (missing < 0 || !ok) {
+                break; /* after a failed wait all is looked at once more: who has sent may have left */
+            }
+            ok = k_spin(k, &s, missing, phase) || k->mask.is_gone;
+        }
     }
     k_syncwarp(k);
 }
