@@ -6,7 +6,8 @@
 #   exclusive   nobody: its bounds on time mean nothing beside others, or others' beside it
 #   timed       others of its class, several at once: it mostly sleeps
 #   rest        others of its class, one more at once than there are cores
-# "class: rest, long" or "timed, long": it begins first, so that it does not end long after the others.
+# "class: rest, long" or "timed, long": it begins first, so that it does not end long after the others, and
+# its limit is twice as long.
 # The last line is "VARIANT: N passed, N failed, N skipped"; build/logs/VARIANT holds it all, and
 # in the file times a line "SECONDS NAME CPU-SECONDS" for each program. A program that is neither
 # long nor exclusive should take under 20 seconds; when all tests of the plain build run, one that
@@ -28,6 +29,7 @@ if [ "$1" = --one ]; then
     out=$TAP_LOGS/$name.tap
     err=$TAP_LOGS/$name.err
     limit=$((${TAP_TIMEOUT:-120} * ${TAP_TIMEOUT_SCALE:-1}))
+    case $(class_of "$prog") in *long) limit=$((2 * limit)) ;; esac
     case $prog in
     *.sh) set -- sh "$prog" ;;
     *.py) set -- python3 "$prog" ;;
