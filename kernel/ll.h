@@ -10,9 +10,10 @@
 #if !defined(K_MOVER_GENERIC)
 #define K_MOVER_GENERIC 1 /* rows pass through registers */
 #endif
+#include "kernel/abi_ll.h"
 #if !defined(K_BLOCK_WARPS) /* as src/run/gpu.c has it */
-#define K_BLOCK_WARPS 4
-#define K_BLOCKS_PER_SM 3
+#define K_BLOCK_WARPS K_LL_WARPS
+#define K_BLOCKS_PER_SM K_LL_BLOCKS
 #endif
 #include "kernel/lang.h"
 

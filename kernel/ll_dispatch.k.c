@@ -24,7 +24,6 @@ K_KERNEL(low_latency, dispatch, k_ll_dispatch_args) {
     ll_shape_of(a, &c, &s);
     k_bool ok = !c.sends || ll_send(k, a, &c, &s);
     if (c.receives) {
-        ll_shape_of(a, &c, &s); /* again: nothing of it is kept in registers meanwhile */
         ok = ll_receive(k, a, &c, &s, ok);
     }
     if (!ok) {

@@ -338,31 +338,6 @@ static K_FN void ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_a
     }
 }
 
-/* The selections of a received row that have a place, a bit for each. */
-static K_INLINE k_u64 ll_place_mask(struct k_thread *k, const struct ll_places *to,
-                                    k_i32 topk) {
-    k_u64 mask = 0;
-    for (k_i32 base = 0; base < topk; base += K_LANES) {
-        const k_i32 i = base + k->lane;
-        mask |= (k_u64)k_ballot(k, i < topk && to->at[i] >= 0) << base;
-    }
-    return mask;
-}
-
-static K_INLINE void ll_take_pieces(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                    struct ll_span part, k_i32 batch, const struct ll_pieces *p,
-                                    const struct ll_places *to, k_u64 mask) {
-    for (; mask; mask &= mask - 1) {
-        const k_u64 row = k_row(&a->recv_x, to->at[k_lowest(mask)]);
-        K_UNROLL for (k_i32 i = 0; i < K_AHEAD; i++) {
-            const k_i32 at = ll_piece_at(k, part, 0, batch, i);
-            if (at < part.end) {
-                k_store16_to(k_peer_own(row + (k_u64)at), p->v[i]);
-            }
-        }
-    }
-}
-
 /*
  * All warps of a block: slice `slice` of row j. Scales come in words of up to four groups, and slices
  * end at any group, so the first slice's block takes all scales, when all slices are here.
@@ -379,15 +354,11 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
     struct ll_places *to = (struct ll_places *)ll_warp_scratch(k);
     k_u32 value = 0;
     k->mask.is_gone = 0;
-    k_bool ok = 1;
-    if (slice > 0 || !cast || slices == 1) {
-        ok = k_await(k, k->lane == 0 ? words : 0, c->tag, source, K_PHASE_ROWS, &value);
-    }
+    const k_u64 *mine = k->lane == 0 ? words : 0;
+    k_bool ok = slice == 0 && cast ? ll_await_slices(k, c, mine, source, K_PHASE_ROWS)
+                                   : k_await(k, mine, c->tag, source, K_PHASE_ROWS, &value);
     if (slice > 0) {
-        ok = ok &&
-             k_await(k, k->lane == 0 ? words + slice : 0, c->tag, source, K_PHASE_ROWS, &value);
-    } else if (cast && slices > 1) {
-        ok = ok && ll_await_slices(k, c, k->lane == 0 ? words : 0, source, K_PHASE_ROWS);
+        ok = ok && k_await(k, mine ? mine + slice : 0, c->tag, source, K_PHASE_ROWS, &value);
     }
     if (ok && ll_any_gone(k)) {
         return 1; /* ll_wipe does the rest */
@@ -404,7 +375,7 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
                         : ll_find_places(k, a, c, s, source, side, to))) {
         return 0;
     }
-    const k_u64 mask = ll_place_mask(k, to, s->topk);
+    const k_u64 mask = ll_mask_of(k, (const k_u32 *)to->at, s->topk);
     if (slice == 0 && k->warp == k->num_warps - 1) {
         ll_note_row(k, a, s, source, j, (k_i32)side[0], to);
         if (ll_compact(a)) {
@@ -416,7 +387,10 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
     }
     for (k_i32 i = 0; a->recv_x.data && mask && i * each < wire.end - wire.from; i++) {
         ll_load_pieces(k, (k_u64)row, wire, 0, i + 1, &next);
-        ll_take_pieces(k, a, wire, i, &pieces, to, mask);
+        for (k_u64 left = mask; left; left &= left - 1) {
+            const k_u64 at = k_row(&a->recv_x, to->at[k_lowest(left)]);
+            ll_store_pieces(k, k_peer_own(at), wire, i, &pieces);
+        }
         pieces = next;
     }
     k_syncwarp(k); /* the scratch can be used again */

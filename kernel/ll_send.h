@@ -201,10 +201,10 @@ static K_FN k_bool ll_send_counts(struct k_thread *k, const struct k_ll_dispatch
  * before; the warps take them in turn. Of several that go to one rank the first has the row.
  */
 static K_FN k_bool ll_add_counts(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                 const struct ll_call *c, k_i32 from, k_i32 t,
+                                 const struct ll_call *c, k_i32 from, k_i32 most, k_i32 t,
                                  struct ll_dests *d) {
     const k_i32 own = (t - from) * a->topk;
-    const k_bool last = t - from < ll_most_listed(k, a);
+    const k_bool last = t - from < most;
     k_bool ok = 1;
     for (k_i32 i = k->warp; ok && i < a->topk; i += k->num_warps) {
         const k_u32 mine =
@@ -213,7 +213,7 @@ static K_FN k_bool ll_add_counts(struct k_thread *k, const struct k_ll_dispatch_
         const k_bool first = last && p >= 0 && (mine & K_LL_NOT_FIRST) == 0;
         struct ll_alike n = {0, 0};
         if (p >= 0) {
-            n = ll_count_alike(k, last ? own + i : ll_most_listed(k, a) * a->topk, mine);
+            n = ll_count_alike(k, last ? own + i : most * a->topk, mine);
         }
         ok = ll_await_one_free(k, c, k->lane == 0 && first ? p : -1);
         if (k->lane == 0) {
@@ -238,7 +238,7 @@ static K_FN k_bool ll_find_dests(struct k_thread *k, const struct k_ll_dispatch_
             ll_list(k, a, from, k_min(from + most, t + 1));
             k_barrier(k, 1);
         }
-        ok = k_barrier(k, ll_add_counts(k, a, c, from, t, d));
+        ok = k_barrier(k, ll_add_counts(k, a, c, from, most, t, d));
     }
     return ok;
 }
@@ -256,12 +256,12 @@ static K_INLINE struct k_peer ll_row_at(const struct k_ll_dispatch_args *a,
                          (k_u64)d->row[i] * (k_u64)a->ll.wire_bytes);
 }
 
-/* The selections that stand for a rank, a bit for each. */
-static K_INLINE k_u64 ll_dest_mask(struct k_thread *k, const struct ll_dests *d, k_i32 topk) {
+/* A bit for each selection that has a row there: of ll_dests.row, or ll_places.at. */
+static K_INLINE k_u64 ll_mask_of(struct k_thread *k, const k_u32 *row, k_i32 topk) {
     k_u64 mask = 0;
     for (k_i32 base = 0; base < topk; base += K_LANES) {
         const k_i32 i = base + k->lane;
-        mask |= (k_u64)k_ballot(k, i < topk && ll_is_dest(d, i)) << base;
+        mask |= (k_u64)k_ballot(k, i < topk && row[i] != K_LL_NOWHERE) << base;
     }
     return mask;
 }
@@ -366,17 +366,14 @@ static K_INLINE void ll_load_pieces(const struct k_thread *k, k_u64 x, struct ll
     }
 }
 
-static K_INLINE void ll_send_plain(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                   const struct ll_call *c, struct ll_span part, k_i32 batch,
-                                   const struct ll_pieces *p, const struct ll_dests *d,
-                                   k_u64 mask) {
-    for (; mask; mask &= mask - 1) {
-        const struct k_peer to = ll_row_at(a, c, d, k_lowest(mask));
-        K_UNROLL for (k_i32 i = 0; i < K_AHEAD; i++) {
-            const k_i32 at = ll_piece_at(k, part, 0, batch, i);
-            if (at < part.end) {
-                k_store16_to(k_peer_plus(to, (k_u64)at), p->v[i]);
-            }
+/* A batch of pieces as they are, to the row that begins at `to`. */
+static K_INLINE void ll_store_pieces(const struct k_thread *k, struct k_peer to,
+                                     struct ll_span part, k_i32 batch,
+                                     const struct ll_pieces *p) {
+    K_UNROLL for (k_i32 i = 0; i < K_AHEAD; i++) {
+        const k_i32 at = ll_piece_at(k, part, 0, batch, i);
+        if (at < part.end) {
+            k_store16_to(k_peer_plus(to, (k_u64)at), p->v[i]);
         }
     }
 }
@@ -470,14 +467,16 @@ static K_FN k_bool ll_send_slice(struct k_thread *k, const struct k_ll_dispatch_
     if (u->slice == 0) { /* while the row is on its way */
         ll_send_side(k, a, c, s, u->t, d);
     }
-    const k_u64 mask = ll_dest_mask(k, d, a->topk);
+    const k_u64 mask = ll_mask_of(k, d->row, a->topk);
     for (k_i32 i = 0; i * each < u->part.end - u->part.from; i++) {
         struct ll_pieces next;
         ll_load_pieces(k, k_row(&a->x, u->t), u->part, cast, i + 1, &next);
         if (cast) {
             ll_send_cast(k, a, c, s, u->part, i, pieces, d, mask);
         } else {
-            ll_send_plain(k, a, c, u->part, i, pieces, d, mask);
+            for (k_u64 left = mask; left; left &= left - 1) {
+                ll_store_pieces(k, ll_row_at(a, c, d, k_lowest(left)), u->part, i, pieces);
+            }
         }
         *pieces = next;
     }
