@@ -362,7 +362,7 @@ static K_FN k_bool dispatch_run(struct k_thread *k, const struct k_dispatch_args
 }
 
 K_KERNEL(throughput, dispatch, k_dispatch_args) {
-    const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
+    const k_bool receives = (a->flags & K_DO_RECV) != 0;
     k_enter(k, &a->g, K_OP_DISPATCH);
     /* Behind a kernel that sent on this stream, and has ended the operation if rows did not fit. */
     const k_bool is_over = (a->flags & (K_DO_DROP | K_DO_BEHIND)) &&
@@ -373,31 +373,20 @@ K_KERNEL(throughput, dispatch, k_dispatch_args) {
         }
         return;
     }
-    /* Nobody will look at what comes. It may still come: what it is written to is given to peers
-     * again when all of them have begun a later operation, and so have sent it. */
     if (a->flags & K_DO_DROP) {
-        if (k->block == 0 && k->warp == 0 && k->lane == 0) {
-            k_store(&a->g.ctl->epoch, k->epoch);
-        }
+        end_dropped(k);
         return;
     }
     if (!dispatch_run(k, a)) {
         k_fail_op(k, K_END_FAULT);
     }
     if (k_is_last_out(k, receives)) {
-        k_u32 left = 0;
-        /* A warp of the sending kernel may start late, and takes its epoch from memory then. */
-        if (receives && !sends &&
-            !k_await(k, &a->g.ctl->sent, k->epoch, a->g.rank, K_PHASE_SELF, &left)) {
-            k_fail_op(k, K_END_FAULT);
-        }
+        await_sender(k, a->flags);
         const k_u32 how = k_how_ended(k);
         if (how && receives) {
             clear_outputs(k, a);
         }
         k_finish_kernel(k, receives || how == K_END_NEED); /* else another kernel receives */
-        if (!receives && k->lane == 0) {
-            k_publish_local(&a->g.ctl->sent, K_WORD(k->epoch, 1));
-        }
+        tell_sent(k, receives);
     }
 }

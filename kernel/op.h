@@ -170,6 +170,31 @@ static K_FN k_bool await_all_ready(struct k_thread *k, const struct op_signature
     return ok;
 }
 
+/* Of the last warp out of a kernel that only receives: the one that sends may have a warp that starts
+ * late, and takes its epoch from memory then. */
+static K_INLINE void await_sender(struct k_thread *k, k_u32 flags) {
+    k_u32 left = 0;
+    if ((flags & (K_DO_SEND | K_DO_RECV)) == K_DO_RECV &&
+        !k_await(k, &k->g->ctl->sent, k->epoch, k->g->rank, K_PHASE_SELF, &left)) {
+        k_fail_op(k, K_END_FAULT);
+    }
+}
+
+/* The last thing that a kernel which only sends does. */
+static K_INLINE void tell_sent(struct k_thread *k, k_bool receives) {
+    if (!receives && k->lane == 0) {
+        k_publish_local(&k->g->ctl->sent, K_WORD(k->epoch, 1));
+    }
+}
+
+/* Nobody will look at what comes. It may still come: what it is written to is given to peers again
+ * when all of them have begun a later operation, and so have sent it. */
+static K_INLINE void end_dropped(struct k_thread *k) {
+    if (k->block == 0 && k->warp == 0 && k->lane == 0) {
+        k_store(&k->g->ctl->epoch, k->epoch);
+    }
+}
+
 /* Which ranks a pass over tokens or plain answers serves. Blocks that send keep the link busy;
  * where others receive, those also copy what stays here. */
 #define K_TO_ALL 0

@@ -58,7 +58,7 @@ struct ep_tensor *stage_tensor(struct stage *s, const struct ep_tensor *t, bool 
 void stage_all(struct stage *s, const struct epi_rules *rules, void *args, uint32_t is) {
     for (int i = 0; i < rules->num; i++) {
         const struct epi_rule *r = &rules->rule[i];
-        if (epi_rule_holds(r, EPI_IN | EPI_OUT, is)) {
+        if (epi_rule_holds(r, EPI_ANY, is)) {
             epi_rule_set(r, args,
                          stage_tensor(s, epi_rule_tensor(r, args), r->role & EPI_OUT, r->name));
         }

@@ -64,6 +64,8 @@ enum epi_like { EPI_LIKE_NONE, EPI_LIKE_X, EPI_LIKE_SCALES, EPI_NUM_LIKES };
 #define EPI_FLAT 64u        /* without its last dimension where the form is expanded */
 #define EPI_ADDRESS 128u    /* the kernel gets the address alone */
 #define EPI_COLUMNS 256u    /* column-major where the call is EPI_COLUMN_MAJOR */
+#define EPI_LATE 512u       /* an input of the second of two calls */
+#define EPI_ANY (EPI_IN | EPI_OUT | EPI_LATE)
 
 /* What a call is, as far as tensors depend on it; a rule lists what rules its tensor out. */
 #define EPI_BY_MASK 1u
@@ -78,7 +80,7 @@ struct epi_rule {
     const char *name; /* in messages */
     uint16_t field,
         to;         /* offsets: of the pointer in the public struct, of what a kernel gets */
-    uint16_t role;  /* EPI_IN or EPI_OUT, and what else of the list above */
+    uint16_t role;  /* of EPI_ANY, and what else of the list above */
     uint8_t dim[2]; /* EPI_DIM_... */
     uint32_t types; /* EPI_TYPE of each that is allowed */
     uint8_t like;   /* EPI_LIKE_... */
@@ -140,7 +142,7 @@ struct epi_experts;
 void epi_call_experts(struct epi_call *call, const struct epi_experts *e);
 
 /*
- * Checks the tensors of `args` whose role is among `roles` (EPI_IN, EPI_OUT), and makes `args`, a
+ * Checks the tensors of `args` whose role is among `roles` (those of EPI_ANY), and makes `args`, a
  * copy of the caller's struct, point to copies of them. EP_ERR_ARG names the first that breaks its
  * rule, and the value; an output shares no byte with any other tensor of the call. EP_ERR_VERSION.
  */

@@ -86,7 +86,7 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
     EPI_NOT_FORKED("ep_combine", "handle", handle->process);
     EPI_TAKE(ep_combine_args, &a, args);
     EPI_TRY(epi_group_admit(handle->group));
-    EPI_TRY(epi_check_not_open("ep_combine", handle));
+    EPI_TRY(epi_check_not_open("ep_combine", handle->group));
     if (!handle->dispatched) {
         return epi_fail(EP_ERR_STATE, "ep_combine: the handle was not dispatched since it was "
                                       "routed");

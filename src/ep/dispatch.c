@@ -43,9 +43,7 @@ EPI_RULES(epi_dispatch_rules, dispatch_rules);
 /* Under the group's mutex: what the handle is from now on. */
 static void dispatch_issued(struct epi_op *op) {
     ep_handle *h = op->h;
-    ep_group *g = h->group;
     if (op->flags & EPI_OP_FINISH) {
-        g->open_handle = NULL;
         return;
     }
     op->args.dispatch.ticket = (k_u32)op->number;
@@ -53,11 +51,6 @@ static void dispatch_issued(struct epi_op *op) {
         h->counted_by = op->number;
     }
     h->dispatched = true;
-    if (op->flags & EPI_OP_BEGIN) {
-        g->open_handle = h;
-        h->open_op = *op;
-        h->sent = false;
-    }
 }
 
 static ep_status dispatch_before(struct epi_op *op) {
@@ -121,14 +114,7 @@ static ep_status dispatch_after(struct epi_op *op) {
     if (atomic_load(&h->lacks_rows)) {
         return epi_fail_need(op->g, op->args.op.h.counts);
     }
-    if (op->flags & EPI_OP_BEGIN) {
-        pthread_mutex_lock(&op->g->mutex);
-        h->sent = true;
-        op->flags |= h->dropped ? 0 : EPI_OP_OPEN;
-        pthread_mutex_unlock(&op->g->mutex);
-        return EP_OK;
-    }
-    return check_output(op);
+    return op->flags & EPI_OP_BEGIN ? EP_OK : check_output(op);
 }
 
 static void dispatch_clear(struct epi_op *op) {
@@ -142,10 +128,8 @@ static void dispatch_failed(struct epi_op *op) {
     ep_handle *h = op->h;
     ep_group *g = h->group;
     pthread_mutex_lock(&g->mutex);
-    if (atomic_load(&h->lacks_rows) || epi_group_is_over(g, g->issued)) {
-        h->dispatched = false;
-        g->open_handle = g->open_handle == h ? NULL : g->open_handle;
-    }
+    h->dispatched =
+        h->dispatched && !atomic_load(&h->lacks_rows) && !epi_group_is_over(g, g->issued);
     pthread_mutex_unlock(&g->mutex);
 }
 
@@ -178,13 +162,6 @@ static void set_inputs(struct epi_op *op, const struct epi_call *call,
     epi_args_fill(call, &epi_dispatch_rules, a, EPI_IN, k);
     h->x_dtype = a->x->dtype;
     h->x_cols = a->x->shape[1];
-    h->scales_dtype = scales ? scales->dtype : EP_DTYPE_NONE;
-    h->num_inputs = 0;
-    for (int i = 0; i < call->num_seen; i++) {
-        if (!call->seen[i].output) {
-            h->input[h->num_inputs++] = call->seen[i];
-        }
-    }
 }
 
 static void take_slot(struct epi_op *op) {
@@ -238,46 +215,28 @@ static void set_outputs(struct epi_op *op, const struct epi_call *call,
     }
 }
 
-/* The second half of what h->open_op is. */
-static void continue_op(struct epi_op *op, const ep_handle *h) {
-    *op = h->open_op;
-    op->flags = EPI_OP_FINISH | EPI_OP_CACHED;
-    op->args.op.flags &= ~(K_DO_SEND | K_DO_COUNTS);
-}
-
-/* Before the handle changes: a stream that takes no work is refused, and so is one call of two in a
- * capture. */
-static ep_status check_stream(const ep_handle *h, uint32_t part, void *stream,
-                              uint32_t *flags) {
-    bool capturing = false;
-    EPI_TRY(h->group->backend->is_capturing(h->group, stream, &capturing));
-    *flags = capturing ? EPI_OP_CAPTURED : 0;
-    if (capturing && h->excess) {
-        return epi_fail(
-            EP_ERR_STATE,
-            "dispatch: the handle was routed with %d tokens and max_tokens is %d, which "
-            "no graph can lack",
-            h->excess, h->group->config.max_tokens);
-    }
-    return part == EPI_OP_FINISH && (h->open_op.flags & EPI_OP_CAPTURED) != *flags
+/* A graph could lack no tokens. */
+static ep_status check_captured(const ep_handle *h, uint32_t captured) {
+    return captured && h->excess
                ? epi_fail(EP_ERR_STATE,
-                          "ep_dispatch_finish: the stream is%s being captured, and that of "
-                          "ep_dispatch_begin was%s: both go into the graph, or none",
-                          capturing ? "" : " not", capturing ? " not" : "")
+                          "dispatch: the handle was routed with %d tokens and max_tokens is "
+                          "%d, which no graph can lack",
+                          h->excess, h->group->config.max_tokens)
                : EP_OK;
 }
 
-static ep_status run_dispatch(ep_handle *h, const struct epi_call *call,
+static ep_status run_dispatch(const char *fn, ep_handle *h, const struct epi_call *call,
                               const struct ep_dispatch_args *a, uint32_t part, void *stream) {
     const struct epi_backend *b = h->group->backend;
     struct epi_op op;
     uint32_t captured = 0;
-    EPI_TRY(check_stream(h, part, stream, &captured));
+    EPI_TRY(epi_half_stream(fn, h, part, stream, &captured));
+    EPI_TRY(check_captured(h, captured));
     if (part == EPI_OP_FINISH) {
         if (b->on_device && !captured) { /* what did not fit has no finish */
             EPI_TRY(epi_handle_await_fit(h, NULL));
         }
-        continue_op(&op, h);
+        epi_half_continue(&op, h);
         op.args.op.flags |= captured ? K_DO_BEHIND : 0;
     } else {
         const struct epi_load load = {epi_row_bytes(a->x), h->topk,
@@ -298,29 +257,6 @@ static ep_status run_dispatch(ep_handle *h, const struct epi_call *call,
             h->expanded ? (int64_t)h->k.expert_start[h->experts->num_local] : h->k.counts->rows;
     }
     return st;
-}
-
-/* On a device behind the kernel that sends, on its stream; on the host what began may be queued still,
- * and ends the operation itself then. */
-void epi_dispatch_drop(ep_handle *h) {
-    ep_group *g = h->group;
-    struct epi_op op;
-    pthread_mutex_lock(&g->mutex);
-    const bool open = g->open_handle == h, sent = h->sent;
-    h->dropped = open;
-    g->open_handle = open ? NULL : g->open_handle;
-    pthread_mutex_unlock(&g->mutex);
-    if (open && (h->open_op.flags & EPI_OP_CAPTURED)) {
-        return; /* nothing has run */
-    }
-    if (open && g->backend->on_device) {
-        continue_op(&op, h);
-        op.flags |= EPI_OP_DROPPED;
-        op.args.op.flags |= K_DO_DROP;
-        epi_op_issue(&op, g->backend->stream(g));
-    } else if (open && sent) {
-        epi_op_end(&h->open_op);
-    }
 }
 
 /* ---- the public functions -------------------------------------------------------------------- */
@@ -351,22 +287,6 @@ static ep_status check_form(const ep_handle *h, const struct ep_dispatch_args *a
     return EP_OK;
 }
 
-/* What the inputs of finish were. */
-static void recall_inputs(struct epi_call *c, const ep_handle *h) {
-    const struct k_dispatch_args *begun = &h->open_op.args.dispatch;
-    c->dim[EPI_DIM_HIDDEN] = h->x_cols;
-    c->like[EPI_LIKE_X] = EPI_TYPE(h->x_dtype);
-    if (h->scales_dtype != EP_DTYPE_NONE) {
-        c->dim[EPI_DIM_SCALES] = begun->num_scales;
-        c->like[EPI_LIKE_SCALES] = EPI_TYPE(h->scales_dtype);
-    } else {
-        c->is |= EPI_NO_SCALES;
-    }
-    c->is |= begun->flags & K_DO_WEIGHTS ? 0 : EPI_NO_WEIGHTS;
-    c->num_seen = h->num_inputs;
-    memcpy(c->seen, h->input, sizeof(h->input));
-}
-
 static ep_status dispatch(const char *fn, ep_handle *handle,
                           const struct ep_dispatch_args *args, uint32_t part, void *stream) {
     struct ep_dispatch_args a;
@@ -384,13 +304,7 @@ static ep_status dispatch(const char *fn, ep_handle *handle,
         return epi_fail(EP_ERR_ARG, "ep_dispatch_args.num_workers is %d, must be at least 0",
                         a.num_workers);
     }
-    if (part != EPI_OP_FINISH) {
-        EPI_TRY(epi_check_not_open(fn, h));
-    } else if (h->group->open_handle != h) {
-        return epi_fail(EP_ERR_STATE,
-                        "ep_dispatch_finish: no dispatch of this handle has begun: call "
-                        "ep_dispatch_begin first");
-    }
+    EPI_TRY(epi_half_admit(fn, h, &dispatch_kind, part));
     epi_call_of(&c, h, (a.flags & EP_DISPATCH_EXPANDED) != 0);
     c.is |= (a.flags & EP_DISPATCH_ARENA ? EPI_ARENA : 0) |
             (a.flags & EP_DISPATCH_SCALES_COLUMN_MAJOR ? EPI_COLUMN_MAJOR : 0);
@@ -398,14 +312,15 @@ static ep_status dispatch(const char *fn, ep_handle *handle,
         EPI_TRY(check_form(h, &a));
     }
     if (part == EPI_OP_FINISH) {
-        recall_inputs(&c, h);
+        epi_half_recall(&c, h);
     } else {
         c.is |= (a.scales ? 0 : EPI_NO_SCALES) | (a.topk_weights ? 0 : EPI_NO_WEIGHTS);
     }
-    EPI_TRY(epi_args_check(&c, &epi_dispatch_rules, &a,
-                           (part != EPI_OP_FINISH ? EPI_IN : 0) |
-                               (part != EPI_OP_BEGIN ? EPI_OUT : 0)));
-    return run_dispatch(handle, &c, &a, part, stream);
+    EPI_TRY(epi_args_check(&c, &epi_dispatch_rules, &a, epi_half_roles(part)));
+    if (part == EPI_OP_BEGIN) {
+        handle->open_call = c;
+    }
+    return run_dispatch(fn, handle, &c, &a, part, stream);
 }
 
 ep_status ep_dispatch(ep_handle *handle, const struct ep_dispatch_args *args, void *stream) {

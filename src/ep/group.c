@@ -295,9 +295,7 @@ ep_status epi_group_create(ep_group **out, const struct ep_group_config *config)
 /* ---- growth --------------------------------------------------------------------------------- */
 
 static ep_status check_growth(ep_group *g, const struct ep_needs *want) {
-    if (g->open_handle) {
-        return epi_fail(EP_ERR_STATE, "a dispatch of this group has begun and not finished");
-    }
+    EPI_TRY(epi_check_not_open("ep_group_grow", g));
     if (want->max_tokens < 0 || want->max_tokens > epi_most_tokens(&g->config) ||
         want->max_recv_rows < 0 || want->max_recv_rows > g->plan.most_recv_rows) {
         return epi_fail(EP_ERR_ARG,

@@ -52,7 +52,7 @@ struct ep_group {
     pthread_cond_t turn;
     uint64_t turns_issued, turns_ended; /* operations */
     uint64_t issued;                    /* those of throughput mode */
-    ep_handle *open_handle;             /* whose dispatch is between begin and finish */
+    ep_handle *open_handle;             /* whose operation is between begin and finish */
     int next_slot, num_handles;
     uint32_t last_tag;   /* of the handles so far */
     atomic_int num_held; /* handles that the caller has destroyed and operations still use */
@@ -92,18 +92,15 @@ struct ep_handle {
     int excess; /* T where it is above the group's max_tokens, and `tokens` 0; else 0 */
     const struct epi_experts *experts; /* of the last routing, or the group's */
     bool by_mask, routed, dispatched;
-    uint64_t counted_by; /* operation that exchanged this routing's counts */
-    int slot;            /* of the last dispatch */
-    bool expanded;       /* form of the last dispatch */
-    int32_t x_dtype;     /* of the last dispatch's rows ... */
-    int64_t x_cols;      /* ... and their elements */
-    int32_t scales_dtype;
-    uint32_t routed_by; /* ticket of the last route ... */
-    bool captured;      /* ... and whether what was last enqueued is in a graph */
-    struct epi_op
-        open_op; /* a dispatch between begin and finish, and the bytes that it reads */
-    struct epi_extent input[EPI_MAX_TENSORS];
-    int num_inputs;
+    uint64_t counted_by;       /* operation that exchanged this routing's counts */
+    int slot;                  /* of the last dispatch */
+    bool expanded;             /* form of the last dispatch */
+    int32_t x_dtype;           /* of the last dispatch's rows ... */
+    int64_t x_cols;            /* ... and their elements */
+    uint32_t routed_by;        /* ticket of the last route ... */
+    bool captured;             /* ... and whether what was last enqueued is in a graph */
+    struct epi_op open_op;     /* what is between begin and finish ... */
+    struct epi_call open_call; /* ... and what begin was called with */
     bool sent,
         dropped; /* host, guarded by the group's mutex: it has run; nobody will finish it */
     atomic_bool
@@ -231,12 +228,10 @@ void epi_handle_needs(const ep_handle *h, struct ep_needs *needs);
 /* Whether a word {ticket | ..} of a notice is that of `ticket`. */
 bool epi_is_known(const k_u64 *word, uint64_t ticket);
 
-/* ---- route.c, dispatch.c -------------------------------------------------------------------- */
+/* ---- route.c -------------------------------------------------------------------------------- */
 
 /* EP_ERR_ARG for selection `number` (t * topk + k) of a routing; `then` ends the sentence. */
 ep_status epi_bad_selection(const ep_handle *h, int topk, uint64_t number, int64_t id,
                             const char *then);
-/* Ends a dispatch that has begun and will not be finished, without its rows, and waits for nobody. */
-void epi_dispatch_drop(ep_handle *h);
 
 #endif

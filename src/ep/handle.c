@@ -86,7 +86,7 @@ void epi_handle_destroy(ep_handle **handle) {
         epi_free(h);
         return;
     }
-    epi_dispatch_drop(h);
+    epi_half_drop(h);
     pthread_mutex_lock(&h->group->mutex);
     h->group->num_handles--;
     pthread_mutex_unlock(&h->group->mutex);
@@ -228,10 +228,10 @@ ep_status epi_handle_await_fit(ep_handle *h, int64_t *rows) {
     }
     EPI_TRY(await_counts(h));
     if (h->notice->need) {
-        pthread_mutex_lock(&g->mutex);
-        h->dispatched = false; /* and a dispatch that has begun needs no finish */
-        g->open_handle = g->open_handle == h ? NULL : g->open_handle;
-        pthread_mutex_unlock(&g->mutex);
+        h->dispatched = false;
+        if (h->open_op.kind && h->open_op.kind->kernel == EPI_KERNEL_DISPATCH) {
+            epi_half_close(h); /* a combine wants its finish still */
+        }
         return epi_fail_need(g, h->notice);
     }
     if (rows) {

@@ -138,11 +138,7 @@ static ep_status check_call(ep_group *g, const char *fn, int max_tokens, int num
     if (num_workers < 0) {
         return epi_fail(EP_ERR_ARG, "num_workers is %d, must be at least 0", num_workers);
     }
-    if (g->open_handle) {
-        return epi_fail(EP_ERR_STATE, "%s: a dispatch of this group has begun and not finished",
-                        fn);
-    }
-    return EP_OK;
+    return epi_check_not_open(fn, g);
 }
 
 /* Lengths that M and the experts give. */

@@ -35,13 +35,6 @@ void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *
     epi_plan_channels(&op->g->plan, h->tokens, &k->channels);
 }
 
-ep_status epi_check_not_open(const char *fn, const ep_handle *h) {
-    return h->group->open_handle
-               ? epi_fail(EP_ERR_STATE,
-                          "%s: a dispatch of this group has begun and not finished", fn)
-               : EP_OK;
-}
-
 void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded) {
     epi_call_begin(c, h->group);
     epi_call_experts(c, h->experts);
@@ -66,6 +59,7 @@ static ep_status number_and_launch(struct epi_op *op, void *stream, bool *number
     if (op->kind->issued) {
         op->kind->issued(op);
     }
+    epi_half_issued(op);
     return b->launch ? b->launch(op, stream) : EP_OK;
 }
 
@@ -87,10 +81,22 @@ ep_status epi_op_issue(struct epi_op *op, void *stream) {
     if (submits) {
         st = g->backend->submit(op, stream);
     }
-    if (st != EP_OK && kind->failed && g->backend->submit && (!stream || !submits)) {
-        kind->failed(op);
+    if (st != EP_OK && g->backend->submit && (!stream || !submits)) {
+        if (op->flags & EPI_OP_BEGIN) {
+            epi_half_close(op->h);
+        }
+        if (kind->failed) {
+            kind->failed(op);
+        }
     }
     return st;
+}
+
+/* Begin may be on another stream than finish, and has ended the operation if it failed. */
+static bool is_turn(const struct epi_op *op) {
+    const ep_group *g = op->g;
+    return g->turns_ended >= op->turn ||
+           (g->turns_ended == op->turn - 1 && (!(op->flags & EPI_OP_FINISH) || op->h->sent));
 }
 
 /* Blocks until the operation before this one has ended, or until it has nothing to wait for. */
@@ -98,7 +104,7 @@ static void await_turn(const struct epi_op *op) {
     ep_group *g = op->g;
     pthread_mutex_lock(&g->mutex);
     /* Every operation that runs has a deadline; one whose stream never comes to it has none. */
-    while (g->turns_ended < op->turn - 1 && !op->kind->faults->is_over(op)) {
+    while (!is_turn(op) && !op->kind->faults->is_over(op)) {
         epi_cond_wait(&g->turn, &g->mutex, epi_deadline_after(TURN_NS));
     }
     pthread_mutex_unlock(&g->mutex);
@@ -147,6 +153,9 @@ ep_status epi_op_run(void *arg) {
     ep_status st = check_op(op);
     if (st == EP_OK) {
         st = run_kernel(op);
+    }
+    if (st == EP_OK) {
+        epi_half_sent(op);
     }
     if (st != EP_OK && !(op->flags & EPI_OP_RAN) && kind->clear) {
         kind->clear(op);

@@ -72,8 +72,6 @@ struct epi_op {
 };
 _Static_assert(sizeof(struct epi_op) <= EPI_TASK_BYTES, "a stream holds operations");
 
-/* EP_ERR_STATE while a dispatch of the handle's group is between begin and finish. */
-ep_status epi_check_not_open(const char *fn, const ep_handle *h);
 /* What the arguments of an operation of a routed handle are checked against. */
 void epi_call_of(struct epi_call *c, const ep_handle *h, bool expanded);
 /* Everything but its number and what is its kind's own; of a handle, which is routed, what it knows.
@@ -89,5 +87,32 @@ ep_status epi_op_issue(struct epi_op *op, void *stream);
 ep_status epi_op_run(void *op);
 /* On the host: an operation that its last call has left open is over. */
 void epi_op_end(const struct epi_op *op);
+
+/* ---- halves.c: a kind that can be called in two, `part` EPI_OP_BEGIN and EPI_OP_FINISH; 0: in one - */
+
+/* EP_ERR_STATE while an operation of the group is between begin and finish. */
+ep_status epi_check_not_open(const char *fn, const ep_group *g);
+/* The same; but finish wants to find this kind begun with the handle. */
+ep_status epi_half_admit(const char *fn, const ep_handle *h, const struct epi_op_kind *kind,
+                         uint32_t part);
+/* Before the handle changes: *flags is EPI_OP_CAPTURED or 0. EP_ERR_STATE: the stream of only one half
+ * is being captured; or another error, if it takes no work. */
+ep_status epi_half_stream(const char *fn, const ep_handle *h, uint32_t part, void *stream,
+                          uint32_t *flags);
+/* Finish: `c`, of which the form is known, also knows what begin has learnt, and its tensors. */
+void epi_half_recall(struct epi_call *c, const ep_handle *h);
+/* The tensors that it looks at. */
+static inline uint32_t epi_half_roles(uint32_t part) {
+    return (part != EPI_OP_FINISH ? EPI_IN : 0) |
+           (part != EPI_OP_BEGIN ? EPI_OUT | EPI_LATE : 0);
+}
+/* Finish: what begin has issued, without what it has done. */
+void epi_half_continue(struct epi_op *op, const ep_handle *h);
+void epi_half_issued(const struct epi_op *op);
+void epi_half_sent(struct epi_op *op);
+/* It needs no finish. */
+void epi_half_close(const ep_handle *h);
+/* Ends what has begun and will not be finished, without what peers send, and waits for nobody. */
+void epi_half_drop(ep_handle *h);
 
 #endif

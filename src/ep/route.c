@@ -129,7 +129,7 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
     epi_life_join(handle->group->life);
     if (handle->group->open_handle == handle) {
         return epi_fail(EP_ERR_STATE,
-                        "ep_handle_route: the handle's dispatch has begun and not "
+                        "ep_handle_route: an operation of the handle has begun and not "
                         "finished");
     }
     if (!r.topk_ids == !r.token_in_rank) {
