@@ -495,7 +495,7 @@ ep_status ep_stream_wait(ep_stream *stream, ep_event *event);
  *   - What the enqueued work finds out (a bad expert id, rows that did not fit) is told by
  *     ep_handle_status and ep_handle_counts, a fault also by ep_group_fault and by the next
  *     operation. Work on the stream goes on in bounds.
- *   - Graphs: ep_handle_route, ep_handle_layout, dispatch (in one call or two) and ep_combine may be
+ *   - Graphs: ep_handle_route, ep_handle_layout, dispatch and combine (in one call or two) may be
  *     captured and replayed; routing and data may change between replays, shapes and addresses not.
  *     Every rank replays alike. A replay is ordered with the group's other operations by its stream
  *     only, and two operations of a group must not run at the same time on one rank. The handle and
@@ -538,8 +538,8 @@ ep_status ep_handle_plan(const ep_group *group, const struct ep_handle_config *c
                          int64_t *bytes);
 
 /* Frees the handle. Local, not blocking: operations that were enqueued end as if it were still
- * there, and its memory goes when they have. A dispatch that has begun and not finished ends without
- * its rows, for which nobody waits; the peers' ends as if they were received. */
+ * there, and its memory goes when they have. An operation that has begun and not finished ends without
+ * what it would receive, for which nobody waits; the peers' ends as if that was received. */
 void ep_handle_destroy(ep_handle **handle);
 
 /*
@@ -668,7 +668,7 @@ ep_status ep_handle_needs(ep_handle *handle, struct ep_needs *needs);
  * for more in its next ep_handle_route, which may then be EP_ERR_NOMEM, and has what it had until it
  * is destroyed.
  * All ranks return alike, and after a failure of any nothing has changed: EP_ERR_ARG: more than a
- * ceiling. EP_ERR_STATE: a dispatch has begun and is not finished. EP_ERR_NOMEM: memory, or
+ * ceiling. EP_ERR_STATE: an operation has begun and is not finished. EP_ERR_NOMEM: memory, or
  * memory_limit_bytes. EP_ERR_TIMEOUT names who has not come; the group goes on as it was, and every
  * later call is EP_ERR_STATE. EP_ERR_PEER, EP_ERR_FAULTED. CUDA groups are made without ceilings (else
  * EP_ERR_UNSUPPORTED).
@@ -798,6 +798,7 @@ ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int
  * ------------------------------------------------------------------------------------------ */
 
 /*
+ * Inputs, and then outputs:
  *   x             [n][H] EP_BF16, EP_F16 or EP_F32, rows contiguous: one row per row of the
  *                 handle's last dispatch, in its form (compact or expanded) and order. n at
  *                 least the rows received; rows past them are not read. A view of the arena or
@@ -839,6 +840,20 @@ struct ep_combine_args {
  * topk_weights is given must agree on all ranks. Errors as for ep_dispatch.
  */
 ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void *stream);
+
+/*
+ * The same in two steps, to the bit, on all ranks or on some: begin sends the answers (it looks at all
+ * inputs but bias), finish adds up those that come (it looks at bias and the outputs). Begin is
+ * collective, as is ep_combine. Other operations of the group, and a routing of the handle, are refused
+ * in between with EP_ERR_STATE. The inputs must not change until the stream has passed finish, as
+ * answers of this rank to itself are read where they are. Both enqueue, on one stream or two, and
+ * neither blocks beyond that: a CUDA group sends on its own stream, from where `stream` is at begin,
+ * beside what is queued there next. In a capture both are captured, into the same graph (else
+ * EP_ERR_STATE), and begin sends on its own `stream`. Errors as for ep_combine.
+ */
+ep_status ep_combine_begin(ep_handle *handle, const struct ep_combine_args *args, void *stream);
+ep_status ep_combine_finish(ep_handle *handle, const struct ep_combine_args *args,
+                            void *stream);
 
 /* ---------------------------------------------------------------------------------------------
  * Low-latency mode

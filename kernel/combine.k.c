@@ -12,6 +12,9 @@
  *            rank owes: those all blocks make. In float32, rounded once per sum.
  *
  * A rank's answers to itself do not travel: where they are plain rows they are read in place.
+ * In two calls, one kernel does all but the tokens' sums, and another those; what a rank owes is made
+ * by the first alone.
+ *
  * One warp can run all of it in this order: nobody waits for a peer's answer while there is an
  * answer of this rank that nobody has begun.
  */
@@ -57,17 +60,18 @@ static K_FN k_bool combine_control(struct k_thread *k, const struct k_combine_ar
 /* ---- entry ---------------------------------------------------------------------------------- */
 
 static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *a) {
-    const k_bool both = k->num_blocks > 1;
+    const k_bool sends = (a->flags & K_DO_SEND) != 0, receives = (a->flags & K_DO_RECV) != 0;
+    const k_bool both = sends && receives && k->num_blocks > 1;
     const k_i32 senders = both ? (k_i32)a->send_blocks : k->num_blocks;
-    const k_bool sums = (a->flags & K_DO_REDUCE) != 0; /* made by all blocks */
+    const k_bool sums = sends && (a->flags & K_DO_REDUCE) != 0; /* made by all blocks */
     k_u32 go = K_GO_UNASKED;
-    if (k->block == 0 && !combine_control(k, a)) {
+    if (sends && k->block == 0 && !combine_control(k, a)) {
         return 0;
     }
     struct k_mover m;
     k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
     const k_bool away = k->block < senders; /* if all blocks do, they do the rest as well */
-    if (away && !sums) {
+    if (sends && away && !sums) {
         send_plain(k, a, &m, spread_first(k, 0, senders), k_stride(k, senders), &go);
     }
     if (!may_send(k, &go)) {
@@ -77,16 +81,16 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
         }
         return go == K_GO_NEED;
     }
-    if (!sums && !(away && both)) {
+    if (sends && !sums && !(away && both)) {
         const k_i32 from = both ? senders : 0;
         send_own(k, a, k_first(k, from), k_stride(k, k->num_blocks - from));
     }
-    if (k_first(k, 0) == 0) {
+    if (sends && k_first(k, 0) == 0) {
         count_sent_answers(k, a);
     }
     struct sum_feed f = {0};
     f.answers = sums;
-    f.tokens = 1;
+    f.tokens = receives;
     f.eager = both && !away;
     f.token = K_NOBODY;
     k_syncwarp(k); /* the scratch was used for sending */
@@ -99,11 +103,18 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
 }
 
 K_KERNEL(throughput, combine, k_combine_args) {
+    const k_bool receives = (a->flags & K_DO_RECV) != 0;
     k_enter(k, &a->g, K_OP_COMBINE);
+    if (a->flags & K_DO_DROP) { /* nobody will look at the answers */
+        end_dropped(k);
+        return;
+    }
     if (!combine_run(k, a)) {
         k_fail_op(k, K_END_FAULT);
     }
-    if (k_is_last_out(k, 1)) {
-        k_finish_kernel(k, 1);
+    if (k_is_last_out(k, receives)) {
+        await_sender(k, a->flags);
+        k_finish_kernel(k, receives);
+        tell_sent(k, receives);
     }
 }

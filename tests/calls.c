@@ -14,7 +14,7 @@
 
 #define MAX_GROUPS 256 /* alive in one process */
 
-/* A call on its way: queued, or a dispatch between begin and finish. */
+/* A call on its way: queued, or between begin and finish. */
 struct call {
     struct stage stage;
     ep_group *group;
@@ -269,6 +269,25 @@ ep_status call_dispatch(ep_handle *h, const struct ep_dispatch_args *a, void *st
 }
 
 /* The inputs are read until the stream has passed finish. */
+static ep_status begun(struct call *c, ep_status st) {
+    if (st != EP_OK) {
+        free_calls(c);
+        return st;
+    }
+    c->begun = true;
+    keep_call(c);
+    return EP_OK;
+}
+
+static ep_status end_begun(struct call *c, ep_status st, bool queued) {
+    const ep_group *group = c->group;
+    const ep_status end = end_call(c, st, queued);
+    if (st == EP_OK && !queued) {
+        free_calls(take_calls(group, NULL, true));
+    }
+    return end;
+}
+
 ep_status call_dispatch_begin(ep_handle *h, const struct ep_dispatch_args *a, void *stream) {
     struct call *c = a ? new_call(h, stream) : NULL;
 
@@ -277,14 +296,8 @@ ep_status call_dispatch_begin(ep_handle *h, const struct ep_dispatch_args *a, vo
     }
     struct ep_dispatch_args staged = *a;
     stage_dispatch(&c->stage, &staged);
-    const ep_status st = ep_dispatch_begin(h, &staged, lay(c));
-    if (st != EP_OK) {
-        free_calls(c);
-        return st;
-    }
-    c->begun = true;
-    keep_call(c);
-    return stream ? EP_OK : ep_handle_counts(h, NULL, NULL, NULL);
+    const ep_status st = begun(c, ep_dispatch_begin(h, &staged, lay(c)));
+    return st != EP_OK || stream ? st : ep_handle_counts(h, NULL, NULL, NULL);
 }
 
 ep_status call_dispatch_finish(ep_handle *h, const struct ep_dispatch_args *a, void *stream) {
@@ -295,13 +308,7 @@ ep_status call_dispatch_finish(ep_handle *h, const struct ep_dispatch_args *a, v
     }
     struct ep_dispatch_args staged = *a;
     stage_dispatch(&c->stage, &staged);
-    const ep_status st = ep_dispatch_finish(h, &staged, lay(c));
-    const ep_group *group = h->group;
-    const ep_status end = end_call(c, st, stream != NULL);
-    if (st == EP_OK && !stream) {
-        free_calls(take_calls(group, NULL, true));
-    }
-    return end;
+    return end_begun(c, ep_dispatch_finish(h, &staged, lay(c)), stream != NULL);
 }
 
 ep_status call_combine(ep_handle *h, const struct ep_combine_args *a, void *stream) {
@@ -313,6 +320,28 @@ ep_status call_combine(ep_handle *h, const struct ep_combine_args *a, void *stre
     struct ep_combine_args staged = *a;
     stage_combine(&c->stage, &staged);
     return end_call(c, ep_combine(h, &staged, lay(c)), stream != NULL);
+}
+
+ep_status call_combine_begin(ep_handle *h, const struct ep_combine_args *a, void *stream) {
+    struct call *c = a ? new_call(h, stream) : NULL;
+
+    if (!c) {
+        return ep_combine_begin(h, a, stream);
+    }
+    struct ep_combine_args staged = *a;
+    stage_combine(&c->stage, &staged);
+    return begun(c, ep_combine_begin(h, &staged, lay(c)));
+}
+
+ep_status call_combine_finish(ep_handle *h, const struct ep_combine_args *a, void *stream) {
+    struct call *c = a ? new_call(h, stream) : NULL;
+
+    if (!c) {
+        return ep_combine_finish(h, a, stream);
+    }
+    struct ep_combine_args staged = *a;
+    stage_combine(&c->stage, &staged);
+    return end_begun(c, ep_combine_finish(h, &staged, lay(c)), stream != NULL);
 }
 
 /* ---- low-latency mode ---------------------------------------------------------------------- */

@@ -28,6 +28,8 @@ ep_status call_dispatch(ep_handle *h, const struct ep_dispatch_args *a, void *st
 ep_status call_dispatch_begin(ep_handle *h, const struct ep_dispatch_args *a, void *stream);
 ep_status call_dispatch_finish(ep_handle *h, const struct ep_dispatch_args *a, void *stream);
 ep_status call_combine(ep_handle *h, const struct ep_combine_args *a, void *stream);
+ep_status call_combine_begin(ep_handle *h, const struct ep_combine_args *a, void *stream);
+ep_status call_combine_finish(ep_handle *h, const struct ep_combine_args *a, void *stream);
 
 /* Of low-latency mode: all of an operation, or a half. */
 enum call_half { CALL_BOTH, CALL_SEND, CALL_RECV };

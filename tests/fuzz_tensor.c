@@ -179,7 +179,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     } ops[] = {{&epi_route_rules, EPI_IN, false},
                {&epi_layout_rules, EPI_OUT, true},
                {&epi_dispatch_rules, EPI_IN | EPI_OUT, true},
-               {&epi_combine_rules, EPI_IN | EPI_OUT, true}};
+               {&epi_combine_rules, EPI_ANY, true}};
     static ep_group *group;
     void *args[128] = {0}, *kernel_args[256];
     struct ep_tensor t[EPI_MAX_TENSORS];

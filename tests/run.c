@@ -397,8 +397,17 @@ static void create_combine(struct run *r) {
 }
 
 ep_status run_combine(struct run *r, ep_handle *handle, void *stream) {
+    struct ep_combine_args in = r->combine, out = r->combine;
+
     run_poison(r, OUT_Y, OUT_Y_TOPK);
-    return call_combine(handle, &r->combine, stream);
+    if (!r->form->two_step) {
+        return call_combine(handle, &in, stream);
+    }
+    in.out = in.out_topk_weights = NULL;
+    in.bias[0] = in.bias[1] = NULL;
+    out.x = out.weights = out.topk_weights = NULL;
+    const ep_status st = call_combine_begin(handle, &in, stream);
+    return st == EP_OK ? call_combine_finish(handle, &out, stream) : st;
 }
 
 bool run_check_combine(struct run *r) {

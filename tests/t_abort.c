@@ -2,7 +2,7 @@
 /* class: timed */
 /*
  * Operations that end because somebody wants it so: ep_group_abort from another thread, Ctrl-C of
- * a whole job, a rank that exits or destroys its group while the others go on, a dispatch that is
+ * a whole job, a rank that exits or destroys its group while the others go on, an operation that is
  * begun and never finished. Nobody hangs, and everybody is told what happened.
  */
 #include <errno.h>
@@ -266,34 +266,44 @@ static void hold_stream(void *arg) {
 /* Begins and destroys the handle, on a host's rank 1 before the stream has come to it. */
 static void begin_and_drop(struct rig *r, struct stage *s) {
     struct ep_dispatch_args a = EP_DISPATCH_ARGS_INIT;
-    struct ep_tensor x;
+    struct ep_combine_args c = EP_COMBINE_ARGS_INIT;
+    struct ep_tensor x, y;
     void *stream = NULL;
     ep_tensor_2d(&x, EP_F32, r->x, RIG_TOKENS, RIG_HIDDEN);
+    ep_tensor_2d(&y, EP_F32, r->recv, (int64_t)r->num_ranks * RIG_TOKENS, RIG_HIDDEN);
     a.x = &x;
+    c.x = &y;
     if (r->rank == 1 && !gpu_wanted()) {
         ok(call_stream_create(&stream, r->group) == EP_OK, "a stream");
         ok(ep_stream_run(stream, hold_stream, s) == EP_OK, "held");
     }
-    ok(call_dispatch_begin(r->handle, &a, stream) == EP_OK, "begin: %s", ep_last_error());
+    ok((s->which ? call_combine_begin(r->handle, &c, stream)
+                 : call_dispatch_begin(r->handle, &a, stream)) == EP_OK,
+       "begin: %s", ep_last_error());
     ep_handle_destroy(&r->handle);
     atomic_fetch_add(&s->go, r->rank);
     atomic_fetch_add(&s->done, 1);
     call_stream_destroy(r->group, &stream);
 }
 
-/* Ranks 0 and 1 destroy the handle of a dispatch that has begun, and wait for nobody: the others
- * succeed, and so do the operations after it. */
+/* Ranks 0 and 1 destroy the handle of a dispatch, or a combine, that has begun, and wait for nobody: the
+ * others succeed, and so do the operations after it. */
 static int dropping_rank(int rank, void *ctx) {
     struct stage *s = ctx;
     struct rig r, next;
     if (!create(&r, s, rank)) {
         return 1;
     }
+    if (s->which) {
+        ok(rig_dispatch(&r) == EP_OK, "dispatch: %s", ep_last_error());
+    }
     if (rank == RANKS - 1 && !gpu_wanted()) {
-        rig_trap(rig_middle_row(&r), hold_rows, s);
+        rig_trap(s->which ? rig_middle_answer(&r) : rig_middle_row(&r), hold_rows, s);
     }
     if (rank < 2) {
         begin_and_drop(&r, s);
+    } else if (s->which) {
+        ok(rig_combine(&r) == EP_OK && rig_combine_right(&r), "combine: %s", ep_last_error());
     } else {
         ep_status st = rig_dispatch(&r);
         ok(st == EP_OK && rig_dispatch_right(&r), "dispatch: %s", ep_last_error());
@@ -435,6 +445,7 @@ int main(int argc, char **argv) {
     }
     run_both(early_rank, ranks, 0, "rank 0 is first in destroy");
     run_both(dropping_rank, ranks, 0, "a dispatch is begun and dropped");
+    run_both(dropping_rank, ranks, 1, "a combine is begun and dropped");
     interrupted_job();
     ok(rig_same_footprint(was), "nothing is left");
     return done_testing();

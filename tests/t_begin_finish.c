@@ -1,10 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /* class: rest */
 /*
- * Dispatch in two steps: begin sends, the counts are known, finish writes output of exactly the
- * right size; beside ranks that do it in one, cached, and in the wrong order.
+ * In two steps. Dispatch: begin sends, the counts are known, finish writes output of exactly the
+ * right size. Combine: begin sends the answers, finish adds them up. Beside ranks that do it in one,
+ * cached, on two streams, and in the wrong order.
  */
+#include <stdatomic.h>
 #include <stdio.h>
+
+#include "src/base/base.h"
 
 #include "tests/calls.h"
 #include "tests/tap.h"
@@ -29,7 +33,10 @@ static void forms(uint64_t seed, int first, int num) {
             t.form[r].zero_gaps = i % 4 == 1;
             t.form[r].alignment = 1 + i;
             t.form[r].arena = i % 5 == 4;
+            t.form[r].weighted = i % 4 > 1;
+            t.form[r].num_bias = i % 3;
         }
+        t.back = i % 3 > 0;
         trial_build(&t);
         snprintf(name, sizeof(name), "%s%s%s", i % 2 ? "expanded" : "compact",
                  i % 5 == 4 ? ", view" : "", i % 3 ? "" : ", beside ranks in one call");
@@ -60,6 +67,52 @@ static void cached(struct world *w) {
     ep_handle_destroy(&handle);
 }
 
+static void held(void *arg) {
+    atomic_int *go = arg;
+    while (!atomic_load(go)) {
+        epi_sleep_ns(EPI_NS_PER_MS);
+    }
+}
+
+/* Each half is on a stream of its own; on the host finish comes to be run before begin. */
+static void two_streams(struct world *w) {
+    const struct trial *t = w->ctx;
+    void *first = NULL, *second = NULL;
+    struct run r;
+    ep_handle *handle = NULL;
+
+    run_create(&r, w, t);
+    world_is(w, call_stream_create(&first, w->group), EP_OK, "a stream");
+    world_is(w, call_stream_create(&second, w->group), EP_OK, "another stream");
+    world_is(w, ep_handle_create(&handle, w->group, NULL), EP_OK, "ep_handle_create");
+    world_is(w, run_route(&r, handle, NULL), EP_OK, "ep_handle_route");
+    for (int i = 0; i < 4; i++) {
+        atomic_int go = 0;
+        const bool combines = i % 2;
+        if (!gpu_wanted()) {
+            world_is(w, ep_stream_run(first, held, &go), EP_OK, "held");
+        }
+        run_poison(&r, OUT_X, OUT_Y_TOPK);
+        world_is(w,
+                 combines ? call_combine_begin(handle, &r.combine, first)
+                          : call_dispatch_begin(handle, &r.dispatch, first),
+                 EP_OK, "begin");
+        world_is(w,
+                 combines ? call_combine_finish(handle, &r.combine, second)
+                          : call_dispatch_finish(handle, &r.dispatch, second),
+                 EP_OK, "finish");
+        epi_sleep_ns(5 * EPI_NS_PER_MS);
+        atomic_store(&go, 1);
+        world_is(w, call_stream_sync(w->group, second), EP_OK, "finish, on its stream");
+        world_is(w, call_stream_sync(w->group, first), EP_OK, "begin, on its stream");
+        combines ? run_check_combine(&r) : run_check_outputs(&r);
+    }
+    ep_handle_destroy(&handle);
+    call_stream_destroy(w->group, &first);
+    call_stream_destroy(w->group, &second);
+    run_free(&r);
+}
+
 /* What may not happen between begin and finish, and before begin. */
 static void wrong_order(struct world *w) {
     const struct trial *t = w->ctx;
@@ -87,6 +140,21 @@ static void wrong_order(struct world *w) {
     run_check_dispatch(&r, handle);
     world_fails(w, call_dispatch_finish(handle, &r.dispatch, NULL), EP_ERR_STATE, "beg",
                 "finish twice");
+    world_fails(w, call_combine_finish(handle, &r.combine, NULL), EP_ERR_STATE,
+                "ep_combine_finish|begin", "combine's finish without begin");
+    world_is(w, call_combine_begin(handle, &r.combine, NULL), EP_OK, "ep_combine_begin");
+    world_fails(w, call_combine_begin(handle, &r.combine, NULL), EP_ERR_STATE,
+                "a combine|finish", "combine's begin twice");
+    world_fails(w, run_route(&r, handle, NULL), EP_ERR_STATE, "finish", "route in between");
+    world_fails(w, call_dispatch(other, &r.dispatch, NULL), EP_ERR_STATE, "a combine|finish",
+                "dispatch of another handle in between");
+    world_fails(w, call_dispatch_finish(handle, &r.dispatch, NULL), EP_ERR_STATE, "begin",
+                "the other operation's finish");
+    world_is(w, ep_handle_counts(handle, NULL, NULL, NULL), EP_OK, "counts in between");
+    world_is(w, call_combine_finish(handle, &r.combine, NULL), EP_OK, "ep_combine_finish");
+    run_check_combine(&r);
+    world_fails(w, call_combine_finish(handle, &r.combine, NULL), EP_ERR_STATE, "begin",
+                "combine's finish twice");
     run_free(&r);
     trial_pass(w, t, other);
     ep_handle_destroy(&handle);
@@ -95,6 +163,7 @@ static void wrong_order(struct world *w) {
 
 static void both(struct world *w) {
     cached(w);
+    two_streams(w);
     wrong_order(w);
 }
 
@@ -118,6 +187,7 @@ int main(void) {
     }
     forms(seed, 0, 12);
     run(seed + 100, cached, "cached");
+    run(seed + 102, two_streams, "on two streams");
     run(seed + 101, wrong_order, "in the wrong order");
     return done_testing();
 }

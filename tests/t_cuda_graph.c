@@ -163,6 +163,22 @@ static void dispatch(struct world *w, struct live *l, ep_handle *handle,
                 "counts of a captured dispatch");
 }
 
+static void combine(struct world *w, struct live *l, ep_handle *handle, const struct taken *g) {
+    struct ep_combine_args in = l->combine, out = l->combine;
+
+    if (!l->run.form->two_step) {
+        world_is(w, ep_combine(handle, &in, g->stream), EP_OK, "combine in a capture");
+        return;
+    }
+    in.bias[0] = in.bias[1] = NULL;
+    in.out = in.out_topk_weights = NULL;
+    out.x = out.weights = out.topk_weights = NULL;
+    world_is(w, ep_combine_begin(handle, &in, g->stream), EP_OK, "combine's begin");
+    world_fails(w, ep_combine_finish(handle, &out, g->beside), EP_ERR_STATE,
+                "captured|the graph", "combine's finish in no capture");
+    world_is(w, ep_combine_finish(handle, &out, g->stream), EP_OK, "combine's finish");
+}
+
 /* No replay could lack tokens: a graph is not made of what has more than max_tokens. */
 static void too_many_tokens(struct world *w, struct live *l, const struct taken *g) {
     struct ep_tensor ids = *l->routing.topk_ids, x = *l->dispatch.x;
@@ -195,7 +211,7 @@ static bool capture(struct world *w, struct live *l, ep_handle *handle, struct t
     dispatch(w, l, handle, g);
     world_is(w, ep_handle_route(g->other, &l->routing, g->beside), EP_OK,
              "route, in no capture");
-    world_is(w, ep_combine(handle, &l->combine, stream), EP_OK, "combine in a capture");
+    combine(w, l, handle, g);
     const bool ended = graph_end(w, stream, &g->graph);
     epi_cu_event_destroy(d, &routed);
     gpu_must(epi_cu_stream_sync(d, g->beside), "waiting");

@@ -32,7 +32,7 @@ enum trial_output {
 /* What a rank may choose for itself, whatever the others do. */
 struct form {
     bool expanded, zero_gaps, arena, columns;
-    bool two_step; /* begin, counts, finish */
+    bool two_step; /* begin, counts, finish; begin and finish of combine */
     bool padded;   /* strides of rows larger than their length, in outputs and answers */
     bool weighted;
     int num_bias;

@@ -13,8 +13,8 @@ static const struct epi_rule combine_rules[] = {
      0},
     {FIELD(topk_weights, topk_weights), EPI_IN | EPI_FLAT, EPI_DIMS(ROWS, K), EPI_TYPE(EP_F32),
      EPI_AS(NONE, ANY), EPI_BY_MASK},
-    {FIELD(bias[0], bias0), EPI_IN, EPI_DIMS(T, HIDDEN), EPI_SUMMABLE, EPI_AS(X, ROWS), 0},
-    {FIELD(bias[1], bias1), EPI_IN, EPI_DIMS(T, HIDDEN), EPI_SUMMABLE, EPI_AS(X, ROWS), 0},
+    {FIELD(bias[0], bias0), EPI_LATE, EPI_DIMS(T, HIDDEN), EPI_SUMMABLE, EPI_AS(X, ROWS), 0},
+    {FIELD(bias[1], bias1), EPI_LATE, EPI_DIMS(T, HIDDEN), EPI_SUMMABLE, EPI_AS(X, ROWS), 0},
     {FIELD(out, out), EPI_OUT | EPI_REQUIRED, EPI_DIMS(T, HIDDEN), EPI_SUMMABLE,
      EPI_AS(X, ROWS), 0},
     {FIELD(out_topk_weights, out_weights), EPI_OUT, EPI_DIMS(T, K), EPI_TYPE(EP_F32),
@@ -41,7 +41,7 @@ static ep_status combine_before(struct epi_op *op) {
     if (atomic_load(&op->h->lacks_rows)) {
         return epi_fail(EP_ERR_STATE, "combine after a dispatch that did not fit");
     }
-    const ep_status st = check_x_rows(op);
+    const ep_status st = op->flags & EPI_OP_FINISH ? EP_OK : check_x_rows(op);
     if (st != EP_OK) { /* the peers are in this operation: do not let them wait */
         epi_group_raise(g, st, g->rank, op->number);
     }
@@ -51,8 +51,8 @@ static ep_status combine_before(struct epi_op *op) {
 static const struct epi_op_kind combine_kind = {
     .kernel = EPI_KERNEL_COMBINE, .faults = &epi_faults_end_group, .before = combine_before};
 
-static void set_args(struct epi_op *op, const struct epi_call *call,
-                     const struct ep_combine_args *a) {
+static void fill_inputs(struct epi_op *op, const struct epi_call *call,
+                        const struct ep_combine_args *a) {
     const ep_handle *h = op->h;
     struct k_combine_args *k = &op->args.combine;
     k->x_rows = a->x->shape[0] < INT32_MAX ? a->x->shape[0] : INT32_MAX;
@@ -60,36 +60,52 @@ static void set_args(struct epi_op *op, const struct epi_call *call,
     k->dtype = a->x->dtype;
     k->stages = op->shape.stages;
     k->stage_bytes = op->shape.stage_bytes;
-    k->flags = (h->expanded ? K_DO_EXPAND : 0) | (a->topk_weights ? K_DO_WEIGHTS : 0) |
+    k->flags = K_DO_SEND | (h->expanded ? K_DO_EXPAND : 0) |
+               (a->topk_weights ? K_DO_WEIGHTS : 0) |
                (h->expanded || a->weights ? K_DO_REDUCE : 0);
-    epi_args_fill(call, &epi_combine_rules, a, EPI_IN | EPI_OUT, k);
+    epi_args_fill(call, &epi_combine_rules, a, EPI_IN, k);
 }
 
-static ep_status run_combine(ep_handle *h, const struct epi_call *call,
-                             const struct ep_combine_args *a, void *stream) {
-    const struct epi_load load = {epi_row_bytes(a->x), h->topk, h->expanded, true};
+static ep_status run_combine(const char *fn, ep_handle *h, const struct epi_call *call,
+                             const struct ep_combine_args *a, uint32_t part, void *stream) {
     struct epi_op op;
-    epi_op_begin(&op, &combine_kind, h, a->num_workers, &load);
-    set_args(&op, call, a);
-    if (!h->group->backend->on_device && !stream && atomic_load(&h->pending) == 0 &&
-        !atomic_load(&h->lacks_rows)) {
-        EPI_TRY(check_x_rows(&op)); /* known already: refuse before the peers are involved */
+    uint32_t captured = 0;
+    if (part) {
+        EPI_TRY(epi_half_stream(fn, h, part, stream, &captured));
     }
+    if (part == EPI_OP_FINISH) {
+        epi_half_continue(&op, h);
+    } else {
+        const struct epi_load load = {epi_row_bytes(a->x), h->topk, h->expanded, true};
+        epi_op_begin(&op, &combine_kind, h, a->num_workers, &load);
+        op.flags |= part;
+        fill_inputs(&op, call, a);
+        if (!h->group->backend->on_device && !stream && atomic_load(&h->pending) == 0 &&
+            !atomic_load(&h->lacks_rows)) {
+            EPI_TRY(check_x_rows(&op)); /* known already: refuse before peers are involved */
+        }
+    }
+    if (part != EPI_OP_BEGIN) {
+        op.args.op.flags |= K_DO_RECV;
+        epi_args_fill(call, &epi_combine_rules, a, EPI_OUT | EPI_LATE, &op.args.combine);
+    }
+    op.flags |= captured;
     return epi_op_issue(&op, stream);
 }
 
-ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void *stream) {
+static ep_status combine(const char *fn, ep_handle *handle, const struct ep_combine_args *args,
+                         uint32_t part, void *stream) {
     struct ep_combine_args a;
     struct epi_call c;
     EPI_NOT_NULL("ep_combine", handle);
     EPI_NOT_NULL("ep_combine", args);
-    EPI_NOT_FORKED("ep_combine", "handle", handle->process);
+    EPI_NOT_FORKED(fn, "handle", handle->process);
     EPI_TAKE(ep_combine_args, &a, args);
     EPI_TRY(epi_group_admit(handle->group));
-    EPI_TRY(epi_check_not_open("ep_combine", handle->group));
-    if (!handle->dispatched) {
-        return epi_fail(EP_ERR_STATE, "ep_combine: the handle was not dispatched since it was "
-                                      "routed");
+    EPI_TRY(epi_half_admit(fn, handle, &combine_kind, part));
+    if (part != EPI_OP_FINISH && !handle->dispatched) {
+        return epi_fail(EP_ERR_STATE, "%s: the handle was not dispatched since it was routed",
+                        fn);
     }
     if (a.flags || a.num_workers < 0) {
         return epi_fail(EP_ERR_ARG, "ep_combine_args.%s is %d, must be %s",
@@ -97,7 +113,28 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
                         a.flags ? (int)a.flags : a.num_workers, a.flags ? "0" : "at least 0");
     }
     epi_call_of(&c, handle, handle->expanded);
-    c.is |= a.topk_weights ? 0 : EPI_NO_WEIGHTS;
-    EPI_TRY(epi_args_check(&c, &epi_combine_rules, &a, EPI_IN | EPI_OUT));
-    return run_combine(handle, &c, &a, stream);
+    if (part == EPI_OP_FINISH) {
+        epi_half_recall(&c, handle);
+    } else {
+        c.is |= a.topk_weights ? 0 : EPI_NO_WEIGHTS;
+    }
+    EPI_TRY(epi_args_check(&c, &epi_combine_rules, &a, epi_half_roles(part)));
+    if (part == EPI_OP_BEGIN) {
+        handle->open_call = c;
+    }
+    return run_combine(fn, handle, &c, &a, part, stream);
+}
+
+ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void *stream) {
+    return combine("ep_combine", handle, args, 0, stream);
+}
+
+ep_status ep_combine_begin(ep_handle *handle, const struct ep_combine_args *args,
+                           void *stream) {
+    return combine("ep_combine_begin", handle, args, EPI_OP_BEGIN, stream);
+}
+
+ep_status ep_combine_finish(ep_handle *handle, const struct ep_combine_args *args,
+                            void *stream) {
+    return combine("ep_combine_finish", handle, args, EPI_OP_FINISH, stream);
 }
