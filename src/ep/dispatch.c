@@ -5,8 +5,6 @@
  */
 #include "src/ep/group.h"
 
-#include <string.h>
-
 #define FIELD(f, to) EPI_FIELD(ep_dispatch_args, f, k_dispatch_args, to)
 static const struct epi_rule dispatch_rules[] = {
     {FIELD(x, x), EPI_IN | EPI_REQUIRED | EPI_ROW_BYTES, EPI_DIMS(T, HIDDEN), EPI_ROWS,
