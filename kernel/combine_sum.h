@@ -12,7 +12,7 @@
 
 _Static_assert(sizeof(struct k_term) == K_TERM_BYTES, "a warp's scratch is terms");
 
-/* A row to be summed: an answer that this rank owes, or a slice of a token's row. */
+/* A slice of a row to be summed: of an answer that this rank owes, or of a token's row. */
 struct sum {
     struct k_peer to;
     k_i32 item;           /* the received row that is answered, or the token */
@@ -20,7 +20,7 @@ struct sum {
     k_i32 num;            /* terms */
     k_i32 bytes, part;    /* of the row; of each term, that a stage takes */
     k_i32 ends;           /* with it a part of so many answers has ended; 0: none */
-    k_u8 last;            /* slice of its token */
+    k_u8 last;            /* slice of its row */
 };
 
 #define K_NOBODY (-1)
@@ -32,8 +32,9 @@ struct sum_feed {
     k_u32 row, end;       /* the answers taken that are not begun */
     k_i32 rows;           /* that were taken at once */
     k_i32 owner, channel;
-    k_i32 token; /* taken, not begun; or K_NOBODY */
-    k_i32 from;  /* the byte of its row at which the slice begins */
+    k_i32 token;        /* taken, not begun; or K_NOBODY */
+    k_i32 from;         /* the byte of its row at which the slice begins */
+    k_i32 answers_from; /* the same of the answers' rows */
 };
 
 /* What a warp notes in its scratch, as registers are for the sums. Written by lane 0. */
@@ -53,30 +54,60 @@ static K_INLINE struct k_term *warp_terms(struct k_thread *k, k_i32 set) {
     return (struct k_term *)((k_u8 *)warp_scratch(k) + K_NOTE_BYTES) + set * K_SUM_TERMS;
 }
 
+/* Into how many slices rows are cut, each for a warp: of equal bytes, but for the last. */
+struct cut {
+    k_i32 num, bytes;
+};
+
 /*
- * How tokens' rows are cut: not, but for the last ones, as many as there are warps, so that what is
- * left to do when the last answers arrive is little for each warp; finer where there are more
- * warps than tokens.
+ * Tokens' rows are cut only of the last tokens, as many as there are warps, so that what is left to
+ * do when the last answers arrive is little for each warp; finer where there are more warps than
+ * tokens. Answers are cut where there are more warps than answers: a warp needs long for one.
  */
 struct slices {
     k_i32 whole; /* tokens that are not cut */
-    k_i32 num, bytes;
+    struct cut token, answer;
 };
 
 #define K_MOST_SLICES 8
 #define K_LAST_SLICES 4
 #define K_LEAST_SLICE_BYTES 4096
+#if defined(K_LATE_MOVERS) /* check builds cut wherever they can */
+#define K_ANSWERS_EACH 1000000
+#define K_LEAST_ANSWER_BYTES 48
+#define K_SLICE_UNIT 16
+#else
+#define K_ANSWERS_EACH 2
+#define K_LEAST_ANSWER_BYTES 1024
+#define K_SLICE_UNIT 512
+#endif
+
+static K_INLINE struct cut cut_row(const struct k_combine_args *a, k_i32 num) {
+    const k_i32 units = (a->row_bytes + K_SLICE_UNIT - 1) / K_SLICE_UNIT;
+    struct cut c = {1, a->row_bytes};
+    if (num > 1) {
+        c.bytes = (units + num - 1) / num * K_SLICE_UNIT;
+        c.num = (a->row_bytes + c.bytes - 1) / c.bytes;
+    }
+    return c;
+}
 
 static K_INLINE struct slices slices_of(const struct k_combine_args *a, k_i32 warps) {
     const k_i32 last = k_min(a->row_bytes / K_LEAST_SLICE_BYTES, K_LAST_SLICES);
     const k_i32 few = k_min(a->tokens > 0 ? warps / a->tokens : 1, K_MOST_SLICES);
-    const k_i32 num = k_max(few, last);
-    struct slices s = {k_max(a->tokens - warps, 0), 1, a->row_bytes};
-    if (num > 1) {
-        s.bytes = (a->row_bytes + 512 * num - 1) / (512 * num) * 512;
-        s.num = (a->row_bytes + s.bytes - 1) / s.bytes;
-    }
+    const k_i32 answers = (k_i32)a->h.recv_base[a->g.num_ranks];
+    const k_i32 each = answers > 0 ? K_ANSWERS_EACH * warps / answers : 1;
+    struct slices s;
+    s.whole = k_max(a->tokens - warps, 0);
+    s.token = cut_row(a, k_max(few, last));
+    s.answer = cut_row(a, k_min(each, a->row_bytes / K_LEAST_ANSWER_BYTES));
     return s;
+}
+
+/* The bytes of the slice that begins at byte `from`. */
+static K_INLINE k_i32 slice_bytes(const struct k_combine_args *a, const struct cut *c,
+                                  k_i32 from) {
+    return k_min(c->bytes, a->row_bytes - from);
 }
 
 /* Whether every sum's terms fit a stage, so that rows follow each other through the ring. */
@@ -98,9 +129,10 @@ static K_INLINE k_i32 part_bytes(const struct k_combine_args *a, k_i32 num, k_i3
     return k_min(each < 512 ? each & ~15 : each & ~511, bytes);
 }
 
-/* Rows of the experts' output that make up this rank's answer for received row `row`. */
+/* Rows of the experts' output, from byte `begin` on, that make up this rank's answer for received
+ * row `row`. */
 static K_INLINE k_i32 answer_terms(struct k_thread *k, const struct k_combine_args *a,
-                                   k_u32 row, struct k_term *terms) {
+                                   k_u32 row, k_i32 begin, struct k_term *terms) {
     const k_bool wide = (a->flags & K_DO_EXPAND) != 0;
     k_i32 num = 0;
     for (k_i32 base = 0; base < (wide ? a->topk : 1); base += K_LANES) {
@@ -114,7 +146,7 @@ static K_INLINE k_i32 answer_terms(struct k_thread *k, const struct k_combine_ar
         k_u32 all = 0;
         const k_i32 at = num + (k_i32)k_scan(k, from >= 0, &all);
         if (from >= 0) {
-            terms[at].row = (const void *)x_row(a, (k_u32)from);
+            terms[at].row = (const void *)(x_row(a, (k_u32)from) + (k_u64)begin);
             terms[at].weight =
                 a->weights.data ? *(const k_f32 *)k_row(&a->weights, from) : 1.0f;
         }
@@ -124,16 +156,19 @@ static K_INLINE k_i32 answer_terms(struct k_thread *k, const struct k_combine_ar
 }
 
 static K_INLINE void begin_answer(struct k_thread *k, const struct k_combine_args *a,
-                                  struct sum_feed *f, struct sum *s, struct k_term *terms) {
+                                  const struct cut *cut, struct sum_feed *f, struct sum *s,
+                                  struct k_term *terms) {
+    const k_i32 from = f->answers_from;
     s->owner = f->owner;
     s->channel = f->channel;
     s->item = (k_i32)f->row;
-    s->to = k_peer_at(&a->g, f->owner, landing(a, landing_row(a, f->owner, f->row)));
-    s->bytes = a->row_bytes;
-    s->num = answer_terms(k, a, f->row, terms);
+    s->to =
+        k_peer_at(&a->g, f->owner, landing(a, landing_row(a, f->owner, f->row)) + (k_u64)from);
+    s->bytes = slice_bytes(a, cut, from);
+    s->num = answer_terms(k, a, f->row, from, terms);
     f->row++;
     s->ends = f->row == f->end ? f->rows : 0;
-    s->last = 0;
+    s->last = from + s->bytes == a->row_bytes;
 }
 
 static K_INLINE k_i32 add_bias(struct k_thread *k, const struct k_array *bias, k_i32 t,
@@ -194,7 +229,7 @@ static K_INLINE void begin_token(const struct k_combine_args *a, const struct sl
     s->channel = 0;
     s->item = t;
     s->to = k_peer_own(k_row(&a->out, t) + (k_u64)from);
-    s->bytes = k_min(t < cut->whole ? a->row_bytes : cut->bytes, a->row_bytes - from);
+    s->bytes = t < cut->whole ? a->row_bytes : slice_bytes(a, &cut->token, from);
     s->last = from + s->bytes == a->row_bytes;
     f->token = K_NOBODY;
 }
@@ -205,12 +240,13 @@ static K_INLINE void begin_token(const struct k_combine_args *a, const struct sl
  */
 #define K_MOST_ANSWER_PARTS 4
 
-/* The answers of a part that has any; false: all were taken. */
+/* The answers of a part that has any, and of which slice; false: all were taken. */
 static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_args *a,
-                                    struct sum_feed *f) {
+                                    const struct cut *cut, struct sum_feed *f) {
     const struct k_group *g = &a->g;
     while (f->answers && f->row == f->end) {
-        const k_i32 number = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_ANSWERS]);
+        const k_i32 taken = (k_i32)k_take_next(k, &g->ctl->taken[K_TAKEN_ANSWERS]);
+        const k_i32 number = taken / cut->num;
         const k_i32 parts = k_min(a->channels.size[0], K_MOST_ANSWER_PARTS);
         const k_i32 i = number / parts;
         const k_u32 part = (k_u32)(number % parts);
@@ -225,6 +261,7 @@ static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_a
         f->row = first + (end - first) * part / (k_u32)parts;
         f->end = first + (end - first) * (part + 1) / (k_u32)parts;
         f->rows = (k_i32)(f->end - f->row);
+        f->answers_from = taken % cut->num * cut->bytes;
     }
     return f->row < f->end;
 }
@@ -234,10 +271,10 @@ static K_INLINE k_bool take_token(struct k_thread *k, const struct k_combine_arg
     if (f->tokens && f->token == K_NOBODY) {
         const k_i32 i = (k_i32)k_take_next(k, &a->g.ctl->taken[K_TAKEN_TOKENS]),
                     cuts = i - cut->whole;
-        const k_i32 t = cuts < 0 ? i : cut->whole + cuts / cut->num;
+        const k_i32 t = cuts < 0 ? i : cut->whole + cuts / cut->token.num;
         f->tokens = t < a->tokens;
         f->token = f->tokens ? t : K_NOBODY;
-        f->from = cuts < 0 ? 0 : cuts % cut->num * cut->bytes;
+        f->from = cuts < 0 ? 0 : cuts % cut->token.num * cut->token.bytes;
     }
     return f->token != K_NOBODY;
 }
@@ -249,8 +286,8 @@ static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
                              struct sum *s, struct k_term *terms) {
     const k_bool first = f->eager && f->row == f->end && take_token(k, a, cut, f) &&
                          has_answers(k, a, f, 0, s, terms);
-    if (!first && take_answers(k, a, f)) {
-        begin_answer(k, a, f, s, terms);
+    if (!first && take_answers(k, a, &cut->answer, f)) {
+        begin_answer(k, a, &cut->answer, f, s, terms);
         return K_NEXT_READY;
     }
     if (!first && !take_token(k, a, cut, f)) {
@@ -298,33 +335,35 @@ static K_FN void sum_weights(struct k_thread *k, const struct k_combine_args *a,
     }
 }
 
-/* So many more answers of a channel are made: who makes the last announces them all. */
+/* A slice of so many more answers of a channel is made, of `slices`: who makes the last announces
+ * them all. */
 static K_INLINE void count_answers(struct k_thread *k, const struct k_combine_args *a,
-                                   k_i32 owner, k_i32 c, k_i32 rows) {
+                                   k_i32 owner, k_i32 c, k_i32 rows, k_i32 slices) {
     k_u64 *answered = a->h.answered + (k_i64)owner * a->g.num_channels + c;
     k_u32 first, end;
     k_syncwarp(k);
     channel_rows(&a->g, &a->h, owner, c, &first, &end);
-    if (k->lane == 0 && k_fetch_add(answered, (k_u64)rows) + (k_u64)rows == end - first) {
+    const k_u64 all = (k_u64)(end - first) * (k_u64)slices;
+    if (k->lane == 0 && k_fetch_add(answered, (k_u64)rows) + (k_u64)rows == all) {
         k_store(answered, 0);
         publish_answers(k, a, owner, c, end);
     }
 }
 
-/* A row is summed; an answer's weights go with it. */
+/* A slice is summed; an answer's weights go with its last. */
 static K_INLINE void end_sum(struct k_thread *k, const struct k_combine_args *a,
-                             const struct sum *s) {
+                             const struct slices *cut, const struct sum *s) {
     if (s->owner == K_NOBODY) {
         if (s->last && a->out_weights.data) {
             sum_weights(k, a, s->item);
         }
         return;
     }
-    if (a->flags & K_DO_WEIGHTS) {
+    if (s->last && (a->flags & K_DO_WEIGHTS)) {
         send_weights(k, a, s->owner, (k_u32)s->item, (k_u32)s->item + 1);
     }
     if (s->ends) {
-        count_answers(k, a, s->owner, s->channel, s->ends);
+        count_answers(k, a, s->owner, s->channel, s->ends, cut->answer.num);
     }
 }
 
@@ -399,7 +438,7 @@ static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
             read = next_stage(read, a->stages);
             ahead--;
             if (summed == out_bytes) {
-                end_sum(k, a, &warp_sum_notes(k)->sum[out]);
+                end_sum(k, a, &cut, &warp_sum_notes(k)->sum[out]);
                 if (in != out) {
                     out = in;
                     out_bytes = in_bytes;

@@ -370,11 +370,17 @@ void epi_plan_channels(const struct epi_plan *p, int tokens, struct k_channels *
     out->tokens = tokens;
     out->num = num;
     out->in_group = num / K_CHANNEL_GROUPS;
+    const bool differ = out->in_group && tokens > num;
+    int each = 0; /* of a channel of every group */
     for (int i = 0; i < K_CHANNEL_GROUPS; i++) {
-        const int size = out->in_group && tokens > num
-                             ? ceil_div(parts[i] * tokens, all * out->in_group)
-                             : ceil_div(tokens, num);
+        const int size =
+            differ ? ceil_div(parts[i] * tokens, all * out->in_group) : ceil_div(tokens, num);
         out->size[i] = size ? size : 1; /* divisors, also of nothing */
+        each += out->size[i];
+    }
+    if (differ) { /* sizes are rounded up: without this the last channels would be empty */
+        out->in_group = ceil_div(tokens, each);
+        out->num = K_CHANNEL_GROUPS * out->in_group;
     }
 }
 
