@@ -170,6 +170,26 @@ static void long_answers(uint64_t seed) {
     case_free(&c);
 }
 
+/* Fewer answers than warps: each is cut into slices, and sent when all of those are summed. */
+static void few_answers(uint64_t seed) {
+    const struct form form = {
+        .expanded = true, .weighted = true, .num_workers = 4, .id_dtype = EP_I64};
+    struct test_case c;
+    struct trial t;
+
+    case_default(&c, 2, seed);
+    c.max_tokens = 3;
+    case_build(&c);
+    trial_init(&t, &c);
+    trial_form(&t, &form);
+    t.hidden = 7168;
+    t.back = true;
+    trial_build(&t);
+    trial_run(&t, false, "three tokens, four workers, weights back");
+    trial_free(&t);
+    case_free(&c);
+}
+
 int main(void) {
     gpu_program();
     uint64_t seed = tap_seed();
@@ -183,5 +203,6 @@ int main(void) {
     }
     shapes(seed + 3000);
     long_answers(seed + 4000);
+    few_answers(seed + 5000);
     return done_testing();
 }
