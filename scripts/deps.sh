@@ -30,6 +30,7 @@ has_libc() { echo '#include <stdio.h>' | "${CC:-cc}" -E - || echo '#include <std
 has_venv() { python3 -c 'import venv, ensurepip' || [ -x $venv/bin/pip ]; }
 has_cffi() { [ -n "$(scripts/find.sh cffi)" ]; }
 has_clang_format() { [ -n "$(scripts/find.sh clang-format)" ]; }
+has_fabric() { ldconfig -p | grep 'libfabric[.]so[.]1'; }
 has_clang_rt() {
     dir=$(clang -print-runtime-dir 2>/dev/null)
     ls "$dir"/libclang_rt.fuzzer*.a "$dir"/linux/libclang_rt.fuzzer*.a 2>/dev/null | grep -q .
@@ -83,6 +84,8 @@ check_needs() {
     need python3-cffi has_cffi
     want mpich has mpiexec.hydra
     want openmpi-bin has orterun
+    want libfabric1 has_fabric
+    want libfabric-dev test -e /usr/include/rdma/fabric.h
 }
 case $target in
 build) build_needs ;;

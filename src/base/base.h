@@ -107,6 +107,11 @@ void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per 
       "and compiler report; compiles them anew")                                               \
     X(ARENA, CHOICE, "auto", 0, 0, "auto|device|host",                                         \
       "where the arenas of CUDA groups lie: host is pinned host memory")                       \
+    X(NET_PROVIDER, STR, NULL, 1, 47, NULL,                                                    \
+      "the provider of libfabric between nodes, or fake; else the first that can be used, as " \
+      "`ep doctor` lists them")                                                                \
+    X(NET_IFNAME, STR, NULL, 1, 63, NULL,                                                      \
+      "the interface between nodes, as `ep doctor` lists them (eth0, mlx5_0)")                 \
     X(TEST_ALLOC_FAIL, INT, "0", 0, INT64_MAX, NULL,                                           \
       "for tests: the n-th allocation of the process fails; 0 is off")
 
