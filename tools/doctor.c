@@ -7,7 +7,6 @@
  * Must not call a missing GPU or network a failure: the host backend needs neither.
  */
 #include <arpa/inet.h>
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -20,6 +19,7 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
+#include "src/net/net.h"
 #include "tools/bench.h"
 #include "tools/doctor.h"
 
@@ -165,14 +165,25 @@ static void check_system(struct doctor *d) {
                      "smaller max_recv_rows (ep_plan() gives the bytes)");
 }
 
-static void check_fabric(struct doctor *d) {
-    void *library = dlopen("libfabric.so.1", RTLD_LAZY | RTLD_LOCAL);
-    doctor_add(d, "libfabric", library ? "ok" : "missing", "%s",
-               library ? "libfabric.so.1 is here; this version does not use it yet"
-                       : "costs nothing in this version, which connects the ranks of one host; "
-                         "later versions need it between hosts (Debian: libfabric1)");
-    if (library) {
-        dlclose(library);
+/* What could carry rows between nodes, and why the rest could not. */
+static void check_network(struct doctor *d) {
+    enum { MOST = 16 };
+    struct epi_net_found found[MOST];
+    char version[16];
+    const int num = epi_net_find(found, MOST, version);
+    if (num == 0) {
+        doctor_add(d, "libfabric", "missing",
+                   "costs nothing in this version, which connects the ranks of one host: %s",
+                   ep_last_error());
+        return;
+    }
+    doctor_add(d, "libfabric", "ok",
+               "%s, from which later versions choose a provider to carry rows between hosts",
+               version);
+    for (int i = 0; i < num; i++) {
+        const struct epi_net_found *f = &found[i];
+        doctor_add(d, "network provider", f->why[0] ? "note" : "ok", "%s (%s) %s", f->name,
+                   f->domains, f->why[0] ? f->why : "would be used");
     }
 }
 
@@ -216,7 +227,7 @@ int cmd_doctor(int argc, char **argv) {
     bool threads = try_mode(&d, true);
     check_system(&d);
     doctor_gpu(&d);
-    check_fabric(&d);
+    check_network(&d);
     if (json) {
         print_json(&d, processes || threads);
         return processes || threads ? 0 : 1;
