@@ -132,12 +132,15 @@ struct source {
     const void *exchange; /* the functions of its library, where it has them */
     PyObject *hold;       /* new; NULL if nothing has to be kept */
 };
+const struct dl_exchange *epy_exchange_of(PyObject *array); /* NULL: it has none */
+int epy_bad_dims(const char *name, long long ndim);
 int epy_read_array(PyObject *array, const char *name, struct ep_tensor *t, struct source *s);
 /* The stream on which the array's library works at present. */
 int epy_current_stream(const struct source *s, void **stream);
 int epy_read_dtype(PyObject *dtype, const char *name, ep_dtype *out);
 const char *epy_dtype_name(int dtype);
 PyObject *epy_path_of(PyObject *module, PyObject *array);
+PyObject *epy_pieces(PyObject *module, PyObject *args);
 
 /* The arguments of one call, from Python's to C's. */
 struct frame {

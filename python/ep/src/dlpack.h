@@ -61,8 +61,8 @@ struct dl_exchange {
     struct dl_version version;
     struct dl_exchange *older;
     void *allocate;
-    void *to_managed;
-    void *from_managed;
+    int (*to_managed)(void *array, struct dl_versioned **out);
+    int (*from_managed)(struct dl_versioned *managed, void **array);
     int (*to_tensor)(void *array, struct dl_tensor *out);
     int (*current_stream)(int32_t device_type, int32_t device_index, void **stream);
 };

@@ -350,6 +350,8 @@ static PyMethodDef module_methods[] = {
                    "set_hooks(make_error, make_record): what makes exceptions and results."},
     {"leave", epy_leave, METH_NOARGS, "Leaves all groups, when the interpreter ends."},
     {"path_of", epy_path_of, METH_O, "How tensors of this type are read."},
+    {"pieces", epy_pieces, METH_VARARGS,
+     "Parts of an array's memory as arrays of its library."},
     {"version", version, METH_NOARGS, "The version of the library within."},
     END};
 
