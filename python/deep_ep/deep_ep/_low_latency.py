@@ -3,6 +3,8 @@
 Low-latency mode of Buffer: dispatch and combine in one call or in two halves, of which the second
 is the hook. Outputs have the size of the worst case; nothing here waits for the device.
 """
+import math
+
 import ep
 import torch
 
@@ -19,8 +21,72 @@ def refuse(**switched_on):
                                       f"leave it at its default")
 
 
+def _check_numbers(name, tensor, dtype, length):
+    host_check(tensor.dtype == dtype and tensor.shape == (length,),
+               lambda: f"{name} is {tensor.dtype} {list(tensor.shape)}, must be {dtype} [{length}]")
+
+
+def _like(x, shape, dtype):
+    """Of one element: what _empty_like makes outputs of this shape from, in half the time that
+    torch.empty takes."""
+    return x.new_empty(1, dtype=dtype).expand(shape)
+
+
+def _empty_like(t):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _pieces(small, parts):
+    """As ep.pieces, for older torch."""
+    types = {ep.I32: (torch.int32, 4), ep.I64: (torch.int64, 8)}
+    return [small.view(types[dtype][0])[offset // types[dtype][1]:][:math.prod(shape)].view(shape)
+            for dtype, shape, offset in parts]
+
+
+class DispatchShape:
+    """What dispatches of one shape have in common: their outputs, where each begins in the memory
+    that they share (bytes), and their keywords to libep."""
+
+    def __init__(self, group, x, most, num_experts, use_fp8, round_scale, use_ue8m0):
+        ranks, hidden = group.ep.num_ranks, x.size(1)
+        local, rows = num_experts // ranks, ranks * most
+        self.tokens, self.rows = x.size(0), rows
+        self.data = _like(x, (local, rows, hidden), torch.float8_e4m3fn if use_fp8 else x.dtype)
+        self.flat, self.scales = (local * rows, hidden), None
+        if use_fp8:  # columns of one group of channels each start at a multiple of 16 bytes
+            groups = round_up(hidden, 512) // 512 if use_ue8m0 else hidden // 128
+            room = round_up(rows, 4)
+            self.scales = _like(x, (local * groups, room),
+                                torch.int32 if use_ue8m0 else torch.float32)
+            self.seen = (local, rows, groups), (groups * room, 1, room)
+        # One allocation for what is small: the memory of libep's handle, and these.
+        memory = group.plan.ll_handle_bytes
+        ranges = round_up(memory, 16)
+        count = ranges + 8 * local * ranks
+        source = count + 4 * round_up(local, 4)
+        self.small = _like(x, (-(-(source + 4 * local * rows) // 8),), torch.int64)
+        self.memory, self.lines = (memory,), ((local * rows,), source)
+        self.parts = ((ep.I32, (local,), count), (ep.I32, (local, rows), source),
+                      (ep.I64, (local, ranks), ranges))
+        self.common = dict(
+            max_tokens=most, num_experts=num_experts,
+            flags=(ep.LL_FP8 if use_fp8 else 0) | (ep.LL_SCALES_POWER_OF_2 if round_scale else 0))
+
+
+class CombineShape:
+    """The same of combines."""
+
+    def __init__(self, x, tokens, most, num_experts, use_logfmt):
+        self.flat = (x.size(0) * x.size(1), x.size(2))
+        self.out = _like(x, (tokens, x.size(2)), x.dtype)
+        self.common = dict(max_tokens=most, num_experts=num_experts,
+                           flags=ep.LL_LOGFMT if use_logfmt else 0)
+
+
 class LowLatency:
-    """The half of Buffer that decodes."""
+    """The half of Buffer that decodes. What calls cost before their kernels run is the time of a
+    decoding step, so what a call has in common with an earlier one of its group is not checked, and
+    not computed, again."""
 
     def _low_latency(self, method):
         runtime = self._alive()
@@ -29,21 +95,48 @@ class LowLatency:
                 f"{method} needs a Buffer made with low_latency_mode=True")
         return runtime
 
-    def _check_waits(self, name, waits):
-        host_check(waits is None or (waits.dtype == torch.int64 and
-                                     waits.shape == (self.group_size,)),
-                   f"{name} must be int64 [{self.group_size}]")
-
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None,
                              dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False,
                              use_ue8m0=False, async_finish=False, return_recv_hook=False, *,
                              use_nvfp4=False, x_global_scale=None):
         """(recv_x, recv_count, handle, event, hook). Collective."""
-        runtime = self._low_latency("low_latency_dispatch")
-        refuse(use_nvfp4=use_nvfp4, x_global_scale=x_global_scale is not None)
-        self._check_waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
-        most, ranks = num_max_dispatch_tokens_per_rank, self.group_size
+        if use_nvfp4 or x_global_scale is not None:
+            refuse(use_nvfp4=use_nvfp4, x_global_scale=x_global_scale is not None)
+        group = None if self.runtime is None else self.runtime._group
+        key = (x.shape, x.dtype, x.is_contiguous(), topk_idx.shape, topk_idx.dtype,
+               topk_idx.is_contiguous(), num_max_dispatch_tokens_per_rank, num_experts, use_fp8,
+               round_scale, use_ue8m0)
+        shape = None if group is None else group.shapes.get(key)
+        if shape is None:
+            group, shape = self._dispatch_shape(key, x, topk_idx)
+        totals, waits = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        if totals is not None:
+            _check_numbers("cumulative_local_expert_recv_stats", totals, torch.int32,
+                           num_experts // self.group_size)
+        if waits is not None:
+            _check_numbers("dispatch_wait_recv_cost_stats", waits, torch.int64, self.group_size)
+        data, small = _empty_like(shape.data), _empty_like(shape.small)
+        count, source, ranges = ep.pieces(small, shape.parts) or _pieces(small, shape.parts)
+        recv_x, scales = data, None
+        if shape.scales is not None:
+            scales = _empty_like(shape.scales)
+            recv_x = data, scales.as_strided(*shape.seen)
+            scales = ep.Tensor(scales) if shape.rows % 4 == 0 else scales[:, :shape.rows]
+        memory = ep.Tensor(small, "u8", shape.memory)
+        args = dict(shape.common, x=x, topk_ids=topk_idx, handle=memory,
+                    recv_x=ep.Tensor(data, None, shape.flat), recv_scales=scales,
+                    recv_source=ep.Tensor(small, "i32", *shape.lines), expert_counts=count,
+                    ranges=ranges, expert_totals=totals, wait_ns=waits)
+        routing = Routing(group, None, shape.tokens, shape.rows, memory)
+        source.libep_routing = ranges.libep_routing = routing
+        event, hook = self._run(group, "ll_dispatch", args, async_finish, return_recv_hook)
+        return recv_x, count, (source, ranges, num_max_dispatch_tokens_per_rank, x.size(1),
+                               num_experts), event, hook
+
+    def _dispatch_shape(self, key, x, topk_idx):
+        *_, most, num_experts, use_fp8, round_scale, use_ue8m0 = key
+        runtime, ranks = self._low_latency("low_latency_dispatch"), self.group_size
         host_check(x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16 and
                    x.size(1) % 128 == 0,
                    lambda: f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
@@ -54,78 +147,55 @@ class LowLatency:
         host_check(num_experts > 0 and num_experts % ranks == 0,
                    lambda: f"num_experts is {num_experts}, must be a multiple of the {ranks} ranks")
         host_check(round_scale or not use_ue8m0, "use_ue8m0 needs round_scale")
-        host_check(not (async_finish and return_recv_hook),
-                   "async_finish and return_recv_hook must not both be set")
-        local, rows, hidden = num_experts // ranks, ranks * most, x.size(1)
-        totals = cumulative_local_expert_recv_stats
-        host_check(totals is None or (totals.dtype == torch.int32 and totals.shape == (local,)),
-                   lambda: f"cumulative_local_expert_recv_stats must be int32 [{local}]")
-
         group = runtime.group_for(max_tokens=most, num_experts=num_experts, max_topk=topk_idx.size(1),
-                                  max_row_bytes=2 * hidden, ll_max_tokens=most)
-        dev = x.device
-        data = torch.empty((local, rows, hidden), device=dev,
-                           dtype=torch.float8_e4m3fn if use_fp8 else torch.bfloat16)
-        scales = None
-        if use_fp8:  # columns of one group of channels each start at a multiple of 16 bytes
-            groups = round_up(hidden, 512) // 512 if use_ue8m0 else hidden // 128
-            scales = torch.empty((local, groups, round_up(rows, 4)), device=dev,
-                                 dtype=torch.int32 if use_ue8m0 else torch.float32)
-        count = torch.empty(local, dtype=torch.int32, device=dev)
-        source = torch.empty((local, rows), dtype=torch.int32, device=dev)
-        ranges = torch.empty((local, ranks), dtype=torch.int64, device=dev)
-        memory = torch.empty(group.plan.ll_handle_bytes, dtype=torch.uint8, device=dev)
-        args = dict(
-            x=x.detach(), topk_ids=topk_idx, handle=memory, recv_x=data.view(local * rows, hidden),
-            recv_scales=None if scales is None else
-            scales.view(local * groups, -1)[:, :rows], recv_source=source.view(-1),
-            expert_counts=count, ranges=ranges, expert_totals=totals, max_tokens=most,
-            wait_ns=dispatch_wait_recv_cost_stats, num_experts=num_experts,
-            flags=(ep.LL_FP8 if use_fp8 else 0) | (ep.LL_SCALES_POWER_OF_2 if round_scale else 0))
-        Routing(group, None, x.size(0), rows, memory).mark((source, ranges))
-        recv_x = data if scales is None else (data, scales[:, :, :rows].transpose(1, 2))
-        event, hook = self._run(group, "ll_dispatch", args, async_finish, return_recv_hook)
-        return recv_x, count, (source, ranges, most, hidden, num_experts), event, hook
+                                  max_row_bytes=2 * x.size(1), ll_max_tokens=most)
+        group.shapes[key] = shape = DispatchShape(group, x, most, num_experts, use_fp8, round_scale,
+                                                  use_ue8m0)
+        return group, shape
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False,
                             zero_copy=False, async_finish=False, return_recv_hook=False, out=None,
                             combine_wait_recv_cost_stats=None, *, overlap=False, src_signals=None,
                             src_signal_expect_value=0):
         """(combined_x, event, hook). Collective."""
-        self._low_latency("low_latency_combine")
-        host_check(not (zero_copy and use_logfmt), "zero_copy and use_logfmt must not both be set")
-        refuse(overlap=overlap, src_signals=src_signals is not None)
-        self._check_waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
-        routing = Routing.find(handle)
-        host_check(routing.memory is not None, "handle is of dispatch, not of low_latency_dispatch")
-        most, num_experts = handle[2], handle[4]
-        local, rows, tokens = num_experts // self.group_size, routing.rows, routing.tokens
-        host_check(x.dim() == 3 and x.is_contiguous() and x.dtype == torch.bfloat16 and
-                   x.shape[:2] == (local, rows),
-                   lambda: f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
-                   f"contiguous bfloat16 [{local}, {rows}, hidden]")
+        if overlap or src_signals is not None:
+            refuse(overlap=overlap, src_signals=src_signals is not None)
+        routing, waits = Routing.find(handle), combine_wait_recv_cost_stats
+        key = (x.shape, x.dtype, x.is_contiguous(), topk_idx.shape, topk_idx.dtype, topk_weights.shape,
+               topk_weights.dtype, routing.tokens, handle[2], handle[4], use_logfmt)
+        if self.runtime is None or not self.low_latency_mode:
+            self._low_latency("low_latency_combine")
+        shape = routing.group.shapes.get(key) or self._combine_shape(key, routing, x, topk_idx,
+                                                                     topk_weights)
         if zero_copy:
+            host_check(not use_logfmt, "zero_copy and use_logfmt must not both be set")
             host_check(routing.answers is not None and routing.answers.shape == x.shape,
                        lambda: "zero_copy needs get_next_low_latency_combine_buffer of this handle "
                        f"before, and an x of its shape, not {list(x.shape)}")
             x = routing.answers
+        if waits is not None:
+            _check_numbers("combine_wait_recv_cost_stats", waits, torch.int64, self.group_size)
+        if out is None:
+            out = _empty_like(shape.out)
+        args = dict(shape.common, x=ep.Tensor(x, None, shape.flat), handle=routing.memory,
+                    topk_weights=topk_weights, out=out, wait_ns=waits)
+        event, hook = self._run(routing.group, "ll_combine", args, async_finish, return_recv_hook)
+        return out, event, hook
+
+    def _combine_shape(self, key, routing, x, topk_idx, topk_weights):
+        *_, tokens, most, num_experts, use_logfmt = key
+        host_check(routing.memory is not None, "handle is of dispatch, not of low_latency_dispatch")
+        local = num_experts // self.group_size
+        host_check(x.dim() == 3 and x.is_contiguous() and x.dtype == torch.bfloat16 and
+                   x.shape[:2] == (local, routing.rows),
+                   lambda: f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
+                   f"contiguous bfloat16 [{local}, {routing.rows}, hidden]")
         _layout.check_ids(topk_idx, tokens)
         host_check(topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape,
                    lambda: f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, must "
                    f"be float32 {list(topk_idx.shape)}, as topk_idx")
-        host_check(not (async_finish and return_recv_hook),
-                   "async_finish and return_recv_hook must not both be set")
-        hidden = x.size(2)
-        if out is None:
-            out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
-        host_check(out.shape == (tokens, hidden) and out.dtype == x.dtype and out.is_contiguous(),
-                   lambda: f"out must be contiguous bfloat16 [{tokens}, {hidden}]")
-        args = dict(handle=routing.memory, x=x.detach().view(local * rows, hidden),
-                    topk_weights=topk_weights, out=out, max_tokens=most,
-                    wait_ns=combine_wait_recv_cost_stats, num_experts=num_experts,
-                    flags=ep.LL_LOGFMT if use_logfmt else 0)
-        event, hook = self._run(routing.group, "ll_combine", args, async_finish, return_recv_hook)
-        return out, event, hook
+        shape = routing.group.shapes[key] = CombineShape(x, tokens, most, num_experts, use_logfmt)
+        return shape
 
     def get_next_low_latency_combine_buffer(self, handle):
         """Where the answers for a combine with zero_copy go: the same memory for as long as the handle
@@ -135,47 +205,44 @@ class LowLatency:
         host_check(routing.memory is not None, "handle is of dispatch, not of low_latency_dispatch")
         if routing.answers is None:
             routing.answers = torch.empty((handle[4] // self.group_size, routing.rows, handle[3]),
-                                          dtype=torch.bfloat16, device=routing.memory.device)
+                                          dtype=torch.bfloat16, device=self.runtime.device)
         return routing.answers
 
     def _run(self, group, name, args, async_finish, return_recv_hook):
         """(event, hook) of an operation. With a hook, both halves run on the stream that is current
         now; the hook holds all tensors, and so does the event of an asynchronous call."""
         runtime = self.runtime
-        stream = runtime.current_stream()
         runtime.keep_if_captured(group)
-
-        def call(method, **kw):
-            self._masking(group, getattr(group.ep, method), **kw)
-
-        if return_recv_hook:
-            call(name + "_send", stream=stream, **args)
-            return EventOverlap(), lambda: call(name + "_recv", stream=stream, **args)
         if not async_finish:
-            call(name, stream=stream, **args)
-            return EventOverlap(), None
+            args["stream"] = runtime.current_stream()
+            if not return_recv_hook:
+                self._call(group, name, args)
+                return EventOverlap(), None
+            self._call(group, name + "_send", args)
+            return EventOverlap(), lambda: self._call(group, name + "_recv", args)
+        host_check(not return_recv_hook, "async_finish and return_recv_hook must not both be set")
         if runtime.cuda:
             runtime.comm_stream.wait_stream(torch.cuda.current_stream())
-            call(name, stream=runtime.comm_stream, **args)
+            self._call(group, name, dict(args, stream=runtime.comm_stream))
             passed = torch.cuda.Event()
             passed.record(runtime.comm_stream)
             event = EventHandle._of(passed)
         else:
-            call(name, stream=group.host_stream(), **args)
-            event = group.host_event(lambda: call("ll_status"))
+            self._call(group, name, dict(args, stream=group.host_stream()))
+            event = group.host_event(lambda: self._call(group, "ll_status", {}))
         return EventOverlap(event, tuple(t for t in args.values()
-                                         if isinstance(t, torch.Tensor))), None
+                                         if isinstance(t, (torch.Tensor, ep.Tensor)))), None
 
-    # ------------------------------------------------------------------------- shrinking: masks
-
-    def _masking(self, group, method, **kw):
-        """The call; with enable_shrink, that it has masked a rank is printed, as DeepEP does."""
+    def _call(self, group, name, args):
+        """With enable_shrink, that the call has masked a rank is printed, as DeepEP does."""
         try:
-            method(**kw)
+            getattr(group.ep, name)(**args)
         except (ep.TimeoutError_, ep.PeerError) as error:
             if not self.enable_shrink or group.ep.fault() is not None:
                 raise
             print(f"Warning: DeepEP timeout for rank {self.rank}: {error}", flush=True)
+
+    # ------------------------------------------------------------------------- shrinking: masks
 
     def _shrinking(self, method):
         runtime = self._low_latency(method)
@@ -209,7 +276,7 @@ class LowLatency:
         group, where = self._shrinking("low_latency_clean_mask_buffer")
         if group is not None:
             group.ep.ll_unmask_rank(rank=-1, **where)
-            self._masking(group, group.ep.ll_barrier, **where)
+            self._call(group, "ll_barrier", where)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
         """Nothing to clean: throughput operations never touch what low latency uses. With
@@ -218,4 +285,4 @@ class LowLatency:
                    "clean_low_latency_buffer needs a Buffer made with low_latency_mode=True")
         if self.enable_shrink and self.runtime._group is not None:
             group, where = self._shrinking("clean_low_latency_buffer")
-            self._masking(group, group.ep.ll_barrier, **where)
+            self._call(group, "ll_barrier", where)

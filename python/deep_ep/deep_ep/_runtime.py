@@ -20,6 +20,8 @@ from ._layout import layout
 from .utils import EventHandle, EventOverlap, on_cuda
 
 log = logging.getLogger("deep_ep")
+# Torch's own wrapper costs as much again.
+is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
 
 
 class Routing:
@@ -59,6 +61,7 @@ class Group:
                            device_index=runtime.device_index,
                            flags=ep.GROUP_LL_MASKS if runtime.masks else 0, **needs)
         self.plan = self.ep.plan()
+        self.shapes = {}  # what low-latency calls of one shape have in common
         self._stream = self._layouts = None
 
     def holds(self, needs):
@@ -108,7 +111,7 @@ class Runtime:
     def keep_if_captured(self, used):
         """A graph is replayed when the objects of its capture, and larger groups, have come and gone:
         what its operations use must live on."""
-        if self.cuda and torch.cuda.is_current_stream_capturing():
+        if self.cuda and is_capturing():
             self._captured.add(used)
 
     def is_available(self):
@@ -144,7 +147,7 @@ class Runtime:
 
     def grow(self, needs, lacking=None):
         """A larger group; `lacking` is what an operation of the last one has raised."""
-        host_check(not (self.cuda and torch.cuda.is_current_stream_capturing()),
+        host_check(not (self.cuda and is_capturing()),
                    "this call needs a larger group of libep (" + _text(needs) + "), which cannot be "
                    "made while a graph is captured: do the call once before the capture")
         old = self._group.needs if self._group else {}

@@ -14,7 +14,7 @@ import torch
 from . import _layout
 from ._config import default_config, host_check, low_latency_bytes, round_up
 from ._low_latency import LowLatency
-from ._runtime import Call, Routing, Runtime
+from ._runtime import Call, Routing, Runtime, is_capturing
 from .utils import EventHandle, EventOverlap, check_nvlink_connections
 
 
@@ -203,7 +203,7 @@ class Buffer(LowLatency):
         host_check(not num_worst_tokens or topk_idx is not None,
                    "num_worst_tokens needs topk_idx and topk_weights")
         call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
-        args = dict(x=x.detach(), scales=scales, topk_weights=topk_weights, num_workers=workers)
+        args = dict(x=x, scales=scales, topk_weights=topk_weights, num_workers=workers)
         needs = dict(num_experts=num_tokens_per_expert.size(0),
                      max_topk=topk_idx.size(1) if topk_idx is not None else 0,
                      max_row_bytes=x.size(1) * max(x.element_size(), 2),
@@ -241,7 +241,6 @@ class Buffer(LowLatency):
         host_check(x.size(0) == routing.tokens,
                    lambda: f"x has {x.size(0)} rows, the handle is of {routing.tokens} tokens")
         self.runtime.keep_if_captured(routing)
-        x = x.detach()
         with call.allocating:
             recv_x = x.new_empty((routing.rows, x.size(1)))
             recv_scales = scales.new_empty((routing.rows, scales.size(1))) \
@@ -255,7 +254,7 @@ class Buffer(LowLatency):
         """A dispatch without a handle: (routing, outputs, counts per expert or None). Nobody asks the
         others for their tokens: libep tells all ranks what was lacking, and all make a larger group."""
         x, runtime = args["x"], self.runtime
-        capturing = runtime.cuda and torch.cuda.is_current_stream_capturing()
+        capturing = runtime.cuda and is_capturing()
         where = dict(topk_ids=topk_idx) if topk_idx is not None else \
             dict(token_in_rank=is_token_in_rank)
         group = runtime.group_for(x.size(0), **needs)
@@ -340,8 +339,7 @@ class Buffer(LowLatency):
             lambda: f"topk_weights must be float32 [{x.size(0)}, topk]")
         call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
         runtime.keep_if_captured(routing)
-        x = x.detach()
-        topk_weights = None if topk_weights is None else topk_weights.detach().contiguous()
+        topk_weights = None if topk_weights is None else topk_weights.contiguous()
         with call.allocating:
             out = x.new_empty((routing.tokens, x.size(1)))
             out_weights = None if topk_weights is None else \
@@ -368,9 +366,9 @@ def _experts_of(rank, num_experts, num_ranks):
 
 
 def _check_rows(name, x):
-    host_check(x.dim() == 2 and x.is_contiguous() and x.size(1) * x.element_size() % 16 == 0,
-               lambda: f"{name} is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
-               f"contiguous [tokens, hidden] with rows of a multiple of 16 bytes")
+    if x.dim() != 2 or not x.is_contiguous() or x.size(1) * x.element_size() % 16:
+        raise RuntimeError(f"{name} is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
+                           f"contiguous [tokens, hidden] with rows of a multiple of 16 bytes")
 
 
 def _check_layout(tokens, num_ranks, is_token_in_rank, num_tokens_per_expert):
