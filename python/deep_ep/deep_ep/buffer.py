@@ -288,6 +288,8 @@ class Buffer(LowLatency):
             routing.rows = worst or counts.rows
             out = self._outputs(call, args, topk_idx, routing.rows)
             routing.ep.dispatch_finish(stream=stream, num_workers=args["num_workers"], **out)
+            host_check(counts.rows <= routing.rows, lambda: f"num_worst_tokens is {worst}, and "
+                       f"{counts.rows} rows come")  # a GPU itself tells it later
             return routing, out, None if worst else counts.rows_per_expert
 
     def _outputs(self, call, args, topk_idx, rows):
