@@ -60,6 +60,7 @@ struct epi_exchange fake_exchange(struct fake_seat *seat) {
 /* ---- the device ----------------------------------------------------------------------------- */
 
 #define MAX_RANGES 16
+#define FAKE_PAGE ((size_t)8192) /* of two of the host's */
 #define STAMP UINT64_C(0x5eed5eed5eed5eed)
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
@@ -106,27 +107,46 @@ static ep_status begin(struct fake_device *f, enum fake_op op) {
                : epi_fail(t->status[f->rank], "the fake's %s does not want to", names[op]);
 }
 
-static ep_status map_piece(int fd, size_t bytes, struct epi_mem_piece *out) {
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+static void stamp(struct epi_mem_piece *out, void *p, size_t bytes) {
+    *out = (struct epi_mem_piece){(uint64_t)(uintptr_t)p,
+                                  {bytes, (uint64_t)(uintptr_t)p ^ STAMP, 0}};
+}
 
+static ep_status reserve(void *ctx, size_t bytes, struct epi_mem_piece *out, size_t *page) {
+    const struct fake_device *f = ctx;
+    bytes = (bytes + FAKE_PAGE - 1) / FAKE_PAGE * FAKE_PAGE;
+    void *p = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED || f->ops.ctx != f) {
+        return epi_fail(EP_ERR_NOMEM, "the fake has no %zu addresses", bytes);
+    }
+    stamp(out, p, bytes);
+    out->own[2] = 1;
+    *page = FAKE_PAGE;
+    add(&count.reserved, 1);
+    return EP_OK;
+}
+
+static ep_status map_piece(int fd, uint64_t at, size_t bytes, struct epi_mem_piece *out) {
+    void *p = mmap((void *)(uintptr_t)at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                   fd, 0);
+
+    add(&count.wrong, bytes % FAKE_PAGE != 0);
     if (p == MAP_FAILED) {
         return epi_fail(EP_ERR_NOMEM, "the fake cannot map %zu bytes", bytes);
     }
-    out->address = (uint64_t)(uintptr_t)p;
-    out->own[0] = bytes;
-    out->own[1] = out->address ^ STAMP;
-    out->own[2] = 0;
+    stamp(out, p, bytes);
     add(&count.pieces, 1);
     return EP_OK;
 }
 
-static ep_status create(void *ctx, size_t bytes, struct epi_mem_piece *out, int *fd_out) {
+static ep_status create(void *ctx, uint64_t at, size_t bytes, struct epi_mem_piece *out,
+                        int *fd_out) {
     ep_status st = begin(ctx, FAKE_CREATE);
     if (st != EP_OK) {
         return st;
     }
     int fd = memfd_create("libep-fake", MFD_CLOEXEC);
-    st = fd >= 0 && ftruncate(fd, (off_t)bytes) == 0 ? map_piece(fd, bytes, out)
+    st = fd >= 0 && ftruncate(fd, (off_t)bytes) == 0 ? map_piece(fd, at, bytes, out)
                                                      : epi_fail(EP_ERR_SYSTEM, "no memfd");
     if (st == EP_OK) {
         add(&count.created, 1);
@@ -157,7 +177,8 @@ static ep_status admit(void *ctx, const struct epi_mem_piece *own, void *peer_ct
     return st;
 }
 
-static ep_status import(void *ctx, int fd, size_t bytes, struct epi_mem_piece *out) {
+static ep_status import(void *ctx, int fd, uint64_t at, size_t bytes,
+                        struct epi_mem_piece *out) {
     struct stat s;
     ep_status st = begin(ctx, FAKE_IMPORT);
     if (st != EP_OK) {
@@ -167,7 +188,7 @@ static ep_status import(void *ctx, int fd, size_t bytes, struct epi_mem_piece *o
         add(&count.wrong, 1);
         return epi_fail(EP_ERR_INTERNAL, "not a descriptor of the fake's");
     }
-    st = map_piece(fd, bytes, out);
+    st = map_piece(fd, at, bytes, out);
     if (st == EP_OK) {
         add(&count.imported, 1);
     }
@@ -177,8 +198,13 @@ static ep_status import(void *ctx, int fd, size_t bytes, struct epi_mem_piece *o
 static void release(void *ctx, const struct epi_mem_piece *piece) {
     struct fake_device *f = ctx;
     if (is_piece(piece) && f->ops.ctx == f) {
-        munmap((void *)(uintptr_t)piece->address, piece->own[0]);
-        add(&count.pieces, -1);
+        void *p = (void *)(uintptr_t)piece->address;
+        add(piece->own[2] ? &count.reserved : &count.pieces, -1);
+        if (piece->own[2]) {
+            munmap(p, piece->own[0]);
+        } else {
+            mmap(p, piece->own[0], PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+        }
     }
 }
 
@@ -233,6 +259,6 @@ void fake_device(struct fake_device *f, int rank, const struct fake_trouble *tro
     f->rank = rank;
     f->trouble = trouble;
     f->hung = hung;
-    f->ops = (struct epi_mem_device){sizeof(f->ops), f,       create, admit,
-                                     import,         release, attach, detach};
+    f->ops = (struct epi_mem_device){sizeof(f->ops), f,       reserve, create, admit,
+                                     import,         release, attach,  detach};
 }

@@ -56,7 +56,8 @@ void fake_device(struct fake_device *f, int rank, const struct fake_trouble *tro
 /* What this process has of all its devices, and whether anything was done wrongly: released twice,
  * registered twice, or with data that is not its own. */
 struct fake_count {
-    int created, imported, admitted, pieces, attached, wrong; /* the first three since ever */
+    int created, imported, admitted, pieces, reserved, attached,
+        wrong; /* the first three since ever */
 };
 struct fake_count fake_count(void);
 

@@ -2,7 +2,8 @@
 /* class: rest */
 /*
  * EP_ARENA=host: the arenas of a CUDA group lie in pinned host memory, for devices that cannot
- * reach each other's. The results are those of the reference, as with arenas on the devices.
+ * reach each other's. The results are those of the reference, as with arenas on the devices. And what a
+ * driver refuses of memory that is mapped piece by piece, be it a GPU's or the one for tests.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -59,6 +60,44 @@ static void run(uint64_t seed, const struct form *form, bool processes, const ch
     trial_with(&c, form, body, processes, name);
 }
 
+/* Piece by piece at reserved addresses; what cannot be is refused, and changes nothing. */
+static int pieces(int rank, void *ctx) {
+    struct gpu *gpu = gpu_open(gpu_index(rank), false);
+    const struct epi_cu_device *d = &gpu->device;
+    const struct cu_driver *cu = &epi_cu_driver;
+    struct epi_cu_memory all, a, b;
+    size_t page = 0;
+    char bytes[4] = "";
+
+    (void)ctx;
+    gpu_must(epi_cu_memory_reserve(d, 3, &all, &page), "addresses");
+    ok(all.bytes == page, "whole pages");
+    epi_cu_memory_release(d, &all);
+    gpu_must(epi_cu_memory_reserve(d, 3 * page, &all, &page), "addresses");
+    gpu_must(epi_cu_memory_create(d, all.address, page, &a), "a piece");
+    gpu_must(epi_cu_memory_create(d, all.address + page, page, &b), "another");
+    gpu_must(epi_cu_enter(d), "the device's context");
+    ok(cu->MemMap(all.address + page, page, 0, a.handle, 0) != 0, "where another is");
+    ok(cu->MemMap(all.address + 2 * page, page, page, a.handle, 0) != 0, "from its middle on");
+    ok(cu->MemMap(all.address + 2 * page, 2 * page, 0, a.handle, 0) != 0, "more than there is");
+    ok(cu->MemMap(all.address + 2 * page, page / 2, 0, a.handle, 0) != 0, "half a page");
+    ok(cu->MemUnmap(all.address, page / 2) != 0, "half of a mapping");
+    ok(cu->MemAddressFree(all.address, page) != 0, "a part of what is reserved");
+    epi_cu_leave();
+    gpu_must(epi_cu_fill(d, gpu->stream, all.address + page - 2, 7, 4), "over both pieces");
+    gpu_must(epi_cu_copy_out(d, gpu->stream, bytes, all.address + page - 2, 4), "and back");
+    ok(bytes[0] == 7 && bytes[3] == 7, "pieces side by side are as one");
+    epi_cu_memory_release(d, &a);
+    gpu_must(epi_cu_memory_create(d, all.address, page, &a), "a piece where one was");
+    gpu_must(epi_cu_copy_out(d, gpu->stream, bytes, all.address + page - 2, 4), "read");
+    ok(bytes[0] == 0 && bytes[3] == 7, "is zeros, and the other is what it was");
+    epi_cu_memory_release(d, &a);
+    epi_cu_memory_release(d, &b);
+    epi_cu_memory_release(d, &all);
+    gpu_close(&gpu);
+    return 0;
+}
+
 int main(void) {
     static const struct form compact = {.id_dtype = EP_I64, .num_bias = 1};
     static const struct form expanded = {
@@ -70,6 +109,7 @@ int main(void) {
     uint64_t seed = tap_seed();
 
     tap_deadline(120);
+    ok(gpu_run_ranks(1, true, pieces, NULL, 60) == 0, "pieces at reserved addresses");
     for (int processes = 0; processes < gpu_ways(); processes++) {
         run(seed, &compact, processes, "compact");
         run(seed + 1, &expanded, processes, "expanded");

@@ -3,7 +3,7 @@
 /*
  * Arenas on a device, by a fake one: everybody reaches everybody's arena and board; what a device
  * cannot do sends all ranks' arenas to host memory; whoever runs out of memory, is late or is
- * killed takes all back, in time, and nothing is left.
+ * killed takes all back, in time, and nothing is left. Arenas grow on all ranks or on none.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -62,9 +62,9 @@ static ep_status make(struct scene *s, struct fake_seat *seat, struct fake_devic
 /* This process has nothing of its devices, and no more than before of the system's. */
 static bool check_clean(struct rig_footprint was, const char *name) {
     const struct fake_count c = fake_count();
-    return ok(c.pieces == 0 && c.attached == 0 && c.wrong == 0,
-              "%s: %d pieces and %d attachments are left, %d wrong calls", name, c.pieces,
-              c.attached, c.wrong) &&
+    return ok(c.pieces == 0 && c.reserved == 0 && c.attached == 0 && c.wrong == 0,
+              "%s: %d pieces, %d addresses and %d attachments are left, %d wrong calls", name,
+              c.pieces, c.reserved, c.attached, c.wrong) &&
            ok(rig_same_footprint(was), "%s: nothing is left", name);
 }
 
@@ -249,7 +249,7 @@ static void test_table(void) {
         play(s, "a table that is longer than ours");
         s = new_scene(3, i);
         s->no_device = true; /* that anything could be asked of */
-        s->table_bytes = offsetof(struct epi_mem_device, create);
+        s->table_bytes = offsetof(struct epi_mem_device, reserve);
         s->on_device = false;
         play(s, "a table that ends before its functions");
         s = new_scene(3, i);
@@ -358,6 +358,108 @@ static void test_warning(void) {
     }
     ok(tap_ranks_wait(&ranks, 60) == 0, "all is well");
     tap_ranks_free(&ranks);
+}
+
+/* ---- growth --------------------------------------------------------------------------------- */
+
+#define GROWN ((size_t)9 * 4096)
+enum { NUM_USES = 3 };
+
+/* Parts that share pages with their neighbours, one that needs more than one, and one that only comes
+ * to be. */
+static const struct epi_mem_use at_first[NUM_USES] = {
+    {0, 4096, 4096, 1}, {4096, 12288, 1000, 2}, {28672, 8192, 0, 1}};
+static const struct epi_mem_use in_the_end[NUM_USES] = {
+    {0, 4096, 4096, 1}, {4096, 12288, 12288, 2}, {28672, 8192, 8192, 1}};
+
+/* Every byte that is used has its rank's value, or 0 where it is new. */
+static bool has_bytes(const unsigned char *arena, const struct epi_mem_use *use,
+                      unsigned char value, const struct epi_mem_use *before) {
+    bool good = true;
+    for (int i = 0; i < NUM_USES; i++) {
+        for (uint64_t p = 0; p < use[i].parts; p++) {
+            const unsigned char *part = arena + use[i].at + p * use[i].stride;
+            for (uint64_t b = 0; b < use[i].used; b++) {
+                good = good && part[b] == (before && b >= before[i].used ? 0 : value);
+            }
+        }
+    }
+    return good;
+}
+
+static void fill_bytes(unsigned char *arena, const struct epi_mem_use *use,
+                       unsigned char value) {
+    for (int i = 0; i < NUM_USES; i++) {
+        for (uint64_t p = 0; p < use[i].parts; p++) {
+            memset(arena + use[i].at + p * use[i].stride, value, use[i].used);
+        }
+    }
+}
+
+static int growing_rank(int rank, void *ctx) {
+    struct scene *s = ctx;
+    struct fake_seat seat = {&s->meeting, rank, 0, s->timeout_ms * EPI_NS_PER_MS};
+    const struct epi_deadline late = epi_deadline_after(s->timeout_ms * EPI_NS_PER_MS);
+    struct fake_device f;
+    struct epi_mem *mem = NULL;
+    const int next = (rank + 1) % s->num_ranks;
+    const struct epi_mem_config c = {.exchange = fake_exchange(&seat),
+                                     .arena_bytes = GROWN,
+                                     .use = at_first,
+                                     .num_uses = NUM_USES,
+                                     .threads = s->threads,
+                                     .device = s->no_device ? NULL : &f.ops,
+                                     .deadline = late};
+    fake_device(&f, rank, NULL, &s->hung);
+    ok(epi_mem_create(&mem, &c) == EP_OK, "create: %s", ep_last_error());
+    ok(epi_mem_on_device(mem) == s->on_device, "on the device: %d", s->on_device);
+    fill_bytes(kernel_arena(mem, rank), at_first, (unsigned char)(rank + 1));
+    f.trouble = &s->trouble;
+    memset(f.calls, 0, sizeof(f.calls));
+    if (s->fails_with != EP_OK) {
+        const struct fake_count before = fake_count();
+        const ep_status st = epi_mem_grow(mem, late, at_first, in_the_end);
+        ok(st == s->fails_with && strstr(ep_last_error(), s->says), "%s: %s",
+           ep_status_string(st), ep_last_error());
+        barrier(&seat);
+        ok(s->threads || fake_count().pieces == before.pieces, "what was new is given back");
+    }
+    ok(epi_mem_grow(mem, late, at_first, in_the_end) == EP_OK, "grow: %s", ep_last_error());
+    ok(has_bytes(kernel_arena(mem, next), in_the_end, (unsigned char)(next + 1), at_first),
+       "what was there is there, the rest is zeros");
+    barrier(&seat);
+    fill_bytes(kernel_arena(mem, next), in_the_end, (unsigned char)(100 + rank));
+    barrier(&seat);
+    ok(has_bytes(kernel_arena(mem, rank), in_the_end,
+                 (unsigned char)(100 + (rank + s->num_ranks - 1) % s->num_ranks), NULL),
+       "and all of it is a neighbour's to write");
+    barrier(&seat);
+    epi_mem_destroy(&mem);
+    return s->threads && !barrier(&seat);
+}
+
+static void test_growth(void) {
+    static const enum fake_op calls[] = {FAKE_NUM_OPS, FAKE_CREATE, FAKE_ADMIT, FAKE_IMPORT};
+    for (int i = 0; i < 2 * 4; i++) {
+        const int threads = i % 2, victim = i / 2 % 2 * 2;
+        struct scene *s = new_scene(3, threads);
+        const struct rig_footprint was = rig_footprint();
+        s->trouble.op = calls[i / 2];
+        s->no_device = i == 1;
+        s->on_device = !s->no_device;
+        s->says = "does not want to";
+        if (s->trouble.op != FAKE_NUM_OPS && is_called(s, victim)) {
+            s->fails_with = EP_ERR_NOMEM;
+            set_status(s, victim, EP_ERR_NOMEM);
+        }
+        if (threads) {
+            ok(tap_run_threads(3, growing_rank, s) == 0, "threads grow, trouble %d", i / 2);
+        } else {
+            ok(tap_spawn_ranks(3, growing_rank, s, 60) == 0, "processes grow, trouble %d",
+               i / 2);
+        }
+        check_clean(was, "growth");
+    }
 }
 
 /* ---- each allocation fails in turn ---------------------------------------------------------- */
@@ -528,6 +630,7 @@ int main(void) {
     test_trouble();
     test_worse();
     test_warning();
+    test_growth();
     walk_threads();
     walk_processes(1);
     walk_processes(0);

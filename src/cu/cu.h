@@ -117,27 +117,29 @@ ep_status epi_cu_event_elapsed(const struct epi_cu_device *d, void *a, void *b, 
 /* Plain data: any thread of the process may use a copy. */
 struct epi_cu_memory {
     uint64_t address;
-    size_t bytes;    /* asked for */
-    uint64_t handle; /* CUmemGenericAllocationHandle */
-    size_t mapped;   /* bytes, rounded up to what the device maps at once */
+    size_t bytes;    /* whole pages */
+    uint64_t handle; /* CUmemGenericAllocationHandle; 0: these are addresses alone */
 };
 
-/* Zeroed, read-write for `d`. EP_ERR_UNSUPPORTED: the device has no such memory; EP_ERR_NOMEM says
- * how much it has. */
-ep_status epi_cu_memory_create(const struct epi_cu_device *d, size_t bytes,
+/* Addresses for pages of memory: *page bytes are what the device maps at once. EP_ERR_UNSUPPORTED: it
+ * has no such memory. */
+ep_status epi_cu_memory_reserve(const struct epi_cu_device *d, size_t bytes,
+                                struct epi_cu_memory *out, size_t *page);
+/* Memory at some of them: whole pages, zeroed, read-write for `d`. EP_ERR_NOMEM says how much it has. */
+ep_status epi_cu_memory_create(const struct epi_cu_device *d, uint64_t at, size_t bytes,
                                struct epi_cu_memory *out);
 /* Another device of this process may use it too, at the same address. EP_ERR_UNSUPPORTED: there is
  * no path. */
 ep_status epi_cu_memory_admit(const struct epi_cu_memory *m, const struct epi_cu_device *d);
 /* A descriptor for another process, the caller's to close. */
 ep_status epi_cu_memory_export(const struct epi_cu_memory *m, int *fd);
-/* Maps what another process has exported, with the same `bytes`, for `d`; the descriptor stays the
- * caller's, and the memory lives until all who map it have released it. EP_ERR_UNSUPPORTED: there
- * is no path. */
-ep_status epi_cu_memory_import(const struct epi_cu_device *d, int fd, size_t bytes,
+/* Maps what another process has exported, with the same `bytes`, for `d` at reserved addresses; the
+ * descriptor stays the caller's, and the memory lives until all who map it have released it.
+ * EP_ERR_UNSUPPORTED: there is no path. */
+ep_status epi_cu_memory_import(const struct epi_cu_device *d, int fd, uint64_t at, size_t bytes,
                                struct epi_cu_memory *out);
-/* Created or imported; `d` is any device of the process. */
-void epi_cu_memory_release(const struct epi_cu_device *d, struct epi_cu_memory *m);
+/* Created or imported; then what was reserved. `d` is any device of the process. */
+void epi_cu_memory_release(const struct epi_cu_device *d, const struct epi_cu_memory *m);
 
 /* Host memory that exists already, such as a shared mapping, for kernels: pinned, for all devices
  * of the process at the same *address. A range can be registered once in a process, and stays so

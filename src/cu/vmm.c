@@ -42,47 +42,52 @@ static struct cu_allocation allocation_on(const struct epi_cu_device *d) {
 
 static ep_status grant(const struct epi_cu_memory *m, const struct epi_cu_device *d) {
     const struct cu_access access = {{LOCATION_TYPE_DEVICE, d->handle}, ACCESS_READ_WRITE};
-    return PATH(MemSetAccess, m->address, m->mapped, &access, 1);
+    return PATH(MemSetAccess, m->address, m->bytes, &access, 1);
 }
 
 /* Undoes what there is of it. */
-static void undo(struct epi_cu_memory *m, bool is_mapped) {
+static void undo(const struct epi_cu_memory *m, bool is_mapped) {
     if (is_mapped) {
-        epi_cu_driver.MemUnmap(m->address, m->mapped);
-    }
-    if (m->address) {
-        epi_cu_driver.MemAddressFree(m->address, m->mapped);
+        epi_cu_driver.MemUnmap(m->address, m->bytes);
     }
     if (m->handle) {
         epi_cu_driver.MemRelease(m->handle);
     }
-    memset(m, 0, sizeof(*m));
 }
 
-/* Gives m->handle an address; undoes all of `m` if it cannot. */
-static ep_status map(const struct epi_cu_device *d, struct epi_cu_memory *m) {
-    bool is_mapped = false;
-    ep_status st = CU(MemAddressReserve, &m->address, m->mapped, 0, 0, 0);
-    if (st == EP_OK) {
-        st = PATH(MemMap, m->address, m->mapped, 0, m->handle, 0);
-        is_mapped = st == EP_OK;
-    }
-    if (st == EP_OK) {
-        st = grant(m, d);
-    }
+/* Puts m->handle at its address; undoes all of `m` if it cannot. */
+static ep_status map(const struct epi_cu_device *d, const struct epi_cu_memory *m) {
+    ep_status st = PATH(MemMap, m->address, m->bytes, 0, m->handle, 0);
+    const bool is_mapped = st == EP_OK;
+    st = is_mapped ? grant(m, d) : st;
     if (st != EP_OK) {
         undo(m, is_mapped);
     }
     return st;
 }
 
-/* All devices that can share memory map it in equal pieces. */
-static ep_status round_up(const struct epi_cu_device *d, struct epi_cu_memory *m) {
+static ep_status reserve_pages(const struct epi_cu_device *d, struct epi_cu_memory *m,
+                               size_t *page) {
     const struct cu_allocation a = allocation_on(d);
-    size_t piece = 0;
-    const size_t bytes = m->bytes ? m->bytes : 1;
-    EPI_TRY(CU(MemGetAllocationGranularity, &piece, &a, GRANULARITY_MINIMUM));
-    m->mapped = (bytes + piece - 1) / piece * piece;
+    EPI_TRY(CU(MemGetAllocationGranularity, page, &a, GRANULARITY_MINIMUM));
+    m->bytes = (m->bytes + *page - 1) / *page * *page;
+    return CU(MemAddressReserve, &m->address, m->bytes, 0, 0, 0);
+}
+
+ep_status epi_cu_memory_reserve(const struct epi_cu_device *d, size_t bytes,
+                                struct epi_cu_memory *out, size_t *page) {
+    struct epi_cu_memory m = {.bytes = bytes ? bytes : 1};
+    int mode;
+    if (!d->shareable) {
+        return epi_fail(EP_ERR_UNSUPPORTED,
+                        "device %d (%s) cannot share its memory by file descriptors", d->index,
+                        d->name);
+    }
+    EPI_TRY(epi_cu_enter_relaxed(d, &mode));
+    const ep_status st = reserve_pages(d, &m, page);
+    epi_cu_leave_relaxed(mode);
+    EPI_TRY(st);
+    *out = m;
     return EP_OK;
 }
 
@@ -90,7 +95,7 @@ static ep_status round_up(const struct epi_cu_device *d, struct epi_cu_memory *m
 static ep_status zero(const struct epi_cu_memory *m) {
     void *stream = NULL;
     EPI_TRY(CU(StreamCreate, &stream, STREAM_NON_BLOCKING));
-    ep_status st = CU(MemsetD8Async, m->address, 0, m->mapped, stream);
+    ep_status st = CU(MemsetD8Async, m->address, 0, m->bytes, stream);
     if (st == EP_OK) {
         st = CU(StreamSynchronize, stream);
     }
@@ -109,8 +114,7 @@ static ep_status no_memory(const struct epi_cu_device *d, size_t bytes) {
 
 static ep_status create(const struct epi_cu_device *d, struct epi_cu_memory *m) {
     const struct cu_allocation a = allocation_on(d);
-    EPI_TRY(round_up(d, m));
-    EPI_TRY(PATH(MemCreate, &m->handle, m->mapped, &a, 0));
+    EPI_TRY(PATH(MemCreate, &m->handle, m->bytes, &a, 0));
     EPI_TRY(map(d, m));
     const ep_status st = zero(m);
     if (st != EP_OK) {
@@ -119,15 +123,10 @@ static ep_status create(const struct epi_cu_device *d, struct epi_cu_memory *m) 
     return st;
 }
 
-ep_status epi_cu_memory_create(const struct epi_cu_device *d, size_t bytes,
+ep_status epi_cu_memory_create(const struct epi_cu_device *d, uint64_t at, size_t bytes,
                                struct epi_cu_memory *out) {
-    struct epi_cu_memory m = {.bytes = bytes};
+    struct epi_cu_memory m = {at, bytes, 0};
     int mode;
-    if (!d->shareable) {
-        return epi_fail(EP_ERR_UNSUPPORTED,
-                        "device %d (%s) cannot share its memory by file descriptors", d->index,
-                        d->name);
-    }
     EPI_TRY(epi_cu_enter_relaxed(d, &mode));
     ep_status st = epi_alloc_should_fail() ? EP_ERR_NOMEM : create(d, &m);
     if (st == EP_ERR_NOMEM) {
@@ -152,15 +151,14 @@ ep_status epi_cu_memory_export(const struct epi_cu_memory *m, int *fd) {
 }
 
 static ep_status import(const struct epi_cu_device *d, int fd, struct epi_cu_memory *m) {
-    EPI_TRY(round_up(d, m));
     EPI_TRY(PATH(MemImportFromShareableHandle, &m->handle, (void *)(uintptr_t)fd,
                  HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
     return map(d, m);
 }
 
-ep_status epi_cu_memory_import(const struct epi_cu_device *d, int fd, size_t bytes,
+ep_status epi_cu_memory_import(const struct epi_cu_device *d, int fd, uint64_t at, size_t bytes,
                                struct epi_cu_memory *out) {
-    struct epi_cu_memory m = {.bytes = bytes};
+    struct epi_cu_memory m = {at, bytes, 0};
     int mode;
     if (epi_alloc_should_fail()) {
         return epi_fail(EP_ERR_NOMEM, "no memory to map an arena of %zu bytes (injected)",
@@ -174,13 +172,16 @@ ep_status epi_cu_memory_import(const struct epi_cu_device *d, int fd, size_t byt
     return EP_OK;
 }
 
-void epi_cu_memory_release(const struct epi_cu_device *d, struct epi_cu_memory *m) {
+void epi_cu_memory_release(const struct epi_cu_device *d, const struct epi_cu_memory *m) {
     int mode;
     if (m->address && epi_cu_enter_relaxed(d, &mode) == EP_OK) {
-        undo(m, true);
+        if (m->handle) {
+            undo(m, true);
+        } else {
+            epi_cu_driver.MemAddressFree(m->address, m->bytes);
+        }
         epi_cu_leave_relaxed(mode);
     }
-    memset(m, 0, sizeof(*m));
 }
 
 /* ---- host memory ---------------------------------------------------------------------------- */

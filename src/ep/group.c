@@ -326,7 +326,6 @@ static ep_status agree_needs(ep_group *g, struct ep_needs *want) {
 }
 
 static ep_status grow_group(ep_group *g, struct ep_needs *want) {
-    const struct epi_exchange x = exchange_of(g);
     struct ep_group_config c = g->config;
     struct epi_plan plan = g->plan;
     EPI_TRY(agree_needs(g, want));
@@ -334,16 +333,9 @@ static ep_status grow_group(ep_group *g, struct ep_needs *want) {
     if (c.max_recv_rows && want->max_recv_rows > c.max_recv_rows) {
         c.max_recv_rows = want->max_recv_rows;
     }
-    ep_status st = epi_plan_again(&c, &plan);
-    const bool more = st == EP_OK && plan.info.arena_bytes > g->plan.info.arena_bytes;
-    st = more ? epi_mem_grow(g->mem, g->plan.use, plan.use, plan.num_uses) : st;
-    const bool backed = more && st == EP_OK;
-    st = epi_agree_alike(&x, st, "ep_group_grow");
-    if (st != EP_OK) {
-        if (backed) {
-            epi_mem_shrink(g->mem, g->plan.use, plan.use, plan.num_uses);
-        }
-        return st;
+    EPI_TRY(epi_plan_again(&c, &plan)); /* the same on all ranks */
+    if (plan.info.arena_bytes > g->plan.info.arena_bytes) {
+        EPI_TRY(epi_mem_grow(g->mem, epi_deadline_after(g->timeout_ns), g->plan.use, plan.use));
     }
     pthread_mutex_lock(&g->mutex);
     g->config = c;

@@ -15,40 +15,76 @@
 
 struct epi_mem {
     struct epi_mapping *map;
-    size_t arena_bytes, board_bytes;
-    uint32_t process; /* that made it */
-    int rank, num_ranks;
-    bool on_device;               /* the arenas */
+    struct epi_mem_config c;      /* its deadline is over */
     struct epi_mem_device device; /* all NULL: there is none */
+    struct epi_mem_use whole;     /* of an arena that does not grow */
+    uint32_t process;             /* that made it */
+    bool on_device;               /* the arenas */
 };
 
 ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const char *step) {
-    return c->device ? epi_agree_optional(&c->exchange, mine, step)
-                     : epi_agree(&c->exchange, mine, step);
+    return c->alike    ? epi_agree_alike(&c->exchange, mine, step)
+           : c->device ? epi_agree_optional(&c->exchange, mine, step)
+                       : epi_agree(&c->exchange, mine, step);
+}
+
+static size_t arena_at(const struct epi_mem *mem, int rank) {
+    return (size_t)rank * mem->c.arena_bytes;
+}
+
+/* In the shared memory: arenas, if they are there, and boards. */
+static size_t arenas_end(const struct epi_mem *mem) {
+    return mem->on_device ? 0 : arena_at(mem, mem->c.exchange.num_ranks);
+}
+
+static size_t board_at(const struct epi_mem *mem, int rank) {
+    return arenas_end(mem) + (size_t)rank * mem->c.board_bytes;
 }
 
 /* ---- the mapping ---------------------------------------------------------------------------- */
+
+/* What the device knows goes when it has forgotten that. In a forked process nothing is mapped, and
+ * something else may be in its place. */
+static void unmap(struct epi_mapping *m, const struct epi_mem_device *d, bool forked) {
+    char *base = m->base;
+    uint64_t at = 0;
+    while (m->attached) {
+        struct epi_attached *a = m->attached;
+        m->attached = a->next;
+        if (!forked && a->at > at) {
+            munmap(base + at, a->at - at);
+        }
+        if (!forked) {
+            d->detach(d->ctx, base + a->at, a->end - a->at);
+        }
+        at = a->end;
+        epi_free(a);
+    }
+    if (!forked && base && at < m->bytes) {
+        munmap(base + at, m->bytes - at);
+    }
+}
+
+static void free_arena(struct epi_arena *a, const struct epi_mem_device *d, bool forked) {
+    while (forked && a->backed) {
+        struct epi_backed *b = a->backed;
+        a->backed = b->next;
+        epi_free(b);
+    }
+    if (!forked) {
+        epi_device_release(d, a);
+    }
+}
 
 static void mapping_release(struct epi_mapping *m, const struct epi_mem_device *d,
                             bool forked) {
     if (!m || atomic_fetch_sub(&m->users, 1) != 1) {
         return;
     }
-    if (forked) { /* nothing of it is mapped here, and something else may be in its place */
-        epi_fd_close(&m->fd);
-        epi_free(m);
-        return;
+    for (int r = 0; r < m->num_arenas; r++) {
+        free_arena(&m->arena[r], d, forked);
     }
-    for (int r = 0; r < m->num_pieces; r++) {
-        if (m->piece[r].address) {
-            d->release(d->ctx, &m->piece[r]);
-        }
-    }
-    if (m->attached) {
-        d->detach(d->ctx, m->base, m->bytes);
-    } else {
-        munmap(m->base, m->bytes);
-    }
+    unmap(m, d, forked);
     epi_fd_close(&m->fd);
     epi_free(m);
 }
@@ -75,54 +111,120 @@ static ep_status map_shared(struct epi_mapping *m, int fd, size_t bytes) {
     return EP_OK;
 }
 
+/* Bytes of the mapping that the device does not know yet. Kernels find all of it by one address. */
+static ep_status attach(struct epi_mapping *m, const struct epi_mem_device *d, uint64_t at,
+                        uint64_t end) {
+    struct epi_attached **next = &m->attached;
+    while (at < end) {
+        while (*next && (*next)->end <= at) {
+            next = &(*next)->next;
+        }
+        if (*next && (*next)->at <= at) { /* of a growth that has failed */
+            at = (*next)->end;
+            continue;
+        }
+        struct epi_attached *a = epi_alloc(sizeof(*a));
+        uint64_t address = 0;
+        if (!a) {
+            return epi_fail(EP_ERR_NOMEM, "no memory to note what the device knows");
+        }
+        *a = (struct epi_attached){at, *next && (*next)->at < end ? (*next)->at : end, *next};
+        const ep_status st =
+            d->attach(d->ctx, (char *)m->base + a->at, (size_t)(a->end - a->at), &address);
+        if (st != EP_OK) {
+            epi_free(a);
+            return st;
+        }
+        m->address = m->attached ? m->address : address - a->at;
+        at = a->end;
+        *next = a;
+        if (m->address != address - a->at) {
+            return epi_fail(EP_ERR_UNSUPPORTED,
+                            "the device has other addresses for host memory "
+                            "than the host: arenas there cannot grow");
+        }
+    }
+    return EP_OK;
+}
+
+/* Calls `visit` for each run of pages of the shared memory that arenas of ranks `from` to `to` need more
+ * than before. */
+static ep_status each_run(const struct epi_mem *mem, int from, int to,
+                          const struct epi_mem_use *was, const struct epi_mem_use *now,
+                          ep_status (*visit)(void *ctx, uint64_t at, uint64_t end), void *ctx) {
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    for (int r = from; r < to; r++) {
+        struct epi_runs w = {was, now, mem->c.num_uses, page, 0, 0, 0};
+        uint64_t at, bytes;
+        while (epi_next_run(&w, &at, &bytes)) {
+            EPI_TRY(visit(ctx, arena_at(mem, r) + at, arena_at(mem, r) + at + bytes));
+        }
+    }
+    return EP_OK;
+}
+
+static ep_status allocate(void *ctx, uint64_t at, uint64_t end) {
+    return epi_memfd_allocate(*(const int *)ctx, at, end - at);
+}
+
+static ep_status punch(void *ctx, uint64_t at, uint64_t end) {
+    epi_memfd_release(*(const int *)ctx, at, end);
+    return EP_OK;
+}
+
+struct shown {
+    struct epi_mapping *map;
+    const struct epi_mem *mem;
+};
+
+static ep_status show(void *ctx, uint64_t at, uint64_t end) {
+    const struct shown *s = ctx;
+    const ep_status st = attach(s->map, &s->mem->device, at, end);
+    return st == EP_OK ? EP_OK
+                       : epi_fail(st, "rank %d cannot show the shared memory to its device: %s",
+                                  s->mem->c.exchange.rank, epi_error_text());
+}
+
+/* Arenas grow in the shared memory, of which the rest is holes. */
+static bool has_holes(const struct epi_mem *mem) {
+    return !mem->on_device && mem->c.use != &mem->whole;
+}
+
 /* Of `fd`, for so many users; known to the device if there is one. */
 static struct epi_mapping *mapping_create(const struct epi_mem *mem, int fd, size_t bytes,
                                           int users, ep_status *st) {
     const struct epi_mem_device *d = &mem->device;
-    const int num_pieces = mem->on_device ? mem->num_ranks : 0;
+    const int num_ranks = mem->c.exchange.num_ranks,
+              num_arenas = mem->on_device ? num_ranks : 0;
     struct epi_mapping *m =
-        epi_alloc(sizeof(*m) + (size_t)num_pieces * sizeof(struct epi_mem_piece));
+        epi_alloc(sizeof(*m) + (size_t)num_arenas * sizeof(struct epi_arena));
+    struct shown all = {m, mem};
     if (!m) {
         *st = epi_fail(EP_ERR_NOMEM, "no memory to map arenas");
         return NULL;
     }
-    m->num_pieces = num_pieces;
+    m->num_arenas = num_arenas;
     m->fd = -1;
     atomic_init(&m->users, users);
     *st = map_shared(m, fd, bytes);
     if (*st == EP_OK && d->attach) {
-        *st = d->attach(d->ctx, m->base, bytes, &m->address);
-        m->attached = *st == EP_OK;
-        if (*st != EP_OK) {
-            epi_fail(*st, "rank %d cannot show the shared memory to its device: %s", mem->rank,
-                     epi_error_text());
-            munmap(m->base, bytes);
-        }
+        *st =
+            has_holes(mem) ? each_run(mem, 0, num_ranks, NULL, mem->c.use, show, &all) : EP_OK;
+        *st = *st == EP_OK ? show(&all, has_holes(mem) ? arenas_end(mem) : 0, bytes) : *st;
     }
     if (*st != EP_OK) {
+        unmap(m, d, false);
         epi_free(m);
         return NULL;
     }
     return m;
 }
 
-/* What `now` has more than `was` (NULL: nothing) of the arena that begins at `base`. */
-static ep_status back(int fd, uint64_t base, const struct epi_mem_use *was,
-                      const struct epi_mem_use *now, int num_uses) {
-    for (int i = 0; i < num_uses; i++) {
-        const uint64_t from = was ? was[i].used : 0;
-        for (uint64_t part = 0; part < now[i].parts; part++) {
-            EPI_TRY(epi_memfd_allocate(fd, base + now[i].at + part * now[i].stride + from,
-                                       now[i].used - from));
-        }
-    }
-    return EP_OK;
-}
-
-static int make_fd(const struct epi_mem_config *c, size_t bytes, ep_status *st) {
-    int fd = epi_memfd_create(bytes, !c->use, st);
-    for (int r = 0; fd >= 0 && c->use && *st == EP_OK && r < c->exchange.num_ranks; r++) {
-        *st = back(fd, (uint64_t)r * c->arena_bytes, NULL, c->use, c->num_uses);
+static int make_fd(const struct epi_mem *mem, size_t bytes, ep_status *st) {
+    int fd = epi_memfd_create(bytes, !has_holes(mem), st);
+    if (fd >= 0 && has_holes(mem)) {
+        *st = each_run(mem, 0, mem->c.exchange.num_ranks, NULL, mem->c.use, allocate, &fd);
+        *st = *st == EP_OK ? allocate(&fd, arenas_end(mem), bytes) : *st;
     }
     if (*st != EP_OK) {
         epi_fd_close(&fd);
@@ -131,8 +233,8 @@ static int make_fd(const struct epi_mem_config *c, size_t bytes, ep_status *st) 
 }
 
 /* The descriptor is needed no longer, unless arenas grow. */
-static void keep_fd(struct epi_mapping *m, const struct epi_mem_config *c, int *fd) {
-    if (m && c->use) {
+static void keep_fd(const struct epi_mem *mem, struct epi_mapping *m, int *fd) {
+    if (m && has_holes(mem)) {
         m->fd = *fd;
         *fd = -1;
     }
@@ -146,10 +248,10 @@ static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c
     struct epi_mapping *mine = NULL;
     ep_status st = EP_OK;
     if (x->rank == 0) {
-        int fd = make_fd(c, bytes, &st);
+        int fd = make_fd(mem, bytes, &st);
         if (fd >= 0) {
             mine = mapping_create(mem, fd, bytes, x->num_ranks, &st);
-            keep_fd(mine, c, &fd);
+            keep_fd(mem, mine, &fd);
         }
     }
     struct epi_mapping **all = epi_alloc_array((size_t)x->num_ranks, sizeof(*all));
@@ -181,7 +283,7 @@ static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config 
     ep_status st = EP_OK;
     int fd = -1;
     if (c->exchange.rank == 0) {
-        fd = make_fd(c, bytes, &st);
+        fd = make_fd(mem, bytes, &st);
     }
     st = epi_share_open(&share, c, 1, st);
     if (st == EP_OK) {
@@ -195,27 +297,24 @@ static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config 
         st = epi_mem_agree(c, st, "sharing the arenas");
     }
     epi_share_close(&share);
-    keep_fd(mem->map, c, &fd);
+    keep_fd(mem, mem->map, &fd);
     return st;
 }
 
 /* ---- a group's memory ----------------------------------------------------------------------- */
 
-/* In the shared memory: arenas, if they are there, and boards. */
-static size_t arenas_end(const struct epi_mem *mem) {
-    return mem->on_device ? 0 : (size_t)mem->num_ranks * mem->arena_bytes;
-}
-
 static ep_status build(struct epi_mem *mem, const struct epi_mem_config *c, bool on_device) {
     mem->on_device = on_device;
-    const size_t boards = (size_t)mem->num_ranks * mem->board_bytes;
-    size_t bytes = arenas_end(mem) + boards;
+    size_t bytes = board_at(mem, c->exchange.num_ranks);
     if (bytes == 0) {
         bytes = LEAST_BYTES;
     }
     ep_status st = c->threads ? map_threads(mem, c, bytes) : map_processes(mem, c, bytes);
     if (st == EP_OK && on_device) {
-        st = epi_device_arenas(mem->map, c);
+        st = epi_device_reserve(mem->map, c);
+    }
+    if (st == EP_OK && on_device) {
+        st = epi_device_back(mem->map, c, NULL, c->use);
     }
     if (st != EP_OK && mem->map) {
         char text[EPI_ERROR_TEXT_BYTES]; /* what releases may say is not what failed */
@@ -250,7 +349,6 @@ ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *conf
     const int num_ranks = config->exchange.num_ranks;
     const size_t most = PTRDIFF_MAX / (size_t)num_ranks;
     struct epi_mem *mem = epi_alloc(sizeof(*mem));
-    struct epi_mem_config own = *config;
     ep_status st = EP_OK;
     if (!mem) {
         st = epi_fail(EP_ERR_NOMEM, "no memory to map arenas");
@@ -261,17 +359,19 @@ ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *conf
     st = epi_mem_agree(config, st, "mapping the arenas");
     if (st == EP_OK) {
         mem->process = epi_process();
-        mem->rank = config->exchange.rank;
-        mem->num_ranks = num_ranks;
-        mem->arena_bytes = config->arena_bytes;
-        mem->board_bytes = config->board_bytes;
+        mem->c = *config;
+        if (!config->use) {
+            mem->whole = (struct epi_mem_use){0, 0, config->arena_bytes, 1};
+            mem->c.use = &mem->whole;
+            mem->c.num_uses = 1;
+        }
         if (config->device) {
             const size_t bytes = config->device->size;
             memcpy(&mem->device, config->device,
                    bytes < sizeof(mem->device) ? bytes : sizeof(mem->device));
-            own.device = &mem->device;
+            mem->c.device = &mem->device;
         }
-        st = build_best(mem, &own);
+        st = build_best(mem, &mem->c);
     }
     if (st != EP_OK) {
         epi_mem_destroy(&mem);
@@ -289,36 +389,49 @@ void epi_mem_destroy(struct epi_mem **mem) {
     }
 }
 
-/* ---- where things are ----------------------------------------------------------------------- */
+/* ---- growth --------------------------------------------------------------------------------- */
 
-static size_t arena_at(const struct epi_mem *mem, int rank) {
-    return (size_t)rank * mem->arena_bytes;
-}
-
-static size_t board_at(const struct epi_mem *mem, int rank) {
-    return arenas_end(mem) + (size_t)rank * mem->board_bytes;
-}
-
-ep_status epi_mem_grow(struct epi_mem *mem, const struct epi_mem_use *was,
-                       const struct epi_mem_use *now, int num_uses) {
-    const ep_status st = epi_alloc_should_fail()
-                             ? epi_fail(EP_ERR_NOMEM, "no memory for a larger arena (injected)")
-                             : back(mem->map->fd, arena_at(mem, mem->rank), was, now, num_uses);
-    if (st != EP_OK) {
-        epi_mem_shrink(mem, was, now, num_uses);
+/* Owners allocate; when all have, devices are told: of threads' by one. What they may know keeps its
+ * pages. */
+static ep_status grow_shared(struct epi_mem *mem, const struct epi_mem_config *c,
+                             const struct epi_mem_use *was, const struct epi_mem_use *now) {
+    const int rank = c->exchange.rank;
+    struct shown all = {mem->map, mem};
+    ep_status mine = epi_alloc_should_fail()
+                         ? epi_fail(EP_ERR_NOMEM, "no memory for a larger arena (injected)")
+                         : each_run(mem, rank, rank + 1, was, now, allocate, &mem->map->fd);
+    ep_status st = epi_mem_agree(c, mine, "ep_group_grow");
+    if (st != EP_OK && st != EP_ERR_TIMEOUT && !mem->device.attach) {
+        each_run(mem, rank, rank + 1, was, now, punch, &mem->map->fd);
+    }
+    if (st == EP_OK && mem->device.attach) {
+        mine = c->threads && rank != 0
+                   ? EP_OK
+                   : each_run(mem, 0, c->exchange.num_ranks, was, now, show, &all);
+        st = epi_mem_agree(c, mine, "ep_group_grow");
     }
     return st;
 }
 
-void epi_mem_shrink(struct epi_mem *mem, const struct epi_mem_use *was,
-                    const struct epi_mem_use *now, int num_uses) {
-    for (int i = 0; i < num_uses; i++) {
-        for (uint64_t part = 0; part < now[i].parts; part++) {
-            const uint64_t at = arena_at(mem, mem->rank) + now[i].at + part * now[i].stride;
-            epi_memfd_release(mem->map->fd, at + was[i].used, at + now[i].used);
-        }
+ep_status epi_mem_grow(struct epi_mem *mem, struct epi_deadline deadline,
+                       const struct epi_mem_use *was, const struct epi_mem_use *now) {
+    struct epi_mem_config c = mem->c;
+    c.deadline = deadline;
+    c.alike = true;
+    if (!mem->on_device) {
+        return grow_shared(mem, &c, was, now);
     }
+    const ep_status st = epi_device_back(mem->map, &c, was, now);
+    if (st != EP_OK && st != EP_ERR_TIMEOUT) {
+        char text[EPI_ERROR_TEXT_BYTES];
+        epi_format(text, sizeof(text), "%s", epi_error_text());
+        epi_device_drop(mem->map, &c, was, now);
+        epi_fail(st, "%s", text);
+    }
+    return st;
 }
+
+/* ---- where things are ----------------------------------------------------------------------- */
 
 bool epi_mem_on_device(const struct epi_mem *mem) {
     return mem->on_device;
@@ -333,7 +446,7 @@ void *epi_mem_board(const struct epi_mem *mem, int rank) {
 }
 
 uint64_t epi_mem_arena_address(const struct epi_mem *mem, int rank) {
-    return mem->on_device ? mem->map->piece[rank].address
+    return mem->on_device ? mem->map->arena[rank].addresses.address
                           : mem->map->address + arena_at(mem, rank);
 }
 

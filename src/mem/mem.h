@@ -8,9 +8,12 @@
  * proof that they share a host). Ranks that are threads share one mapping. First come the arenas,
  * in rank order, then the boards, in rank order.
  *
- * With a device the arenas are its memory, one piece per rank, and the shared memory holds only
- * the boards and is made known to the device. Where the devices of any two ranks cannot share
- * memory, all ranks' arenas lie in shared memory instead.
+ * With a device the arenas are its memory, and the shared memory holds only the boards and is made
+ * known to the device. Where the devices of any two ranks cannot share memory, all ranks' arenas lie in
+ * shared memory instead.
+ *
+ * An arena that can grow has addresses for all that it may become, everywhere, and memory behind what
+ * it uses: pieces of a device's, or allocated pages of the shared memory.
  */
 #ifndef EPI_MEM_H
 #define EPI_MEM_H
@@ -19,7 +22,7 @@
 
 struct epi_mem;
 
-/* Memory of a device. Plain data: whoever has a copy can use it. */
+/* Memory of a device, or addresses for some. Plain data: whoever has a copy can use it. */
 struct epi_mem_piece {
     uint64_t address; /* for kernels; 0: there is none */
     uint64_t own[3];  /* what the device keeps with it; not read here */
@@ -42,14 +45,20 @@ struct epi_mem_piece {
 struct epi_mem_device {
     size_t size; /* of the caller's struct */
     void *ctx;
-    /* Own arena: zeroed. `fd` is NULL, or gets a descriptor for the others, the caller's to close. */
-    ep_status (*create)(void *ctx, size_t bytes, struct epi_mem_piece *out, int *fd);
-    /* Threads: lets a peer's device use own arena, at the same address. */
+    /* Addresses of an arena, in which pieces of whole pages (of *page bytes) can lie. */
+    ep_status (*reserve)(void *ctx, size_t bytes, struct epi_mem_piece *out, size_t *page);
+    /* A piece of own arena, at `at`: zeroed. `fd` is NULL, or gets a descriptor for the others, the
+     * caller's to close. */
+    ep_status (*create)(void *ctx, uint64_t at, size_t bytes, struct epi_mem_piece *out,
+                        int *fd);
+    /* Threads: lets a peer's device use a piece of own arena, at the same address. */
     ep_status (*admit)(void *ctx, const struct epi_mem_piece *own, void *peer_ctx);
-    /* Processes: maps a peer's arena; the descriptor stays the caller's. */
-    ep_status (*import)(void *ctx, int fd, size_t bytes, struct epi_mem_piece *out);
-    void (*release)(void *ctx, const struct epi_mem_piece *piece); /* created or imported */
-    /* Makes host memory known to the devices of all ranks of this process. */
+    /* Processes: maps a piece of a peer's arena at `at`; the descriptor stays the caller's. */
+    ep_status (*import)(void *ctx, int fd, uint64_t at, size_t bytes,
+                        struct epi_mem_piece *out);
+    /* Created or imported; then what was reserved. */
+    void (*release)(void *ctx, const struct epi_mem_piece *piece);
+    /* Makes host memory, whole pages, known to the devices of all ranks of this process. */
     ep_status (*attach)(void *ctx, void *host, size_t bytes, uint64_t *address);
     /* Takes a mapping that was attached over: unmaps it when the devices have forgotten it, now or
      * when that waits for nobody. */
@@ -62,7 +71,8 @@ enum epi_mem_kind {
     EPI_MEM_HOST
 };
 
-/* Of an arena, what is backed by memory: `used` bytes of each of the parts, which are `stride` apart. */
+/* Of an arena, what is backed by memory: `used` bytes of each of the parts, which are `stride` apart.
+ * Uses lie one behind the other. */
 struct epi_mem_use {
     uint64_t at, stride, used, parts;
 };
@@ -70,13 +80,14 @@ struct epi_mem_use {
 struct epi_mem_config {
     struct epi_exchange exchange;
     size_t arena_bytes;            /* of each rank; whole pages */
-    const struct epi_mem_use *use; /* of each, until it grows, without a device; NULL: all */
+    const struct epi_mem_use *use; /* of each, until it grows; NULL: all, for good */
     int num_uses;
     size_t board_bytes; /* of each rank, always in host memory; whole pages, may be 0 */
     bool threads;       /* the ranks are threads of this process */
     struct epi_deadline deadline;
     const struct epi_mem_device *device; /* copied; NULL: arenas are host memory */
     int arena_kind;                      /* enum epi_mem_kind; the same on all ranks */
+    bool alike;                          /* the status of a rank that fails is that of all */
 };
 
 /*
@@ -86,12 +97,14 @@ struct epi_mem_config {
  */
 ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *config);
 
-/* Backs more of this rank's arena, which was created with uses: they differ from those in `used` alone,
- * num_uses of each. Shrink takes it back. Local; after a failure it is as before. */
-ep_status epi_mem_grow(struct epi_mem *mem, const struct epi_mem_use *was,
-                       const struct epi_mem_use *now, int num_uses);
-void epi_mem_shrink(struct epi_mem *mem, const struct epi_mem_use *was,
-                    const struct epi_mem_use *now, int num_uses);
+/*
+ * Backs more of the arenas, which were created with uses: as many, that differ in `used` alone.
+ * Collective: all return alike, and after a failure what was new is given back. Not after
+ * EP_ERR_TIMEOUT, as it may be that others have not seen that and use what is here; then it must not be
+ * called again. Nor host memory that devices may know, to which the next call comes back.
+ */
+ep_status epi_mem_grow(struct epi_mem *mem, struct epi_deadline deadline,
+                       const struct epi_mem_use *was, const struct epi_mem_use *now);
 
 /* Unmaps. Local; the memory itself goes when the last rank has unmapped it. */
 void epi_mem_destroy(struct epi_mem **mem);

@@ -9,20 +9,53 @@
 
 #include "src/mem/mem.h"
 
+/* Of an arena on a device, a piece that lies behind its addresses. */
+struct epi_backed {
+    struct epi_mem_piece piece;
+    struct epi_backed *next;
+};
+
+/* As this process has it; of threads only its owner touches it, until the last of them undoes all. */
+struct epi_arena {
+    struct epi_mem_piece addresses;
+    size_t page;
+    struct epi_backed *backed;
+};
+
+/* Bytes of the shared memory that the device knows. */
+struct epi_attached {
+    uint64_t at, end;
+    struct epi_attached *next; /* in ascending order */
+};
+
 /* What a rank's epi_mem stands on; threads of a process share one, the last user undoes it. */
 struct epi_mapping {
     void *base; /* of the shared memory */
     int fd;     /* of the same where it can grow; else -1 */
     size_t bytes;
     uint64_t address; /* of the same for kernels */
-    bool attached;
+    struct epi_attached *attached;
     _Atomic int users;
-    int num_pieces;               /* 0: arenas are in the shared memory; else num_ranks */
-    struct epi_mem_piece piece[]; /* the arenas of all ranks as this process has them */
+    int num_arenas;           /* 0: they are in the shared memory; else num_ranks */
+    struct epi_arena arena[]; /* of all ranks */
 };
 
 /* epi_agree. With a device, EP_ERR_UNSUPPORTED is a verdict of all ranks or of none. */
 ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const char *step);
+
+/* ---- runs.c ------------------------------------------------------------------------------- */
+
+/* A walk over the pages of an arena that are to be backed: those that `now` uses and `was` (NULL:
+ * nothing) does not. What follows these fields is the walk's own, and begins as zeros. */
+struct epi_runs {
+    const struct epi_mem_use *was, *now;
+    int num_uses;
+    uint64_t page;
+    int use;
+    uint64_t part, end;
+};
+/* The next run of consecutive ones, in ascending order; false: there is none. */
+bool epi_next_run(struct epi_runs *w, uint64_t *at, uint64_t *bytes);
 
 /* ---- memfd.c ------------------------------------------------------------------------------ */
 
@@ -37,9 +70,16 @@ ep_status epi_memfd_check(int fd, size_t bytes, int source);
 
 /* ---- device.c ----------------------------------------------------------------------------- */
 
-/* Collective: makes this rank's arena and maps those of the others. What it has put into
- * map->piece when it fails is released with the mapping. */
-ep_status epi_device_arenas(struct epi_mapping *map, const struct epi_mem_config *c);
+/* Collective: addresses for all arenas. What there is when it fails is released with the mapping. */
+ep_status epi_device_reserve(struct epi_mapping *map, const struct epi_mem_config *c);
+/* Collective: puts pieces behind them, this rank's own and those of the others. */
+ep_status epi_device_back(struct epi_mapping *map, const struct epi_mem_config *c,
+                          const struct epi_mem_use *was, const struct epi_mem_use *now);
+/* Takes those back. */
+void epi_device_drop(struct epi_mapping *map, const struct epi_mem_config *c,
+                     const struct epi_mem_use *was, const struct epi_mem_use *now);
+/* Of an arena: all, and its addresses. */
+void epi_device_release(const struct epi_mem_device *d, struct epi_arena *a);
 
 /* ---- share.c ------------------------------------------------------------------------------ */
 

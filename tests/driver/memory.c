@@ -16,9 +16,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-#define PAGE ((size_t)4096)
+#define VMM_PAGE ((size_t)1 << 16) /* smaller than a GPU's, so that small arenas have several */
 #define TOUCHED_BYTES                                                                          \
     ((size_t)1 << 18) /* of an allocation: the others are the kernel's zeros */
 
@@ -246,16 +247,83 @@ DEFINE(cuMemFreeAsync, uint64_t at, void *stream) {
     atomic_fetch_add(&p->freed, 1);
     return driver_queue(stream, op);
 }
+/* ---- addresses, and memory behind them ------------------------------------------------------- */
+
+/* Addresses that are reserved, and what is mapped there; guarded by ranges_mutex. */
+enum { MOST_PLACES = 4096 };
+static struct place {
+    uint64_t at;
+    size_t bytes;
+    bool mapped; /* else reserved */
+} places[MOST_PLACES];
+
+static bool whole_pages(uint64_t at, size_t bytes) {
+    return bytes && at % VMM_PAGE == 0 && bytes % VMM_PAGE == 0;
+}
+
+/* How many bytes of the range are mapped; -1 if some mapping lies in it in part. */
+static int64_t mapped_within(uint64_t at, size_t bytes) {
+    int64_t sum = 0;
+    for (int i = 0; i < MOST_PLACES; i++) {
+        const struct place *p = &places[i];
+        if (!p->bytes || !p->mapped || p->at >= at + bytes || at >= p->at + p->bytes) {
+            continue;
+        }
+        if (p->at < at || p->at + p->bytes > at + bytes) {
+            return -1;
+        }
+        sum += (int64_t)p->bytes;
+    }
+    return sum;
+}
+
+static bool is_reserved(uint64_t at, size_t bytes) {
+    bool is = false;
+    for (int i = 0; i < MOST_PLACES; i++) {
+        const struct place *p = &places[i];
+        is = is || (p->bytes && !p->mapped && at >= p->at && at + bytes <= p->at + p->bytes);
+    }
+    return is;
+}
+
+static int add_place(uint64_t at, size_t bytes, bool mapped) {
+    for (int i = 0; i < MOST_PLACES; i++) {
+        if (!places[i].bytes) {
+            places[i] = (struct place){at, bytes, mapped};
+            return 0;
+        }
+    }
+    return CU_OUT_OF_MEMORY;
+}
+
+/* What is reserved has to be given back as it was. */
+static bool take_reserved(uint64_t at, size_t bytes) {
+    for (int i = 0; i < MOST_PLACES; i++) {
+        if (places[i].bytes == bytes && places[i].at == at && !places[i].mapped) {
+            places[i].bytes = 0;
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool no_memory_at(uint64_t at, size_t bytes) {
+    return mmap((void *)(uintptr_t)at, bytes, PROT_NONE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
+}
+
 DEFINE(cuMemGetAllocationGranularity, size_t *bytes, const struct cu_allocation *a, int kind) {
     (void)a, (void)kind;
-    *bytes = PAGE;
+    *bytes = VMM_PAGE;
     return 0;
 }
 /* A handle is a descriptor; 0 is none, so it is counted from 1. */
 DEFINE(cuMemCreate, uint64_t *handle, size_t bytes, const struct cu_allocation *a,
        unsigned long long flags) {
+    if (!whole_pages(0, bytes) || a->type != 1 || a->location.type != 1 || flags) {
+        return CU_INVALID_VALUE;
+    }
     const int fd = memfd_create("device", MFD_CLOEXEC);
-    (void)a, (void)flags;
     if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0) {
         return CU_OUT_OF_MEMORY;
     }
@@ -267,36 +335,72 @@ DEFINE(cuMemRelease, uint64_t handle) {
 }
 DEFINE(cuMemAddressReserve, uint64_t *at, size_t bytes, size_t align, uint64_t wanted,
        unsigned long long flags) {
-    void *p = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    (void)align, (void)wanted, (void)flags;
-    *at = (uint64_t)(uintptr_t)p;
-    return p == MAP_FAILED ? CU_OUT_OF_MEMORY : 0;
+    if (!whole_pages(0, bytes) || align || wanted || flags) {
+        return CU_INVALID_VALUE;
+    }
+    char *p = mmap(NULL, bytes + VMM_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) {
+        return CU_OUT_OF_MEMORY;
+    }
+    const size_t before = (VMM_PAGE - (uintptr_t)p % VMM_PAGE) % VMM_PAGE;
+    if (before) {
+        munmap(p, before);
+    }
+    munmap(p + before + bytes, VMM_PAGE - before);
+    *at = (uint64_t)(uintptr_t)(p + before);
+    pthread_mutex_lock(&ranges_mutex);
+    const int result = add_place(*at, bytes, false);
+    pthread_mutex_unlock(&ranges_mutex);
+    return result;
 }
 DEFINE(cuMemAddressFree, uint64_t at, size_t bytes) {
-    return munmap((void *)(uintptr_t)at, bytes) ? CU_INVALID_VALUE : 0;
+    pthread_mutex_lock(&ranges_mutex);
+    const bool good = mapped_within(at, bytes) == 0 && take_reserved(at, bytes);
+    pthread_mutex_unlock(&ranges_mutex);
+    return good && munmap((void *)(uintptr_t)at, bytes) == 0 ? 0 : CU_INVALID_VALUE;
 }
+/* All of a piece of memory or its beginning, where nothing is. Nobody can use it until it is given access. */
 DEFINE(cuMemMap, uint64_t at, size_t bytes, size_t offset, uint64_t handle,
        unsigned long long flags) {
-    (void)flags;
-    void *p = mmap((void *)(uintptr_t)at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
-                   (int)handle - 1, (off_t)offset);
-    if (p == MAP_FAILED) {
-        return CU_MAP_FAILED;
+    struct stat s;
+    int result = CU_INVALID_VALUE;
+    pthread_mutex_lock(&ranges_mutex);
+    if (whole_pages(at, bytes) && offset == 0 && !flags && is_reserved(at, bytes) &&
+        mapped_within(at, bytes) == 0 && fstat((int)handle - 1, &s) == 0 &&
+        (size_t)s.st_size >= bytes) {
+        const void *p = mmap((void *)(uintptr_t)at, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED,
+                             (int)handle - 1, 0);
+        result = p == MAP_FAILED ? CU_MAP_FAILED : add_place(at, bytes, true);
     }
-    note(p, bytes, 2);
-    return 0;
+    pthread_mutex_unlock(&ranges_mutex);
+    if (result == 0) {
+        note((void *)(uintptr_t)at, bytes, 2);
+    }
+    return result;
 }
 DEFINE(cuMemUnmap, uint64_t at, size_t bytes) {
-    void *p = (void *)(uintptr_t)at;
-    forget(p);
-    return mmap(p, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
-                   MAP_FAILED
-               ? CU_INVALID_VALUE
-               : 0;
+    pthread_mutex_lock(&ranges_mutex);
+    const bool good = whole_pages(at, bytes) && mapped_within(at, bytes) == (int64_t)bytes;
+    for (int i = 0; good && i < MOST_PLACES; i++) {
+        if (places[i].mapped && places[i].at >= at && places[i].at < at + bytes) {
+            places[i].bytes = 0;
+            places[i].mapped = false;
+        }
+    }
+    pthread_mutex_unlock(&ranges_mutex);
+    if (good) {
+        forget((void *)(uintptr_t)at);
+    }
+    return good && no_memory_at(at, bytes) ? 0 : CU_INVALID_VALUE;
 }
 DEFINE(cuMemSetAccess, uint64_t at, size_t bytes, const struct cu_access *access, size_t num) {
-    (void)at, (void)bytes, (void)access, (void)num;
-    return 0;
+    pthread_mutex_lock(&ranges_mutex);
+    const bool good = whole_pages(at, bytes) && num == 1 && access->location.type == 1 &&
+                      access->flags == 3 && mapped_within(at, bytes) == (int64_t)bytes;
+    pthread_mutex_unlock(&ranges_mutex);
+    return good && mprotect((void *)(uintptr_t)at, bytes, PROT_READ | PROT_WRITE) == 0
+               ? 0
+               : CU_INVALID_VALUE;
 }
 DEFINE(cuMemExportToShareableHandle, void *fd, uint64_t handle, int type,
        unsigned long long flags) {
