@@ -293,7 +293,8 @@ struct ep_plan_info {
     int64_t combine_bytes;  /* of the arena: answers on their way back */
     int64_t expanded_bytes; /* of the arena: expanded views, all slots */
     int64_t arena_bytes;   /* the sum of the above and ll_bytes, rounded up to whole pages; of a
-                                   group that can grow more addresses are taken */
+                                   group that can grow more addresses are taken, and on a
+                                   GPU pages (2 MiB) are whole at the end of each part */
     int64_t local_bytes;   /* ordinary memory of a rank for tables and num_workers workers
                                    (0: one), without handles */
     int64_t handle_bytes;  /* memory of the largest handle (ep_handle_plan) */
@@ -667,11 +668,13 @@ ep_status ep_handle_needs(ep_handle *handle, struct ep_needs *needs);
  * and handles with what they hold, stay as they are. A handle whose max_tokens is the group's gets room
  * for more in its next ep_handle_route, which may then be EP_ERR_NOMEM, and has what it had until it
  * is destroyed.
+ * Graphs keep the maxima of their capture; this call is none that can be captured, and waits for no
+ * stream.
  * All ranks return alike, and after a failure of any nothing has changed: EP_ERR_ARG: more than a
  * ceiling. EP_ERR_STATE: an operation has begun and is not finished. EP_ERR_NOMEM: memory, or
- * memory_limit_bytes. EP_ERR_TIMEOUT names who has not come; the group goes on as it was, and every
- * later call is EP_ERR_STATE. EP_ERR_PEER, EP_ERR_FAULTED. CUDA groups are made without ceilings (else
- * EP_ERR_UNSUPPORTED).
+ * memory_limit_bytes; EP_ERR_UNSUPPORTED, EP_ERR_SYSTEM: what a device or the system refuses besides.
+ * EP_ERR_TIMEOUT names who has not come; the group goes on as it was, and every later call is
+ * EP_ERR_STATE. EP_ERR_PEER, EP_ERR_FAULTED.
  */
 ep_status ep_group_grow(ep_group *group, const struct ep_needs *needs);
 

@@ -112,7 +112,7 @@ void call_group_destroy(ep_group **group) {
 
 void call_arena(const ep_group *group, uint64_t *at, size_t *bytes) {
     *at = epi_mem_arena_address(group->mem, group->rank);
-    *bytes = (size_t)group->plan.info.arena_bytes;
+    *bytes = (size_t)group->plan.length;
 }
 
 /* ---- what was found ------------------------------------------------------------------------ */

@@ -13,6 +13,7 @@
 #include "src/run/run.h"
 
 struct epi_op;
+struct epi_handle_memory;
 
 /* How an operation is launched. Workers: threads of a host rank, blocks of a CUDA rank. */
 struct epi_shape {
@@ -46,8 +47,10 @@ struct epi_backend {
      * host's. Waits for the copy only. */
     ep_status (*place)(ep_group *g, const void *from, size_t bytes, uint64_t *at);
     void (*displace)(ep_group *g, uint64_t *at);
-    /* Kernels' memory of a handle: block, k, notice. */
+    /* Kernels' memory of a handle, and k, perhaps not for the first time. */
     ep_status (*make_handle)(ep_handle *h);
+    void (*drop_memory)(ep_group *g, const struct epi_handle_memory *m);
+    /* What else a handle has of a device; NULL: nothing. */
     void (*drop_handle)(ep_handle *h);
     /* What enqueued work has found out about a handle since it was last asked; EP_AGAIN: the
      * routing is not known yet. */

@@ -57,12 +57,6 @@ static ep_status open_device(ep_group *g) {
     if (!c) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a CUDA group");
     }
-    if (g->plan.num_uses) {
-        epi_free(c);
-        return epi_fail(EP_ERR_UNSUPPORTED,
-                        "ep_group_config.most_tokens and most_recv_rows: CUDA "
-                        "groups do not grow yet; create a larger one");
-    }
     g->cuda = c;
     epi_cond_init(&c->stopping);
     ep_status st = choose_device(g);
@@ -130,48 +124,62 @@ static ep_status cuda_read_memory(ep_group *g, void *out, const void *at, size_t
     return epi_gpu_out(g->cuda->gpu, out, (uint64_t)(uintptr_t)at, bytes);
 }
 
+/* Under the mutex. */
+static ep_status take_memory(ep_handle *h, struct epi_handle_memory *m) {
+    struct epi_cuda *c = h->group->cuda;
+    uint64_t at = 0;
+    EPI_TRY(epi_notice_take(&c->notices, c->gpu, &m->notice));
+    ep_status st = h->apart.event ? EP_OK : epi_gpu_apart_create(c->gpu, &h->apart);
+    st = st == EP_OK ? epi_gpu_reserve(c->gpu, &at, h->bytes) : st;
+    if (st != EP_OK) {
+        epi_notice_give(&c->notices, m->notice);
+    }
+    m->block = (void *)(uintptr_t)at;
+    return st;
+}
+
 /* Nothing here waits for the device: the memory is zeroed by the first operation, on its stream. */
 static ep_status cuda_make_handle(ep_handle *h) {
     ep_group *g = h->group;
-    struct epi_cuda *c = g->cuda;
-    uint64_t at = 0;
+    struct epi_handle_memory m = {0};
     pthread_mutex_lock(&g->mutex);
-    ep_status st = epi_notice_take(&c->notices, c->gpu, &h->notice);
-    if (st == EP_OK) {
-        st = epi_gpu_apart_create(c->gpu, &h->apart);
-        st = st == EP_OK ? epi_gpu_reserve(c->gpu, &at, h->bytes) : st;
-        if (st != EP_OK) {
-            epi_gpu_apart_destroy(c->gpu, &h->apart);
-            epi_notice_give(&c->notices, h->notice);
-        }
+    const ep_status st = take_memory(h, &m);
+    if (st != EP_OK && !h->memory.block) {
+        epi_gpu_apart_destroy(g->cuda->gpu, &h->apart);
     }
     pthread_mutex_unlock(&g->mutex);
-    if (st == EP_OK) {
-        h->block = (void *)(uintptr_t)at;
-        epi_plan_handle(&g->config, &g->plan, &h->config, at, &h->k);
-        h->k.notice = h->notice;
-    }
-    return st;
+    EPI_TRY(st);
+    h->memory = m;
+    h->zeroed = false;
+    epi_plan_handle(&g->config, &g->plan, &h->config, (uintptr_t)m.block, &h->k);
+    h->k.notice = m.notice;
+    return EP_OK;
 }
 
 /* All of a handle's memory: what a dispatch that ends early has not filled reads as nothing. */
 static ep_status zero_first(struct epi_op *op, void *stream) {
     ep_handle *h = op->h;
     if (h && !h->zeroed) {
-        EPI_TRY(
-            epi_gpu_zero(op->g->cuda->gpu, stream, (uint64_t)(uintptr_t)h->block, h->bytes));
+        EPI_TRY(epi_gpu_zero(op->g->cuda->gpu, stream, (uint64_t)(uintptr_t)h->memory.block,
+                             h->bytes));
         h->zeroed = true;
     }
     return EP_OK;
 }
 
+static void cuda_drop_memory(ep_group *g, const struct epi_handle_memory *m) {
+    uint64_t at = (uint64_t)(uintptr_t)m->block;
+    pthread_mutex_lock(&g->mutex);
+    epi_gpu_free(g->cuda->gpu, &at);
+    epi_notice_give(&g->cuda->notices, m->notice);
+    pthread_mutex_unlock(&g->mutex);
+}
+
+/* Before its memory: what was launched apart is waited for with that. */
 static void cuda_drop_handle(ep_handle *h) {
     ep_group *g = h->group;
-    uint64_t at = (uint64_t)(uintptr_t)h->block;
     pthread_mutex_lock(&g->mutex);
     epi_gpu_apart_destroy(g->cuda->gpu, &h->apart);
-    epi_gpu_free(g->cuda->gpu, &at);
-    epi_notice_give(&g->cuda->notices, h->notice);
     pthread_mutex_unlock(&g->mutex);
 }
 
@@ -246,7 +254,7 @@ static void *own_stream(const ep_group *g) {
 
 /* What kernels have found, told once. */
 static ep_status cuda_take_findings(ep_handle *h) {
-    struct k_counts *n = h->notice;
+    struct k_counts *n = h->memory.notice;
     const uint64_t routed = atomic_load((const _Atomic k_u64 *)&n->routed);
     if (!h->captured && routed != K_WORD(h->k.tag, h->routed_by)) {
         return EP_AGAIN;
@@ -420,6 +428,7 @@ const struct epi_backend epi_backend_cuda = {
     .place = cuda_place,
     .displace = cuda_displace,
     .make_handle = cuda_make_handle,
+    .drop_memory = cuda_drop_memory,
     .drop_handle = cuda_drop_handle,
     .take_findings = cuda_take_findings,
     .check_place = cuda_check_place,

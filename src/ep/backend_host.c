@@ -92,19 +92,20 @@ static ep_status host_read_ctl(ep_group *g, struct k_ctl *out) {
 
 static ep_status host_make_handle(ep_handle *h) {
     const ep_group *g = h->group;
-    h->block = epi_alloc(h->bytes);
-    if (!h->block) {
+    void *block = epi_alloc(h->bytes);
+    if (!block) {
         return epi_fail(EP_ERR_NOMEM, "no memory for a handle (%zu bytes)%s", h->bytes,
                         epi_alloc_why());
     }
-    h->own_block = h->block;
-    epi_plan_handle(&g->config, &g->plan, &h->config, (uintptr_t)h->block, &h->k);
-    h->notice = h->k.notice;
+    epi_plan_handle(&g->config, &g->plan, &h->config, (uintptr_t)block, &h->k);
+    h->memory.block = h->memory.own_block = block;
+    h->memory.notice = h->k.notice;
     return EP_OK;
 }
 
-static void host_drop_handle(ep_handle *h) {
-    epi_free(h->block);
+static void host_drop_memory(ep_group *g, const struct epi_handle_memory *m) {
+    (void)g;
+    epi_free(m->block);
 }
 
 /* Operations have told their callers. */
@@ -173,7 +174,7 @@ const struct epi_backend epi_backend_host = {
     .read_ctl = host_read_ctl,
     .read = host_read_memory,
     .make_handle = host_make_handle,
-    .drop_handle = host_drop_handle,
+    .drop_memory = host_drop_memory,
     .take_findings = host_take_findings,
     .check_place = host_check_place,
     .stream = no_stream,

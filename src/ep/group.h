@@ -65,23 +65,22 @@ struct ep_group {
     char dead_why[96];
 };
 
-/* Memory that operations may still use which were queued before a handle got more. */
-struct epi_old_block {
-    struct epi_old_block *next;
-    void *block;
+/* Of a handle. Operations may still use what it had when they were queued, before it got more. */
+struct epi_handle_memory {
+    void *block;             /* that `k` of the handle points into */
+    void *own_block;         /* the same where it is this process's memory */
+    struct k_counts *notice; /* what kernels tell the host */
+    struct epi_handle_memory *before;
 };
 
 struct ep_handle {
     ep_group *group;
     uint32_t process; /* that made it */
     struct ep_handle_config config;
-    size_t bytes;               /* of kernels' memory ... */
-    struct k_handle k;          /* addresses of kernels' memory */
-    void *block;                /* that k points into */
-    void *own_block;            /* the same where it is this process's memory ... */
-    struct epi_old_block *old;  /* ... and those before the group has grown */
+    size_t bytes;      /* of kernels' memory ... */
+    struct k_handle k; /* addresses of kernels' memory */
+    struct epi_handle_memory memory;
     bool follows;               /* max_tokens are the group's */
-    struct k_counts *notice;    /* what kernels tell the host */
     bool zeroed;                /* of a CUDA group: the block, which begins with any contents */
     struct epi_gpu_apart apart; /* the same: its routing and layout */
     atomic_int pending;         /* pieces of work queued and not ended */

@@ -36,9 +36,8 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
 ep_status epi_handle_fit(ep_handle *h) {
     ep_group *g = h->group;
     const struct ep_handle_config was = h->config;
+    const struct epi_handle_memory memory = h->memory;
     const size_t bytes = h->bytes;
-    void *block = h->own_block;
-    const uint32_t tag = h->k.tag;
     if (g->plan.num_uses == 0) {
         return EP_OK;
     }
@@ -47,28 +46,32 @@ ep_status epi_handle_fit(ep_handle *h) {
     if (h->bytes == bytes) {
         return EP_OK;
     }
-    struct epi_old_block *old = epi_alloc(sizeof(*old));
-    const ep_status st = old ? g->backend->make_handle(h)
-                             : epi_fail(EP_ERR_NOMEM, "no memory for a larger handle");
+    struct epi_handle_memory *before = epi_alloc(sizeof(*before));
+    const ep_status st = before ? g->backend->make_handle(h)
+                                : epi_fail(EP_ERR_NOMEM, "no memory for a larger handle");
     if (st != EP_OK) {
-        epi_free(old);
+        epi_free(before);
         h->config = was;
         h->bytes = bytes;
-        h->block = h->own_block = block;
         return st;
     }
-    h->k.tag = tag;
-    *old = (struct epi_old_block){h->old, block};
-    h->old = old;
+    *before = memory;
+    h->memory.before = before;
     return EP_OK;
 }
 
-static void free_old(ep_handle *h) {
-    while (h->old) {
-        struct epi_old_block *old = h->old;
-        h->old = old->next;
-        epi_free(old->block);
-        epi_free(old);
+/* In a forked process the group may have been freed, or its mutex be held. */
+static void free_memory(ep_handle *h, bool forked) {
+    struct epi_handle_memory m = h->memory;
+    while (m.block) {
+        struct epi_handle_memory *before = m.before;
+        if (forked) {
+            epi_free(m.own_block);
+        } else {
+            h->group->backend->drop_memory(h->group, &m);
+        }
+        m = before ? *before : (struct epi_handle_memory){0};
+        epi_free(before);
     }
 }
 
@@ -80,9 +83,8 @@ size_t epi_handle_bytes(const ep_group *g, const struct ep_handle_config *config
 void epi_handle_destroy(ep_handle **handle) {
     ep_handle *h = *handle;
     *handle = NULL;
-    if (epi_is_forked(h->process)) { /* the group may have been freed here, its mutex be held */
-        epi_free(h->own_block);
-        free_old(h);
+    if (epi_is_forked(h->process)) {
+        free_memory(h, true);
         epi_free(h);
         return;
     }
@@ -101,8 +103,10 @@ void epi_handle_hold(ep_handle *h) {
 void epi_handle_release(ep_handle *h) {
     if (atomic_fetch_sub(&h->refs, 1) == 1) {
         ep_group *g = h->group;
-        g->backend->drop_handle(h);
-        free_old(h);
+        if (g->backend->drop_handle) {
+            g->backend->drop_handle(h);
+        }
+        free_memory(h, false);
         epi_free(h);
         atomic_fetch_sub(&g->num_held, 1); /* the group may go now */
     }
@@ -123,7 +127,7 @@ static ep_status await_counts(ep_handle *h) {
     const int64_t most = 2 * g->timeout_ns;
     const struct epi_deadline d = epi_deadline_after(most);
     for (int turn = 0;; turn++) {
-        if (epi_is_known(&h->notice->known, h->counted_by)) {
+        if (epi_is_known(&h->memory.notice->known, h->counted_by)) {
             return EP_OK;
         }
         if (epi_group_is_over(g, h->counted_by) && atomic_load(&h->pending) == 0) {
@@ -147,14 +151,15 @@ ep_status epi_handle_status(ep_handle *h) {
     }
     if (!g->backend->on_device) {
         return atomic_load(&h->pending) > 0  ? EP_AGAIN
-               : atomic_load(&h->lacks_rows) ? epi_fail_need(g, h->notice)
+               : atomic_load(&h->lacks_rows) ? epi_fail_need(g, h->memory.notice)
                                              : EP_OK;
     }
-    if (h->dispatched && !h->captured && !epi_is_known(&h->notice->known, h->counted_by)) {
+    if (h->dispatched && !h->captured &&
+        !epi_is_known(&h->memory.notice->known, h->counted_by)) {
         return EP_AGAIN;
     }
-    if (h->dispatched && h->notice->need) {
-        return epi_fail_need(g, h->notice);
+    if (h->dispatched && h->memory.notice->need) {
+        return epi_fail_need(g, h->memory.notice);
     }
     return h->routed ? g->backend->take_findings(h) : EP_OK;
 }
@@ -182,7 +187,7 @@ ep_status epi_fail_need(ep_group *g, const struct k_counts *c) {
 }
 
 void epi_handle_needs(const ep_handle *h, struct ep_needs *needs) {
-    const struct k_counts *c = h->notice;
+    const struct k_counts *c = h->memory.notice;
     *needs = (struct ep_needs)EP_NEEDS_INIT;
     needs->output_rows = atomic_load(&h->output_rows);
     if (h->counted_by && epi_is_known(&c->known, h->counted_by)) {
@@ -227,15 +232,15 @@ ep_status epi_handle_await_fit(ep_handle *h, int64_t *rows) {
                         "in a graph: read num_rows and expert_counts");
     }
     EPI_TRY(await_counts(h));
-    if (h->notice->need) {
+    if (h->memory.notice->need) {
         h->dispatched = false;
         if (h->open_op.kind && h->open_op.kind->kernel == EPI_KERNEL_DISPATCH) {
             epi_half_close(h); /* a combine wants its finish still */
         }
-        return epi_fail_need(g, h->notice);
+        return epi_fail_need(g, h->memory.notice);
     }
     if (rows) {
-        *rows = h->notice->rows;
+        *rows = h->memory.notice->rows;
     }
     return g->backend->take_findings(h);
 }
