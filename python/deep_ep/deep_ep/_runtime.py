@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """
 What stands behind a Buffer: libep's group, which is made when the first collective call has said
-what it needs, and made again, larger, when a later one needs more; the streams; and what a handle's
-tensors stand for. docs/decisions/0011-groups-of-deep-ep.md has the reasons.
+what it needs, grows where it lies when a dispatch has more tokens or rows, and is made again, larger,
+when a call needs more of anything else; the streams; and what a handle's tensors stand for.
+docs/decisions/0011-groups-of-deep-ep.md has the reasons.
 
 All ranks decide alike to make a group: by what must be the same on all of them (experts, top-k, the
 bytes of a row, the tokens of low-latency calls), or by EP_ERR_CAPACITY, which libep returns on all
@@ -22,6 +23,10 @@ from .utils import EventHandle, EventOverlap, on_cuda
 log = logging.getLogger("deep_ep")
 # Torch's own wrapper costs as much again.
 is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+
+
+# A group takes addresses for so many times its tokens and rows, and memory when it grows.
+GROWTH = 8
 
 
 class Routing:
@@ -55,17 +60,27 @@ class Group:
     """A group of libep, with the stream that asynchronous calls of a host group run on."""
 
     def __init__(self, runtime, needs):
-        self.needs = needs
+        self.needs, self.most, ceilings = needs, needs, {}
+        if not runtime.cuda:
+            tokens, rows = GROWTH * needs["max_tokens"], GROWTH * needs["max_recv_rows"]
+            rows = min(rows, runtime.size * tokens)
+            self.most = dict(max_tokens=tokens, max_recv_rows=rows)
+            ceilings = dict(most_tokens=tokens, most_recv_rows=rows)
         self.ep = ep.Group(rank=runtime.rank, num_ranks=runtime.size, allgather=runtime.gather,
                            device="cuda" if runtime.cuda else "host",
                            device_index=runtime.device_index,
-                           flags=ep.GROUP_LL_MASKS if runtime.masks else 0, **needs)
+                           flags=ep.GROUP_LL_MASKS if runtime.masks else 0, **needs, **ceilings)
         self.plan = self.ep.plan()
         self.shapes = {}  # what low-latency calls of one shape have in common
         self._stream = self._layouts = None
 
     def holds(self, needs):
         return all(self.needs[name] >= n for name, n in needs.items())
+
+    def grow(self, needs):
+        """Where it lies: handles stay valid. Collective."""
+        self.ep.grow(max_tokens=needs["max_tokens"], max_recv_rows=needs["max_recv_rows"])
+        self.needs, self.plan = needs, self.ep.plan()
 
     def layouts(self):
         """The handle that layouts are computed with, one after the other."""
@@ -146,30 +161,40 @@ class Runtime:
             return layout(topk_idx, num_experts, self.size, group.layouts() if known else None)
 
     def grow(self, needs, lacking=None):
-        """A larger group; `lacking` is what an operation of the last one has raised."""
+        """A group with room for more; `lacking` is what an operation of the last one has raised."""
         host_check(not (self.cuda and is_capturing()),
                    "this call needs a larger group of libep (" + _text(needs) + "), which cannot be "
                    "made while a graph is captured: do the call once before the capture")
-        old = self._group.needs if self._group else {}
-        agreed = dict.fromkeys(("num_experts", "max_tokens", "max_topk", "max_row_bytes",
-                                "max_scale_bytes", "ll_max_tokens", "mask_routing", "max_recv_rows"), 0)
-        for theirs in [old] + self.gather(needs):
-            for name in agreed:
-                agreed[name] = max(agreed[name], theirs.get(name, 0))
-        # Tokens differ from call to call: some room, so that groups are few.
-        agreed["max_tokens"] = max(64, 1 << (agreed["max_tokens"] - 1).bit_length())
-        worst = self.size * agreed["max_tokens"]
-        agreed["max_recv_rows"] = worst if agreed["mask_routing"] else min(worst, max(
-            agreed["max_recv_rows"],
-            first_recv_rows(self.size, agreed["max_tokens"], agreed["max_topk"])))
-        group = self._group = Group(self, agreed)
+        group, old = self._group, self._group.needs if self._group else {}
+        # What a dispatch lacks all ranks know; what a new group is for, each rank has to say.
+        agreed = self._agreed(old, needs)
+        in_place = lacking is not None and all(agreed[n] <= group.most[n]
+                                               for n in ("max_tokens", "max_recv_rows"))
+        if in_place:
+            group.grow(agreed)
+        else:
+            agreed = self._agreed(old, *self.gather(needs))
+            group = self._group = Group(self, agreed)
         if self.rank == 0:
             said, self._told = self._told, self._told or lacking is not None
             log.log(logging.WARNING if self._told and not said else logging.INFO,
                     "%s group of libep: %s; its arena has %d bytes on each rank%s",
-                    "made a larger" if old else "made a", _text(agreed), group.plan.arena_bytes,
+                    "grew the" if in_place else "made a larger" if old else "made a", _text(agreed),
+                    group.plan.arena_bytes,
                     f" (a dispatch is repeated: {lacking})" if lacking else "")
         return group
+
+    def _agreed(self, *needs):
+        """The largest of all, and some room: tokens differ from call to call, and groups are to be
+        few."""
+        most = {name: max(n.get(name, 0) for n in needs) for name in (
+            "num_experts", "max_tokens", "max_topk", "max_row_bytes", "max_scale_bytes",
+            "ll_max_tokens", "mask_routing", "max_recv_rows")}
+        tokens = most["max_tokens"] = max(64, 1 << (most["max_tokens"] - 1).bit_length())
+        worst = self.size * tokens
+        most["max_recv_rows"] = worst if most["mask_routing"] else min(worst, max(
+            most["max_recv_rows"], first_recv_rows(self.size, tokens, most["max_topk"])))
+        return most
 
     def close(self):
         self._group = None
