@@ -2,9 +2,11 @@
 """`python -m ep.bench`: one workload through the deep_ep that is importable, and through ep.
 
 Ranks are processes over gloo, on GPUs where torch has as many, else on the CPU. Each operation is
-timed twice by the same code: until a call returns, of several in a row that nobody waits for, and
-until the slowest rank has its output. Prints a table; --json writes all numbers, --plot draws the
-latencies over the number of tokens (matplotlib).
+timed by the same code: until a call returns, of several in a row that nobody waits for; until the
+slowest rank has its output; and on GPUs, for the GPU alone, in a chain that is queued while the stream
+is held back, as `ep bench` tells it for libep without Python (docs/bench.md says how to compare). What
+asks for counts waits for the GPU, and has no such time. Prints a table; --json writes all numbers,
+--plot draws the latencies over the number of tokens (matplotlib).
 """
 import argparse
 import importlib
@@ -15,7 +17,7 @@ import socket
 import statistics
 import sys
 import time
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.distributed as distributed
@@ -25,6 +27,7 @@ import ep.torch
 
 Operations = Dict[str, Callable[[], Any]]
 IN_A_ROW = 8
+HELD_CYCLES = 5_000_000  # of a GPU's clock: longer than a host takes to queue a chain
 
 
 class Workload:
@@ -132,6 +135,28 @@ def measure(call: Callable[[], Any], args: argparse.Namespace, device: torch.dev
     return [statistics.median(t.tolist()) for t in times]
 
 
+def device_time(call: Callable[[], Any], args: argparse.Namespace) -> Optional[float]:
+    """Microseconds of one operation on the GPU; None where the host did not queue a chain in time."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for i in range(args.warmup + args.iters):
+        torch.cuda.synchronize()
+        distributed.barrier()
+        torch.cuda._sleep(HELD_CYCLES)
+        call()  # behind which the ranks are together
+        begin.record()
+        for _ in range(2 * IN_A_ROW):
+            call()
+        end.record()
+        in_time = not begin.query()
+        end.synchronize()
+        if in_time and i >= args.warmup:
+            times.append(1e3 * begin.elapsed_time(end) / (2 * IN_A_ROW))
+    slowest = torch.tensor([statistics.median(times) if times else float("nan")])
+    distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
+    return None if slowest.isnan() else round(slowest.item(), 2)
+
+
 def _rank(rank: int, args: argparse.Namespace, port: int) -> None:
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
                                    world_size=args.ranks)
@@ -150,6 +175,8 @@ def _rank(rank: int, args: argparse.Namespace, port: int) -> None:
                     call_us, done_us = measure(call, args, device)
                     rows.append(dict(through=name, operation=operation, tokens=tokens,
                                      call_us=round(call_us, 2), done_us=round(done_us, 2)))
+                    if device.type == "cuda" and operation != "dispatch":
+                        rows[-1]["device_us"] = device_time(call, args)
     if rank == 0:
         report(args, rows)
     distributed.barrier()
@@ -157,10 +184,12 @@ def _rank(rank: int, args: argparse.Namespace, port: int) -> None:
 
 
 def report(args: argparse.Namespace, rows: List[Dict[str, Any]]) -> None:
-    print(f"{'through':8} {'operation':16} {'tokens':>7} {'call, us':>10} {'done, us':>10}")
+    print(f"{'through':8} {'operation':16} {'tokens':>7} {'call, us':>10} {'done, us':>10} "
+          f"{'device, us':>10}")
     for r in rows:
+        device = r.get("device_us")
         print(f"{r['through']:8} {r['operation']:16} {r['tokens']:7} {r['call_us']:10.1f} "
-              f"{r['done_us']:10.1f}")
+              f"{r['done_us']:10.1f} {'-' if device is None else device:>10}")
     about = dict(vars(args), ep=ep.__version__, torch=torch.__version__)
     if "deep_ep" in args.through:
         about["deep_ep"] = getattr(sys.modules["deep_ep"], "__version__", "unknown")

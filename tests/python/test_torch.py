@@ -126,3 +126,4 @@ def test_the_bench_writes_what_it_measured(tmp_path):
         [(o, 2) for o in ("dispatch", "dispatch_cached", "combine", "ll_dispatch", "ll_combine")] + \
         [(o, 9) for o in ("dispatch", "dispatch_cached", "combine")]
     assert all(r["call_us"] > 0 and r["done_us"] > 0 for r in rows)
+    assert all(r["device_us"] > 0 for r in rows if DEVICE == "cuda" and r["operation"] != "dispatch")
