@@ -464,5 +464,6 @@ _Static_assert(sizeof(struct k_combine_args) == sizeof(struct k_op) + 24 + 7 * 2
                "k_combine_args");
 
 #include "kernel/abi_ll.h"
+#include "kernel/abi_net.h"
 
 #endif
