@@ -23,6 +23,7 @@ ok "doctor finds GPUs, measures what is between them, and tries the CUDA mode"
 tiny="-n 2 --tokens 32 --hidden 256 --experts 16 --topk 4 --iters 2 --warmup 1"
 # shellcheck disable=SC2086
 cuda 0 "$ep" bench --device cuda $tiny && has 'data checked' && has '^link: [0-9]' &&
+    has '^goal: 22 us ' &&
     [ "$(grep -c '  eager  ' "$tmp/out")" = 14 ] && [ "$(grep -c '  graph  ' "$tmp/out")" = 14 ]
 ok "bench --device cuda checks its data, eager and as a graph"
 # shellcheck disable=SC2086

@@ -148,6 +148,7 @@ struct bench_gpus {
     char links_why[480];     /* why the link was not measured */
     double in_turn, at_once; /* the link's rate, bytes per ns: the faster of before and after */
     double first, last;
+    double local;             /* a copy within a GPU: bytes read and written per ns */
     int64_t crossed_rows;     /* the most into or out of any device */
     int sms[BENCH_MAX_ITEMS]; /* blocks of the largest kernel; 0: unknown */
     int64_t skew_p50_ns, skew_p99_ns, skew_max_ns; /* between the first and the last release */
@@ -322,6 +323,7 @@ struct bench_line {
         crossed_bytes; /* host; to other ranks; GPUs: into or out of
                                                         the busiest */
     double limit_ns;   /* of moved or crossed bytes; 0: none */
+    double goal_ns;    /* GPUs: see bench_report.c; 0: none */
     double logical;    /* bytes per ns as DeepEP counts */
     double extra_ns;   /* more than the cached one before it; 0: not known */
 };

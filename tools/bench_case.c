@@ -163,6 +163,7 @@ static double measure_link(struct bench_case *c) {
     }
     gpus->in_turn = links.in_turn > gpus->in_turn ? links.in_turn : gpus->in_turn;
     gpus->at_once = links.at_once > gpus->at_once ? links.at_once : gpus->at_once;
+    gpus->local = links.local > gpus->local ? links.local : gpus->local;
     return links.in_turn > links.at_once ? links.in_turn : links.at_once;
 }
 

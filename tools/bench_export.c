@@ -46,6 +46,7 @@ static void add_gpus(struct members *m, const struct bench_case *c) {
     add(m, "link_gbs", "%.2f", bench_rate(c));
     add(m, "link_before_gbs", "%.2f", gpus->first);
     add(m, "link_after_gbs", "%.2f", gpus->last);
+    add(m, "local_gbs", "%.2f", gpus->local);
     add(m, "link_in_turn_gbs", "%.2f", gpus->in_turn);
     add(m, "link_at_once_gbs", "%.2f", gpus->at_once);
     add_int(m, "skew_p50_ns", gpus->skew_p50_ns);
@@ -124,6 +125,7 @@ static void add_gpu_line(struct members *m, const struct bench_case *c,
     add(m, "crossed_bytes", "%.0f", l->crossed_bytes);
     add(m, "limit_ns", "%.0f", l->limit_ns);
     add(m, "share", "%.4f", l->limit_ns / l->ns);
+    add(m, "goal_ns", "%.0f", l->goal_ns);
     add(m, "crossed_gbs", "%.3f", l->crossed_bytes / l->ns);
     add(m, "deepep_gbs", "%.3f", l->logical);
     add(m, "extra_ns", "%.0f", l->extra_ns);

@@ -54,6 +54,11 @@ static double moved_rows(const struct bench_case *c, const char *formula) {
     return (double)sum;
 }
 
+/* What an operation of 1 MB or more for each peer should take at most on GPUs: so long, and so often the
+ * larger of what the link and of what a GPU's memory needs for its bytes. */
+#define GOAL_NS 22000
+#define GOAL_TIMES 1.15
+
 /* Bytes are those of rows and scales; ids and weights are not counted. */
 bool bench_line(const struct bench_case *c, int index, int mode, struct bench_line *l) {
     const struct bench_item *item = &c->items[index];
@@ -80,6 +85,10 @@ bool bench_line(const struct bench_case *c, int index, int mode, struct bench_li
     }
     if (bench_rate(c) > 0) {
         l->limit_ns = (on_gpus(c) ? l->crossed_bytes : l->moved_bytes) / bench_rate(c);
+    }
+    if (l->limit_ns > 0 && c->gpus.local > 0 && !bench_is_ll(op)) {
+        const double local = l->moved_bytes / c->gpus.num_devices / c->gpus.local;
+        l->goal_ns = GOAL_NS + GOAL_TIMES * (local > l->limit_ns ? local : l->limit_ns);
     }
     const struct bench_op *before = index > 0 ? c->items[index - 1].op : op;
     if (!op->cached && before->cached && before->form == op->form && before->kind == op->kind) {
@@ -264,6 +273,11 @@ static void gpu_line(const struct bench_case *c, const struct bench_line *l) {
     } else if (l->moved_bytes > 0) {
         printf(" %7s %6s %6s", "-", "-", "-");
     }
+    if (l->goal_ns > 0) {
+        printf(" %6.1f", l->goal_ns / 1000);
+    } else if (l->moved_bytes > 0) {
+        printf(" %6s", "-");
+    }
     if (l->moved_bytes > 0) {
         printf(" %7.1f", l->logical);
     }
@@ -300,7 +314,11 @@ static void gpu_legend(const struct bench_case *c) {
                 print_limit_bytes(c, dtype);
             }
         }
-        printf("share: limit / p50. GB/s: the same bytes / p50\n");
+        printf(
+            "share: limit / p50. GB/s: the same bytes / p50\n"
+            "goal: %d us + %.2f x the larger of the limit and of what is read and written by a "
+            "GPU, at the\n      %.0f GB/s of a copy within its memory in this run\n",
+            GOAL_NS / 1000, GOAL_TIMES, c->gpus.local);
     }
     print_chain(c);
     printf("DeepEP: GB/s as DeepEP counts: rows received per rank, its own included, over p50\n"
@@ -310,8 +328,8 @@ static void gpu_legend(const struct bench_case *c) {
 static void gpu_text(const struct bench_case *c) {
     struct bench_line l;
     gpu_heading(c);
-    printf("%-34s %-5s %8s %8s %8s %4s %7s %6s %6s %7s  %s\n", "call to usable output, us", "",
-           "p50", "p99", "max", "SMs", "limit", "share", "GB/s", "DeepEP", "extra");
+    printf("%-34s %-5s %8s %8s %8s %4s %7s %6s %6s %6s %7s  %s\n", "call to usable output, us",
+           "", "p50", "p99", "max", "SMs", "limit", "share", "GB/s", "goal", "DeepEP", "extra");
     for (int i = 0; i < c->num_items * BENCH_NUM_MODES; i++) {
         if (bench_line(c, i / BENCH_NUM_MODES, i % BENCH_NUM_MODES, &l)) {
             gpu_line(c, &l);

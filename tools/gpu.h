@@ -57,6 +57,7 @@ struct gpu_links {
     /* All GPUs send to all others at the same time, for the same time: each to one other after
      * the other, or to all at once. */
     double in_turn, at_once;
+    double local; /* a GPU copies within its memory: bytes read and written */
     /* [from][to], one pair alone: a large copy; the time of 8 bytes. */
     double rate[GPU_MAX][GPU_MAX], small_us[GPU_MAX][GPU_MAX];
 };

@@ -168,6 +168,8 @@ static ep_status measure(struct rig *rig, bool pairs) {
     struct gpu_links *out = rig->out;
     int64_t sent = BUFFER_BYTES / (rig->num - 1) / 16 * 16 * (rig->num - 1);
     EPI_TRY(fastest_rate(rig, (struct task){.pattern = IN_TURN}, sent, &out->in_turn));
+    const struct task local = {PAIR, 0, 0};
+    EPI_TRY(fastest_rate(rig, local, 2 * BUFFER_BYTES, &out->local));
     if (rig->num > 2) { /* two have no order to choose */
         EPI_TRY(fastest_rate(rig, (struct task){.pattern = AT_ONCE}, sent, &out->at_once));
     }
