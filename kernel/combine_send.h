@@ -43,14 +43,19 @@ static K_INLINE void find_answer(const struct k_combine_args *a, k_i32 whom, k_i
     channel_rows(&a->g, &a->h, *owner, *c, r0, r1);
 }
 
-/* Of the rows received from `owner`, those of channel c before `end` are answered. A word counts
- * from the first row of that owner, so that it is the slot of the last answer there is, plus 1. */
-static K_INLINE void publish_answers(struct k_thread *k, const struct k_combine_args *a,
-                                     k_i32 owner, k_i32 c, k_u32 end) {
+/* The word, and where lane 0 publishes it, that of the rows received from `owner` those of channel c
+ * before `end` are answered. It counts from the first row of that owner, so that it is the slot of the
+ * last answer there is, plus 1. Looked up before what it is to come after is awaited. */
+static K_INLINE k_u64 answers_word(struct k_thread *k, const struct k_combine_args *a,
+                                   k_i32 owner, k_i32 c, k_u32 end, struct k_peer *to) {
     const struct k_group *g = &a->g;
+    *to = k_peer_at(g, owner, channel_word(g, g->map.returned, g->rank, c));
+    return K_WORD(k->epoch, end - a->h.recv_base[owner]);
+}
+
+static K_INLINE void publish_answers(struct k_thread *k, struct k_peer to, k_u64 word) {
     if (k->lane == 0) {
-        k_publish(k_peer_at(g, owner, channel_word(g, g->map.returned, g->rank, c)),
-                  K_WORD(k->epoch, end - a->h.recv_base[owner]));
+        k_publish(to, word);
     }
 }
 
@@ -254,11 +259,13 @@ static K_FN void send_plain(struct k_thread *k, const struct k_combine_args *a,
         }
         if (pending_is_due(&p, ended >= 0 || out.item == l.num)) {
             const struct answer *u = listed_answer(&l, p.unit);
+            struct k_peer to;
+            const k_u64 word = answers_word(k, a, u->owner, u->channel, u->row + u->rows, &to);
             if (a->flags & K_DO_WEIGHTS) {
                 send_weights(k, a, u->owner, u->row, u->row + u->rows);
             }
             k_mover_settle(k, m, p.newer);
-            publish_answers(k, a, u->owner, u->channel, u->row + u->rows);
+            publish_answers(k, to, word);
             p.unit = -1;
         }
         if (ended >= 0) {
@@ -281,13 +288,15 @@ static K_FN void send_own(struct k_thread *k, const struct k_combine_args *a, k_
     for (k_i32 i = first; i < num_answers(a, K_TO_SELF); i += stride) {
         k_i32 owner, c;
         k_u32 r0, r1;
+        struct k_peer to;
         find_answer(a, K_TO_SELF, i, &owner, &c, &r0, &r1);
+        const k_u64 word = answers_word(k, a, owner, c, r1, &to);
         if (a->flags & K_DO_WEIGHTS) {
             send_weights(k, a, owner, r0, r1);
         }
         k_syncwarp(k);
         if (r0 != r1) {
-            publish_answers(k, a, owner, c, r1);
+            publish_answers(k, to, word);
         }
     }
 }

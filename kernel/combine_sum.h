@@ -341,12 +341,14 @@ static K_INLINE void count_answers(struct k_thread *k, const struct k_combine_ar
                                    k_i32 owner, k_i32 c, k_i32 rows, k_i32 slices) {
     k_u64 *answered = a->h.answered + (k_i64)owner * a->g.num_channels + c;
     k_u32 first, end;
-    k_syncwarp(k);
     channel_rows(&a->g, &a->h, owner, c, &first, &end);
     const k_u64 all = (k_u64)(end - first) * (k_u64)slices;
+    struct k_peer to;
+    const k_u64 word = answers_word(k, a, owner, c, end, &to);
+    k_syncwarp(k);
     if (k->lane == 0 && k_fetch_add(answered, (k_u64)rows) + (k_u64)rows == all) {
         k_store(answered, 0);
-        publish_answers(k, a, owner, c, end);
+        publish_answers(k, to, word);
     }
 }
 

@@ -327,31 +327,45 @@ static K_INLINE void end_part(struct k_thread *k, const struct k_dispatch_args *
     }
 }
 
-/* The rows of a part have arrived at the destinations served: all before its end, counted from
- * the source's first. */
-static K_INLINE void publish_part(struct k_thread *k, const struct k_dispatch_args *a,
-                                  const struct send_list *l, k_i32 part) {
+/*
+ * Whether a part has rows for the lane's i-th rank after this one, and serves it; then where it is
+ * announced, and the word: that all rows before its end have arrived, counted from the source's first.
+ */
+static K_INLINE k_bool announcement(struct k_thread *k, const struct k_dispatch_args *a,
+                                    const struct send_list *l, k_i32 part, k_i32 i,
+                                    struct k_peer *to, k_u64 *word) {
     const struct k_group *g = &a->g;
-    const k_i32 c = part / 2;
-    K_ROLLED
-    for (k_i32 i = k->lane; i < g->num_ranks; i += K_LANES) {
-        const k_i32 next = g->rank + 1 + i,
-                    d = next < g->num_ranks ? next : next - g->num_ranks;
-        const k_u32 *chan = a->h.send_chan + (k_i64)d * (g->num_channels + 1) + c;
-        const k_u32 rows = part % 2 ? chan[1] : l->s->announced[d];
-        if (rows > chan[0] && serves(a, l->whom, d)) {
-            k_publish(k_peer_at(g, d, channel_word(g, g->map.progress, g->rank, c)),
-                      K_WORD(k->epoch, rows));
-        }
+    const k_i32 c = part / 2, next = g->rank + 1 + i,
+                d = next < g->num_ranks ? next : next - g->num_ranks;
+    if (i >= g->num_ranks || !serves(a, l->whom, d)) {
+        return 0;
     }
+    const k_u32 *chan = a->h.send_chan + (k_i64)d * (g->num_channels + 1) + c;
+    const k_u32 before = chan[0], rows = part % 2 ? chan[1] : l->s->announced[d];
+    *to = k_peer_at(g, d, channel_word(g, g->map.progress, g->rank, c));
+    *word = K_WORD(k->epoch, rows);
+    return rows > before;
 }
 
-/* The part that has ended is published: its stores are complete then. */
+/* The part that has ended is published: its stores are complete then. What that needs is read while
+ * they are on their way. */
 static K_INLINE void publish_pending(struct k_thread *k, const struct k_dispatch_args *a,
                                      struct k_mover *m, const struct send_list *l,
                                      struct pending *p) {
+    struct k_peer to = {0};
+    k_u64 word = 0;
+    k_bool has = announcement(k, a, l, p->unit, k->lane, &to, &word);
     k_mover_settle(k, m, p->newer);
-    publish_part(k, a, l, p->unit);
+    K_ROLLED for (k_i32 i = k->lane;;) {
+        if (has) {
+            k_publish(to, word);
+        }
+        i += K_LANES;
+        if (i >= a->g.num_ranks) {
+            break;
+        }
+        has = announcement(k, a, l, p->unit, i, &to, &word);
+    }
     p->unit = -1;
 }
 

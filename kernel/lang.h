@@ -553,12 +553,14 @@ static K_FN void k_finish_kernel(struct k_thread *k, k_bool over) {
     if (k->lane == 0) {
         struct k_ctl *ctl = k->g->ctl;
         const k_i32 op = k->kind == (k_i32)K_OP_COMBINE ? 1 : 0;
-        k_add(&ctl->op_ns[op], (k_u64)(k_now() - (k_i64)k_load((k_u64 *)&ctl->begun_ns)));
+        const k_i64 begun = (k_i64)k_load((k_u64 *)&ctl->begun_ns);
+        const k_u32 how = k_how_ended(k); /* both are on their way at once */
+        k_add(&ctl->op_ns[op], (k_u64)(k_now() - begun));
         if (over) {
             k_add(&ctl->num_ops[op], 1);
             k_store(&ctl->epoch, k->epoch);
         }
-        if (k_how_ended(k) == K_END_FAULT) {
+        if (how == K_END_FAULT) {
             k_publish_local(&k_board_of(k->g, k->g->rank)->failed, K_WORD(k->epoch, 1));
         }
     }
