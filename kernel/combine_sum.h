@@ -95,7 +95,7 @@ static K_INLINE struct cut cut_row(const struct k_combine_args *a, k_i32 num) {
 static K_INLINE struct slices slices_of(const struct k_combine_args *a, k_i32 warps) {
     const k_i32 last = k_min(a->row_bytes / K_LEAST_SLICE_BYTES, K_LAST_SLICES);
     const k_i32 few = k_min(a->tokens > 0 ? warps / a->tokens : 1, K_MOST_SLICES);
-    const k_i32 answers = (k_i32)a->h.recv_base[a->g.num_ranks];
+    const k_i32 answers = reads_own_in_place(a) ? 0 : (k_i32)a->h.recv_base[a->g.num_ranks];
     const k_i32 each = answers > 0 ? K_ANSWERS_EACH * warps / answers : 1;
     struct slices s;
     s.whole = k_max(a->tokens - warps, 0);

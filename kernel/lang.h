@@ -427,8 +427,9 @@ static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k
     return ok;
 }
 
-/* Words that a lane has in flight at once. */
+/* Words that a lane has in flight at once, of a kernel that needs registers for more; at most. */
 #define K_MANY 12
+#define K_MOST_MANY 14
 
 /*
  * k_await_word for `num` (0 to `most`, a constant where this is called) posted words of one peer, the first
@@ -438,7 +439,7 @@ static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k
 static K_INLINE k_bool k_await_most(struct k_thread *k, k_i32 most, const k_u64 *at, k_i64 step,
                                     k_i32 num, k_u32 epoch, k_i32 peer, k_i32 phase,
                                     k_u32 *value) {
-    k_u64 w[K_MANY];
+    k_u64 w[K_MOST_MANY];
     k_bool ok = 1, all = 1;
     K_UNROLL for (k_i32 i = 0; i < most; i++) {
         w[i] = i < num ? k_load(at + i * step) : K_WORD(epoch, 0);

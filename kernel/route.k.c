@@ -36,12 +36,12 @@ static K_FN k_bool await_sums(struct k_thread *k, const struct k_route_args *a,
     const k_i32 cols = num_columns(a);
     const k_u64 *words = a->h.totals + col;
     k_bool ok = 1;
-    K_ROLLED for (k_i32 b = 0; ok && b < k->block; b += K_MANY) {
-        const k_i32 n = col < cols ? k_min(k->block - b, K_MANY) : 0;
-        k_u32 sum[K_MANY];
-        ok = k_await_words(k, words + (k_i64)b * cols, cols, n, team->mark, k->g->rank,
-                           K_PHASE_SELF, sum);
-        K_UNROLL for (k_i32 i = 0; i < K_MANY; i++) {
+    K_ROLLED for (k_i32 b = 0; ok && b < k->block; b += K_MOST_MANY) {
+        const k_i32 n = col < cols ? k_min(k->block - b, K_MOST_MANY) : 0;
+        k_u32 sum[K_MOST_MANY];
+        ok = k_await_most(k, K_MOST_MANY, words + (k_i64)b * cols, cols, n, team->mark,
+                          k->g->rank, K_PHASE_SELF, sum);
+        K_UNROLL for (k_i32 i = 0; i < K_MOST_MANY; i++) {
             *before = i < n ? add_column(a, col, *before, sum[i]) : *before;
         }
     }
@@ -151,9 +151,8 @@ static K_FN void shift_share(struct k_thread *k, const struct k_route_args *a,
 
 /* To the host: the routing is done, and the first bad selection if there is one. A graph replays
  * old tickets, which must not hide a newer one. */
-static K_INLINE void report_routing(const struct k_route_args *a) {
+static K_INLINE void report_routing(const struct k_route_args *a, k_u64 first, k_u64 told) {
     struct k_counts *notice = a->h.notice;
-    const k_u64 first = a->h.bad[0], told = k_load(&a->h.counts->routed);
     const k_bool newer =
         (k_u32)(told >> 32) == a->h.tag && (k_i32)((k_u32)told - a->ticket) > 0;
     const k_u64 routed = newer ? told : K_WORD(a->h.tag, a->ticket);
@@ -176,6 +175,7 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
     const k_i32 chans = a->g.num_channels, experts = a->g.num_experts, ranks = a->g.num_ranks;
     k_u32 base = 0;
     const k_i32 first_expert = k->warp * K_LANES + k->lane;
+    const k_u64 told = k_load(&h->counts->routed); /* on its way while the rest is done */
     K_ROLLED for (k_i32 e = first_expert; e < experts; e += team->warps * K_LANES) {
         h->send_expert[e] = counters[e];
     }
@@ -196,13 +196,12 @@ static K_FN void finish_route(struct k_thread *k, const struct k_route_args *a,
     }
     if (k->lane == 0) {
         const k_u32 bad = counters[experts + ranks];
+        const k_u64 first = bad ? (k_u64)~bad : ~0ull;
         h->send_base[ranks] = base;
-        h->bad[0] = bad ? (k_u64)~bad : ~0ull;
+        h->bad[0] = first;
         /* All blocks have told their sums, so they have read it. */
         k_store(&h->sync[0], team->mark);
-    }
-    if (k->lane == 0) {
-        report_routing(a);
+        report_routing(a, first, told);
     }
 }
 
@@ -220,15 +219,12 @@ static K_INLINE struct team make_team(struct k_thread *k, const struct k_route_a
     return team;
 }
 
-/* Where share `number` of `all` begins: as much work for each, of which a channel is as much as
- * K_CHANNEL_WORK tokens. */
+/* Where a share begins before which there is so much work: a channel is as much as K_CHANNEL_WORK
+ * tokens. Divisions are what a warp has most to wait for here. */
 #define K_CHANNEL_WORK 3
 
-static K_INLINE k_i32 first_channel(const struct k_channels *n, k_i32 number, k_i32 all) {
-    const k_i32 work = n->tokens + K_CHANNEL_WORK * n->num;
-    const k_i32 each = (k_i32)((k_u32)work / (k_u32)all), rest = work - each * all;
-    const k_i32 at = each * number + (k_i32)((k_u32)(rest * number) / (k_u32)all);
-    return number == all ? n->num : channel_at(n, at, K_CHANNEL_WORK);
+static K_INLINE k_i32 first_channel(const struct k_channels *n, k_i32 work, k_i32 all_work) {
+    return work >= all_work ? n->num : channel_at(n, work, K_CHANNEL_WORK);
 }
 
 static K_INLINE struct share make_share(struct k_thread *k, const struct k_route_args *a,
@@ -236,9 +232,12 @@ static K_INLINE struct share make_share(struct k_thread *k, const struct k_route
     struct share w;
     const k_i32 all = team->blocks * team->warps;
     const k_i32 number = k->block * team->warps + k->warp;
+    const k_i32 work = a->channels.tokens + K_CHANNEL_WORK * a->channels.num;
+    const k_i32 each = (k_i32)((k_u32)(work + all - 1) / (k_u32)all);
     const k_u32 topk = (k_u32)(a->id_bytes ? a->topk : 1);
-    w.c0 = first_channel(&a->channels, number, all);
-    w.c1 = first_channel(&a->channels, number + 1, all);
+    w.c0 = first_channel(&a->channels, number * each, work);
+    w.c1 = number + 1 == all ? a->channels.num
+                             : first_channel(&a->channels, (number + 1) * each, work);
     w.t0 = channel_first(&a->channels, w.c0);
     w.t1 = channel_first(&a->channels, w.c1);
     w.held = w.held_end = 0;

@@ -126,6 +126,41 @@ static void every_number(uint64_t seed, int d, bool expanded) {
     case_free(&c);
 }
 
+/*
+ * Each token has two answers of two terms each, and an answer is rounded before it is added: 1 + 2^-9
+ * becomes 1, and 1 + 2^-8 again 1, where one rounding of all would give more.
+ */
+static void two_roundings(uint64_t seed) {
+    const struct form form = {.expanded = true, .id_dtype = EP_I64};
+    const uint16_t one = 0x3f80;
+    const float small = 1.0f / 512;
+    struct test_case c;
+    struct trial t;
+
+    case_default(&c, 2, seed);
+    c.num_experts = c.topk = 4;
+    c.tokens = TOKENS_MAX;
+    case_build(&c);
+    trial_init(&t, &c);
+    trial_form(&t, &form);
+    trial_build(&t);
+    for (int r = 0; r < 2; r++) {
+        for (int64_t i = 0; i < t.recv[r].num_rows * t.hidden; i++) {
+            const bool first = r == 0 && i < t.recv[r].offsets[1] * t.hidden;
+            ref_store(EP_BF16, first ? 1.0f : small, t.answers[r].x + 2 * i);
+        }
+    }
+    trial_rebuild(&t);
+    bool all = true;
+    for (int64_t i = 0; i < c.in[0].num_tokens * t.hidden; i++) {
+        all = all && memcmp(t.y[0] + 2 * i, &one, 2) == 0;
+    }
+    ok(all, "the reference rounds twice");
+    trial_run(&t, false, "answers are rounded before they are added, a rank's own too");
+    trial_free(&t);
+    case_free(&c);
+}
+
 static void shapes(uint64_t seed) {
     const struct form form = {.weighted = true, .num_bias = 2, .id_dtype = EP_I64};
     const struct form expanded = {.expanded = true, .num_bias = 1, .id_dtype = EP_I64};
@@ -201,6 +236,7 @@ int main(void) {
     for (int i = 0; i < 4; i++) {
         every_number(seed + 2500 + (uint64_t)i, i % 2, i / 2);
     }
+    two_roundings(seed + 2600);
     shapes(seed + 3000);
     long_answers(seed + 4000);
     few_answers(seed + 5000);
