@@ -162,7 +162,7 @@ static K_INLINE void list_taken(struct k_thread *k, const struct k_combine_args 
 static K_INLINE void take_next(struct k_thread *k, const struct k_combine_args *a,
                                struct answer_list *l) {
     const k_i32 before = l->num;
-    l->next = l->stride + (k_i32)k_take_next(k, &a->g.ctl->taken[K_TAKEN_ANSWERS]);
+    l->next = take_beyond(k, l->stride, l->items, &a->g.ctl->taken[K_TAKEN_ANSWERS]);
     if (l->next < l->items) {
         list_taken(k, a, l);
         place_answers(k, a, l, before);

@@ -100,9 +100,9 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
 static K_INLINE void next_channel(struct k_thread *k, const struct k_dispatch_args *a,
                                   struct send_list *l) {
     begin_channel(a, l,
-                  l->in_turn
-                      ? l->stride + (k_i32)k_take_next(k, &a->g.ctl->taken[K_TAKEN_CHANNELS])
-                      : l->channel + l->stride);
+                  l->in_turn ? take_beyond(k, l->stride, a->channels.num,
+                                           &a->g.ctl->taken[K_TAKEN_CHANNELS])
+                             : l->channel + l->stride);
 }
 
 /* Where this rank's rows begin at rank d, and their sidecars. */

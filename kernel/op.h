@@ -61,11 +61,17 @@ static K_INLINE void channel_rows(const struct k_group *g, const struct k_handle
 
 /*
  * The number of a warp that sends with all others of `blocks` blocks from first_block on: neighbours
- * are on different SMs, and the first block, which has control to do, comes last.
+ * are on different SMs, and all warps of the first block, which has control to do, come last.
  */
 static K_INLINE k_i32 spread_first(const struct k_thread *k, k_i32 first_block, k_i32 blocks) {
-    const k_i32 block = k->block - first_block;
-    return k->warp * blocks + (block == 0 ? blocks : block) - 1;
+    const k_i32 block = k->block - first_block, rest = blocks - 1;
+    return block == 0 ? rest * k->num_warps + k->warp : k->warp * rest + block - 1;
+}
+
+/* The number of the next unit that no warp has taken, of `all`: those below `stride` went to a warp
+ * each. Where there are no more, that is known without asking. */
+static K_INLINE k_i32 take_beyond(struct k_thread *k, k_i32 stride, k_i32 all, k_u64 *taken) {
+    return stride < all ? stride + (k_i32)k_take_next(k, taken) : all;
 }
 
 static K_INLINE k_u64 ready_offset(const struct k_group *g, k_u32 epoch, k_i32 writer) {
