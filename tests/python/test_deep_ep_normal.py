@@ -315,11 +315,13 @@ def test_bad_calls_name_the_argument_and_leave_the_buffer_usable(group):
     for bad in (b.x[:, :7].contiguous(), b.x[:, ::2], b.x[0], b.x.view(2, -1, 64)):
         raises(RuntimeError, "x is torch.bfloat16", buffer.dispatch, bad, **given)
     raises(RuntimeError, "x[1], the scales", buffer.dispatch, (b.x, torch.ones(3, 1)), **given)
-    raises(RuntimeError, "x has 5 rows", buffer.dispatch, b.x[:5], handle=handle)
+    for bad in b.x[0], b.x[:, :7].contiguous(), b.x.t().contiguous().t():
+        raises(RuntimeError, "x", buffer.dispatch, bad, handle=handle)
+    raises(RuntimeError, "x is [5, 64]", buffer.dispatch, b.x[:5], handle=handle)
     raises(RuntimeError, "topk_idx", buffer.get_dispatch_layout, b.topk_idx.float(), 16)
     raises(RuntimeError, "num_experts is 0", buffer.get_dispatch_layout, b.topk_idx, 0)
     recv_x = b.received(b.xs)
-    raises(RuntimeError, "x has 1 rows", buffer.combine, recv_x[:1], handle)
+    raises(RuntimeError, "x is [1, 64]", buffer.combine, recv_x[:1], handle)
     raises(RuntimeError, "topk_weights", buffer.combine, recv_x, handle, topk_weights=recv_x)
     raises(RuntimeError, "bias_0", buffer.combine, recv_x, handle, bias=b.x[:3])
     raises(RuntimeError, "bias_1", buffer.combine, recv_x, handle, bias=(b.x, b.x.float()))

@@ -114,6 +114,7 @@ class Runtime:
         self._group = None
         self._told = False  # that a dispatch was repeated
         self._captured = set()
+        self._plain = PlainCall(self.current_stream)
         kinds = gather(self.device.type + (", low latency" if low_latency_mode else "") +
                        (", shrink" if masks else ""))
         host_check(len(set(kinds)) == 1, "the ranks make different Buffers: " + "; ".join(
@@ -122,6 +123,12 @@ class Runtime:
     def current_stream(self):
         """As a number: what an object costs, a call without events need not pay."""
         return torch._C._cuda_getCurrentRawStream(self.device_index) if self.cuda else None
+
+    def call(self, previous_event, async_finish, allocate_on_comm_stream):
+        """A normal-mode call: most are plain, and shall not pay for what they do not use."""
+        if previous_event is None and not async_finish and not allocate_on_comm_stream:
+            return self._plain
+        return Call(self, previous_event, async_finish, allocate_on_comm_stream)
 
     def keep_if_captured(self, used):
         """A graph is replayed when the objects of its capture, and larger groups, have come and gone:
@@ -207,10 +214,25 @@ def _text(needs):
 AS_IT_IS = contextlib.nullcontext()
 
 
+class PlainCall:
+    """A normal-mode call that runs on the current stream and has no event."""
+
+    allocating = AS_IT_IS
+
+    def __init__(self, current_stream):
+        self._current_stream = current_stream
+
+    def stream_of(self, group):
+        return self._current_stream()
+
+    def end(self, group, check, *uses):
+        return EventOverlap()
+
+
 class Call:
     """
-    Where a normal-mode call runs and what it returns as its event. An asynchronous call runs on the
-    comm stream, behind previous_event or else behind all that the current stream has; any other
+    Where any other runs and what it returns as its event. An asynchronous call runs on the comm
+    stream, behind previous_event or else behind all that the current stream has; one behind an event
     runs on the current stream.
     """
 

@@ -14,7 +14,7 @@ import torch
 from . import _layout
 from ._config import default_config, host_check, low_latency_bytes, round_up
 from ._low_latency import LowLatency
-from ._runtime import Call, Routing, Runtime, is_capturing
+from ._runtime import Routing, Runtime, is_capturing
 from .utils import EventHandle, EventOverlap, check_nvlink_connections
 
 
@@ -156,7 +156,7 @@ class Buffer(LowLatency):
         runtime = self._alive()
         _layout.check_ids(topk_idx)
         host_check(num_experts > 0, f"num_experts is {num_experts}, must be above 0")
-        call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
+        call = runtime.call(previous_event, async_finish, allocate_on_comm_stream)
         if not (runtime.cuda and async_finish):
             if async_finish and call.before is not None:
                 call.before.current_stream_wait()
@@ -177,17 +177,17 @@ class Buffer(LowLatency):
         event). Collective."""
         runtime = self._alive()
         x, scales = x if isinstance(x, tuple) else (x, None)
-        _check_rows("x", x)
-        host_check(scales is None or (scales.dim() == 2 and scales.size(0) == x.size(0)),
-                   lambda: f"x[1], the scales, must be [{x.size(0)}, scales of a row]")
         given = config is not None
         config = config if given else self.get_dispatch_config(self.group_size)
         workers = self._workers(given, config)
         if handle is not None:
             assert topk_idx is None and topk_weights is None, \
                 "topk_idx and topk_weights must be None in a dispatch with a handle"
-            call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
+            call = runtime.call(previous_event, async_finish, allocate_on_comm_stream)
             return self._dispatch_again(call, x, scales, Routing.find(handle), workers)
+        _check_rows("x", x)
+        host_check(scales is None or (scales.dim() == 2 and scales.size(0) == x.size(0)),
+                   lambda: f"x[1], the scales, must be [{x.size(0)}, scales of a row]")
         for name, tensor in (("num_tokens_per_rank", num_tokens_per_rank),
                              ("is_token_in_rank", is_token_in_rank),
                              ("num_tokens_per_expert", num_tokens_per_expert)):
@@ -202,7 +202,7 @@ class Buffer(LowLatency):
                        f"must be float32 {list(topk_idx.shape)}, as topk_idx")
         host_check(not num_worst_tokens or topk_idx is not None,
                    "num_worst_tokens needs topk_idx and topk_weights")
-        call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
+        call = runtime.call(previous_event, async_finish, allocate_on_comm_stream)
         args = dict(x=x, scales=scales, topk_weights=topk_weights, num_workers=workers)
         needs = dict(num_experts=num_tokens_per_expert.size(0),
                      max_topk=topk_idx.size(1) if topk_idx is not None else 0,
@@ -238,13 +238,12 @@ class Buffer(LowLatency):
                              async_finish, allocate_on_comm_stream)
 
     def _dispatch_again(self, call, x, scales, routing, workers):
-        host_check(x.size(0) == routing.tokens,
-                   lambda: f"x has {x.size(0)} rows, the handle is of {routing.tokens} tokens")
+        if x.dim() != 2 or x.size(0) != routing.tokens:  # libep checks the rest
+            raise RuntimeError(f"x is {list(x.shape)}, the handle is of {routing.tokens} tokens")
         self.runtime.keep_if_captured(routing)
         with call.allocating:
             recv_x = x.new_empty((routing.rows, x.size(1)))
-            recv_scales = scales.new_empty((routing.rows, scales.size(1))) \
-                if scales is not None else None
+            recv_scales = None if scales is None else scales.new_empty((routing.rows, scales.size(1)))
         routing.ep.dispatch(x=x, scales=scales, recv_x=recv_x, recv_scales=recv_scales,
                             num_workers=workers, stream=call.stream_of(routing.group))
         event = call.end(routing.group, routing.ep.status, x, scales, recv_x, recv_scales)
@@ -326,22 +325,22 @@ class Buffer(LowLatency):
         runtime = self._alive()
         routing = Routing.find(handle)
         host_check(routing.ep is not None, "handle is of low_latency_dispatch, not of dispatch")
+        if x.dim() != 2 or x.size(0) != routing.rows:  # libep checks the rest
+            raise RuntimeError(f"x is {list(x.shape)}, must have {routing.rows} rows, as recv_x of the "
+                               "handle")
         bias = self._unpack_bias(bias)
-        _check_rows("x", x)
-        host_check(x.size(0) == routing.rows,
-                   lambda: f"x has {x.size(0)} rows, must have {routing.rows}, as recv_x of the "
-                   "handle")
         for i, b in enumerate(bias):
-            host_check(b is None or (b.shape == (routing.tokens, x.size(1)) and b.dtype == x.dtype
-                                     and b.is_contiguous()),
-                       lambda: f"bias_{i} must be contiguous {x.dtype} [{routing.tokens}, {x.size(1)}]")
-        host_check(topk_weights is None or (
-            topk_weights.dim() == 2 and topk_weights.size(0) == x.size(0) and
-            topk_weights.dtype == torch.float32),
-            lambda: f"topk_weights must be float32 [{x.size(0)}, topk]")
-        call = Call(runtime, previous_event, async_finish, allocate_on_comm_stream)
+            if b is not None:
+                host_check(b.shape == (routing.tokens, x.size(1)) and b.dtype == x.dtype and
+                           b.is_contiguous(), lambda: f"bias_{i} must be contiguous {x.dtype} "
+                           f"[{routing.tokens}, {x.size(1)}]")
+        if topk_weights is not None:
+            host_check(topk_weights.dim() == 2 and topk_weights.size(0) == x.size(0) and
+                       topk_weights.dtype == torch.float32,
+                       lambda: f"topk_weights must be float32 [{x.size(0)}, topk]")
+            topk_weights = topk_weights.contiguous()
+        call = runtime.call(previous_event, async_finish, allocate_on_comm_stream)
         runtime.keep_if_captured(routing)
-        topk_weights = None if topk_weights is None else topk_weights.contiguous()
         with call.allocating:
             out = x.new_empty((routing.tokens, x.size(1)))
             out_weights = None if topk_weights is None else \
