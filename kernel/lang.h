@@ -304,13 +304,16 @@ static K_INLINE k_i64 k_counted(struct k_spinner *s, k_i64 waited, k_u64 ran) {
 /*
  * Whether abort word w, which a peer has told, ends a wait for `peer`. In low-latency mode every fault
  * does, as its numbers are not those of throughput operations; and that `peer` itself is in destroy,
- * as it has sent all that it ever will. With masks it is left out for that.
+ * as it has sent all that it ever will, or that an operation of this rank has ended for that, as it
+ * does on the others, which go no further. With masks a peer is left out for being in destroy.
  */
 static K_INLINE k_bool k_ends(const struct k_thread *k, k_u64 w, k_i32 peer) {
     if (k->kind < (k_i32)K_OP_LL_DISPATCH) {
         return K_ABORT_ENDS(w, k->epoch);
     }
-    return w != 0 && (K_ABORT_STATUS(w) != 0 || (!k->mask.ll && K_ABORT_SUBJECT(w) == peer));
+    return w != 0 &&
+           (K_ABORT_STATUS(w) != 0 ||
+            (!k->mask.ll && (K_ABORT_SUBJECT(w) == peer || k_load(&k->board->failed) != 0)));
 }
 
 /* Only in groups with masks; in others a death is an abort word. */

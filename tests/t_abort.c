@@ -15,7 +15,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "tests/calls.h"
+#include "tests/ll.h"
 #include "tests/rig.h"
 #include "tests/tap.h"
 
@@ -250,6 +250,71 @@ static int early_rank(int rank, void *ctx) {
     return 0;
 }
 
+struct decode {
+    struct ll_step s;
+    bool
+        behind; /* the step of one rank, and only that, is queued behind what all others end with */
+    atomic_int go;
+};
+
+static void queue_dispatch(struct world *w, ep_handle **h, void *stream) {
+    struct ep_dispatch_args a = EP_DISPATCH_ARGS_INIT;
+    struct decode *d = w->ctx;
+    struct ep_routing routing;
+    case_routing(&d->s.c, w->rank, &routing);
+    a.flags = EP_DISPATCH_ARENA;
+    a.x = &d->s.c.x[w->rank];
+    world_is(w, ep_handle_create(h, w->group, NULL), EP_OK, "a handle");
+    world_is(w, call_route(*h, &routing, NULL), EP_OK, "route");
+    if (!gpu_wanted()) { /* until it is known that it has left */
+        world_is(w, ep_stream_run(stream, block, &d->go), EP_OK, "held");
+    }
+    world_is(w, call_dispatch(*h, &a, stream), EP_OK, "queued");
+}
+
+/* Rank 1 leaves; nobody waits for the timeout, whomever of the others it waits for first. */
+static void decode_without(struct world *w) {
+    struct decode *d = w->ctx;
+    const bool leaves = w->rank == 1;
+    ep_handle *h = NULL;
+    void *stream = NULL;
+    struct ll_run r;
+    ll_create(&r, w, &d->s);
+    world_is(w, call_stream_create(&stream, w->group), EP_OK, "a stream");
+    if (!leaves && d->behind) {
+        queue_dispatch(w, &h, stream);
+    }
+    if (!leaves && (!d->behind || w->rank == w->num_ranks - 1)) {
+        world_is(w, ll_dispatch(&r, CALL_BOTH, stream), EP_OK, "queued");
+    }
+    world_barrier(w);
+    if (!leaves) {
+        const double start = tap_now();
+        tap_sleep_ms(50);
+        atomic_store(&d->go, 1);
+        world_fails(w, call_stream_sync(w->group, stream), EP_ERR_PEER,
+                    "rank 1 has called ep_group_destroy", "what a rank has left");
+        world_check(w, tap_now() - start < rig_within(4.0), "it took %.2f s",
+                    tap_now() - start);
+    }
+    call_stream_destroy(w->group, &stream);
+    ep_handle_destroy(&h);
+    ll_destroy(&r);
+}
+
+static void leaves_decode(int num_ranks, bool behind, const char *name) {
+    struct decode d = {.behind = behind};
+    struct world_setup w;
+    ll_init(&d.s, num_ranks, 1);
+    ll_build(&d.s);
+    ll_setup(&w, &d.s);
+    w.config.num_workers = gpu_wanted() ? 0 : 1; /* it waits for one after the other */
+    w.body = decode_without;
+    w.ctx = &d;
+    ok(world_run(&w) == 0, "%s", name);
+    ll_free(&d.s);
+}
+
 /* ---- begun and dropped ---------------------------------------------------------------------- */
 
 /* On the last rank, whose rows nobody gets before the others have let go of theirs. */
@@ -443,6 +508,8 @@ int main(int argc, char **argv) {
         run_both(leaving_rank, ranks, who,
                  who ? "rank 1 destroys early" : "rank 0 destroys early");
     }
+    leaves_decode(ranks, false, "a rank leaves before a decode step");
+    leaves_decode(ranks, true, "and before what a decode step is queued behind");
     run_both(early_rank, ranks, 0, "rank 0 is first in destroy");
     run_both(dropping_rank, ranks, 0, "a dispatch is begun and dropped");
     run_both(dropping_rank, ranks, 1, "a combine is begun and dropped");

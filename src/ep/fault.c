@@ -383,10 +383,10 @@ static uint64_t next_number(ep_group *g) {
     return next;
 }
 
-/* Operations that count themselves: any fault ends them, and a peer in destroy has sent all that they
- * wait for. */
+/* Operations that count themselves: any fault ends them, and so does what an operation before them was
+ * told, as peers stop there too. A peer in destroy has sent all that they wait for. */
 static bool is_ll_over(const struct epi_op *op) {
-    return epi_group_faulted(op->g);
+    return epi_group_faulted(op->g) || atomic_load(&op->g->fault_told) != 0;
 }
 
 static ep_status check_ll(const struct epi_op *op) {
