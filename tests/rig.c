@@ -375,7 +375,7 @@ static int num_named_threads(void) {
     return num;
 }
 
-static int num_plain_fds(void) {
+static int num_plain_fds(bool told) {
     DIR *dir = opendir("/proc/self/fd");
     struct dirent *e;
     int num = 0;
@@ -385,6 +385,9 @@ static int num_plain_fds(void) {
         const ssize_t n = e->d_name[0] == '.' ? 0 : readlink(path, to, sizeof(to) - 1);
         to[n > 0 ? n : 0] = 0;
         num += n > 0 && strncmp(to, "/dev/nvidia", 11) != 0;
+        if (told && n > 0) {
+            diag("descriptor %s is %s", e->d_name, to);
+        }
     }
     if (dir) {
         closedir(dir);
@@ -394,7 +397,7 @@ static int num_plain_fds(void) {
 
 static struct rig_footprint look(void) {
     const bool gpu = gpu_may_open();
-    struct rig_footprint now = {gpu ? num_plain_fds() : tap_num_fds(),
+    struct rig_footprint now = {gpu ? num_plain_fds(false) : tap_num_fds(),
                                 gpu ? num_named_threads() : num_entries("/proc/self/task"),
                                 num_arenas(), epi_alloc_live()};
     return now;
@@ -463,6 +466,7 @@ bool rig_same_footprint(struct rig_footprint was) {
             "descriptors %d -> %d, threads %d -> %d, arenas %d -> %d, allocations %lld -> %lld",
             was.fds, now.fds, was.threads, now.threads, was.arenas, now.arenas,
             (long long)was.allocs, (long long)now.allocs);
+        num_plain_fds(true);
         return false;
     }
     return true;
