@@ -18,8 +18,8 @@
 static const char *const fault_names[] = {
     "nothing",  "a delay",          "a short stop", "SIGKILL",  "an exit",
     "an abort", "an early destroy", "a mismatch",   "lateness", "a long stop"};
-static const char *const call_names[] = {"create",   "handles and route", "route",
-                                         "dispatch", "combine",           "destroy"};
+static const char *const call_names[] = {
+    "create", "handles and route", "route", "dispatch", "combine", "decode", "destroy"};
 
 bool storm_is_lethal(const struct storm_scene *s) {
     return s->fault == STORM_KILL || s->fault == STORM_EXIT;
@@ -64,7 +64,9 @@ static void draw_steps(struct storm_scene *s, uint64_t *state) {
     for (int64_t n = 2 + case_rand(state, STORM_MAX_STEPS - 4); n > 0; n--) {
         const int h = (int)case_rand(state, STORM_HANDLES);
         const int64_t what = case_rand(state, 8);
-        if (!dispatched[h] || what < 3) {
+        if (s->decodes && (what == 4 || what == 5)) {
+            add_step(s, STORM_DECODE, 0);
+        } else if (!dispatched[h] || what < 3) {
             dispatched[h] = true;
             add_step(s, STORM_DISPATCH, h);
         } else if (what == 3) {
@@ -102,6 +104,19 @@ static void draw_cases(struct storm_scene *s, uint64_t *state) {
     }
 }
 
+/* With the experts of the first handle, which the group has room for, if it selects any. */
+static void draw_decode(struct storm_scene *s, uint64_t *state) {
+    struct ll_step *ll = &s->ll;
+    ll_init(ll, s->num_ranks, s->c[0].seed);
+    ll->c.data_seed = tap_rand(state);
+    ll->c.num_experts = s->c[0].num_experts;
+    ll->c.map = s->c[0].map;
+    ll->c.topk = s->c[0].topk > 2 ? s->c[0].topk : 2;
+    ll->named_experts = true;
+    ll->weights_now = case_rand(state, 2);
+    ll->flags = case_rand(state, 2) ? EP_LL_FP8 : 0;
+}
+
 static void draw_habits(struct storm_scene *s, uint64_t *state) {
     for (int r = 0; r < s->num_ranks; r++) {
         struct storm_habit *h = &s->habits[r];
@@ -122,6 +137,7 @@ void storm_draw(struct storm_scene *s, uint64_t seed, int only_fault, bool only_
     s->fault = draw_fault(&state, s->threads);
     s->fault = only_fault >= 0 ? (enum storm_fault)only_fault : s->fault;
     s->victim = (int)case_rand(&state, s->num_ranks);
+    s->decodes = !gpu_wanted();
     draw_steps(s, &state);
     s->step = draw_moment(s, &state);
     s->async = case_rand(&state, 2);
@@ -133,6 +149,7 @@ void storm_draw(struct storm_scene *s, uint64_t seed, int only_fault, bool only_
                                 : LONG_TIMEOUT_MS * rig_scale();
     draw_habits(s, &state);
     draw_cases(s, &state);
+    draw_decode(s, &state);
 }
 
 /* ---- data ----------------------------------------------------------------------------------- */
@@ -159,11 +176,20 @@ void storm_build(struct storm_scene *s) {
         }
         widen(&s->config, &setup.config);
     }
+    ll_build(&s->ll);
+    s->config.ll_max_tokens = s->decodes ? s->ll.max_tokens : 0;
+    if (s->config.max_row_bytes < 2 * s->ll.c.hidden) {
+        s->config.max_row_bytes = 2 * (int32_t)s->ll.c.hidden;
+    }
+    if (s->config.max_topk < s->ll.c.topk) {
+        s->config.max_topk = s->ll.c.topk;
+    }
     s->config.num_ranks = s->num_ranks;
     s->config.timeout_ms = s->timeout_ms;
 }
 
 void storm_free(struct storm_scene *s) {
+    ll_free(&s->ll);
     for (int h = 0; h < STORM_HANDLES; h++) {
         trial_free(&s->t[h]);
         case_free(&s->c[h]);

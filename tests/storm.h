@@ -14,6 +14,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "tests/ll.h"
 #include "tests/trial.h"
 
 enum {
@@ -44,6 +45,7 @@ enum storm_call {
     STORM_ROUTE,          /* again */
     STORM_DISPATCH,
     STORM_COMBINE,
+    STORM_DECODE, /* a low-latency dispatch and its combine */
     STORM_DESTROY
 };
 
@@ -63,6 +65,7 @@ struct storm_scene {
     uint64_t seed;
     int num_ranks;
     bool threads;   /* ranks are threads of one process */
+    bool decodes;   /* also in low-latency mode; not on GPUs, for which tests stage buffers */
     bool allgather; /* they meet by the test's own allgather, else at an address */
     int timeout_ms; /* scaled */
     bool is_short;  /* that is short, so that whoever is slow may be told EP_ERR_TIMEOUT too */
@@ -76,6 +79,7 @@ struct storm_scene {
 
     struct test_case c[STORM_HANDLES];
     struct trial t[STORM_HANDLES];
+    struct ll_step ll;
     struct ep_group_config config; /* all but rank, workers and the way to meet */
 };
 

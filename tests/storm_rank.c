@@ -18,7 +18,7 @@
 /* What a call may take beyond the timeout, or where somebody died or gave up, beyond that. The
  * header says one second; machines are shared. */
 #define GRACE_S 5.0
-#define MOST_PENDING (2 * STORM_HANDLES)
+#define MOST_PENDING (2 * STORM_HANDLES + 1)
 
 struct rank {
     const struct storm_scene *s;
@@ -26,6 +26,7 @@ struct rank {
     struct world w;
     ep_handle *handle[STORM_HANDLES];
     struct run run[STORM_HANDLES];
+    struct ll_run decode;
     void *stream;
     struct storm_step pending[MOST_PENDING]; /* queued on the stream, not looked at */
     int num_pending;
@@ -180,6 +181,7 @@ static void create(struct rank *k, ep_world *world, bool wrong) {
         for (int h = 0; h < STORM_HANDLES; h++) {
             run_create(&k->run[h], &k->w, &s->t[h]);
         }
+        ll_create(&k->decode, &k->w, &s->ll);
         if (s->habits[k->w.rank].stream) {
             told(k, call_stream_create(&k->stream, group), tap_now(), "ep_stream_create");
         }
@@ -231,11 +233,29 @@ static void check(struct rank *k, struct storm_step step) {
     const int bad = k->w.bad;
     if (step.call == STORM_DISPATCH) {
         run_check_outputs(r);
+    } else if (step.call == STORM_DECODE) {
+        ll_check_dispatch(&k->decode);
+        ll_check_combine(&k->decode);
     } else {
         run_check_combine(r);
     }
     world_check(&k->w, k->w.bad == bad, "wrong bytes of a %s of handle %d that succeeded",
-                step.call == STORM_DISPATCH ? "dispatch" : "combine", step.handle);
+                step.call == STORM_DISPATCH ? "dispatch"
+                : step.call == STORM_DECODE ? "decode step"
+                                            : "combine",
+                step.handle);
+}
+
+/* A dispatch and its combine; in halves on ranks with odd numbers. */
+static void decode(struct rank *k) {
+    const int halves = 1 + k->w.rank % 2;
+    for (int i = 0; i < 2 * halves && !k->over; i++) {
+        const enum call_half half = halves == 1 ? CALL_BOTH : i % 2 ? CALL_RECV : CALL_SEND;
+        const bool combines = i >= halves;
+        const double start = tap_now();
+        told(k, (combines ? ll_combine : ll_dispatch)(&k->decode, half, k->stream), start,
+             combines ? "ep_ll_combine" : "ep_ll_dispatch");
+    }
 }
 
 /* Awaits what is queued, and looks at it if it went well. */
@@ -274,6 +294,8 @@ static void operate(struct rank *k, struct storm_step step) {
     }
     if (step.call == STORM_DISPATCH) {
         dispatch(k, h);
+    } else if (step.call == STORM_DECODE) {
+        decode(k);
     } else {
         told(k, run_combine(&k->run[h], k->handle[h], k->stream), start, "ep_combine");
     }
@@ -312,6 +334,10 @@ static void mistake(struct rank *k, ep_world *world, struct storm_step step) {
         break;
     case STORM_COMBINE:
         operate(k, (struct storm_step){STORM_DISPATCH, step.handle});
+        break;
+    case STORM_DECODE: /* without the weights that the others give */
+        k->decode.dispatch.topk_weights = NULL;
+        operate(k, step);
         break;
     default: /* a route that is left out */
         break;
@@ -371,6 +397,7 @@ static void finish(struct rank *k) {
     for (int h = 0; h < STORM_HANDLES; h++) {
         run_free(&k->run[h]);
     }
+    ll_destroy(&k->decode);
 }
 
 int storm_rank(const struct storm_scene *s, struct storm_shared *shared, ep_world *world,
