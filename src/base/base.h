@@ -273,7 +273,8 @@ struct epi_room {
     char limit[192];
     bool exact; /* it bounds this process alone */
 };
-enum epi_room_kind { EPI_ROOM_PRIVATE, EPI_ROOM_SHARED }; /* own memory; a memfd */
+/* Own memory; memory of a memfd; and its length, whatever memory is behind it. */
+enum epi_room_kind { EPI_ROOM_PRIVATE, EPI_ROOM_SHARED, EPI_ROOM_LENGTH };
 void epi_room(enum epi_room_kind kind, struct epi_room *out);
 /* The same with the files of `root`/proc and `root`/sys. */
 void epi_room_below(const char *root, enum epi_room_kind kind, struct epi_room *out);

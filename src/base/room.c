@@ -143,7 +143,7 @@ static void look_at_limits(const char *root, enum epi_room_kind kind, struct epi
     const int64_t before = out->bytes;
     const int64_t address_kib = number_after(text, "VmSize:");
     const int64_t data_kib = number_after(text, "VmData:");
-    if (has_limit(RLIMIT_AS, &limit)) {
+    if (kind != EPI_ROOM_LENGTH && has_limit(RLIMIT_AS, &limit)) {
         lower(out, limit - (address_kib > 0 ? address_kib : 0) * 1024,
               "the limit on address space (ulimit -v)");
     }
@@ -151,7 +151,7 @@ static void look_at_limits(const char *root, enum epi_room_kind kind, struct epi
         lower(out, limit - (data_kib > 0 ? data_kib : 0) * 1024,
               "the limit on data (ulimit -d)");
     }
-    if (kind == EPI_ROOM_SHARED && has_limit(RLIMIT_FSIZE, &limit)) {
+    if (kind != EPI_ROOM_PRIVATE && has_limit(RLIMIT_FSIZE, &limit)) {
         lower(out, limit, "the limit on the size of files (ulimit -f)");
     }
     out->exact = out->bytes < before;
@@ -164,10 +164,12 @@ void epi_room_below(const char *root, enum epi_room_kind kind, struct epi_room *
     epi_format(path, sizeof(path), "%s/proc/meminfo", root);
     epi_read_text(path, text, sizeof(text));
     const int64_t kib = number_after(text, "MemAvailable:");
-    if (kib >= 0 && kib <= INT64_MAX / 1024) {
+    if (kind != EPI_ROOM_LENGTH && kib >= 0 && kib <= INT64_MAX / 1024) {
         lower(out, kib * 1024, "the machine's free memory");
     }
-    look_at_groups(root, out);
+    if (kind != EPI_ROOM_LENGTH) {
+        look_at_groups(root, out);
+    }
     look_at_limits(root, kind, out);
 }
 

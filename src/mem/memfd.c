@@ -12,7 +12,6 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -70,26 +69,28 @@ static int allocate_part(int fd, uint64_t at, uint64_t bytes) {
     return err;
 }
 
-/* What the limit on files forbids raises a signal, so it is not tried. 0 or errno. */
-static int resize(int fd, uint64_t bytes) {
-    struct rlimit most;
+static ep_status fail_room(uint64_t bytes, bool begun, const struct epi_room *room) {
+    return epi_fail(
+        EP_ERR_NOMEM,
+        "the arenas of this host's ranks need %llu bytes%s, and %lld are left by %s: " LOWER
+        "%s",
+        (unsigned long long)bytes, begun ? ", of which some are allocated" : "",
+        (long long)room->bytes, room->limit, room->exact ? ", or raise that limit" : "");
+}
+
+/* What the limit on files forbids raises a signal, so it is not tried. */
+static ep_status resize(int fd, uint64_t bytes) {
+    struct epi_room room;
     int err;
-    if (getrlimit(RLIMIT_FSIZE, &most) == 0 && bytes > most.rlim_cur) {
-        return EFBIG;
+    if (!epi_room_has(EPI_ROOM_LENGTH, bytes, &room)) {
+        return fail_room(bytes, false, &room);
     }
     do {
         err = ftruncate(fd, (off_t)bytes) == 0 ? 0 : errno;
     } while (err == EINTR);
-    return err;
-}
-
-static ep_status fail_length(size_t bytes, int err) {
-    return epi_fail(
-        EP_ERR_NOMEM,
-        "the arenas of this host's ranks need %zu bytes of shared memory: %s%s: " LOWER "%s",
-        bytes, strerror(err),
-        err == EFBIG ? ", by the limit on the size of files (ulimit -f)" : "",
-        err == EFBIG ? ", or raise that limit" : "");
+    return err ? epi_fail(EP_ERR_NOMEM, "arenas of %llu bytes: %s: " LOWER,
+                          (unsigned long long)bytes, strerror(err))
+               : EP_OK;
 }
 
 ep_status epi_memfd_allocate(int fd, uint64_t from, uint64_t bytes) {
@@ -99,19 +100,13 @@ ep_status epi_memfd_allocate(int fd, uint64_t from, uint64_t bytes) {
     for (uint64_t at = 0; !err && at < bytes;) {
         if (at >= look_at) {
             if (!epi_room_has(EPI_ROOM_SHARED, bytes - at, &room)) {
-                return epi_fail(
-                    EP_ERR_NOMEM,
-                    "the arenas of this host's ranks need %llu bytes%s, and %lld are "
-                    "left by %s: " LOWER "%s",
-                    (unsigned long long)bytes, at ? ", of which some are allocated" : "",
-                    (long long)room.bytes, room.limit,
-                    room.exact ? ", or raise that limit" : "");
+                return fail_room(bytes, at > 0, &room);
             }
             look_at = at + epi_room_step(&room);
         }
         const uint64_t rest = bytes - at;
         const uint64_t part = rest < MOST_AT_ONCE ? rest : MOST_AT_ONCE;
-        err = err ? err : allocate_part(fd, from + at, part);
+        err = allocate_part(fd, from + at, part);
         at += part;
     }
     return err ? epi_fail(EP_ERR_NOMEM, "cannot allocate %llu bytes for arenas: %s: " LOWER,
@@ -138,8 +133,10 @@ int epi_memfd_create(size_t bytes, bool whole, ep_status *st) {
     if (fd < 0) {
         return -1;
     }
-    const int err = resize(fd, bytes);
-    *st = err ? fail_length(bytes, err) : whole ? epi_memfd_allocate(fd, 0, bytes) : EP_OK;
+    *st = resize(fd, bytes);
+    if (*st == EP_OK && whole) {
+        *st = epi_memfd_allocate(fd, 0, bytes);
+    }
     if (*st == EP_OK && fcntl(fd, F_ADD_SEALS, SEALS) != 0) {
         *st = epi_fail(EP_ERR_SYSTEM, "cannot seal shared memory: %s", strerror(errno));
     }
