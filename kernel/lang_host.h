@@ -111,21 +111,22 @@ static K_INLINE k_bool k_claim(k_u64 *p) {
     return __atomic_compare_exchange_n(p, &zero, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
-/* *p = max(*p, v), atomically. */
-static K_INLINE void k_raise_to(k_u64 *p, k_u64 v) {
+/* *p = max(*p, v), atomically; returns what it was. */
+static K_INLINE k_u64 k_raise_as(k_u64 *p, k_u64 v, int order) {
     k_u64 old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED,
-                                                   __ATOMIC_RELAXED)) {
-    }
-}
-
-/* The same, and returns what it was. Orders like a full fence, and so in one order with those of all. */
-static K_INLINE k_u64 k_raise_old(k_u64 *p, k_u64 v) {
-    k_u64 old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(p, &old, old < v ? v : old, false, __ATOMIC_SEQ_CST,
+    while (!__atomic_compare_exchange_n(p, &old, old < v ? v : old, false, order,
                                         __ATOMIC_RELAXED)) {
     }
     return old;
+}
+
+static K_INLINE void k_raise_to(k_u64 *p, k_u64 v) {
+    k_raise_as(p, v, __ATOMIC_RELAXED);
+}
+
+/* Orders like a full fence, and so in one order with those of all. */
+static K_INLINE k_u64 k_raise_old(k_u64 *p, k_u64 v) {
+    return k_raise_as(p, v, __ATOMIC_SEQ_CST);
 }
 
 static K_INLINE void k_post(struct k_peer at, k_u64 word) {
