@@ -107,6 +107,19 @@ static void two_streams(struct world *w) {
         world_is(w, call_stream_sync(w->group, first), EP_OK, "begin, on its stream");
         combines ? run_check_combine(&r) : run_check_outputs(&r);
     }
+    if (!gpu_wanted()) { /* combine begins before the stream has come to dispatch's finish */
+        atomic_int go = 0;
+        run_poison(&r, OUT_X, OUT_Y_TOPK);
+        world_is(w, call_dispatch_begin(handle, &r.dispatch, first), EP_OK, "begin");
+        world_is(w, call_stream_sync(w->group, first), EP_OK, "begin");
+        world_is(w, ep_stream_run(first, held, &go), EP_OK, "held");
+        world_is(w, call_dispatch_finish(handle, &r.dispatch, first), EP_OK, "finish");
+        world_is(w, run_combine(&r, handle, first), EP_OK, "combine");
+        atomic_store(&go, 1);
+        world_is(w, call_stream_sync(w->group, first), EP_OK, "both");
+        run_check_outputs(&r);
+        run_check_combine(&r);
+    }
     ep_handle_destroy(&handle);
     call_stream_destroy(w->group, &first);
     call_stream_destroy(w->group, &second);

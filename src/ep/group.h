@@ -100,8 +100,10 @@ struct ep_handle {
     bool captured;             /* ... and whether what was last enqueued is in a graph */
     struct epi_op open_op;     /* what is between begin and finish ... */
     struct epi_call open_call; /* ... and what begin was called with */
-    bool sent,
-        dropped; /* host, guarded by the group's mutex: it has run; nobody will finish it */
+    /* Host, guarded by the group's mutex: the turn of the begin that has run last; nobody will finish
+     * what is open. */
+    uint64_t sent;
+    bool dropped;
     atomic_bool
         lacks_rows; /* the last uncached dispatch did not fit anywhere: nothing arrived */
     atomic_llong output_rows; /* that outputs of the last dispatch lacked room for; or 0 */

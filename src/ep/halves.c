@@ -62,7 +62,6 @@ void epi_half_issued(const struct epi_op *op) {
     if (op->flags & EPI_OP_BEGIN) {
         g->open_handle = op->h;
         op->h->open_op = *op;
-        op->h->sent = false;
     } else if ((op->flags & EPI_OP_FINISH) && g->open_handle == op->h) {
         g->open_handle = NULL;
     }
@@ -72,7 +71,7 @@ void epi_half_issued(const struct epi_op *op) {
 void epi_half_sent(struct epi_op *op) {
     if (op->flags & EPI_OP_BEGIN) {
         pthread_mutex_lock(&op->g->mutex);
-        op->h->sent = true;
+        op->h->sent = op->turn;
         op->flags |= op->h->dropped ? 0 : EPI_OP_OPEN;
         pthread_cond_broadcast(&op->g->turn);
         pthread_mutex_unlock(&op->g->mutex);
@@ -92,7 +91,7 @@ void epi_half_drop(ep_handle *h) {
     ep_group *g = h->group;
     struct epi_op op;
     pthread_mutex_lock(&g->mutex);
-    const bool open = g->open_handle == h, sent = h->sent;
+    const bool open = g->open_handle == h, sent = h->sent == h->open_op.turn;
     h->dropped = open;
     g->open_handle = open ? NULL : g->open_handle;
     pthread_mutex_unlock(&g->mutex);

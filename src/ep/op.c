@@ -96,7 +96,8 @@ ep_status epi_op_issue(struct epi_op *op, void *stream) {
 static bool is_turn(const struct epi_op *op) {
     const ep_group *g = op->g;
     return g->turns_ended >= op->turn ||
-           (g->turns_ended == op->turn - 1 && (!(op->flags & EPI_OP_FINISH) || op->h->sent));
+           (g->turns_ended == op->turn - 1 &&
+            (!(op->flags & EPI_OP_FINISH) || op->h->sent == op->turn));
 }
 
 /* Blocks until the operation before this one has ended, or until it has nothing to wait for. */
