@@ -568,9 +568,10 @@ ep_status ep_handle_status(ep_handle *handle);
  *                  map, as in ep_group_config. No rank may hold more experts than one does in the
  *                  group's map
  * The experts must agree on all ranks: the first dispatch compares E, or a hash of 16 bits of a map
- * that is not the default one. The group keeps a table of each number or map that it is shown, 12
- * bytes for each expert, until it is destroyed; a CUDA group copies a new one to the device in this
- * call, also in a capture, and waits for the copy.
+ * that is not the default one. The group keeps a table of a number or map, 12 bytes for each expert,
+ * while a handle that was last routed with it lives, or for good if a call with it was captured, and of
+ * the others the 8 that were named last; a CUDA group copies a new one to the device in this call, also
+ * in a capture, and waits for the copy.
  */
 struct ep_routing {
     uint32_t size;

@@ -50,7 +50,9 @@ struct epi_backend {
     /* Kernels' memory of a handle, and k, perhaps not for the first time. */
     ep_status (*make_handle)(ep_handle *h);
     void (*drop_memory)(ep_group *g, const struct epi_handle_memory *m);
-    /* What else a handle has of a device; NULL: nothing. */
+    /* What else a handle has of a device; NULL: nothing. Settle: what was launched for it apart from all
+     * others counts as launched, as if it had not been apart. */
+    void (*settle_handle)(ep_handle *h);
     void (*drop_handle)(ep_handle *h);
     /* What enqueued work has found out about a handle since it was last asked; EP_AGAIN: the
      * routing is not known yet. */

@@ -175,6 +175,13 @@ static void cuda_drop_memory(ep_group *g, const struct epi_handle_memory *m) {
     pthread_mutex_unlock(&g->mutex);
 }
 
+static void cuda_settle_handle(ep_handle *h) {
+    ep_group *g = h->group;
+    pthread_mutex_lock(&g->mutex);
+    epi_gpu_apart_join(g->cuda->gpu, &h->apart);
+    pthread_mutex_unlock(&g->mutex);
+}
+
 /* Before its memory: what was launched apart is waited for with that. */
 static void cuda_drop_handle(ep_handle *h) {
     ep_group *g = h->group;
@@ -429,6 +436,7 @@ const struct epi_backend epi_backend_cuda = {
     .displace = cuda_displace,
     .make_handle = cuda_make_handle,
     .drop_memory = cuda_drop_memory,
+    .settle_handle = cuda_settle_handle,
     .drop_handle = cuda_drop_handle,
     .take_findings = cuda_take_findings,
     .check_place = cuda_check_place,

@@ -153,6 +153,9 @@ static ep_status reserve(struct epi_op *op, void *stream) {
 }
 
 static ep_status submit(struct epi_op *op, void *stream) {
+    if (op->experts) {
+        epi_experts_hold(op->experts);
+    }
     if (op->h) {
         epi_handle_hold(op->h);
         atomic_fetch_add(&op->h->pending, 1);

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Which rank holds each expert: tables that kernels index, of the group's configuration and of every
- * other number or map that a routing has named. They stay until the group ends, because operations and
- * graphs that use them may run at any time. The list is guarded by the group's mutex; what is in it
- * never changes. Called by the threads that call the API.
+ * Which rank holds each expert: tables that kernels index, of the group's configuration and of other
+ * numbers or maps that calls have named. Those stay while somebody uses them: a handle; a call; on the
+ * host an operation that is queued, while a device gives memory back behind what was launched; and, as
+ * nobody sees when a graph runs or goes, what was captured once, until the group ends. Of the others
+ * the last few are kept. The list, the newest first, is guarded by the group's mutex; a table never
+ * changes. Called by the threads that call the API.
  */
 #include <string.h>
 
@@ -49,7 +51,28 @@ ep_status epi_experts_place(ep_group *g, struct epi_experts *e) {
     return g->backend->place ? g->backend->place(g, e->table, bytes, &e->at) : EP_OK;
 }
 
-/* A map that the group has not seen, behind its own, which stays the first. */
+static void free_table(ep_group *g, struct epi_experts *e) {
+    if (e->at != (uintptr_t)e->table) {
+        g->backend->displace(g, &e->at);
+    }
+    epi_free(e);
+}
+
+static void drop_unused(ep_group *g) {
+    int unused = 0;
+    for (struct epi_experts **at = &g->experts->next; *at;) {
+        struct epi_experts *e = *at;
+        unused += !e->captured && atomic_load(&e->users) == 0;
+        if (e->captured || atomic_load(&e->users) || unused <= EPI_EXPERTS_UNUSED) {
+            at = &e->next;
+        } else {
+            *at = e->next;
+            free_table(g, e);
+        }
+    }
+}
+
+/* A map that the group does not know. */
 static ep_status add(ep_group *g, const char *tag, int num, const int32_t *map,
                      struct epi_experts **out) {
     struct epi_experts *e = NULL;
@@ -72,8 +95,7 @@ static ep_status add(ep_group *g, const char *tag, int num, const int32_t *map,
         epi_free(e);
         return st;
     }
-    e->next = g->experts->next;
-    g->experts->next = e;
+    drop_unused(g);
     *out = e;
     return EP_OK;
 }
@@ -84,7 +106,7 @@ static bool is_of(const struct epi_experts *e, int num, const int32_t *map) {
 }
 
 ep_status epi_experts_find(ep_group *g, const char *tag, int num, const int32_t *map,
-                           const struct epi_experts **out) {
+                           struct epi_experts **out) {
     if (num < 0 || num > g->config.num_experts) {
         return epi_fail(EP_ERR_ARG, "%s.num_experts is %d, must be 0..%d (the group's)", tag,
                         num, g->config.num_experts);
@@ -94,17 +116,25 @@ ep_status epi_experts_find(ep_group *g, const char *tag, int num, const int32_t 
     }
     ep_status st = EP_OK;
     pthread_mutex_lock(&g->mutex);
-    struct epi_experts *e = g->experts;
-    while (e && num != 0 && !is_of(e, num, map)) {
-        e = e->next;
+    struct epi_experts **at = &g->experts, *e;
+    while (*at && num != 0 && !is_of(*at, num, map)) {
+        at = &(*at)->next;
     }
+    e = *at;
     if (!e) {
         st = add(g, tag, num, map, &e);
+    } else if (e != g->experts) {
+        *at = e->next;
     }
-    pthread_mutex_unlock(&g->mutex);
     if (st == EP_OK) {
+        if (e != g->experts) { /* the group's own stays the first */
+            e->next = g->experts->next;
+            g->experts->next = e;
+        }
+        epi_experts_hold(e);
         *out = e;
     }
+    pthread_mutex_unlock(&g->mutex);
     return st;
 }
 
@@ -112,10 +142,11 @@ void epi_experts_free(ep_group *g, bool forked) {
     while (g->experts) {
         struct epi_experts *e = g->experts;
         g->experts = e->next;
-        if (!forked && e->at != (uintptr_t)e->table) {
-            g->backend->displace(g, &e->at);
+        if (forked) {
+            epi_free(e);
+        } else {
+            free_table(g, e);
         }
-        epi_free(e);
     }
 }
 

@@ -19,6 +19,8 @@
  * experts, [E] experts grouped by rank, [R + 1] where each group starts. */
 struct epi_experts {
     struct epi_experts *next; /* another map of the group */
+    atomic_int users;         /* who will let go of it, see experts.c */
+    bool captured;            /* by a graph, once */
     int num, num_local;
     bool is_default; /* the map is the default one of so many */
     uint64_t hash;   /* of the map */
@@ -89,7 +91,7 @@ struct ep_handle {
     /* As issued; the calling thread's view. */
     int tokens, topk;
     int excess; /* T where it is above the group's max_tokens, and `tokens` 0; else 0 */
-    const struct epi_experts *experts; /* of the last routing, or the group's */
+    struct epi_experts *experts; /* of the last routing, or the group's */
     bool by_mask, routed, dispatched;
     uint64_t counted_by;       /* operation that exchanged this routing's counts */
     int slot;                  /* of the last dispatch */
@@ -126,9 +128,17 @@ ep_status epi_experts_create(struct epi_experts **out, const ep_group *g, int nu
                              const int32_t *map);
 ep_status epi_experts_place(ep_group *g, struct epi_experts *e);
 /* Those of a call: num experts held as `map` says (NULL: the default map), or with 0 the group's. The
- * first call that names them makes their table. EP_ERR_ARG names a field of `tag`. */
+ * first call that names them makes their table. It stays until the call lets go of it. EP_ERR_ARG
+ * names a field of `tag`. */
 ep_status epi_experts_find(ep_group *g, const char *tag, int num, const int32_t *map,
-                           const struct epi_experts **out);
+                           struct epi_experts **out);
+#define EPI_EXPERTS_UNUSED 8 /* kept, at most, that nobody uses */
+static inline void epi_experts_hold(struct epi_experts *e) {
+    atomic_fetch_add(&e->users, 1);
+}
+static inline void epi_experts_let_go(struct epi_experts *e) {
+    atomic_fetch_sub(&e->users, 1);
+}
 /* For an operation's kernel. */
 void epi_experts_use(const struct epi_experts *e, struct k_group *k);
 void epi_experts_free(ep_group *g, bool forked);
@@ -212,6 +222,8 @@ size_t epi_handle_bytes(const ep_group *g, const struct ep_handle_config *config
 void epi_handle_destroy(ep_handle **handle);
 /* Room for what the group has grown to, before it is routed. */
 ep_status epi_handle_fit(ep_handle *h);
+/* It is routed with these, which it lets go of later. */
+void epi_handle_take_experts(ep_handle *h, struct epi_experts *e);
 /* It stays until this is released, also if the caller destroys it. */
 void epi_handle_hold(ep_handle *h);
 void epi_handle_release(ep_handle *h);

@@ -18,10 +18,12 @@ ep_status epi_handle_create(ep_handle **out, ep_group *g,
     h->config = *config;
     h->follows = config->max_tokens == g->config.max_tokens;
     h->experts = g->experts;
+    epi_experts_hold(h->experts);
     h->bytes = epi_handle_bytes(g, config);
     atomic_init(&h->refs, 1);
     ep_status st = g->backend->make_handle(h);
     if (st != EP_OK) {
+        epi_experts_let_go(h->experts);
         epi_free(h);
         return st;
     }
@@ -58,6 +60,15 @@ ep_status epi_handle_fit(ep_handle *h) {
     *before = memory;
     h->memory.before = before;
     return EP_OK;
+}
+
+void epi_handle_take_experts(ep_handle *h, struct epi_experts *e) {
+    struct epi_experts *was = h->experts;
+    if (was != e && h->group->backend->settle_handle) {
+        h->group->backend->settle_handle(h); /* the old ones go behind what reads them */
+    }
+    h->experts = e;
+    epi_experts_let_go(was);
 }
 
 /* In a forked process the group may have been freed, or its mutex be held. */
@@ -107,6 +118,7 @@ void epi_handle_release(ep_handle *h) {
             g->backend->drop_handle(h);
         }
         free_memory(h, false);
+        epi_experts_let_go(h->experts);
         epi_free(h);
         atomic_fetch_sub(&g->num_held, 1); /* the group may go now */
     }

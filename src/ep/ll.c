@@ -302,19 +302,11 @@ static void set_dispatch(struct epi_op *op, const struct epi_call *c,
     epi_args_fill(c, &epi_ll_dispatch_rules, a, roles_of(part), k);
 }
 
-static ep_status ll_dispatch(const char *fn, ep_group *g,
-                             const struct ep_ll_dispatch_args *args, uint32_t part,
-                             void *stream) {
-    struct ep_ll_dispatch_args a;
+static ep_status run_ll_dispatch(ep_group *g, struct ep_ll_dispatch_args a,
+                                 struct epi_experts *experts, int max_tokens, uint32_t part,
+                                 void *stream) {
     struct epi_call c;
-    const struct epi_experts *experts;
     struct epi_op op;
-    EPI_NOT_NULL("ep_ll_dispatch", g);
-    EPI_NOT_NULL("ep_ll_dispatch", args);
-    EPI_TAKE(ep_ll_dispatch_args, &a, args);
-    EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
-    const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
-    EPI_TRY(epi_experts_find(g, "ep_ll_dispatch_args", a.num_experts, a.expert_rank, &experts));
     begin_call(&c, g, max_tokens, experts, a.flags & EP_LL_COMPACT);
     EPI_TRY(check_ll_form(&c, &a, part));
     EPI_TRY(epi_args_check(&c, &epi_ll_dispatch_rules, &a, roles_of(part)));
@@ -328,18 +320,65 @@ static ep_status ll_dispatch(const char *fn, ep_group *g,
         (int)c.dim[EPI_DIM_HIDDEN] * (int)ep_dtype_bytes((ep_dtype)row_dtype(&a, part));
     const struct epi_load load = {row_bytes, g->config.max_topk, true, false};
     epi_op_of_group(&op, &ll_dispatch_kind, g, workers_of(g, a.num_workers), &load);
-    epi_experts_use(experts, &op.args.op.g);
+    epi_op_experts(&op, experts);
     op.args.op.row_bytes = row_bytes;
     set_dispatch(&op, &c, &a, part, max_tokens);
+    return epi_op_issue(&op, stream);
+}
+
+static ep_status ll_dispatch(const char *fn, ep_group *g,
+                             const struct ep_ll_dispatch_args *args, uint32_t part,
+                             void *stream) {
+    struct ep_ll_dispatch_args a;
+    struct epi_experts *experts;
+    EPI_NOT_NULL("ep_ll_dispatch", g);
+    EPI_NOT_NULL("ep_ll_dispatch", args);
+    EPI_TAKE(ep_ll_dispatch_args, &a, args);
+    EPI_TRY(check_call(g, fn, a.max_tokens, a.num_workers));
+    const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
+    EPI_TRY(epi_experts_find(g, "ep_ll_dispatch_args", a.num_experts, a.expert_rank, &experts));
+    const ep_status st = run_ll_dispatch(g, a, experts, max_tokens, part, stream);
+    epi_experts_let_go(experts);
+    return st;
+}
+
+static ep_status run_ll_combine(ep_group *g, struct ep_ll_combine_args a,
+                                struct epi_experts *experts, int max_tokens, uint32_t part,
+                                void *stream) {
+    struct epi_call c;
+    struct epi_op op;
+    begin_call(&c, g, max_tokens, experts, a.flags & EP_LL_COMPACT);
+    EPI_TRY(epi_args_check(&c, &epi_ll_combine_rules, &a, roles_of(part)));
+    EPI_TRY(check_handle(a.handle));
+    const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
+    EPI_TRY(check_lengths(&c, max_tokens));
+    if ((a.flags & EP_LL_LOGFMT) && hidden % K_LL_GROUP) {
+        return epi_fail(EP_ERR_ARG, "rows of %lld channels: with EP_LL_LOGFMT a multiple of %d",
+                        (long long)hidden, K_LL_GROUP);
+    }
+    const struct epi_load load = {(int)hidden * 2, g->config.max_topk, true, true};
+    epi_op_of_group(&op, &ll_combine_kind, g, workers_of(g, a.num_workers), &load);
+    epi_op_experts(&op, experts);
+    struct k_ll_combine_args *k = &op.args.ll_combine;
+    epi_ll_fill(&op, &k->ll, max_tokens);
+    k->flags = part;
+    k->row_bytes = 2 * (k_i32)hidden;
+    k->types = K_TYPES(EP_BF16, EP_DTYPE_NONE);
+    k->form = (a.topk_weights ? K_LL_SIG_WEIGHTS_NOW : 0) |
+              (a.flags & EP_LL_EXACT ? K_LL_SIG_EXACT : 0) |
+              (a.flags & EP_LL_COMPACT ? K_LL_SIG_COMPACT : 0) |
+              (a.flags & EP_LL_LOGFMT ? K_LL_SIG_LOGFMT : 0);
+    k->tokens = (k_i32)c.dim[EPI_DIM_T]; /* -1, as of K 0: not known to this half */
+    k->topk = c.dim[EPI_DIM_K] < 0 ? 0 : (k_i32)c.dim[EPI_DIM_K];
+    k->ll.wire_bytes = epi_plan_ll_answer_bytes(k->row_bytes);
+    epi_args_fill(&c, &epi_ll_combine_rules, &a, roles_of(part), k);
     return epi_op_issue(&op, stream);
 }
 
 static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_combine_args *args,
                             uint32_t part, void *stream) {
     struct ep_ll_combine_args a;
-    struct epi_call c;
-    const struct epi_experts *experts;
-    struct epi_op op;
+    struct epi_experts *experts;
     EPI_NOT_NULL("ep_ll_combine", g);
     EPI_NOT_NULL("ep_ll_combine", args);
     EPI_TAKE(ep_ll_combine_args, &a, args);
@@ -362,32 +401,9 @@ static ep_status ll_combine(const char *fn, ep_group *g, const struct ep_ll_comb
     }
     const int max_tokens = a.max_tokens ? a.max_tokens : g->config.ll_max_tokens;
     EPI_TRY(epi_experts_find(g, "ep_ll_combine_args", a.num_experts, a.expert_rank, &experts));
-    begin_call(&c, g, max_tokens, experts, a.flags & EP_LL_COMPACT);
-    EPI_TRY(epi_args_check(&c, &epi_ll_combine_rules, &a, roles_of(part)));
-    EPI_TRY(check_handle(a.handle));
-    const int64_t hidden = c.dim[EPI_DIM_HIDDEN];
-    EPI_TRY(check_lengths(&c, max_tokens));
-    if ((a.flags & EP_LL_LOGFMT) && hidden % K_LL_GROUP) {
-        return epi_fail(EP_ERR_ARG, "rows of %lld channels: with EP_LL_LOGFMT a multiple of %d",
-                        (long long)hidden, K_LL_GROUP);
-    }
-    const struct epi_load load = {(int)hidden * 2, g->config.max_topk, true, true};
-    epi_op_of_group(&op, &ll_combine_kind, g, workers_of(g, a.num_workers), &load);
-    epi_experts_use(experts, &op.args.op.g);
-    struct k_ll_combine_args *k = &op.args.ll_combine;
-    epi_ll_fill(&op, &k->ll, max_tokens);
-    k->flags = part;
-    k->row_bytes = 2 * (k_i32)hidden;
-    k->types = K_TYPES(EP_BF16, EP_DTYPE_NONE);
-    k->form = (a.topk_weights ? K_LL_SIG_WEIGHTS_NOW : 0) |
-              (a.flags & EP_LL_EXACT ? K_LL_SIG_EXACT : 0) |
-              (a.flags & EP_LL_COMPACT ? K_LL_SIG_COMPACT : 0) |
-              (a.flags & EP_LL_LOGFMT ? K_LL_SIG_LOGFMT : 0);
-    k->tokens = (k_i32)c.dim[EPI_DIM_T]; /* -1, as of K 0: not known to this half */
-    k->topk = c.dim[EPI_DIM_K] < 0 ? 0 : (k_i32)c.dim[EPI_DIM_K];
-    k->ll.wire_bytes = epi_plan_ll_answer_bytes(k->row_bytes);
-    epi_args_fill(&c, &epi_ll_combine_rules, &a, roles_of(part), k);
-    return epi_op_issue(&op, stream);
+    const ep_status st = run_ll_combine(g, a, experts, max_tokens, part, stream);
+    epi_experts_let_go(experts);
+    return st;
 }
 
 /* ---- the public functions ------------------------------------------------------------------- */

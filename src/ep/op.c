@@ -21,12 +21,17 @@ void epi_op_of_group(struct epi_op *op, const struct epi_op_kind *kind, ep_group
     op->args.op.g = g->k;
 }
 
+void epi_op_experts(struct epi_op *op, struct epi_experts *e) {
+    op->experts = e;
+    epi_experts_use(e, &op->args.op.g);
+}
+
 void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *h, int asked,
                   const struct epi_load *load) {
     struct k_op *k = &op->args.op;
     epi_op_of_group(op, kind, h->group, asked, load);
     op->h = h;
-    epi_experts_use(h->experts, &k->g);
+    epi_op_experts(op, h->experts);
     k->h = h->k;
     k->tokens = h->tokens;
     k->topk = h->topk;
@@ -56,6 +61,9 @@ static ep_status number_and_launch(struct epi_op *op, void *stream, bool *number
         }
     }
     *numbered = op->turn != 0;
+    if (op->experts && (op->flags & EPI_OP_CAPTURED)) {
+        op->experts->captured = true;
+    }
     if (op->kind->issued) {
         op->kind->issued(op);
     }
@@ -163,6 +171,9 @@ ep_status epi_op_run(void *arg) {
     }
     if (kind->faults && !(op->flags & EPI_OP_OPEN)) {
         epi_op_end(op);
+    }
+    if (op->experts) {
+        epi_experts_let_go(op->experts);
     }
     if (h) {
         atomic_fetch_sub(&h->pending, 1);

@@ -16,6 +16,7 @@
 #include "src/ep/backend.h"
 
 struct epi_op;
+struct epi_experts;
 
 /*
  * The rule by which what happens to peers reaches an operation, and the other way round. In
@@ -58,8 +59,9 @@ struct epi_op_kind {
 struct epi_op {
     const struct epi_op_kind *kind;
     ep_group *g;
-    ep_handle *h;    /* NULL: it has none */
-    uint64_t number; /* of a kind with an epoch */
+    ep_handle *h;                /* NULL: it has none */
+    struct epi_experts *experts; /* that its kernel reads; NULL: the group's own */
+    uint64_t number;             /* of a kind with an epoch */
     uint64_t turn;
     struct epi_shape shape;
     uint32_t flags; /* EPI_OP_... */
@@ -80,6 +82,7 @@ void epi_op_of_group(struct epi_op *op, const struct epi_op_kind *kind, ep_group
                      const struct epi_load *load);
 void epi_op_begin(struct epi_op *op, const struct epi_op_kind *kind, ep_handle *h, int asked,
                   const struct epi_load *load);
+void epi_op_experts(struct epi_op *op, struct epi_experts *e);
 /* Numbers it and launches or queues it. With stream NULL on the host the status is the operation's,
  * else that of enqueueing it. A device's peers are told if it cannot be launched. */
 ep_status epi_op_issue(struct epi_op *op, void *stream);

@@ -148,8 +148,10 @@ ep_status ep_handle_route(ep_handle *handle, const struct ep_routing *routing, v
                         (long long)topk, most->max_topk);
     }
     EPI_TRY(check_tokens(handle, r.topk_ids ? "topk_ids" : "token_in_rank", tokens, stream));
-    EPI_TRY(epi_experts_find(handle->group, "ep_routing", r.num_experts, r.expert_rank,
-                             &handle->experts));
+    struct epi_experts *experts;
+    EPI_TRY(
+        epi_experts_find(handle->group, "ep_routing", r.num_experts, r.expert_rank, &experts));
+    epi_handle_take_experts(handle, experts);
     return run_route(handle, &c, &r, stream);
 }
 

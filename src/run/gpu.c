@@ -421,7 +421,7 @@ ep_status epi_gpu_apart_create(struct epi_gpu *g, struct epi_gpu_apart *a) {
 }
 
 /* On a stream of its own, so that nobody waits here. */
-void epi_gpu_apart_destroy(struct epi_gpu *g, struct epi_gpu_apart *a) {
+void epi_gpu_apart_join(struct epi_gpu *g, struct epi_gpu_apart *a) {
     if (a->pending) {
         epi_gpu_launch_begin();
         if (epi_gpu_begin(g, g->stream, a, false, NULL) == EP_OK) {
@@ -429,6 +429,10 @@ void epi_gpu_apart_destroy(struct epi_gpu *g, struct epi_gpu_apart *a) {
         }
         epi_gpu_launch_end();
     }
+}
+
+void epi_gpu_apart_destroy(struct epi_gpu *g, struct epi_gpu_apart *a) {
+    epi_gpu_apart_join(g, a);
     epi_cu_event_destroy(&g->device, &a->event);
 }
 

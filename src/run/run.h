@@ -97,6 +97,7 @@ struct epi_gpu_apart {
 };
 ep_status epi_gpu_apart_create(struct epi_gpu *g, struct epi_gpu_apart *a);
 /* What was launched so far is from now on waited for like all else. */
+void epi_gpu_apart_join(struct epi_gpu *g, struct epi_gpu_apart *a);
 void epi_gpu_apart_destroy(struct epi_gpu *g, struct epi_gpu_apart *a);
 
 /* Launches of a rank follow each other: begin, launch, one caller at a time. Begin makes the stream
