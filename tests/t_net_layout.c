@@ -45,7 +45,7 @@ static void compare_values(void) {
     VALUE(MR_LOCAL), VALUE(MR_VIRT_ADDR), VALUE(MR_ALLOCATED), VALUE(MR_PROV_KEY);
     VALUE(MR_ENDPOINT), VALUE(MR_HMEM), VALUE(EP_RDM), VALUE(PROGRESS_MANUAL);
     VALUE(THREAD_DOMAIN), VALUE(SOCKADDR_IN), VALUE(CQ_FORMAT_DATA), VALUE(ENABLE);
-    VALUE(HMEM_CUDA), VALUE(EAVAIL);
+    VALUE(HMEM_CUDA), VALUE(EAVAIL), VALUE(WAIT_NONE), VALUE(WAIT_FD), VALUE(GETWAIT);
     compare("FI_VERSION", OFI_VERSION(1, 17), FI_VERSION(1, 17));
     compare("FI_ADDR_UNSPEC", UINT64_MAX, FI_ADDR_UNSPEC);
     compare("struct fi_context2", sizeof(void *[8]), sizeof(struct fi_context2));
@@ -55,7 +55,6 @@ static void compare_structs(void) {
     FIELD(ofi_fid, fid, class, fclass);
     SAME(ofi_fid, fid, ops);
     SAME(ofi_ops, fi_ops, close), SAME(ofi_ops, fi_ops, bind), SAME(ofi_ops, fi_ops, control);
-    SAME(ofi_tx_attr, fi_tx_attr, caps), SAME(ofi_tx_attr, fi_tx_attr, size);
     SAME(ofi_rx_attr, fi_rx_attr, mode), SAME(ofi_rx_attr, fi_rx_attr, size);
     SAME(ofi_ep_attr, fi_ep_attr, type), SAME(ofi_ep_attr, fi_ep_attr, max_msg_size);
     SAME(ofi_domain_attr, fi_domain_attr, name),
@@ -64,7 +63,6 @@ static void compare_structs(void) {
     SAME(ofi_domain_attr, fi_domain_attr, mr_mode);
     SAME(ofi_domain_attr, fi_domain_attr, mr_key_size);
     SAME(ofi_domain_attr, fi_domain_attr, cq_data_size);
-    SAME(ofi_domain_attr, fi_domain_attr, mr_cnt);
     SAME(ofi_fabric_attr, fi_fabric_attr, prov_name);
     SAME(ofi_info, fi_info, next), SAME(ofi_info, fi_info, caps), SAME(ofi_info, fi_info, mode);
     SAME(ofi_info, fi_info, addr_format), SAME(ofi_info, fi_info, rx_attr);
@@ -95,6 +93,7 @@ static void compare_structs(void) {
 
 static void compare_functions(void) {
     TABLE(ofi_fabric, fid_fabric, ops, fi_ops_fabric, domain);
+    TABLE(ofi_fabric, fid_fabric, ops, fi_ops_fabric, trywait);
     TABLE(ofi_domain, fid_domain, ops, fi_ops_domain, av_open);
     TABLE(ofi_domain, fid_domain, ops, fi_ops_domain, cq_open);
     TABLE(ofi_domain, fid_domain, ops, fi_ops_domain, endpoint);

@@ -31,13 +31,13 @@ struct fabric_port {
     struct ofi_av *av;
     struct ofi_cq *cq;
     struct ofi_ep *ep;
-    int num_peers;
+    int wait_fd; /* libfabric's; or -1: some providers have none */
     uint32_t num_receives,
         num_unposted; /* of them, those at the end of the array are unposted */
     struct receive **unposted;
     struct receive *receive;
     struct region *regions; /* all that are open */
-    uint64_t to[];          /* [num_peers] */
+    uint64_t to[];          /* [num_peers] libfabric's numbers of them */
 };
 
 struct region {
@@ -118,6 +118,13 @@ static ep_status make_receives(struct fabric_port *p) {
     return EP_OK;
 }
 
+/* The tcp of 1.18, and net, from which it comes, leave the descriptor readable after the first arrival
+ * (libfabric's issue 8947): who sleeps on it does not sleep. */
+static bool wakes_for_nothing(const char *provider) {
+    return strncmp(provider, "net", 3) == 0 ||
+           (epi_fabric.version() == OFI_VERSION(1, 18) && strncmp(provider, "tcp", 3) == 0);
+}
+
 static ep_status open_endpoint(struct fabric_port *p, const struct epi_net_config *c) {
     struct ofi_av_attr av = {.count = (size_t)c->num_peers};
     struct ofi_cq_attr cq = {.format = OFI_CQ_FORMAT_DATA};
@@ -126,7 +133,15 @@ static ep_status open_endpoint(struct fabric_port *p, const struct epi_net_confi
     CALL(p, "fi_fabric", epi_fabric.fabric(p->info->fabric_attr, &p->fabric, NULL));
     CALL(p, "fi_domain", p->fabric->ops->domain(p->fabric, p->info, &p->domain, NULL));
     CALL(p, "fi_av_open", p->domain->ops->av_open(p->domain, &av, &p->av, NULL));
-    CALL(p, "fi_cq_open", p->domain->ops->cq_open(p->domain, &cq, &p->cq, NULL));
+    cq.wait_obj = OFI_WAIT_FD;
+    p->wait_fd = -1;
+    if (p->domain->ops->cq_open(p->domain, &cq, &p->cq, NULL) != 0) {
+        cq.wait_obj = OFI_WAIT_NONE;
+        CALL(p, "fi_cq_open", p->domain->ops->cq_open(p->domain, &cq, &p->cq, NULL));
+    } else if (wakes_for_nothing(p->port.name) ||
+               p->cq->fid.ops->control(&p->cq->fid, OFI_GETWAIT, &p->wait_fd) != 0) {
+        p->wait_fd = -1;
+    }
     CALL(p, "fi_endpoint", p->domain->ops->endpoint(p->domain, p->info, &p->ep, NULL));
     struct ofi_fid *ep = &p->ep->fid;
     CALL(p, "fi_ep_bind", ep->ops->bind(ep, &p->av->fid, 0));
@@ -144,11 +159,9 @@ static ep_status fabric_open(struct epi_net_port **out, const struct epi_net_con
         return epi_fail(EP_ERR_NOMEM, "no memory for an endpoint%s", epi_alloc_why());
     }
     p->info = info;
-    p->num_peers = c->num_peers;
     p->port.ops = &epi_net_fabric;
     epi_format(p->port.name, sizeof(p->port.name), "%s", info->fabric_attr->prov_name);
     p->port.limits = (struct epi_net_limits){.max_write_bytes = info->ep_attr->max_msg_size,
-                                             .max_regions = info->domain_attr->mr_cnt,
                                              .device_memory = (info->caps & OFI_HMEM) != 0};
     const ep_status st = open_endpoint(p, c);
     if (st != EP_OK) {
@@ -325,8 +338,14 @@ static int fabric_poll(struct epi_net_port *port, struct epi_net_done *done, int
     return num;
 }
 
+static int fabric_wait_fd(struct epi_net_port *port) {
+    struct fabric_port *p = (struct fabric_port *)port;
+    struct ofi_fid *fid = &p->cq->fid;
+    return p->wait_fd >= 0 && p->fabric->ops->trywait(p->fabric, &fid, 1) == 0 ? p->wait_fd
+                                                                               : -1;
+}
+
 const struct epi_net_ops epi_net_fabric = {.size = sizeof(struct epi_net_ops),
-                                           .name = "libfabric",
                                            .open = fabric_open,
                                            .address = fabric_address,
                                            .add_peer = fabric_add_peer,
@@ -334,4 +353,5 @@ const struct epi_net_ops epi_net_fabric = {.size = sizeof(struct epi_net_ops),
                                            .remove_region = fabric_remove_region,
                                            .write = fabric_write,
                                            .poll = fabric_poll,
+                                           .wait_fd = fabric_wait_fd,
                                            .close = fabric_close};

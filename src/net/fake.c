@@ -223,8 +223,7 @@ static ep_status fake_open(struct epi_net_port **out, const struct epi_net_confi
     n->self = c->self;
     n->num_peers = c->num_peers;
     n->port = (struct epi_net_port){.ops = &epi_net_fake, .name = "fake"};
-    n->port.limits = (struct epi_net_limits){.max_write_bytes = n->f.max_write_bytes,
-                                             .max_regions = n->f.max_regions};
+    n->port.limits.max_write_bytes = n->f.max_write_bytes;
     ep_status st = EP_OK;
     if (n->f.max_write_bytes > MOST_WRITE_BYTES || n->f.max_regions > MOST_REGIONS) {
         st = epi_fail(EP_ERR_ARG,
@@ -396,8 +395,12 @@ static int fake_poll(struct epi_net_port *port, struct epi_net_done *done, int m
     return num;
 }
 
+static int fake_wait_fd(struct epi_net_port *port) {
+    (void)port;
+    return -1;
+}
+
 const struct epi_net_ops epi_net_fake = {.size = sizeof(struct epi_net_ops),
-                                         .name = "fake",
                                          .open = fake_open,
                                          .address = fake_address,
                                          .add_peer = fake_add_peer,
@@ -405,4 +408,5 @@ const struct epi_net_ops epi_net_fake = {.size = sizeof(struct epi_net_ops),
                                          .remove_region = fake_remove_region,
                                          .write = fake_write,
                                          .poll = fake_poll,
+                                         .wait_fd = fake_wait_fd,
                                          .close = fake_close};

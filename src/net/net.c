@@ -248,6 +248,10 @@ int epi_net_poll(struct epi_net *net, struct epi_net_event *events, int max) {
     return num + tell_lost(net, events + num, max - num);
 }
 
+int epi_net_wait_fd(struct epi_net *net) {
+    return net->num_untold > 0 ? -1 : net->ops->wait_fd(net->port);
+}
+
 int epi_net_under_way(const struct epi_net *net) {
     return net->num_under_way;
 }

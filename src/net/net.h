@@ -58,7 +58,6 @@ struct epi_net_config {
 
 struct epi_net_limits {
     uint64_t max_write_bytes;
-    uint64_t max_regions; /* 0: the provider does not say */
     bool device_memory;
 };
 
@@ -133,6 +132,9 @@ void epi_net_unregister(struct epi_net *net, struct epi_net_region *region);
 ep_status epi_net_write(struct epi_net *net, int peer, const struct epi_net_write *write);
 /* Moves everything on, and returns how many events it has told, up to max. */
 int epi_net_poll(struct epi_net *net, struct epi_net_event *events, int max);
+/* A descriptor to sleep on after a poll that told nothing: readable when there may be an event. -1: poll
+ * again, or after a short sleep. Also then deadlines, and writes that the NIC has refused, want polls. */
+int epi_net_wait_fd(struct epi_net *net);
 /* Writes that have not ended. */
 int epi_net_under_way(const struct epi_net *net);
 /* Somebody else knows that the peer is gone: its writes end, with EPI_NET_LOST and this reason. */

@@ -41,7 +41,8 @@ enum { OFI_PROGRESS_MANUAL = 2 };
 enum { OFI_THREAD_DOMAIN = 3 };
 enum { OFI_SOCKADDR_IN = 2 };
 enum { OFI_CQ_FORMAT_DATA = 3 };
-enum { OFI_ENABLE = 6 }; /* of control() */
+enum { OFI_WAIT_NONE = 0, OFI_WAIT_FD = 3 };
+enum { OFI_GETWAIT = 5, OFI_ENABLE = 6 }; /* of control() */
 enum { OFI_HMEM_CUDA = 1 };
 enum { OFI_EAVAIL = 259 }; /* of read(): an operation failed; others are errno's */
 
@@ -67,12 +68,6 @@ struct ofi_ops {
 
 /* ---- what fi_getinfo tells ------------------------------------------------------------------ */
 
-struct ofi_tx_attr {
-    uint64_t caps, mode, op_flags, msg_order, comp_order;
-    size_t inject_size, size, iov_limit, rma_iov_limit;
-    uint32_t tclass;
-};
-
 struct ofi_rx_attr {
     uint64_t caps, mode, op_flags, msg_order, comp_order;
     size_t total_buffered_recv, size, iov_limit;
@@ -89,11 +84,6 @@ struct ofi_domain_attr {
     char *name;
     int threading, control_progress, data_progress, resource_mgmt, av_type, mr_mode;
     size_t mr_key_size, cq_data_size;
-    size_t cq_cnt, ep_cnt, tx_ctx_cnt, rx_ctx_cnt, max_ep_tx_ctx, max_ep_rx_ctx, max_ep_stx_ctx,
-        max_ep_srx_ctx, cntr_cnt, mr_iov_limit;
-    uint64_t caps, mode;
-    uint8_t *auth_key;
-    size_t auth_key_size, max_err_data, mr_cnt;
 };
 
 struct ofi_fabric_attr {
@@ -108,7 +98,7 @@ struct ofi_info {
     uint32_t addr_format;
     size_t src_addrlen, dest_addrlen;
     void *src_addr, *dest_addr, *handle;
-    struct ofi_tx_attr *tx_attr;
+    void *tx_attr;
     struct ofi_rx_attr *rx_attr;
     struct ofi_ep_attr *ep_attr;
     struct ofi_domain_attr *domain_attr;
@@ -123,6 +113,8 @@ struct ofi_fabric {
         size_t size;
         int (*domain)(struct ofi_fabric *f, struct ofi_info *info, struct ofi_domain **out,
                       void *context);
+        void *passive_ep, *eq_open, *wait_open;
+        int (*trywait)(struct ofi_fabric *f, struct ofi_fid **fids, int count);
     } * ops;
 };
 

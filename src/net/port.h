@@ -36,7 +36,6 @@ struct epi_net_port {
 
 struct epi_net_ops {
     size_t size;
-    const char *name;
     /* The defaults of the configuration have been filled in. */
     ep_status (*open)(struct epi_net_port **out, const struct epi_net_config *config);
     size_t (*address)(struct epi_net_port *port, void *out,
@@ -49,6 +48,8 @@ struct epi_net_ops {
      * cannot be done, and the text says why. */
     ep_status (*write)(struct epi_net_port *port, struct epi_net_op *op);
     int (*poll)(struct epi_net_port *port, struct epi_net_done *done, int max);
+    /* Readable when poll may have something; -1: it has by now, or there is no such descriptor. */
+    int (*wait_fd)(struct epi_net_port *port);
     /* Afterwards no op and no region is touched. */
     void (*close)(struct epi_net_port *port);
 };

@@ -2,7 +2,8 @@
 /*
  * The loop of the proxy: entries of the ring become writes, events become words. Owns its thread, and
  * the words and the ring in memory that its caller has given. It spins while anything is under way or
- * has just been, then sleeps for up to a millisecond at a time, until somebody wakes it.
+ * has just been, then sleeps for up to a millisecond at a time, until something arrives or somebody wakes
+ * it.
  *
  * Order: a kernel's bytes, its release of word 0, the acquire here, the write; there, the arrival that
  * is polled, the release of its word, the kernel's acquire. Must not wait for one peer: the endpoint
@@ -10,13 +11,16 @@
  */
 #include "src/proxy/proxy.h"
 
+#include <poll.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include "kernel/abi.h"
 
 #define SPINS 2000 /* empty looks before it sleeps */
-#define NAP_NS EPI_NS_PER_MS
+#define NAP_MS 1
 #define MOST_EVENTS 32
 #define MOST_ENTRIES 32 /* taken in a row */
 
@@ -27,9 +31,8 @@ struct epi_proxy {
     uint64_t next; /* ticket of the entry that is looked at */
     _Atomic uint64_t writes, bytes, arrived, dropped, held_up;
     _Atomic bool stops;
-    pthread_mutex_t mutex; /* of sleeping */
-    pthread_cond_t cond;
-    bool was_woken;
+    int wake_fd; /* an eventfd */
+    _Atomic bool sleeps;
 };
 
 static uint64_t num_words(int peers, int lanes, int slots) {
@@ -116,14 +119,17 @@ static int take_events(struct epi_proxy *p) {
 
 /* ---- the thread ----------------------------------------------------------------------------- */
 
+/* Until something arrives, somebody wakes it, or it is time to look: kernels do not wake anybody. */
 static void take_nap(struct epi_proxy *p) {
-    const struct epi_deadline until = epi_deadline_after(NAP_NS);
-    pthread_mutex_lock(&p->mutex);
-    if (!p->was_woken) {
-        epi_cond_wait(&p->cond, &p->mutex, until);
+    uint64_t woken;
+    struct pollfd ready[2] = {{.fd = p->wake_fd, .events = POLLIN},
+                              {.fd = epi_net_wait_fd(p->c.net), .events = POLLIN}};
+    atomic_store(&p->sleeps, true);
+    poll(ready, 2, NAP_MS);
+    atomic_store(&p->sleeps, false);
+    if (ready[0].revents && read(p->wake_fd, &woken, sizeof(woken)) < 0) {
+        return; /* another nap has read it */
     }
-    p->was_woken = false;
-    pthread_mutex_unlock(&p->mutex);
 }
 
 static void *run_proxy(void *arg) {
@@ -145,10 +151,10 @@ static void *run_proxy(void *arg) {
 }
 
 void epi_proxy_wake(struct epi_proxy *p) {
-    pthread_mutex_lock(&p->mutex);
-    p->was_woken = true;
-    pthread_cond_signal(&p->cond);
-    pthread_mutex_unlock(&p->mutex);
+    const uint64_t one = 1;
+    if (atomic_load(&p->sleeps) && write(p->wake_fd, &one, sizeof(one)) < 0) {
+        return; /* it is full: the proxy is being woken */
+    }
 }
 
 ep_status epi_proxy_start(struct epi_proxy **out, const struct epi_proxy_config *config) {
@@ -173,9 +179,10 @@ ep_status epi_proxy_start(struct epi_proxy **out, const struct epi_proxy_config 
                        .slots = (k_u32)c->num_slots};
     p->n.sent = p->n.ring + p->n.entries * sizeof(struct k_put_entry);
     p->n.arrived = p->n.sent + 8 * num_words(c->num_peers, c->num_lanes, c->num_slots);
-    pthread_mutex_init(&p->mutex, NULL);
-    const int err = epi_cond_init(&p->cond);
-    if (err != 0 || epi_thread_start(&p->thread, run_proxy, p, "ep proxy") != 0) {
+    epi_fd_begin();
+    p->wake_fd = epi_fd_keep(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    if (p->wake_fd < 0 || epi_thread_start(&p->thread, run_proxy, p, "ep proxy") != 0) {
+        epi_fd_close(&p->wake_fd);
         epi_free(p);
         return epi_fail(EP_ERR_SYSTEM,
                         "the thread that writes to other nodes cannot be started");
@@ -191,8 +198,7 @@ void epi_proxy_stop(struct epi_proxy **proxy) {
         atomic_store(&p->stops, true);
         epi_proxy_wake(p);
         pthread_join(p->thread, NULL);
-        pthread_cond_destroy(&p->cond);
-        pthread_mutex_destroy(&p->mutex);
+        epi_fd_close(&p->wake_fd);
         epi_free(p);
     }
 }
