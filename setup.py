@@ -41,7 +41,7 @@ class BuildExt(build_ext):
         self.copy_file("build/ep", str(package / "bin" / "ep"))
 
 
-SOURCES = ["array.c", "call.c", "module.c", "node.c", "tensor.c"]
+SOURCES = ["array.c", "call.c", "module.c", "node.c", "prepared.c", "tensor.c"]
 setup(
     version=VERSION,
     license="MIT",

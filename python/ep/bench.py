@@ -26,7 +26,7 @@ import ep
 import ep.torch
 
 Operations = Dict[str, Callable[[], Any]]
-IN_A_ROW = 8
+IN_A_ROW = 32
 HELD_CYCLES = 5_000_000  # of a GPU's clock: longer than a host takes to queue a chain
 
 
@@ -145,13 +145,13 @@ def device_time(call: Callable[[], Any], args: argparse.Namespace) -> Optional[f
         torch.cuda._sleep(HELD_CYCLES)
         call()  # behind which the ranks are together
         begin.record()
-        for _ in range(2 * IN_A_ROW):
+        for _ in range(IN_A_ROW):
             call()
         end.record()
         in_time = not begin.query()
         end.synchronize()
         if in_time and i >= args.warmup:
-            times.append(1e3 * begin.elapsed_time(end) / (2 * IN_A_ROW))
+            times.append(1e3 * begin.elapsed_time(end) / IN_A_ROW)
     slowest = torch.tensor([statistics.median(times) if times else float("nan")])
     distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
     return None if slowest.isnan() else round(slowest.item(), 2)

@@ -144,21 +144,6 @@ def test_parts_of_an_array_have_their_own_types_and_shapes(ranks):
         ep.Tensor(memory, 99, (1,))
     with pytest.raises(ValueError, match="dimensions"):
         ep.Tensor(memory, None, (1, 1, 1, 1, 100))
-    assert ep.pieces(memory, ((ep.I32, (4,), 0),)) is None
-    torch = pytest.importorskip("torch")
-    memory = torch.zeros(100, dtype=torch.int64)
-    made = ep.pieces(memory, ((ep.I32, (3, 4), 16), (ep.I64, (2,), 72), (ep.U8, (8,), 64)))
-    if ep.path_of(memory) == "exchange":
-        address = memory.data_ptr()
-        with pytest.raises(ValueError, match="is not in the 800 bytes"):
-            ep.pieces(memory, ((ep.I64, (1,), 0), (ep.I64, (100,), 8)))
-        del memory  # which its parts keep
-        assert [(t.dtype, t.shape, t.data_ptr() - address) for t in made] == [
-            (torch.int32, (3, 4), 16), (torch.int64, (2,), 72), (torch.uint8, (8,), 64)]
-        made[0][2, 3] = 5
-        assert made[2].tolist() == [0] * 8 and made[1].tolist() == [0, 0] and made[0].sum() == 5
-    else:
-        assert made is None
 
 
 def test_read_only_and_impossible_arrays_are_refused(ranks):

@@ -114,6 +114,47 @@ def test_processes_meet_over_gloo():
     torch.multiprocessing.spawn(_process, (2, port), nprocs=2)
 
 
+def test_a_prepared_call_does_the_same_with_other_arrays(ranks):
+    case = Case(2, seed=3)
+
+    def rank(group):
+        handle, (x, other) = ep.Handle(group), (tensor(case.x[group.rank]).clone() for _ in range(2))
+        other *= 2
+        handle.route(tensor(case.ids[group.rank]))
+        rows = len(case.received(group.rank))
+        memory, again = (torch.full((rows + 1, H), 7.0, device=DEVICE) for _ in range(2))
+        keywords = dict(x=x, recv_x=memory[:rows])
+        handle.dispatch(**keywords)
+        parts = (ep.I32, (3, H), 0), (ep.F32, (2,), 4 * H * rows)
+        call = ep.Prepared(handle.dispatch, (memory, x), parts, keywords)
+        stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else None
+        assert call(stream, again, x.half()) is None and call(stream, again, x[1:]) is None
+        assert call(stream, again[:, ::2], x) is None and (again == 7).all()
+        made = call(stream, again, other)
+        assert torch.equal(again[:rows], 2 * memory[:rows]) and (again[rows] == 7).all()
+        if ep.path_of(x) == "exchange":
+            address = again.data_ptr()
+            del again  # which its parts keep
+            assert [(t.dtype, t.shape, t.data_ptr() - address) for t in made] == [
+                (torch.int32, (3, H), 0), (torch.float32, (2,), 4 * H * rows)]
+            assert made[1].tolist() == [7, 7]
+        else:
+            assert made == ()
+        with pytest.raises(ep.ArgumentError, match="x: lies in the memory of none"):
+            ep.Prepared(handle.dispatch, (memory,), (), keywords)
+        with pytest.raises(ValueError, match="is not in the"):
+            ep.Prepared(handle.dispatch, (memory, x), ((ep.U8, (1 << 40,), 0),), keywords)
+        with pytest.raises(TypeError, match="as many arrays"):
+            call(stream, memory)
+        with pytest.raises(TypeError, match="cannot be prepared"):  # it has no struct of tensors
+            ep.Prepared(handle.counts, (), (), {})
+        handle.destroy()
+        with pytest.raises(ep.StateError):
+            call(stream, memory, x)
+
+    ranks(2, rank, device=DEVICE)
+
+
 def test_the_bench_writes_what_it_measured(tmp_path):
     done = subprocess.run([sys.executable, "-m", "ep.bench", "--through", "ep", "--ranks", "1",
                            "--tokens", "2,9", "--hidden", "128", "--experts", "8", "--topk", "2",

@@ -21,9 +21,10 @@ def refuse(**switched_on):
                                       f"leave it at its default")
 
 
-def _check_numbers(name, tensor, dtype, length):
+def _numbers(name, tensor, dtype, length):
     host_check(tensor.dtype == dtype and tensor.shape == (length,),
                lambda: f"{name} is {tensor.dtype} {list(tensor.shape)}, must be {dtype} [{length}]")
+    return tensor
 
 
 def _like(x, shape, dtype):
@@ -37,17 +38,26 @@ def _empty_like(t):
 
 
 def _pieces(small, parts):
-    """As ep.pieces, for older torch."""
+    """As a prepared call makes them, but for older torch."""
     types = {ep.I32: (torch.int32, 4), ep.I64: (torch.int64, 8)}
     return [small.view(types[dtype][0])[offset // types[dtype][1]:][:math.prod(shape)].view(shape)
             for dtype, shape, offset in parts]
 
 
-class DispatchShape:
-    """What dispatches of one shape have in common: their outputs, where each begins in the memory
-    that they share (bytes), and their keywords to libep."""
+class Shape:
+    """What calls of one shape have in common. `prepared`: the calls themselves, by name."""
+
+    def __init__(self, **common):
+        self.common, self.prepared, self.parts = common, {}, ()
+
+
+class DispatchShape(Shape):
+    """The outputs, where each begins in the memory that they share (bytes), and keywords to libep."""
 
     def __init__(self, group, x, most, num_experts, use_fp8, round_scale, use_ue8m0):
+        super().__init__(
+            max_tokens=most, num_experts=num_experts,
+            flags=(ep.LL_FP8 if use_fp8 else 0) | (ep.LL_SCALES_POWER_OF_2 if round_scale else 0))
         ranks, hidden = group.ep.num_ranks, x.size(1)
         local, rows = num_experts // ranks, ranks * most
         self.tokens, self.rows = x.size(0), rows
@@ -60,27 +70,34 @@ class DispatchShape:
                                 torch.int32 if use_ue8m0 else torch.float32)
             self.seen = (local, rows, groups), (groups * room, 1, room)
         # One allocation for what is small: the memory of libep's handle, and these.
-        memory = group.plan.ll_handle_bytes
-        ranges = round_up(memory, 16)
+        self.memory = (group.plan.ll_handle_bytes,)
+        ranges = round_up(group.plan.ll_handle_bytes, 16)
         count = ranges + 8 * local * ranks
         source = count + 4 * round_up(local, 4)
         self.small = _like(x, (-(-(source + 4 * local * rows) // 8),), torch.int64)
-        self.memory, self.lines = (memory,), ((local * rows,), source)
         self.parts = ((ep.I32, (local,), count), (ep.I32, (local, rows), source),
                       (ep.I64, (local, ranks), ranges))
-        self.common = dict(
-            max_tokens=most, num_experts=num_experts,
-            flags=(ep.LL_FP8 if use_fp8 else 0) | (ep.LL_SCALES_POWER_OF_2 if round_scale else 0))
+        self.lines = (local * rows,), source
+
+    def keywords(self, small, x, topk_idx, data, scales=None):
+        count, source, ranges = (ep.Tensor(small, *part) for part in self.parts)
+        return dict(
+            self.common, x=x, topk_ids=topk_idx, handle=ep.Tensor(small, "u8", self.memory),
+            recv_x=ep.Tensor(data, None, self.flat), expert_counts=count, ranges=ranges,
+            recv_source=ep.Tensor(small, ep.I32, *self.lines),
+            recv_scales=None if scales is None else scales[:, :self.rows])
 
 
-class CombineShape:
-    """The same of combines."""
-
-    def __init__(self, x, tokens, most, num_experts, use_logfmt):
-        self.flat = (x.size(0) * x.size(1), x.size(2))
+class CombineShape(Shape):
+    def __init__(self, group, x, tokens, most, num_experts, use_logfmt):
+        super().__init__(max_tokens=most, num_experts=num_experts,
+                         flags=ep.LL_LOGFMT if use_logfmt else 0)
+        self.flat, self.memory = (x.size(0) * x.size(1), x.size(2)), (group.plan.ll_handle_bytes,)
         self.out = _like(x, (tokens, x.size(2)), x.dtype)
-        self.common = dict(max_tokens=most, num_experts=num_experts,
-                           flags=ep.LL_LOGFMT if use_logfmt else 0)
+
+    def keywords(self, small, x, topk_weights, out):
+        return dict(self.common, x=ep.Tensor(x, None, self.flat), topk_weights=topk_weights, out=out,
+                    handle=ep.Tensor(small, "u8", self.memory))
 
 
 class LowLatency:
@@ -110,27 +127,23 @@ class LowLatency:
         shape = None if group is None else group.shapes.get(key)
         if shape is None:
             group, shape = self._dispatch_shape(key, x, topk_idx)
-        totals, waits = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        totals, waits, more = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats, {}
         if totals is not None:
-            _check_numbers("cumulative_local_expert_recv_stats", totals, torch.int32,
-                           num_experts // self.group_size)
+            more["expert_totals"] = _numbers("cumulative_local_expert_recv_stats", totals, torch.int32,
+                                             num_experts // self.group_size)
         if waits is not None:
-            _check_numbers("dispatch_wait_recv_cost_stats", waits, torch.int64, self.group_size)
-        data, small = _empty_like(shape.data), _empty_like(shape.small)
-        count, source, ranges = ep.pieces(small, shape.parts) or _pieces(small, shape.parts)
-        recv_x, scales = data, None
+            more["wait_ns"] = _numbers("dispatch_wait_recv_cost_stats", waits, torch.int64,
+                                       self.group_size)
+        recv_x, small = _empty_like(shape.data), _empty_like(shape.small)
+        arrays = small, x, topk_idx, recv_x
         if shape.scales is not None:
             scales = _empty_like(shape.scales)
-            recv_x = data, scales.as_strided(*shape.seen)
-            scales = ep.Tensor(scales) if shape.rows % 4 == 0 else scales[:, :shape.rows]
-        memory = ep.Tensor(small, "u8", shape.memory)
-        args = dict(shape.common, x=x, topk_ids=topk_idx, handle=memory,
-                    recv_x=ep.Tensor(data, None, shape.flat), recv_scales=scales,
-                    recv_source=ep.Tensor(small, "i32", *shape.lines), expert_counts=count,
-                    ranges=ranges, expert_totals=totals, wait_ns=waits)
-        routing = Routing(group, None, shape.tokens, shape.rows, memory)
-        source.libep_routing = ranges.libep_routing = routing
-        event, hook = self._run(group, "ll_dispatch", args, async_finish, return_recv_hook)
+            recv_x, arrays = (recv_x, scales.as_strided(*shape.seen)), arrays + (scales,)
+        made, event, hook = self._run(group, shape, "ll_dispatch", arrays, more, async_finish,
+                                      return_recv_hook)
+        count, source, ranges = made or _pieces(small, shape.parts)
+        source.libep_routing = ranges.libep_routing = Routing(group, None, shape.tokens, shape.rows,
+                                                              small)
         return recv_x, count, (source, ranges, num_max_dispatch_tokens_per_rank, x.size(1),
                                num_experts), event, hook
 
@@ -173,13 +186,13 @@ class LowLatency:
                        lambda: "zero_copy needs get_next_low_latency_combine_buffer of this handle "
                        f"before, and an x of its shape, not {list(x.shape)}")
             x = routing.answers
-        if waits is not None:
-            _check_numbers("combine_wait_recv_cost_stats", waits, torch.int64, self.group_size)
+        more = {} if waits is None else dict(wait_ns=_numbers(
+            "combine_wait_recv_cost_stats", waits, torch.int64, self.group_size))
         if out is None:
             out = _empty_like(shape.out)
-        args = dict(shape.common, x=ep.Tensor(x, None, shape.flat), handle=routing.memory,
-                    topk_weights=topk_weights, out=out, wait_ns=waits)
-        event, hook = self._run(routing.group, "ll_combine", args, async_finish, return_recv_hook)
+        _, event, hook = self._run(routing.group, shape, "ll_combine",
+                                   (routing.memory, x, topk_weights, out), more, async_finish,
+                                   return_recv_hook)
         return out, event, hook
 
     def _combine_shape(self, key, routing, x, topk_idx, topk_weights):
@@ -194,7 +207,8 @@ class LowLatency:
         host_check(topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape,
                    lambda: f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, must "
                    f"be float32 {list(topk_idx.shape)}, as topk_idx")
-        shape = routing.group.shapes[key] = CombineShape(x, tokens, most, num_experts, use_logfmt)
+        routing.group.shapes[key] = shape = CombineShape(routing.group, x, tokens, most, num_experts,
+                                                         use_logfmt)
         return shape
 
     def get_next_low_latency_combine_buffer(self, handle):
@@ -208,39 +222,57 @@ class LowLatency:
                                           dtype=torch.bfloat16, device=self.runtime.device)
         return routing.answers
 
-    def _run(self, group, name, args, async_finish, return_recv_hook):
-        """(event, hook) of an operation. With a hook, both halves run on the stream that is current
-        now; the hook holds all tensors, and so does the event of an asynchronous call."""
+    def _run(self, group, shape, name, arrays, more, async_finish, return_recv_hook):
+        """(parts of small memory, event, hook) of an operation. With a hook, both halves run on the
+        stream that is current now; the hook holds all tensors, and so does an asynchronous event."""
         runtime = self.runtime
         runtime.keep_if_captured(group)
         if not async_finish:
-            args["stream"] = runtime.current_stream()
+            stream = runtime.current_stream()
             if not return_recv_hook:
-                self._call(group, name, args)
-                return EventOverlap(), None
-            self._call(group, name + "_send", args)
-            return EventOverlap(), lambda: self._call(group, name + "_recv", args)
+                return self._call(group, shape, name, stream, arrays, more), EventOverlap(), None
+            made = self._call(group, shape, name + "_send", stream, arrays, more)
+
+            def receive():
+                self._call(group, shape, name + "_recv", stream, arrays, more)
+
+            return made, EventOverlap(), receive
         host_check(not return_recv_hook, "async_finish and return_recv_hook must not both be set")
         if runtime.cuda:
             runtime.comm_stream.wait_stream(torch.cuda.current_stream())
-            self._call(group, name, dict(args, stream=runtime.comm_stream))
+            made = self._call(group, shape, name, runtime.comm_stream.cuda_stream, arrays, more)
             passed = torch.cuda.Event()
             passed.record(runtime.comm_stream)
             event = EventHandle._of(passed)
         else:
-            self._call(group, name, dict(args, stream=group.host_stream()))
-            event = group.host_event(lambda: self._call(group, "ll_status", {}))
-        return EventOverlap(event, tuple(t for t in args.values()
-                                         if isinstance(t, (torch.Tensor, ep.Tensor)))), None
+            made = self._call(group, shape, name, group.host_stream(), arrays, more)
+            event = group.host_event(lambda: self._masking(group, group.ep.ll_status))
+        return made, EventOverlap(event, arrays + tuple(more.values())), None
 
-    def _call(self, group, name, args):
+    def _call(self, group, shape, name, stream, arrays, more):
+        """The first of a shape is prepared, the others give nothing but arrays."""
+        key = name
+        if more:
+            key, arrays = (name, *more), arrays + tuple(more.values())
+        prepared = None if isinstance(stream, ep.Stream) else shape.prepared.get(key)
+        made = None if prepared is None else self._masking(group, prepared, stream, *arrays)
+        if made is None:
+            method = getattr(group.ep, name)
+            keywords = dict(shape.keywords(*arrays[:len(arrays) - len(more)]), **more)
+            self._masking(group, method, stream=stream, **keywords)
+            parts = () if name.endswith("_recv") else shape.parts
+            shape.prepared[key] = ep.Prepared(method, arrays, parts, keywords)
+        return made
+
+    def _masking(self, group, method, *args, **kw):
         """With enable_shrink, that the call has masked a rank is printed, as DeepEP does."""
         try:
-            getattr(group.ep, name)(**args)
+            return method(*args, **kw)
         except (ep.TimeoutError_, ep.PeerError) as error:
             if not self.enable_shrink or group.ep.fault() is not None:
                 raise
             print(f"Warning: DeepEP timeout for rank {self.rank}: {error}", flush=True)
+            return ()
 
     # ------------------------------------------------------------------------- shrinking: masks
 
@@ -276,7 +308,7 @@ class LowLatency:
         group, where = self._shrinking("low_latency_clean_mask_buffer")
         if group is not None:
             group.ep.ll_unmask_rank(rank=-1, **where)
-            self._call(group, "ll_barrier", where)
+            self._masking(group, group.ep.ll_barrier, **where)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
         """Nothing to clean: throughput operations never touch what low latency uses. With
@@ -285,4 +317,4 @@ class LowLatency:
                    "clean_low_latency_buffer needs a Buffer made with low_latency_mode=True")
         if self.enable_shrink and self.runtime._group is not None:
             group, where = self._shrinking("clean_low_latency_buffer")
-            self._call(group, "ll_barrier", where)
+            self._masking(group, group.ep.ll_barrier, **where)

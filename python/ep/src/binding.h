@@ -15,6 +15,8 @@
 
 #include "ep.h"
 
+struct dl_exchange;
+
 #define MAX_RECORD 512 /* bytes of the largest struct of ep.h that is bound */
 #define MAX_TENSORS 24 /* tensors of one call */
 #define MAX_PARAMS 4
@@ -140,7 +142,10 @@ int epy_current_stream(const struct source *s, void **stream);
 int epy_read_dtype(PyObject *dtype, const char *name, ep_dtype *out);
 const char *epy_dtype_name(int dtype);
 PyObject *epy_path_of(PyObject *module, PyObject *array);
-PyObject *epy_pieces(PyObject *module, PyObject *args);
+/* Parts of an array's memory as arrays of its library, whose functions are `e`. */
+bool epy_makes_pieces(const struct dl_exchange *e);
+int epy_part_of(struct ep_tensor *t, PyObject *part, int64_t *at);
+PyObject *epy_piece_of(PyObject *array, const struct dl_exchange *e, struct ep_tensor *t);
 
 /* The arguments of one call, from Python's to C's. */
 struct frame {
@@ -170,6 +175,12 @@ int epy_set_value(struct frame *f, const char *name, enum kind kind, int count, 
 
 /* A view that a call has filled in lives as long as its group's memory. */
 void epy_fill_in(struct tensor *t, struct object *group);
+/* Calls libep, without the GIL. */
+ep_status epy_run(struct frame *f, const struct call *call);
+/* Whether calls are not to run, but to be kept by epy_prepare. */
+bool epy_is_preparing(void);
+int epy_prepare(const struct frame *f, struct call *call, const struct record *record);
+PyTypeObject *epy_make_prepared_type(void);
 PyObject *epy_call(PyObject *self, PyObject *args, PyObject *kwargs, struct call *call);
 /* Sets the exception for a failed status, of the last call of this thread. Returns NULL. */
 PyObject *epy_raise(ep_status st, struct object *of);

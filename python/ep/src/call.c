@@ -505,7 +505,7 @@ static int choose_stream(struct frame *f, const struct call *call) {
     return 0;
 }
 
-static ep_status run(struct frame *f, const struct call *call) {
+ep_status epy_run(struct frame *f, const struct call *call) {
     void *ptr = f->self ? f->self->node->ptr : NULL;
     if (f->self) {
         f->self->busy++;
@@ -557,8 +557,11 @@ PyObject *epy_call(PyObject *self, PyObject *args, PyObject *kwargs, struct call
     }
     PyObject *result = NULL;
     struct record *record = set_up(&f, call);
-    if (!epy_read_keywords(&f, record, call, args, kwargs) && !choose_stream(&f, call)) {
-        const ep_status st = run(&f, call);
+    const int told = epy_read_keywords(&f, record, call, args, kwargs);
+    if (!told && epy_is_preparing()) {
+        result = epy_prepare(&f, call, record) ? NULL : Py_BuildValue("");
+    } else if (!told && !choose_stream(&f, call)) {
+        const ep_status st = epy_run(&f, call);
         if (st == EP_OK || st == EP_AGAIN) {
             for (int i = 0; i < f.num_blanks; i++) {
                 epy_fill_in(f.blanks[i], epy_is(self, NODE_GROUP) ? f.self : f.self->parent);

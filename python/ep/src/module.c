@@ -350,8 +350,6 @@ static PyMethodDef module_methods[] = {
                    "set_hooks(make_error, make_record): what makes exceptions and results."},
     {"leave", epy_leave, METH_NOARGS, "Leaves all groups, when the interpreter ends."},
     {"path_of", epy_path_of, METH_O, "How tensors of this type are read."},
-    {"pieces", epy_pieces, METH_VARARGS,
-     "Parts of an array's memory as arrays of its library."},
     {"version", version, METH_NOARGS, "The version of the library within."},
     END};
 
@@ -377,7 +375,10 @@ static int add_types(PyObject *module) {
         }
     }
     epy_tensor_type = epy_make_tensor_type();
-    return add_type(module, "Tensor", epy_tensor_type);
+    return add_type(module, "Tensor", epy_tensor_type) ||
+                   add_type(module, "Prepared", epy_make_prepared_type())
+               ? -1
+               : 0;
 }
 
 /* Names of keywords, so that they are found by their address. */

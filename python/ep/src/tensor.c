@@ -57,7 +57,7 @@ static int set_shape(struct ep_tensor *t, ep_dtype dtype, PyObject *shape, long 
 }
 
 /* An array of the library of `array`, in whose memory `t` lies. */
-static PyObject *piece_of(PyObject *array, const struct dl_exchange *e, struct ep_tensor *t) {
+PyObject *epy_piece_of(PyObject *array, const struct dl_exchange *e, struct ep_tensor *t) {
     struct dl_versioned *m;
     void *piece = NULL;
     if (e->to_managed(array, &m)) {
@@ -77,37 +77,20 @@ static PyObject *piece_of(PyObject *array, const struct dl_exchange *e, struct e
     return piece;
 }
 
-/* For some libraries alone, and for a third of what their own views cost: see _ep.pyi. */
-PyObject *epy_pieces(PyObject *module, PyObject *args) {
-    (void)module;
-    PyObject *array, *parts, *shape;
-    struct ep_tensor all;
-    struct source s;
-    if (!PyArg_ParseTuple(args, "OO!:pieces", &array, &PyTuple_Type, &parts)) {
-        return NULL;
+bool epy_makes_pieces(const struct dl_exchange *e) {
+    return e && e->to_managed && e->from_managed;
+}
+
+int epy_part_of(struct ep_tensor *t, PyObject *part, int64_t *at) {
+    PyObject *shape;
+    int dtype;
+    long long offset;
+    if (!PyArg_ParseTuple(part, "iO!L", &dtype, &PyTuple_Type, &shape, &offset) ||
+        set_shape(t, (ep_dtype)dtype, shape, offset)) {
+        return -1;
     }
-    const struct dl_exchange *e = epy_exchange_of(array);
-    if (!e || !e->to_managed || !e->from_managed) {
-        Py_RETURN_NONE;
-    }
-    PyObject *made =
-        epy_read_array(array, "array", &all, &s) ? NULL : PyTuple_New(PyTuple_Size(parts));
-    for (Py_ssize_t i = 0; made && i < PyTuple_Size(parts); i++) {
-        struct ep_tensor t = all;
-        int dtype;
-        long long offset;
-        PyObject *piece = NULL;
-        if (PyArg_ParseTuple(PyTuple_GetItem(parts, i), "iO!L", &dtype, &PyTuple_Type, &shape,
-                             &offset) &&
-            !set_shape(&t, (ep_dtype)dtype, shape, offset)) {
-            piece = piece_of(array, e, &t);
-        }
-        if (!piece || PyTuple_SetItem(made, i, piece)) {
-            Py_DECREF(made);
-            made = NULL;
-        }
-    }
-    return made;
+    *at = offset;
+    return 0;
 }
 
 static int tensor_init(PyObject *self, PyObject *args, PyObject *kwargs) {
