@@ -347,11 +347,13 @@ static K_INLINE k_bool k_spin_masked(struct k_thread *k, struct k_spinner *s, k_
 /* One more turn of a wait that began at s->since: false when it must end. Called by one lane. */
 static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k_i32 phase) {
     struct k_ctl *ctl = k->g->ctl;
-    if (k_load(&ctl->abort) != 0) {
+    const k_bool due = k_pause(s); /* time is looked at every now and then only */
+    /* And on a GPU whatever is not awaited, as each read is a trip to memory. */
+    if ((due || K_LANES == 1) && k_load(&ctl->abort) != 0) {
         return 0;
     }
-    if (!k_pause(s)) {
-        return 1; /* time is looked at every now and then only */
+    if (!due) {
+        return 1;
     }
     k_i64 waited =
         k_waited(s, k_now(), k->mask.ll ? k->mask.ll->ctl->timeout_ns : ctl->timeout_ns);
