@@ -712,11 +712,12 @@ static bool run_deadly(uint64_t seed) {
     return good;
 }
 
+/* The same seeds in each check, and others when there is time. */
 static void test_seeds(void) {
     const int num = tap_quick() ? 4 : 10 * tap_effort();
     int wrong = 0, different = 0, bad = 0;
     for (int i = 0; i < num; i++) {
-        const uint64_t seed = tap_seed() + (uint64_t)i, trace = run_seed(seed);
+        const uint64_t seed = (i < 10 ? 1 : tap_seed()) + (uint64_t)i, trace = run_seed(seed);
         if (trace == 0) {
             wrong++;
             diag("seed %llu: not all has arrived", (unsigned long long)seed);

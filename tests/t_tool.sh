@@ -66,6 +66,8 @@ want 0 "$ep" doctor && has 'ok  *host mode, processes' && has 'ok  *host mode, t
 ok "doctor tries both modes and says what there is of CUDA"
 want 0 "$ep" doctor --json && is_json "$tmp/out" && grep -q '"links"' "$tmp/out"
 ok "doctor --json"
+want 0 env FI_PROVIDER=nosuch "$ep" doctor && has 'missing  *libfabric'
+ok "doctor says that there is no libfabric, or none of its providers"
 if unshare -rn true 2>/dev/null; then
     want 0 unshare -rn "$ep" doctor && has 'ok  *Unix sockets' && has 'missing  *loopback TCP' &&
         has 'ok  *host mode, processes'

@@ -165,23 +165,49 @@ static void check_system(struct doctor *d) {
                      "smaller max_recv_rows (ep_plan() gives the bytes)");
 }
 
-/* What could carry rows between nodes, and why the rest could not. */
+struct network_look {
+    struct epi_net_found found[16];
+    int num;
+    char version[16], why[400];
+};
+
+static int look_at_network(struct rank *rank, void *arg) {
+    struct network_look *look = arg;
+    (void)rank;
+    look->num =
+        epi_net_find(look->found, sizeof(look->found) / sizeof(look->found[0]), look->version);
+    snprintf(look->why, sizeof(look->why), "%s", look->num == 0 ? ep_last_error() : "");
+    return 0;
+}
+
+/* What could carry rows between nodes, and why the rest could not. A child looks, because asking loads
+ * whatever providers there are. */
 static void check_network(struct doctor *d) {
-    enum { MOST = 16 };
-    struct epi_net_found found[MOST];
-    char version[16];
-    const int num = epi_net_find(found, MOST, version);
-    if (num == 0) {
+    struct network_look *look = ranks_memory(sizeof(*look));
+    struct ranks_job job = {.name = "ep doctor",
+                            .num_ranks = 1,
+                            .quiet = true,
+                            .timeout_s = 60,
+                            .fn = look_at_network,
+                            .arg = look};
+    if (!look || ranks_run(&job) != 0) {
+        doctor_add(d, "libfabric", "broken",
+                   "looking for its providers failed, perhaps in one of them (%s); "
+                   "FI_PROVIDER=tcp leaves the others out",
+                   look ? job.why : "no memory");
+        return;
+    }
+    if (look->num == 0) {
         doctor_add(d, "libfabric", "missing",
                    "costs nothing in this version, which connects the ranks of one host: %s",
-                   ep_last_error());
+                   look->why);
         return;
     }
     doctor_add(d, "libfabric", "ok",
                "%s, from which later versions choose a provider to carry rows between hosts",
-               version);
-    for (int i = 0; i < num; i++) {
-        const struct epi_net_found *f = &found[i];
+               look->version);
+    for (int i = 0; i < look->num; i++) {
+        const struct epi_net_found *f = &look->found[i];
         doctor_add(d, "network provider", f->why[0] ? "note" : "ok", "%s (%s) %s", f->name,
                    f->domains, f->why[0] ? f->why : "would be used");
     }
