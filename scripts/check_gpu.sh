@@ -10,9 +10,9 @@
 #   generic    threads, processes, all once more with DISABLE_SM90_FEATURES=1
 #   python     tests/python with torch's CUDA tensors; PYTHON (python3) must have torch and pytest
 #
-# Where there are several GPUs, the parts on one GPU run as many programs at a time, each with a
-# GPU of its own. All of it takes tens of minutes, because a process takes seconds to start on a
-# GPU; with GPU_SECONDS=N what is not begun after N seconds is skipped.
+# Several programs run at a time on each GPU, as a process takes seconds to start there and hardly
+# uses it then; those of class `timed` two at a time, and `exclusive` alone. All of it takes tens of
+# minutes; with GPU_SECONDS=N what is not begun after N seconds is skipped.
 # Output is in OUT (build/gpu): a folder of TAP for each part, gpu.log, summary.txt.
 # The last line sums test points and steps: "N passed, N failed, N skipped".
 cd "$(dirname "$0")/.." || exit 1
@@ -88,6 +88,8 @@ else
     done
 fi
 devices=${#visible[@]}
+jobs=$(($(nproc) / 3 / (devices > 0 ? devices : 1))) # programs that share a GPU
+jobs=$((jobs < 1 ? 1 : jobs > 5 ? 5 : jobs))
 
 # What this machine is, and a build of the make targets given.
 machine() {
@@ -168,35 +170,54 @@ program() {
     fi
 }
 
-# worker DEVICE PART PROGRAMS VARIABLE=VALUE...: takes programs that no other worker has taken.
+# worker PART PROGRAMS VARIABLE=VALUE...: takes programs that no other worker has taken.
 worker() {
-    local device=$1 part=$2 list=$3 p
-    shift 3
-    for p in $list; do
-        mkdir "$out/taken/$part-${p%:*}" 2>/dev/null || continue
-        program "$part" "${p%:*}" "${p#*:}" CUDA_VISIBLE_DEVICES="$device" "$@"
-    done
-}
-
-# on_one PART PROGRAMS VARIABLE=VALUE...: one GPU for each program, as many at a time as GPUs.
-on_one() {
-    local device
-    rm -rf "$out/taken"
-    mkdir -p "$out/taken"
-    for device in "${visible[@]}"; do
-        worker "$device" "$@" EP_TEST_ONE_GPU=1 &
-    done
-    wait
-    rm -rf "$out/taken"
-}
-
-# on_all PART PROGRAMS VARIABLE=VALUE...: all GPUs for each program.
-on_all() {
     local part=$1 list=$2 p
     shift 2
     for p in $list; do
+        mkdir "$taken/${p%:*}" 2>/dev/null || continue
         program "$part" "${p%:*}" "${p#*:}" "$@"
     done
+}
+
+class_of() { sed -n '1,5s/.*class: \([a-z]*\).*/\1/p' "tests/$1.c"; }
+
+# at_once PART PROGRAMS VARIABLE=VALUE...: on each of the GPUs in the array `on`, or, where that has
+# one entry, "", on all of them together. Programs that do not look at the clock have more time, as
+# there are more at once.
+at_once() {
+    local part=$1 list=$2 class device p some i num under taken
+    taken=$(mktemp -d) || exit 1
+    shift 2
+    for class in rest timed exclusive; do
+        some=
+        for p in $list; do
+            [ "$(class_of "${p%:*}")" = $class ] && some="$some $p"
+        done
+        case $class in
+        rest) num=$jobs under=TAP_TIMEOUT_SCALE=2 ;;
+        timed) num=2 under=TAP_TIMEOUT_SCALE=1 ;;
+        *) num=1 under=TAP_TIMEOUT_SCALE=1 ;;
+        esac
+        for device in "${on[@]}"; do
+            for ((i = 0; i < num; i++)); do
+                worker "$part" "$some" "$under" "$@" \
+                    ${device:+CUDA_VISIBLE_DEVICES="$device" EP_TEST_ONE_GPU=1} &
+            done
+        done
+        wait
+    done
+    rm -rf "$taken"
+}
+
+on_one() {
+    local on=("${visible[@]}")
+    at_once "$@"
+}
+
+on_all() {
+    local on=("")
+    at_once "$@"
 }
 
 # everything SUFFIX VARIABLE=VALUE...: those of the parts threads, processes and all that are
@@ -206,13 +227,14 @@ everything() {
     shift
     as_threads=(EP_TEST_RANKS=threads EP_CASES="$cases" EP_TEST_PAIRS="$pairs" "$@")
     as_processes=(EP_TEST_RANKS=processes EP_CASES="$few_cases" EP_TEST_PAIRS="$few_pairs" "$@")
+    if [ -z "$suffix" ] && wanted threads; then
+        on_one threads-pinned "t_combine:120 t_random:120" "${as_threads[@]}" \
+            EP_TEST_MEMORY=pinned &
+    fi
     if [ -n "$suffix" ] || wanted threads; then
         on_one "threads$suffix" "$threads" "${as_threads[@]}"
     fi
-    if [ -z "$suffix" ] && wanted threads; then
-        on_one threads-pinned "t_combine:120 t_random:120" "${as_threads[@]}" \
-            EP_TEST_MEMORY=pinned
-    fi
+    wait
     if [ -n "$suffix" ] || wanted processes; then
         on_one "processes$suffix" "$processes" "${as_processes[@]}"
     fi
