@@ -355,7 +355,7 @@ static int num_arenas(void) {
     return num;
 }
 
-/* Threads that the library has named, descriptors of anything but device files. */
+/* Threads that the library has named. */
 static int num_named_threads(void) {
     DIR *dir = opendir("/proc/self/task");
     struct dirent *e;
@@ -375,7 +375,8 @@ static int num_named_threads(void) {
     return num;
 }
 
-static int num_plain_fds(bool told) {
+/* Descriptors of device files, of which a driver opens more as it likes; `told`: all are printed. */
+static int num_device_fds(bool told) {
     DIR *dir = opendir("/proc/self/fd");
     struct dirent *e;
     int num = 0;
@@ -384,7 +385,7 @@ static int num_plain_fds(bool told) {
         snprintf(path, sizeof(path), "/proc/self/fd/%s", e->d_name);
         const ssize_t n = e->d_name[0] == '.' ? 0 : readlink(path, to, sizeof(to) - 1);
         to[n > 0 ? n : 0] = 0;
-        num += n > 0 && strncmp(to, "/dev/nvidia", 11) != 0;
+        num += n > 0 && strncmp(to, "/dev/nvidia", 11) == 0;
         if (told && n > 0) {
             diag("descriptor %s is %s", e->d_name, to);
         }
@@ -392,13 +393,13 @@ static int num_plain_fds(bool told) {
     if (dir) {
         closedir(dir);
     }
-    return num - 1; /* the directory itself */
+    return num;
 }
 
 static struct rig_footprint look(void) {
-    const bool gpu = gpu_may_open();
-    struct rig_footprint now = {gpu ? num_plain_fds(false) : tap_num_fds(),
-                                gpu ? num_named_threads() : num_entries("/proc/self/task"),
+    struct rig_footprint now = {tap_num_fds() - num_device_fds(false),
+                                gpu_may_open() ? num_named_threads()
+                                               : num_entries("/proc/self/task"),
                                 num_arenas(), epi_alloc_live()};
     return now;
 }
@@ -466,7 +467,7 @@ bool rig_same_footprint(struct rig_footprint was) {
             "descriptors %d -> %d, threads %d -> %d, arenas %d -> %d, allocations %lld -> %lld",
             was.fds, now.fds, was.threads, now.threads, was.arenas, now.arenas,
             (long long)was.allocs, (long long)now.allocs);
-        num_plain_fds(true);
+        num_device_fds(true);
         return false;
     }
     return true;
