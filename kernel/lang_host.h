@@ -4,7 +4,7 @@
  * threads. Hand-offs are release stores and acquire loads on the word itself, because
  * ThreadSanitizer does not model free-standing fences; that is what makes it a checker of the
  * protocol. src/run creates the threads; with K_LATE_MOVERS (check builds) rows are copied late,
- * so that a missing wait, retire or settle is a data race it can see.
+ * so that a missing wait, retire or settle is a data race it can see, and words are told late.
  *
  * K_WEAKEN_PUBLISH, K_SKIP_WAIT and K_SKIP_SETTLE break the language on purpose: tests that must
  * fail use them to prove that the checker works.
@@ -129,7 +129,17 @@ static K_INLINE k_u64 k_raise_old(k_u64 *p, k_u64 v) {
     return k_raise_as(p, v, __ATOMIC_SEQ_CST);
 }
 
+/* In check builds a warp may take its time before it tells something, by words in any order, so that
+ * others come to find what it did before, and not yet this. */
+#if defined(K_LATE_MOVERS)
+void k_late_hesitate(void);
+#define K_HESITATE() k_late_hesitate()
+#else
+#define K_HESITATE()
+#endif
+
 static K_INLINE void k_post(struct k_peer at, k_u64 word) {
+    K_HESITATE();
     __atomic_store_n((k_u64 *)at.address, word, __ATOMIC_RELAXED);
 }
 
@@ -140,18 +150,20 @@ static K_INLINE void k_post(struct k_peer at, k_u64 word) {
 #endif
 
 static K_INLINE void k_publish(struct k_peer at, k_u64 word) {
+    K_HESITATE();
     __atomic_store_n((k_u64 *)at.address, word, K_PUBLISH_ORDER);
 }
 
 static K_INLINE void k_publish_four(struct k_peer at, k_u64 w0, k_u64 w1, k_u64 w2, k_u64 w3) {
-    k_u64 *words = (k_u64 *)at.address;
-    __atomic_store_n(&words[0], w0, K_PUBLISH_ORDER);
-    __atomic_store_n(&words[1], w1, K_PUBLISH_ORDER);
-    __atomic_store_n(&words[2], w2, K_PUBLISH_ORDER);
-    __atomic_store_n(&words[3], w3, K_PUBLISH_ORDER);
+    const k_u64 words[4] = {w0, w1, w2, w3};
+    for (k_u64 i = 0; i < 4; i++) {
+        const struct k_peer next = {at.address + 8 * i};
+        k_publish(next, words[i]);
+    }
 }
 
 static K_INLINE void k_publish_local(k_u64 *at, k_u64 word) {
+    K_HESITATE();
     __atomic_store_n(at, word, __ATOMIC_RELEASE);
 }
 

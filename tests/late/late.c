@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * What is behind the row movers of check builds (tests/late/mover.h): three helpers for each thread
- * that runs warps. Linked into the ThreadSanitizer variant only.
+ * that runs warps; and the hesitations of warps before they tell something. Linked into the
+ * ThreadSanitizer variant only.
  *
  * To ThreadSanitizer a helper is a thread, but it is a fiber: the warp's own thread makes its
  * copies, some time after they were asked for, and at the latest when the warp awaits them. So a
@@ -17,8 +18,10 @@
  */
 #include <pthread.h>
 #include <sanitizer/tsan_interface.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "kernel/lang.h"
 
@@ -188,4 +191,25 @@ void k_late_end(struct k_late *l) {
     k_late_await(l, K_LATE_LOADER, l->helper[K_LATE_LOADER].posted);
     k_late_await(l, K_LATE_READER, l->helper[K_LATE_READER].posted);
     k_late_await(l, K_LATE_WRITER, l->helper[K_LATE_READER].posted);
+}
+
+/* ---- hesitation ----------------------------------------------------------------------------- */
+
+/* One in 128 sleeps for up to a quarter of a millisecond, one in 8 lets others run; by EP_SEED and
+ * how many threads have hesitated before this one. Orders nothing. */
+void k_late_hesitate(void) {
+    static k_u32 num_threads;
+    static _Thread_local k_u32 random;
+    if (random == 0) {
+        const char *seed = getenv("EP_SEED");
+        const k_u32 thread = __atomic_add_fetch(&num_threads, 1, __ATOMIC_RELAXED);
+        random = (seed ? (k_u32)strtoull(seed, NULL, 10) : 0) + thread * 2654435761u;
+    }
+    random = random * 1664525u + 1013904223u;
+    if (random >> 25 == 0) {
+        const struct timespec nap = {0, (long)(random >> 7 & 0x3ffff)};
+        nanosleep(&nap, NULL);
+    } else if (random >> 29 == 0) {
+        sched_yield();
+    }
 }
