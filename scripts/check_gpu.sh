@@ -112,12 +112,12 @@ threads="t_handoff:60 t_layout:60 t_dispatch_compact:120 t_dispatch_expanded:120
     t_order:60 t_stats:60 t_args:60 t_args_operations:60 t_arena:90 t_many_ranks:90 t_abort:120
     t_random:180 t_cuda_graph:90 t_cuda_pointers:60 t_cuda_streams:90 t_cuda_order:60 t_cuda_handles:60 t_cuda_groups:60
     t_cuda_memory:60 t_grow:60 t_thread_end:90 t_cuda_suspend:60 t_ll:60 t_ll_order:60 t_ll_args:60 t_ll_graph:90
-    t_cuda_device_end:90 t_cuda_soak:120"
+    t_ll_masks:60 t_cuda_device_end:90 t_cuda_soak:120"
 processes="t_handoff:60 t_begin_finish:90 t_cached:90 t_capacity:90 t_stats:60 t_order:60
     t_args_operations:60 t_arena:120 t_mismatch:150 t_abort:150 t_killed:300 t_late:300 t_random:120
     t_many_ranks:120 t_cuda_graph:90 t_cuda_streams:120 t_cuda_order:60 t_cuda_handles:60
-    t_cuda_memory:90 t_grow:120 t_ll:90 t_ll_order:90 t_ll_args:90 t_ll_graph:120 t_cuda_device_end:120
-    t_cuda_soak:150"
+    t_cuda_memory:90 t_grow:120 t_ll:90 t_ll_order:90 t_ll_args:90 t_ll_graph:120 t_ll_masks:90
+    t_cuda_device_end:120     t_cuda_soak:150"
 cases=150 pairs=200       # of t_random and t_cuda_soak, threads
 few_cases=8 few_pairs=30  # and processes, which take seconds to start
 if [ -n "$quick" ]; then

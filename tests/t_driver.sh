@@ -34,7 +34,7 @@ programs="t_handoff t_layout t_dispatch_compact t_dispatch_expanded t_combine t_
     t_capacity t_mismatch t_experts t_local t_epoch t_begin_finish t_stats t_args t_args_operations t_abort
     t_cuda_pointers t_cuda_streams t_cuda_order t_cuda_handles t_cuda_groups t_cuda_memory
     t_cuda_graph t_grow t_ll_graph t_cuda_device_end t_cuda_soak
-    t_fork t_storm t_ll t_ll_order t_ll_args t_thread_end t_cuda_suspend"
+    t_fork t_storm t_ll t_ll_order t_ll_args t_ll_masks t_thread_end t_cuda_suspend"
 case $build in
 */san) programs="t_handoff t_capacity t_begin_finish t_stats t_args_operations t_abort t_cuda_pointers
     t_cuda_streams t_cuda_order t_cuda_handles t_cuda_groups t_cuda_memory t_cuda_soak" ;;
