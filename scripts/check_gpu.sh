@@ -117,7 +117,7 @@ processes="t_handoff:60 t_begin_finish:90 t_cached:90 t_capacity:90 t_stats:60 t
     t_args_operations:60 t_arena:120 t_mismatch:150 t_abort:150 t_killed:300 t_late:300 t_random:120
     t_many_ranks:120 t_cuda_graph:90 t_cuda_streams:120 t_cuda_order:60 t_cuda_handles:60
     t_cuda_memory:90 t_grow:120 t_ll:90 t_ll_order:90 t_ll_args:90 t_ll_graph:120 t_ll_masks:90
-    t_cuda_device_end:120     t_cuda_soak:150"
+    t_cuda_device_end:120 t_cuda_soak:150"
 cases=150 pairs=200       # of t_random and t_cuda_soak, threads
 few_cases=8 few_pairs=30  # and processes, which take seconds to start
 if [ -n "$quick" ]; then
