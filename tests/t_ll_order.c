@@ -312,6 +312,7 @@ static void run(struct ll_steps *all, void (*body)(struct world *), bool process
 
     ll_steps_setup(&w, all, body);
     w.processes = processes;
+    w.config.num_workers = gpu_wanted() ? 0 : 4; /* blocks of several warps */
     ok(world_run(&w) == 0, "%s", name);
 }
 
