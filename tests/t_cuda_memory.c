@@ -109,7 +109,8 @@ int main(void) {
     uint64_t seed = tap_seed();
 
     tap_deadline(120);
-    ok(gpu_run_ranks(1, true, pieces, NULL, 60) == 0, "pieces at reserved addresses");
+    ok(gpu_run_ranks(1, gpu_processes(false), pieces, NULL, 60) == 0,
+       "pieces at reserved addresses");
     for (int processes = 0; processes < gpu_ways(); processes++) {
         run(seed, &compact, processes, "compact");
         run(seed + 1, &expanded, processes, "expanded");
