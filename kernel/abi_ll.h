@@ -11,7 +11,7 @@
 /*
  * Operations of a kind are numbered by each rank from 1, in the order of its sends; number n uses slot
  * n & 1 and marks its words with the tag K_LL_TAG(n), which is never 0. Counters count kernels that
- * have left: every warp adds its share of 1 << K_LL_SHARE_BITS as its last act, so the whole part of
+ * have left: every block adds its share of 1 << K_LL_SHARE_BITS as its last act, so the whole part of
  * one is the same for all warps of a kernel until the last of them has left. docs/decisions/0010 has
  * the protocol.
  */
@@ -79,13 +79,13 @@ struct k_ll_region {
  *   2  bytes of a row of x
  *   3  k_group.experts; of a combine the number of its dispatch
  *   4  the most tokens of a call
- *   5  rows for the reader
- *   6  slices of each row: each has its word
+ *   5  the sender's tokens
+ *   6  those that go to the reader, if output is compact
  */
 #define K_LL_HEADER 8
 #define K_LL_COMPARED 5
-#define K_LL_ROWS 5
-#define K_LL_SLICES 6
+#define K_LL_TOKENS 5
+#define K_LL_ROWS 6
 #define K_LL_SIG_TOPK_SHIFT 8
 #define K_LL_SIG_WEIGHTS 1u
 #define K_LL_SIG_CAST 2u /* rows are cast to E4M3, with a scale for each K_LL_GROUP channels */
@@ -108,12 +108,12 @@ struct k_ll_region {
 
 struct k_ll_map {
     struct k_ll_region counts;  /* a dispatch's header and counts, by source */
-    struct k_ll_region arrived; /* a word for each slice of a row, by source */
+    struct k_ll_region arrived; /* a word for each slice of a token's row, by source */
     struct k_ll_region header;  /* a combine's, by answering rank */
     /* K_LL_MOST_SLICES words for each token, or exact for each selection, by answering rank. */
     struct k_ll_region answered;
-    struct k_ll_region weights; /* words: those given at combine, [row][K], by owner */
-    struct k_ll_region rows;    /* received rows, each with its sidecar, by source */
+    struct k_ll_region weights; /* words: those given at combine, [token][K], by owner */
+    struct k_ll_region rows;    /* [token] received rows, each with its sidecar, by source */
     struct k_ll_region answers; /* [tokens][row] or [tokens][K][row], by answering rank */
     k_u64 consumed;  /* [R][4] words by writer: {kind, slot} whose operation it has received */
     k_u64 masked_by; /* [R] by writer: not 0: it has masked this rank */
@@ -122,20 +122,14 @@ struct k_ll_map {
         meeting; /* [R][K_LL_MEETING] by writer: {its meeting | the reader's that it answers}, then
                         the largest number of each kind that it has seen */
     /* In a handle, from its start. */
-    k_u64
-        dest; /* [tokens][K] K_LL_DEST of the ranks that a token goes to, ascending, then -1 */
+    k_u64 dest;   /* [tokens][K] the ranks that a token goes to, ascending, then -1 */
     k_u64 chosen; /* [tokens][K] the rank of each selection, or -1 */
     k_u64 given;  /* [tokens][K] weights of the dispatch, or 1 */
-    k_u64 count;  /* [R] rows received from each source */
-    k_u64 token;  /* [R][tokens] their tokens */
-    k_u64 place;  /* [R][tokens][K] their rows at the experts, in the order of k; or -1 */
+    k_u64 count;  /* [R] tokens of each source */
+    k_u64
+        place; /* [R][tokens][K] their rows at this rank's experts, in the order of k; or -1 */
     k_u64 weight; /* [R][tokens][K] */
 };
-
-/* A rank that a token goes to, and the token's row among those that go there. */
-#define K_LL_DEST(rank, row) ((k_i32)(rank) | (k_i32)(row) << 10)
-#define K_LL_DEST_RANK(d) ((d)&1023)
-#define K_LL_DEST_ROW(d) ((d) >> 10)
 
 /* A handle begins with this; memory of the caller's. */
 struct k_ll_head {
@@ -199,7 +193,7 @@ struct k_ll_masks_args {
     struct k_array masks; /* [R] int32 */
 };
 
-_Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 11 * 8, "k_ll_map");
+_Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 10 * 8, "k_ll_map");
 _Static_assert(sizeof(struct k_ll_head) == 64, "k_ll_head");
 _Static_assert(sizeof(struct k_ll) == 24 + sizeof(struct k_ll_map) + 16, "k_ll");
 _Static_assert(sizeof(struct k_ll_dispatch_args) ==

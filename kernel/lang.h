@@ -311,14 +311,15 @@ static K_INLINE k_bool k_ends(const struct k_thread *k, k_u64 w, k_i32 peer) {
     if (k->kind < (k_i32)K_OP_LL_DISPATCH) {
         return K_ABORT_ENDS(w, k->epoch);
     }
-    return w != 0 &&
-           (K_ABORT_STATUS(w) != 0 ||
-            (!k->mask.ll && (K_ABORT_SUBJECT(w) == peer || k_load(&k->board->failed) != 0)));
+    return w != 0 && (K_ABORT_STATUS(w) != 0 ||
+                      (!k->mask.ll && (K_ABORT_SUBJECT(w) == peer ||
+                                       k_load(&k_board_of(k->g, k->g->rank)->failed) != 0)));
 }
 
 /* Only in groups with masks; in others a death is an abort word. */
 static K_INLINE k_bool k_has_gone(const struct k_thread *k, k_i32 peer) {
-    return (k_load(&k->board->gone[peer / 64]) >> (peer % 64) & 1u) != 0;
+    const struct k_board *board = k_board_of(k->g, k->g->rank);
+    return (k_load(&board->gone[peer / 64]) >> (peer % 64) & 1u) != 0;
 }
 
 /* One more turn of a wait for which masks hold: false when it ends without its peer. `looks`: it is time
@@ -361,7 +362,7 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
      * when others have left. */
     const k_bool looks = k->kind && waited >= s->look;
     if (looks) {
-        const struct k_board *board = k->board;
+        const struct k_board *board = k_board_of(k->g, k->g->rank);
         waited = k_counted(s, waited, k_load(&board->ran_ns));
         s->look = waited + K_LOOK_NS;
         if (k_load(&board->abort) != 0 || k_ends(k, k_load(&board->told), peer) ||
@@ -389,23 +390,76 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
     return 1;
 }
 
+/*
+ * A wait whose word had not come at the first look: until its tag is `epoch` or `or_epoch`. The word, or
+ * one of another tag: the wait has ended without it. `acquires` is a constant where this is called.
+ */
+static K_INLINE k_u64 k_wait_on(struct k_thread *k, const k_u64 *word, k_u32 epoch,
+                                k_u32 or_epoch, k_i32 peer, k_i32 phase, k_bool acquires) {
+    struct k_spinner s = K_SPINNER;
+    const k_i64 start = k_now();
+    k_bool ok, here;
+    k_u64 w;
+    do {
+        ok = k_spin(k, &s, peer, phase);
+        w = k_load(word);
+        here = (k_u32)(w >> 32) == epoch || (k_u32)(w >> 32) == or_epoch;
+    } while (ok && !here);
+    if (acquires) {
+        k_acquire(word); /* once: on a GPU it empties the SM's first cache */
+    }
+    if (k->lane == 0) {
+        k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
+    }
+    return w;
+}
+
+#if defined(K_WAITS_APART)
+/* The same as a function of its own, once in a kernel: a kernel of few microseconds fetches its
+ * instructions while it runs, and would fetch past this at every wait. */
+static K_COLD k_u64 k_wait_apart(const struct k_group *g, const struct k_ll *masks,
+                                 k_u64 kernel, k_i32 kind, k_u32 own_epoch, const k_u64 *word,
+                                 k_u32 epoch, k_u32 or_epoch, k_i32 peer, k_i32 phase,
+                                 k_i32 lane) {
+    struct k_thread t;
+    t.g = g;
+    t.kind = kind;
+    t.epoch = own_epoch;
+    t.lane = lane;
+    t.mask.ll = masks;
+    t.mask.kernel = kernel;
+    t.mask.is_gone = t.mask.gave_up = t.mask.is_mending = 0;
+    const k_u64 w = k_wait_on(&t, word, epoch, or_epoch, peer, phase, 1);
+    const k_bool here = (k_u32)(w >> 32) == epoch || (k_u32)(w >> 32) == or_epoch;
+    return here ? w : (k_u64)t.mask.is_gone;
+}
+#endif
+
+static K_INLINE k_u64 k_wait(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_u32 or_epoch,
+                             k_i32 peer, k_i32 phase, k_bool acquires) {
+#if defined(K_WAITS_APART)
+    const k_u64 w = k_wait_apart(k->g, k->mask.ll, k->mask.kernel, k->kind, k->epoch, word,
+                                 epoch, or_epoch, peer, phase, k->lane);
+    const k_i32 gone = w >> 32 ? 0 : (k_i32)w;
+    (void)acquires; /* it always does */
+    k->mask.is_gone |= gone;
+    k->mask.gave_up |= gone;
+    return w;
+#else
+    return k_wait_on(k, word, epoch, or_epoch, peer, phase, acquires);
+#endif
+}
+
 /* k_await and k_await_word; `acquires` is a constant where this is called. */
 static K_INLINE k_bool k_await_as(struct k_thread *k, const k_u64 *word, k_u32 epoch,
-                                  k_i32 peer, k_i32 phase, k_u32 *value, k_bool acquires) {
+                                  k_u32 or_epoch, k_i32 peer, k_i32 phase, k_u32 *value,
+                                  k_bool acquires) {
     k_bool ok = 1;
     if (word) {
         k_u64 w = acquires ? k_acquire(word) : k_load(word);
-        if ((k_u32)(w >> 32) != epoch) {
-            struct k_spinner s = K_SPINNER;
-            k_i64 start = k_now();
-            do {
-                ok = k_spin(k, &s, peer, phase);
-                w = acquires ? k_acquire(word) : k_load(word);
-            } while (ok && (k_u32)(w >> 32) != epoch);
-            if (k->lane == 0) {
-                k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
-            }
-            ok = ok || (k_u32)(w >> 32) == epoch || k->mask.is_gone;
+        if ((k_u32)(w >> 32) != epoch && (k_u32)(w >> 32) != or_epoch) {
+            w = k_wait(k, word, epoch, or_epoch, peer, phase, acquires);
+            ok = (k_u32)(w >> 32) == epoch || (k_u32)(w >> 32) == or_epoch || k->mask.is_gone;
         }
         *value = (k_u32)w;
     }
@@ -420,14 +474,23 @@ static K_INLINE k_bool k_await_as(struct k_thread *k, const k_u64 *word, k_u32 e
  */
 static K_FN k_bool k_await_word(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_i32 peer,
                                 k_i32 phase, k_u32 *value) {
-    return k_await_as(k, word, epoch, peer, phase, value, 0);
+    return k_await_as(k, word, epoch, epoch, peer, phase, value, 0);
 }
 
 /* The same for published words: after true, everything that their writers did before is visible
  * to the whole warp, also to its row movers. */
 static K_FN k_bool k_await(struct k_thread *k, const k_u64 *word, k_u32 epoch, k_i32 peer,
                            k_i32 phase, k_u32 *value) {
-    const k_bool ok = k_await_as(k, word, epoch, peer, phase, value, 1);
+    const k_bool ok = k_await_as(k, word, epoch, epoch, peer, phase, value, 1);
+    k_acquired(k);
+    return ok;
+}
+
+/* k_await for a word that may be a step further already: of tag `epoch` or `or_epoch`. */
+static K_FN k_bool k_await_either(struct k_thread *k, const k_u64 *word, k_u32 epoch,
+                                  k_u32 or_epoch, k_i32 peer, k_i32 phase) {
+    k_u32 value = 0;
+    const k_bool ok = k_await_as(k, word, epoch, or_epoch, peer, phase, &value, 1);
     k_acquired(k);
     return ok;
 }
@@ -452,6 +515,14 @@ static K_INLINE k_bool k_await_most(struct k_thread *k, k_i32 most, const k_u64 
     K_UNROLL for (k_i32 i = 0; i < most; i++) {
         all = all && (k_u32)(w[i] >> 32) == epoch;
     }
+#if defined(K_WAITS_APART)
+    K_UNROLL for (k_i32 i = 0; i < most; i++) {
+        if (ok && (k_u32)(w[i] >> 32) != epoch) {
+            w[i] = k_wait(k, at + i * step, epoch, epoch, peer, phase, 0);
+            ok = (k_u32)(w[i] >> 32) == epoch || k->mask.is_gone;
+        }
+    }
+#else
     if (!all) {
         struct k_spinner s = K_SPINNER;
         const k_i64 start = k_now();
@@ -472,6 +543,7 @@ static K_INLINE k_bool k_await_most(struct k_thread *k, k_i32 most, const k_u64 
         }
         ok = ok || all || k->mask.is_gone;
     }
+#endif
     K_UNROLL for (k_i32 i = 0; i < most; i++) {
         value[i] = (k_u32)w[i];
     }
@@ -577,7 +649,6 @@ static K_INLINE void k_enter(struct k_thread *k, const struct k_group *g, k_i32 
     k->g = g;
     k->kind = kind;
     k->epoch = K_NEXT((k_u32)k_load(&g->ctl->epoch));
-    k->board = k_board_of(g, g->rank);
     k->mask.ll = 0;
     k->mask.is_gone = 0;
     if (kind && k->block == 0 && k->warp == 0 && k->lane == 0) {

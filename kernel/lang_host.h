@@ -41,7 +41,6 @@ struct k_thread {
     k_i32 kind;
     k_u32 epoch;
     const struct k_group *g;
-    const struct k_board *board;
     struct k_team *team;
     const struct k_hooks *hooks; /* NULL: what they would be told is left on the board */
     struct k_mask_thread mask;

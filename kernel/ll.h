@@ -10,6 +10,9 @@
 #if !defined(K_MOVER_GENERIC)
 #define K_MOVER_GENERIC 1 /* rows pass through registers */
 #endif
+#if defined(__CUDACC__)
+#define K_WAITS_APART 1
+#endif
 #include "kernel/abi_ll.h"
 #if !defined(K_BLOCK_WARPS) /* as src/run/gpu.c has it */
 #define K_BLOCK_WARPS K_LL_WARPS
@@ -24,6 +27,10 @@ struct ll_call {
     k_i32 kind, slot;    /* kind: 0 dispatch, 1 combine */
     k_u32 tag;
     k_bool sends, receives;
+    /* Of a combine, what it needs of the dispatch; all loads of a kernel's beginning are under way
+     * together. */
+    struct k_ll_head head; /* but for number[1] */
+    k_u64 lost, taken[2];  /* of k_ll_ctl */
 };
 
 /* ---- places --------------------------------------------------------------------------------- */
@@ -44,9 +51,9 @@ static K_INLINE void *ll_in_handle(const struct k_ll *ll, k_u64 offset) {
     return (k_u8 *)ll->head + offset;
 }
 
-/* Element [source][row] of an array of the handle, which has `each` elements of a row. */
-static K_INLINE k_i64 ll_row_of(const struct k_ll *ll, k_i32 source, k_i32 row, k_i32 each) {
-    return ((k_i64)source * ll->group_tokens + row) * each;
+/* Element [source][token] of an array of the handle, which has `each` elements of a token. */
+static K_INLINE k_i64 ll_row_of(const struct k_ll *ll, k_i32 source, k_i32 token, k_i32 each) {
+    return ((k_i64)source * ll->group_tokens + token) * each;
 }
 
 /* In how many slices a row of `rows` rows travels, so that few rows keep many blocks busy. */
@@ -65,6 +72,16 @@ static K_INLINE struct ll_span ll_cut(k_i32 bytes, k_i32 unit, k_i32 parts, k_i3
     return s;
 }
 
+/* A bit for each of the first `num` places that is not -1; the warp together. */
+static K_INLINE k_u64 ll_mask_of(struct k_thread *k, const k_i32 *place, k_i32 num) {
+    k_u64 mask = 0;
+    for (k_i32 base = 0; base < num; base += K_LANES) {
+        const k_i32 i = base + k->lane;
+        mask |= (k_u64)k_ballot(k, i < num && place[i] >= 0) << base;
+    }
+    return mask;
+}
+
 /* ---- the ends of a kernel ------------------------------------------------------------------- */
 
 static K_INLINE k_u64 ll_count(const k_u64 *counter) {
@@ -72,16 +89,8 @@ static K_INLINE k_u64 ll_count(const k_u64 *counter) {
 }
 
 static K_INLINE k_u32 ll_share_of(const struct k_thread *k) {
-    const k_u32 warps = (k_u32)(k->num_blocks * k->num_warps), all = 1u << K_LL_SHARE_BITS;
-    const k_u32 i = (k_u32)(k->block * k->num_warps + k->warp);
-    return all / warps + (i < all % warps ? 1u : 0u);
-}
-
-/* Every warp's last act for a counter of kernels. */
-static K_INLINE void ll_share(const struct k_thread *k, k_u64 *counter) {
-    if (k->lane == 0) {
-        k_add_last(counter, ll_share_of(k));
-    }
+    const k_u32 blocks = (k_u32)k->num_blocks, all = 1u << K_LL_SHARE_BITS;
+    return all / blocks + ((k_u32)k->block < all % blocks ? 1u : 0u);
 }
 
 /* A wait has ended without what it waited for: the group has faulted. */
@@ -93,15 +102,21 @@ static K_INLINE void ll_fail(struct k_thread *k) {
 
 static K_INLINE void ll_leave(struct k_thread *k, const struct ll_call *c) {
     struct k_ll_ctl *ctl = c->ll->ctl;
-    k_syncwarp(k);
-    if (k->mask.ll) {
-        ll_share(k, &ctl->kernels);
+    k_barrier(k, 1);
+    if (k->warp != 0 || k->lane != 0) {
+        return;
     }
-    if (c->receives) {
-        ll_share(k, &ctl->received[c->kind][c->slot]);
+    const k_u64 share = ll_share_of(k);
+    if (k->mask.ll) {
+        k_add_last(&ctl->kernels, share);
+    }
+    if (c->receives && k->mask.ll) {
+        k_add_last(&ctl->received[c->kind][c->slot], share); /* ll_is_mender acquires it */
+    } else if (c->receives) {
+        k_add(&ctl->received[c->kind][c->slot], share);
     }
     if (c->sends) {
-        ll_share(k, &ctl->sent[c->kind]);
+        k_add(&ctl->sent[c->kind], share);
     }
 }
 
@@ -144,7 +159,6 @@ static K_INLINE k_u64 ll_before(k_u64 n) {
 
 /* What a warp knows of masks when the kernel begins. */
 static K_INLINE void ll_enter(struct k_thread *k, const struct k_ll *ll) {
-    k->board = k_board_of(k->g, k->g->rank);
     k->mask.ll = ll->peers ? ll : 0;
     k->mask.kernel = ll->peers ? ll_count(&ll->ctl->kernels) + 1 : 0;
     k->mask.is_gone = k->mask.gave_up = k->mask.is_mending = 0;
@@ -184,7 +198,11 @@ static K_FN void ll_hear(struct k_thread *k, k_bool masks) {
  * others have left, and then makes whole what some of them have done with that peer and others without.
  */
 static K_FN k_bool ll_is_mender(struct k_thread *k, const struct ll_call *c) {
-    if (!k->mask.ll || !c->receives || k_ballot(k, k->mask.gave_up) == 0) {
+    if (!k->mask.ll || !c->receives) {
+        return 0;
+    }
+    k_barrier(k, 1); /* the block's other warps are done, but for being menders */
+    if (k_ballot(k, k->mask.gave_up) == 0) {
         return 0;
     }
     struct k_ll_ctl *ctl = c->ll->ctl;
@@ -203,6 +221,20 @@ static K_FN k_bool ll_is_mender(struct k_thread *k, const struct ll_call *c) {
     return k->mask.is_mending;
 }
 
+static K_INLINE void ll_read_dispatch(const struct k_ll *ll, struct ll_call *c) {
+    const struct k_ll_head *h = ll->head; /* a warp may be writing number[1] */
+    c->head.owner = h->owner;
+    c->head.number[0] = h->number[0];
+    c->head.tokens = h->tokens;
+    c->head.topk = h->topk;
+    c->head.max_tokens = h->max_tokens;
+    c->head.signature = h->signature;
+    c->head.experts = h->experts;
+    c->lost = k_load(&ll->ctl->lost);
+    c->taken[0] = ll_count(&ll->ctl->received[0][0]);
+    c->taken[1] = ll_count(&ll->ctl->received[0][1]);
+}
+
 /*
  * The first thing that every warp does: which operation this is, and whether it is legal. All come to the
  * same answer, because nobody has left. False: nothing is to be done, nor counted.
@@ -217,6 +249,9 @@ static K_FN k_bool ll_begin(struct k_thread *k, const struct k_group *g, const s
     c->kind = op == (k_i32)K_OP_LL_COMBINE ? 1 : 0;
     c->sends = (flags & K_LL_SEND) != 0;
     c->receives = (flags & K_LL_RECEIVE) != 0;
+    if (c->kind) {
+        ll_read_dispatch(ll, c);
+    }
     const k_u64 sent = ll_count(&ll->ctl->sent[c->kind]),
                 even = ll_count(&ll->ctl->received[c->kind][0]),
                 odd = ll_count(&ll->ctl->received[c->kind][1]);
@@ -267,8 +302,8 @@ static K_FN k_bool ll_await_free(struct k_thread *k, const struct ll_call *c, k_
 
 /*
  * For how long from now on the first word of each other rank in region `r` is not here, those of all ranks
- * side by side (on the host of 64 at a time): added to `waits`, if the caller wants to know. `rows`: of
- * ranks with rows here, NULL: of all. One warp waits; whoever needs the words says what is wrong.
+ * side by side (on the host of 64 at a time): added to `waits`, if the caller wants to know. `tokens`:
+ * of ranks that have some, NULL: of all. One warp waits; whoever needs the words says what is wrong.
  */
 static K_FN void ll_time_waits(struct k_thread *k, const struct ll_call *c,
                                const struct k_ll_region *r, k_i32 phase, const k_i32 *rows,
@@ -317,23 +352,19 @@ static K_FN k_bool ll_await_all_free(struct k_thread *k, const struct ll_call *c
     if (k->mask.ll || c->number <= 2) {
         return 1;
     }
-    for (k_i32 p = k->lane; ok && p < k->g->num_ranks; p += K_LANES) {
+    for (k_i32 base = 0; ok && base < k->g->num_ranks; base += K_LANES) {
+        const k_i32 p = base + k->lane;
         const k_u64 *word = words + p * 2 * K_LL_KINDS + c->kind * 2 + c->slot;
-        struct k_spinner s = K_SPINNER;
-        for (;;) {
-            const k_u32 tag = (k_u32)(k_acquire(word) >> 32);
-            if (tag == K_LL_TAG(c->number - 2) || tag == c->tag) {
-                break;
-            }
-            if (!k_spin(k, &s, p, K_PHASE_CONSUMED)) {
-                ok = 0;
-                break;
-            }
-        }
+        ok = k_await_either(k, p < k->g->num_ranks ? word : 0, K_LL_TAG(c->number - 2), c->tag,
+                            p, K_PHASE_CONSUMED);
     }
-    ok = k_all(k, ok);
-    k_acquired(k);
     return ok;
+}
+
+/* By all warps, for what the block stores behind its next barrier. `sends`: this warp stores before. */
+static K_INLINE k_bool ll_await_block_free(struct k_thread *k, const struct ll_call *c,
+                                           k_bool sends) {
+    return (k->warp != k->num_warps - 1 && !sends) || ll_await_all_free(k, c);
 }
 
 /* The same for one rank of each lane, with masks. */
@@ -348,26 +379,25 @@ struct ll_header {
 };
 
 static K_INLINE void ll_post_header(struct k_thread *k, const struct ll_call *c,
-                                    struct k_peer at, const struct ll_header *h, k_u32 rows,
-                                    k_u32 slices) {
+                                    struct k_peer at, const struct ll_header *h, k_u32 tokens,
+                                    k_u32 rows) {
     if (k->lane == 0) {
         K_UNROLL for (k_i32 i = 0; i < K_LL_COMPARED; i++) {
             k_post(k_peer_plus(at, 8ull * (k_u64)i), K_WORD(c->tag, h->compared[i]));
         }
+        k_post(k_peer_plus(at, 8ull * K_LL_TOKENS), K_WORD(c->tag, tokens));
         k_post(k_peer_plus(at, 8ull * K_LL_ROWS), K_WORD(c->tag, rows));
-        k_post(k_peer_plus(at, 8ull * K_LL_SLICES), K_WORD(c->tag, slices));
     }
 }
 
 /* Each lane awaits the header at `at` of a rank p of its own (NULL: none) and compares. Of a rank that
  * is gone it says 0. */
 static K_FN k_bool ll_await_header(struct k_thread *k, const struct ll_call *c, const k_u64 *at,
-                                   k_i32 p, const struct ll_header *h, k_u32 *rows,
-                                   k_u32 *slices) {
-    k_u32 value[K_LL_SLICES + 1] = {0};
+                                   k_i32 p, const struct ll_header *h, k_u32 *tokens) {
+    k_u32 value[K_LL_TOKENS + 1] = {0};
     k_bool same = 1;
     const k_i32 phase = c->kind ? K_PHASE_ANSWERS : K_PHASE_COUNTS;
-    if (!k_await_most(k, K_LL_SLICES + 1, at, 1, at ? K_LL_SLICES + 1 : 0, c->tag, p, phase,
+    if (!k_await_most(k, K_LL_TOKENS + 1, at, 1, at ? K_LL_TOKENS + 1 : 0, c->tag, p, phase,
                       value)) {
         return 0;
     }
@@ -379,8 +409,7 @@ static K_FN k_bool ll_await_header(struct k_thread *k, const struct ll_call *c, 
             same = 0;
         }
     }
-    *rows = k->mask.is_gone ? 0 : value[K_LL_ROWS];
-    *slices = k->mask.is_gone ? 0 : value[K_LL_SLICES];
+    *tokens = k->mask.is_gone ? 0 : value[K_LL_TOKENS];
     return k_all(k, same);
 }
 
@@ -403,14 +432,15 @@ static K_INLINE k_i32 ll_last_first(const struct k_thread *k) {
     return (k->num_blocks - 1 - k->block) * k->num_warps + k->warp;
 }
 
-/* Blocks take units in turn: the first of this block, when `before` have been dealt. */
-static K_INLINE k_i32 ll_first_unit(const struct k_thread *k, k_i32 before) {
-    return (k->block + k->num_blocks - before % k->num_blocks) % k->num_blocks;
-}
-
 /* The first 1,280 bytes of the block's shared memory, or of the warp's. */
 static K_INLINE void *ll_warp_scratch(struct k_thread *k) {
     return (k_u8 *)k_shared(k) + (k_u64)k->warp * (k_u64)k->g->scratch_bytes;
+}
+
+/* K_LL_STAGE_BYTES of the warp, behind the scratch of all, where kernels that have movers have rings. */
+static K_INLINE void *ll_stage(struct k_thread *k) {
+    return (k_u8 *)k_shared(k) + (k_u64)k->num_warps * (k_u64)k->g->scratch_bytes +
+           (k_u64)k->warp * K_LL_STAGE_BYTES;
 }
 
 #endif

@@ -29,11 +29,19 @@ static K_INLINE struct ll_span ll_warp_part(const struct k_thread *k, struct ll_
     return part;
 }
 
+/* Read anew by those few who need it. */
+static K_INLINE struct ll_header ll_combine_header(const struct k_ll_combine_args *a) {
+    const struct k_ll_head *head = a->ll.head;
+    struct ll_header h = {{head->signature | a->form, a->types, (k_u32)a->row_bytes,
+                           K_LL_TAG(head->number[0]), (k_u32)a->ll.max_tokens}};
+    return h;
+}
+
 /* ---- send ----------------------------------------------------------------------------------- */
 
-/* Where a row's weights are in the region of their owner. */
-static K_INLINE k_u64 ll_weights_at(const struct k_ll *ll, k_i32 row) {
-    return 8ull * (k_u64)row * (k_u64)ll->group_topk;
+/* Where a token's weights are in the region of their owner. */
+static K_INLINE k_u64 ll_weights_at(const struct k_ll *ll, k_i32 t) {
+    return 8ull * (k_u64)t * (k_u64)ll->group_topk;
 }
 
 /*
@@ -50,36 +58,47 @@ static K_FN void ll_push_weights(struct k_thread *k, const struct k_ll_combine_a
         for (k_i32 i = k->warp; i < a->topk; i += k->num_warps) {
             const k_i32 d = dest[(k_i64)t * ll->group_topk + i];
             for (k_i32 w = k->lane; d >= 0 && w < a->topk; w += K_LANES) {
-                k_post(k_peer_at(&a->g, K_LL_DEST_RANK(d),
-                                 part + ll_weights_at(ll, K_LL_DEST_ROW(d)) + 8ull * (k_u64)w),
+                k_post(k_peer_at(&a->g, d, part + ll_weights_at(ll, t) + 8ull * (k_u64)w),
                        K_WORD(c->tag, *(const k_u32 *)k_at(&a->weights, t, w)));
             }
         }
     }
+    /* Every rank gets the first word, by which it sees since when weights are here. */
+    for (k_i32 p = k->lane; k_first(k, 0) == 0 && a->tokens > 0 && p < a->g.num_ranks;
+         p += K_LANES) {
+        k_bool goes = 0;
+        K_ROLLED for (k_i32 i = 0; i < a->topk; i++) {
+            goes = goes || dest[i] == p;
+        }
+        if (!goes) {
+            k_post(k_peer_at(&a->g, p, part), K_WORD(c->tag, 0));
+        }
+    }
 }
 
-/* Rows of the experts that make up the answer for row j of an owner, from byte `from` on; -1: their
+/* Rows of the experts that make up the answer for token t of an owner, from byte `from` on; -1: their
  * weights do not come. */
 static K_FN k_i32 ll_answer_terms(struct k_thread *k, const struct k_ll_combine_args *a,
-                                  const struct ll_call *c, const struct ll_header *h,
-                                  k_i32 owner, k_i32 j, k_i32 from, struct k_term *terms) {
+                                  const struct ll_call *c, k_i32 owner, k_i32 t, k_i32 from,
+                                  struct k_term *terms) {
     const struct k_ll *ll = &a->ll;
-    const k_i64 first = ll_row_of(ll, owner, j, ll->group_topk);
+    const k_i64 first = ll_row_of(ll, owner, t, ll->group_topk);
     const k_bool now = (a->form & K_LL_SIG_WEIGHTS_NOW) != 0;
     const k_u64 *words = (const k_u64 *)k_own(
-        &a->g, ll_part(&a->g, c, &ll->map.weights, owner) + ll_weights_at(ll, j));
+        &a->g, ll_part(&a->g, c, &ll->map.weights, owner) + ll_weights_at(ll, t));
     const k_i32 *place = (const k_i32 *)ll_in_handle(ll, ll->map.place) + first;
     const k_f32 *weight = (const k_f32 *)ll_in_handle(ll, ll->map.weight) + first;
     k_i32 num = 0;
-    for (k_i32 base = 0; base < a->ll.head->topk; base += K_LANES) {
-        const k_i32 i = base + k->lane, row = i < a->ll.head->topk ? place[i] : -1;
+    for (k_i32 base = 0; base < ll->group_topk; base += K_LANES) {
+        const k_i32 i = base + k->lane, row = i < ll->group_topk ? place[i] : -1;
         k_u32 all = 0, given = 0;
         const k_i32 at = num + (k_i32)k_scan(k, row >= 0, &all);
         if (now && !k_await_word(k, row >= 0 ? words + i : 0, c->tag, owner, K_PHASE_WEIGHTS,
                                  &given)) {
             /* An owner that gives none has said so in its header. */
-            ll_await_header(k, c, ll_own_words(&a->g, c, &ll->map.header, owner), owner, h,
-                            &all, &given);
+            const struct ll_header h = ll_combine_header(a);
+            ll_await_header(k, c, ll_own_words(&a->g, c, &ll->map.header, owner), owner, &h,
+                            &all);
             return -1;
         }
         if (row >= 0) {
@@ -137,15 +156,14 @@ static K_INLINE k_i32 *ll_told(struct k_thread *k, k_i32 warp, k_i32 turn) {
  * part in that. False: weights do not come.
  */
 static K_FN k_bool ll_send_logfmt(struct k_thread *k, const struct k_ll_combine_args *a,
-                                  const struct ll_call *c, const struct ll_header *h,
-                                  k_i32 owner, k_i32 j, k_i64 first, const k_i32 *place,
-                                  k_bool goes) {
+                                  const struct ll_call *c, k_i32 owner, k_i32 t, k_i64 first,
+                                  const k_i32 *place, k_bool goes) {
     const k_bool exact = (a->form & K_LL_SIG_EXACT) != 0;
     const k_i32 block = ll_log_block_bytes(a->row_bytes);
     const k_i32 each = (a->row_bytes + block - 1) / block;
     const k_i32 all = each * (exact ? a->ll.head->topk : 1);
     struct k_term *terms = ll_terms(k);
-    const k_i32 num = !goes ? 0 : exact ? 1 : ll_answer_terms(k, a, c, h, owner, j, 0, terms);
+    const k_i32 num = !goes ? 0 : exact ? 1 : ll_answer_terms(k, a, c, owner, t, 0, terms);
     k_i32 at = 0;
     for (k_i32 base = 0; base < all; base += k->num_warps) {
         const k_i32 u = base + k->warp, turn = base / k->num_warps & 1;
@@ -180,31 +198,31 @@ static K_FN k_bool ll_send_logfmt(struct k_thread *k, const struct k_ll_combine_
 }
 
 static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine_args *a,
-                                   const struct ll_call *c, const struct ll_header *h,
-                                   k_i32 owner, k_i32 j, k_i32 slice, k_i32 slices) {
+                                   const struct ll_call *c, k_i32 owner, k_i32 t, k_i32 slice,
+                                   k_i32 slices) {
     const struct k_ll *ll = &a->ll;
-    const k_i64 row = ll_row_of(ll, owner, j, 1);
-    const k_i64 token = ((const k_i32 *)ll_in_handle(ll, ll->map.token))[row];
-    const k_i32 *place = (const k_i32 *)ll_in_handle(ll, ll->map.place) + row * ll->group_topk;
+    const k_i32 *place = (const k_i32 *)ll_in_handle(ll, ll->map.place) +
+                         ll_row_of(ll, owner, t, ll->group_topk);
+    if (ll_mask_of(k, place, ll->group_topk) == 0) {
+        return 1; /* it did not come here */
+    }
     const struct ll_span part =
         ll_warp_part(k, ll_cut(a->row_bytes, 16, slices, slice), 16 * K_LANES);
-    const k_u32 weighted = K_LL_SIG_WEIGHTS | K_LL_SIG_WEIGHTS_NOW;
     const k_bool exact = (a->form & K_LL_SIG_EXACT) != 0;
-    const k_i64 first = exact ? token * ll->head->topk : token;
+    const k_i64 first = exact ? (k_i64)t * a->ll.head->topk : t;
     k_bool ok = ll_await_one_free(k, c, k->lane == 0 ? owner : -1);
     const k_bool goes = ok && !ll_any_gone(k);
     if (a->form & K_LL_SIG_LOGFMT) {
-        ok = ll_send_logfmt(k, a, c, h, owner, j, first, place, goes) && ok;
+        ok = ll_send_logfmt(k, a, c, owner, t, first, place, goes) && ok;
     } else if (goes && exact) {
         ll_send_exact(k, a, c, owner, first, place, part);
     } else if (goes && part.from < part.end) {
         struct k_term *terms = ll_terms(k);
-        const k_i32 num = ll_answer_terms(k, a, c, h, owner, j, part.from, terms);
+        const k_i32 num = ll_answer_terms(k, a, c, owner, t, part.from, terms);
         ok = num >= 0;
         if (ok) {
-            k_reduce(k, k_peer_plus(ll_answer_at(a, c, owner, token), (k_u64)part.from), K_BF16,
-                     ((ll->head->signature | a->form) & weighted) != 0, part.end - part.from,
-                     terms, num);
+            k_reduce(k, k_peer_plus(ll_answer_at(a, c, owner, t), (k_u64)part.from), K_BF16, 1,
+                     part.end - part.from, terms, num);
         }
     }
     if (!k_barrier(k, ok)) {
@@ -213,7 +231,7 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
     if (k->mask.ll && !k_barrier(k, !ll_any_gone(k))) {
         return 1; /* the owner is left out */
     }
-    for (k_i32 i = k->lane; k->warp == 0 && i < (exact ? ll->head->topk : 1); i += K_LANES) {
+    for (k_i32 i = k->lane; k->warp == 0 && i < (exact ? a->ll.head->topk : 1); i += K_LANES) {
         if (!exact || place[i] >= 0) {
             const k_i64 word = (first + i) * K_LL_MOST_SLICES + slice;
             k_publish(
@@ -225,33 +243,25 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
     return 1;
 }
 
-static K_INLINE k_i32 ll_rows_from(const struct k_ll *ll, k_i32 source) {
+static K_INLINE k_i32 ll_tokens_from(const struct k_ll *ll, k_i32 source) {
     return ((const k_i32 *)ll_in_handle(ll, ll->map.count))[source];
 }
 
-/* By what this rank answers; LogFMT's rows are not cut, as their blocks lie one behind the other. */
+/* By the tokens that it may answer; LogFMT's rows are not cut, as their blocks lie one behind the other. */
 static K_FN k_i32 ll_answer_slices(struct k_thread *k, const struct k_ll_combine_args *a) {
     k_u32 rows = 0;
     for (k_i32 p = k->lane; p < a->g.num_ranks; p += K_LANES) {
-        rows += (k_u32)ll_rows_from(&a->ll, p);
+        rows += (k_u32)ll_tokens_from(&a->ll, p);
     }
     rows = k_sum(k, rows);
     return a->form & K_LL_SIG_LOGFMT ? 1 : ll_slices((k_i32)rows);
 }
 
-static K_INLINE void ll_combine_header(const struct k_ll_combine_args *a, struct ll_header *h) {
-    h->compared[0] = a->ll.head->signature | a->form;
-    h->compared[1] = a->types;
-    h->compared[2] = (k_u32)a->row_bytes;
-    h->compared[3] = K_LL_TAG(a->ll.head->number[0]);
-    h->compared[4] = (k_u32)a->ll.max_tokens;
-}
-
 static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine_args *a,
-                                   const struct ll_call *c, const struct ll_header *h) {
+                                   const struct ll_call *c) {
     const struct k_group *g = &a->g;
     const k_i32 slices = ll_answer_slices(k, a);
-    k_i32 before = 0;
+    k_i32 before = 0, unit = k->block; /* of all, which are dealt to the blocks */
     if (k_first(k, 0) == 0 && k->lane == 0) {
         a->ll.head->number[1] = c->number;
     }
@@ -260,12 +270,13 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
     if (weighs) {
         ll_push_weights(k, a, c);
     }
-    k_bool ok = ll_await_all_free(k, c);
+    k_bool ok = ll_await_block_free(k, c, ll_last_first(k) < g->num_ranks);
     for (k_i32 p = ll_last_first(k); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
         ok = ll_await_one_free(k, c, k->lane == 0 ? p : -1);
         if (ok && !k->mask.is_gone) {
-            ll_post_header(k, c, k_peer_at(g, p, ll_part(g, c, &a->ll.map.header, g->rank)), h,
-                           0, (k_u32)slices);
+            const struct ll_header h = ll_combine_header(a);
+            ll_post_header(k, c, k_peer_at(g, p, ll_part(g, c, &a->ll.map.header, g->rank)), &h,
+                           0, 0);
         }
     }
     ok = k_barrier(k, ok);
@@ -275,9 +286,10 @@ static K_FN k_bool ll_combine_send(struct k_thread *k, const struct k_ll_combine
     }
     for (k_i32 i = 0; ok && i < g->num_ranks; i++) {
         const k_i32 owner = (g->rank + 1 + i) % g->num_ranks;
-        const k_i32 units = ll_is_masked(k, owner) ? 0 : ll_rows_from(&a->ll, owner) * slices;
-        for (k_i32 u = ll_first_unit(k, before); ok && u < units; u += k->num_blocks) {
-            ok = ll_answer_slice(k, a, c, h, owner, u / slices, u % slices, slices);
+        const k_i32 units = ll_is_masked(k, owner) ? 0 : ll_tokens_from(&a->ll, owner) * slices;
+        for (; ok && unit < before + units; unit += k->num_blocks) {
+            const k_i32 u = unit - before;
+            ok = ll_answer_slice(k, a, c, owner, u / slices, u % slices, slices);
         }
         before += units;
     }
@@ -299,9 +311,9 @@ static K_FN k_i32 ll_token_terms(struct k_thread *k, const struct k_ll_combine_a
         (const k_i32 *)ll_in_handle(ll, exact ? ll->map.chosen : ll->map.dest) + first;
     const k_f32 *given = (const k_f32 *)ll_in_handle(ll, ll->map.given) + first;
     k_i32 num = 0;
-    for (k_i32 base = 0; base < a->ll.head->topk; base += K_LANES) {
-        const k_i32 i = base + k->lane, d = i < a->ll.head->topk ? dest[i] : -1;
-        const k_i32 p = d < 0 || ll_is_masked(k, K_LL_DEST_RANK(d)) ? -1 : K_LL_DEST_RANK(d);
+    for (k_i32 base = 0; base < ll->group_topk; base += K_LANES) {
+        const k_i32 i = base + k->lane, d = i < ll->group_topk ? dest[i] : -1;
+        const k_i32 p = d < 0 || ll_is_masked(k, d) ? -1 : d;
         const k_i64 answer = exact ? (k_i64)t * a->ll.head->topk + i : t;
         k_u32 all = 0;
         k->mask.is_gone = 0;
@@ -338,8 +350,8 @@ static K_FN k_bool ll_sum_part(struct k_thread *k, const struct k_ll_combine_arg
     if (logfmt) {
         ll_log_reduce(k, k_peer_own(k_row(&a->out, t)), a->row_bytes, part, terms, num);
     } else {
-        k_reduce(k, k_peer_own(k_row(&a->out, t) + (k_u64)part.from), K_BF16,
-                 (a->form & K_LL_SIG_EXACT) != 0, part.end - part.from, terms, num);
+        k_reduce(k, k_peer_own(k_row(&a->out, t) + (k_u64)part.from), K_BF16, 1,
+                 part.end - part.from, terms, num); /* by 1, if not exact */
     }
     k_syncwarp(k);
     return 1;
@@ -348,14 +360,14 @@ static K_FN k_bool ll_sum_part(struct k_thread *k, const struct k_ll_combine_arg
 /* Also from ranks that answer nothing a header is awaited: whoever differs is told so. Before any answer
  * is awaited, as one of a rank that differs may never come. */
 static K_FN k_bool ll_await_headers(struct k_thread *k, const struct k_ll_combine_args *a,
-                                    const struct ll_call *c, const struct ll_header *h) {
+                                    const struct ll_call *c) {
     const struct k_group *g = &a->g;
     k_bool ok = 1;
     for (k_i32 p = ll_last_first(k); ok && p < g->num_ranks; p += k_stride(k, k->num_blocks)) {
-        k_u32 rows = 0, slices = 1;
+        const struct ll_header h = ll_combine_header(a);
+        k_u32 tokens = 0;
         k->mask.is_gone = ll_is_masked(k, p);
-        ok = ll_await_header(k, c, ll_own_words(g, c, &a->ll.map.header, p), p, h, &rows,
-                             &slices);
+        ok = ll_await_header(k, c, ll_own_words(g, c, &a->ll.map.header, p), p, &h, &tokens);
     }
     return ok;
 }
@@ -370,7 +382,7 @@ static K_FN k_bool ll_sum_again(struct k_thread *k, const struct k_ll_combine_ar
             (const k_i32 *)ll_in_handle(ll, ll->map.dest) + (k_i64)t * ll->group_topk;
         k_bool again = 0;
         for (k_i32 i = k->lane; i < a->ll.head->topk; i += K_LANES) {
-            again = again || (dest[i] >= 0 && ll_is_masked(k, K_LL_DEST_RANK(dest[i])));
+            again = again || (dest[i] >= 0 && ll_is_masked(k, dest[i]));
         }
         const struct ll_span row = {0, a->row_bytes};
         if (k_ballot(k, again) != 0 && !ll_sum_part(k, a, c, t, row)) {
@@ -381,11 +393,11 @@ static K_FN k_bool ll_sum_again(struct k_thread *k, const struct k_ll_combine_ar
 }
 
 static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_combine_args *a,
-                                      const struct ll_call *c, const struct ll_header *h) {
+                                      const struct ll_call *c) {
     const k_i32 slices = ll_slices(a->tokens);
     const k_i32 unit = a->form & K_LL_SIG_LOGFMT ? K_LOG_STEP : 16 * K_LANES;
     ll_time_waits(k, c, &a->ll.map.header, K_PHASE_ANSWERS, 0, &a->wait_ns);
-    if (!ll_await_headers(k, a, c, h)) {
+    if (!ll_await_headers(k, a, c)) {
         return 0;
     }
     for (k_i32 u = k->block; u < a->tokens * slices; u += k->num_blocks) {
@@ -402,26 +414,24 @@ static K_FN k_bool ll_combine_receive(struct k_thread *k, const struct k_ll_comb
 /* ---- entry ---------------------------------------------------------------------------------- */
 
 /* The handle is of a dispatch that was received here, and of this call's shape; a send knows no T. */
-static K_FN k_bool ll_knows(struct k_thread *k, const struct k_ll_combine_args *a) {
-    const struct k_ll_head *h = a->ll.head;
+static K_FN k_bool ll_knows(struct k_thread *k, const struct k_ll_combine_args *a,
+                            const struct ll_call *c) {
+    const struct k_ll_head *h = &c->head;
     const k_u64 n = h->number[0];
     const k_bool good =
         h->owner == (k_u64)a->ll.ctl && n > (k->mask.ll ? k_load(&a->ll.ctl->floor[0]) : 0) &&
         (a->tokens < 0 || h->tokens == a->tokens) && (a->topk == 0 || h->topk == a->topk) &&
         h->experts == a->g.experts && ((h->signature ^ a->form) & K_LL_SIG_COMPACT) == 0 &&
-        h->max_tokens == a->ll.max_tokens &&
-        ll_count(&a->ll.ctl->received[0][n & 1]) > ll_before(n);
+        h->max_tokens == a->ll.max_tokens && (n & 1 ? c->taken[1] : c->taken[0]) > ll_before(n);
     return good || ll_refuse(k, K_REFUSED_HANDLE);
 }
 
 static K_FN void ll_combine_run(struct k_thread *k, const struct k_ll_combine_args *a,
                                 const struct ll_call *c) {
-    struct ll_header h;
-    ll_combine_header(a, &h);
-    const k_bool ok = k_load(&a->ll.ctl->lost) == 0 &&
-                      (!c->sends || ll_combine_send(k, a, c, &h)) &&
-                      (!c->receives || ll_combine_receive(k, a, c, &h));
-    if (!ok || (ll_is_mender(k, c) && !ll_sum_again(k, a, c))) {
+    const k_bool ok = c->lost == 0 && (!c->sends || ll_combine_send(k, a, c)) &&
+                      (!c->receives || ll_combine_receive(k, a, c));
+    const k_bool mends = ll_is_mender(k, c);
+    if (!ok || (mends && !ll_sum_again(k, a, c))) {
         ll_fail(k);
     }
     ll_leave(k, c);
@@ -433,7 +443,7 @@ K_KERNEL(low_latency, combine, k_ll_combine_args) {
         return;
     }
     ll_hello(k, &c);
-    if (ll_knows(k, a)) {
+    if (ll_knows(k, a, &c)) {
         ll_combine_run(k, a, &c);
     }
 }

@@ -30,7 +30,8 @@ K_KERNEL(low_latency, dispatch, k_ll_dispatch_args) {
         ll_fail(k);
         k_store(&c.ll->ctl->lost, 1); /* for combines that are queued behind this */
     }
-    if (ok && ll_is_mender(k, &c)) {
+    const k_bool mends = ll_is_mender(k, &c);
+    if (ok && mends) {
         ll_wipe(k, a, &c, &s);
     }
     ll_leave(k, &c);

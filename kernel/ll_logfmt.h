@@ -135,18 +135,11 @@ static K_INLINE void ll_log_round(const k_f32 *acc, k_u32 *v) {
 
 /* ---- a warp's block on its way ----------------------------------------------------------------- */
 
-/* The warp's block in bf16, then as it travels: behind the scratch, where kernels that have movers have
- * their rings. */
-static K_INLINE k_u32 *ll_log_stage(struct k_thread *k) {
-    return (k_u32 *)((k_u8 *)k_shared(k) + (k_u64)k->num_warps * (k_u64)k->g->scratch_bytes +
-                     (k_u64)k->warp * K_LL_STAGE_BYTES);
-}
-
 /* Makes bytes from to end of a row in the stage: the sum of the terms, rounded. Sends the metadata to
  * where the row begins. Whether they are to be encoded. */
 static K_FN k_bool ll_log_make(struct k_thread *k, const struct k_term *terms, k_i32 num,
                                k_i32 from, k_i32 end, struct k_peer row) {
-    k_u32 *stage = ll_log_stage(k);
+    k_u32 *stage = (k_u32 *)ll_stage(k); /* the block in bf16, then as it travels */
     k_bool fits = 1;
     for (k_i32 step = from; step < end; step += K_LOG_STEP) {
         k_u32 most = 0, below = 0; /* 0x7fff less the least */
@@ -185,7 +178,7 @@ static K_FN k_bool ll_log_make(struct k_thread *k, const struct k_term *terms, k
 /* Sends the block of `bytes` of bf16 that ll_log_make has made. */
 static K_FN void ll_log_store(struct k_thread *k, struct k_peer to, k_i32 bytes,
                               k_bool encoded) {
-    k_u32 *stage = ll_log_stage(k);
+    k_u32 *stage = (k_u32 *)ll_stage(k); /* the block in bf16, then as it travels */
     const k_u32 *meta = stage + K_LL_STAGE_BYTES / 4 - 8;
     k_syncwarp(k);
     for (k_i32 step = 0; encoded && step < bytes; step += K_LOG_STEP) {

@@ -182,6 +182,8 @@ K_KERNEL(low_latency, masks, k_ll_masks_args) {
         ll_hear(k, a->what != K_LL_BARRIER);
         ll_masks_run(k, a);
     }
-    k_syncwarp(k);
-    ll_share(k, &a->ll.ctl->kernels);
+    k_barrier(k, 1);
+    if (k->warp == 0 && k->lane == 0) {
+        k_add_last(&a->ll.ctl->kernels, ll_share_of(k));
+    }
 }

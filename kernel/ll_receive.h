@@ -40,7 +40,7 @@ static K_FN k_bool ll_await_counts(struct k_thread *k, const struct k_ll_dispatc
     k_bool ok = 1;
     for (k_i32 base = 0; ok && base < num; base += K_LANES) {
         const k_i32 i = base + k->lane;
-        const k_bool is_word = i <= K_LL_SLICES || (i >= K_LL_HEADER && i < num);
+        const k_bool is_word = i <= K_LL_ROWS || (i >= K_LL_HEADER && i < num);
         k_u32 value = 0;
         if (looks) {
             ok = k_all(k, !is_word || (k_u32)(k_load(words + i) >> 32) == c->tag);
@@ -163,14 +163,19 @@ static K_FN k_bool ll_take_counts(struct k_thread *k, const struct k_ll_dispatch
 
 /* ---- rows ----------------------------------------------------------------------------------- */
 
-/* Where the selections of a received row go, in the warp's scratch. */
+#define K_LL_SOURCES 4 /* whose counts a lane asks for at once */
+
+/* Where the selections of a received row go, in the warp's stage: the block's list is over, but what is
+ * in front of it may be read still. */
 struct ll_places {
-    k_i32 at[K_MAX_TOPK]; /* a row of the output, or -1 */
+    k_i32 at[K_MAX_TOPK];     /* a row of the output, or -1 */
+    k_i32 expert[K_MAX_TOPK]; /* whose it is, or 0 */
     k_f32 weight[K_MAX_TOPK];
 };
-_Static_assert(sizeof(struct ll_places) <= K_SCRATCH_BYTES(1), "a warp's scratch holds it");
+_Static_assert(sizeof(struct ll_places) <= K_LL_STAGE_BYTES, "a warp's stage holds it");
+_Static_assert(sizeof(struct ll_dests) <= K_SCRATCH_BYTES(1), "stages are behind it");
 
-/* The compact row of row j of a source; -1: the rows of lower sources are not known. */
+/* The row of compact output of a source's row j; -1: the rows of lower sources are not known. */
 static K_FN k_i64 ll_compact_row(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                  const struct ll_call *c, k_i32 source, k_i32 j) {
     k_i64 at = j;
@@ -203,6 +208,7 @@ static K_FN k_bool ll_find_compact(struct k_thread *k, const struct k_ll_dispatc
     const k_i64 at = ll_compact_row(k, a, c, source, j);
     for (k_i32 i = k->lane; at >= 0 && i < s->topk; i += K_LANES) {
         to->at[i] = i == 0 ? (k_i32)at : -1;
+        to->expert[i] = 0;
         to->weight[i] = 1.0f;
     }
     k_syncwarp(k);
@@ -213,35 +219,34 @@ static K_FN k_bool ll_find_compact(struct k_thread *k, const struct k_ll_dispatc
 static K_FN void ll_put_experts(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                 const struct ll_shape *s, const k_u32 *side, k_i64 row) {
     for (k_i32 i = k->lane; i < s->topk; i += K_LANES) {
-        const k_i32 id = (k_i32)side[K_SIDE_IDS + i];
-        const k_bool here = id >= 0 && a->g.expert_rank[id] == a->g.rank;
-        ll_put_id(a, row, i, here ? a->g.expert_local[id] : -1);
+        const k_i32 e = (k_i32)side[K_SIDE_IDS + i];
+        ll_put_id(a, row, i, e);
         if (a->recv_weights.data) {
             *(k_u32 *)k_at(&a->recv_weights, row, i) =
-                here ? side[K_SIDE_WEIGHTS(s->topk) + i] : 0;
+                e >= 0 ? side[K_SIDE_WEIGHTS(s->topk) + i] : 0;
         }
     }
 }
 
 /* Adds to `at` the counts of local expert e (-1: none) by lower sources, several at once as long as all
- * of them are here; the first that was not added. */
+ * of them are here; the first that was not added. With masks none: any may be absent. */
 static K_FN k_i32 ll_add_lower(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                const struct ll_call *c, k_i32 source, k_i32 e, k_u32 *at) {
+    const k_u64 *word = ll_counts_of(a, c, 0) + K_LL_HEADER + e;
+    const k_u64 step = a->ll.map.counts.stride / 8;
     k_i32 lower = 0;
-    for (k_bool here = 1; here && lower < source; lower += here ? K_LL_IDS : 0) {
-        k_u64 w[K_LL_IDS];
+    K_ROLLED for (k_bool here = !k->mask.ll; here && lower < source;
+                  lower += here ? K_LL_SOURCES : 0) {
         k_u32 sum = 0;
-        K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-            const k_u64 *word =
-                e >= 0 && lower + i < source ? ll_count_word(k, a, c, lower + i, e) : 0;
-            w[i] = word ? k_load(word) : K_WORD(c->tag, 0);
-        }
-        K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-            here = here && (k_u32)(w[i] >> 32) == c->tag;
-            sum += (k_u32)w[i];
+        K_UNROLL for (k_i32 i = 0; i < K_LL_SOURCES; i++) {
+            const k_bool counts = e >= 0 && lower + i < source;
+            const k_u64 w = counts ? k_load(word + (k_u64)i * step) : K_WORD(c->tag, 0);
+            here = here && (k_u32)(w >> 32) == c->tag;
+            sum += (k_u32)w;
         }
         here = k_all(k, here);
         *at += here ? sum : 0;
+        word += K_LL_SOURCES * step;
     }
     return k_min(lower, source);
 }
@@ -254,9 +259,8 @@ static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch
     const k_i32 most = ll_expert_rows(a);
     for (k_i32 base = 0; base < s->topk; base += K_LANES) {
         const k_i32 i = base + k->lane;
-        const k_i32 id = i < s->topk ? (k_i32)side[K_SIDE_IDS + i] : -1;
-        const k_bool here = id >= 0 && a->g.expert_rank[id] == a->g.rank;
-        const k_i32 e = here ? a->g.expert_local[id] : 0;
+        const k_i32 e = i < s->topk ? (k_i32)side[K_SIDE_IDS + i] : -1;
+        const k_bool here = e >= 0 && e < a->g.num_local;
         k_u32 at = here ? side[K_SIDE_INDICES(s->topk) + i] : 0;
         k_i32 lower = ll_add_lower(k, a, c, source, here ? e : -1, &at);
         for (; lower < source; lower++) {
@@ -269,6 +273,7 @@ static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch
         }
         if (i < s->topk) {
             to->at[i] = here && at < (k_u32)most ? e * most + (k_i32)at : -1;
+            to->expert[i] = e;
             to->weight[i] = weights ? k_float(side[K_SIDE_WEIGHTS(s->topk) + i]) : 1.0f;
         }
     }
@@ -276,23 +281,22 @@ static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch
     return 1;
 }
 
-/* What combine needs of row j of a source. */
+/* What combine needs of token t of a source; `to` NULL: it did not come here. */
 static K_FN void ll_note_row(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                             const struct ll_shape *s, k_i32 source, k_i32 j, k_i32 token,
+                             const struct ll_shape *s, k_i32 source, k_i32 t,
                              const struct ll_places *to) {
     const struct k_ll *ll = &a->ll;
-    const k_i64 first = ll_row_of(ll, source, j, ll->group_topk);
+    const k_i64 first = ll_row_of(ll, source, t, ll->group_topk);
     k_i32 *place = (k_i32 *)ll_in_handle(ll, ll->map.place) + first;
     k_f32 *weight = (k_f32 *)ll_in_handle(ll, ll->map.weight) + first;
-    for (k_i32 i = k->lane; i < s->topk; i += K_LANES) {
-        place[i] = to->at[i];
-        weight[i] = to->weight[i];
-        if (to->at[i] >= 0 && a->recv_source.data) {
-            *(k_i32 *)k_row(&a->recv_source, to->at[i]) = token;
+    for (k_i32 i = k->lane; i < ll->group_topk; i += K_LANES) {
+        place[i] = to && i < s->topk ? to->at[i] : -1;
+        if (place[i] >= 0) {
+            weight[i] = to->weight[i];
+            if (a->recv_source.data) {
+                *(k_i32 *)k_row(&a->recv_source, to->at[i]) = t;
+            }
         }
-    }
-    if (k->lane == 0) {
-        ((k_i32 *)ll_in_handle(ll, ll->map.token))[ll_row_of(ll, source, j, 1)] = token;
     }
 }
 
@@ -332,52 +336,80 @@ static K_FN void ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_a
             word = scales[w * bytes / 4] >> (8 * (w * bytes % 4));
         }
         for (k_u64 left = mask; left; left &= left - 1) {
-            const k_i32 at = to->at[k_lowest(left)], e = at / most;
-            ll_put_scale(a, bytes, (k_i64)e * columns + w, at - e * most, word);
+            const k_i32 i = k_lowest(left), e = to->expert[i];
+            ll_put_scale(a, bytes, (k_i64)e * columns + w, to->at[i] - e * most, word);
         }
     }
 }
 
+/* Waits for slice `slice` of a row whose words begin at `words`, and for all that is needed with it: the
+ * sidecar is the first slice's. Sets `there` to whether the token comes here at all. */
+static K_FN k_bool ll_await_slice(struct k_thread *k, const struct ll_call *c,
+                                  const k_u64 *words, k_i32 source, k_i32 slice, k_bool all,
+                                  k_bool *there) {
+    k_u32 slices = 0, value = 0;
+    k_bool ok =
+        k_await(k, k->lane == 0 ? words + slice : 0, c->tag, source, K_PHASE_ROWS, &slices);
+    slices = k_from(k, slices, 0);
+    *there = slices != 0;
+    if (ok && *there && slice > 0) {
+        ok = k_await(k, k->lane == 0 ? words : 0, c->tag, source, K_PHASE_ROWS, &value);
+    }
+    for (k_i32 i = 1; ok && all && i < (k_i32)slices; i++) {
+        ok = k_await(k, k->lane == 0 ? words + i : 0, c->tag, source, K_PHASE_ROWS, &value);
+    }
+    return ok;
+}
+
 /*
- * All warps of a block: slice `slice` of row j. Scales come in words of up to four groups, and slices
- * end at any group, so the first slice's block takes all scales, when all slices are here.
+ * All warps of a block: slice `slice` of a source's token t. Scales come in words of up to four groups, and
+ * slices end at any group, so the first slice's block takes all scales, when all slices are here.
  */
 static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                  const struct ll_call *c, const struct ll_shape *s,
-                                 k_i32 source, k_i32 j, k_i32 slice, k_i32 slices) {
+                                 k_i32 source, k_i32 t, k_i32 slice, k_i32 slices) {
     const struct k_group *g = &a->g;
     const k_bool cast = (s->signature & K_LL_SIG_CAST) != 0;
-    const k_u64 *words = ll_own_words(g, c, &a->ll.map.arrived, source) + (k_i64)j * slices;
+    const k_bool notes = slice == 0 && k->warp == k->num_warps - 1;
+    const k_u64 *words = ll_own_words(g, c, &a->ll.map.arrived, source) + (k_i64)t * slices;
     const k_u8 *row =
-        k_own(g, ll_part(g, c, &a->ll.map.rows, source) + (k_u64)j * (k_u64)s->wire_bytes);
+        k_own(g, ll_part(g, c, &a->ll.map.rows, source) + (k_u64)t * (k_u64)s->wire_bytes);
     const k_u32 *side = (const k_u32 *)(row + s->side_at);
-    struct ll_places *to = (struct ll_places *)ll_warp_scratch(k);
-    k_u32 value = 0;
+    struct ll_places *to = (struct ll_places *)ll_stage(k);
+    k_bool there = 0;
     k->mask.is_gone = 0;
-    const k_u64 *mine = k->lane == 0 ? words : 0;
-    k_bool ok = slice == 0 && cast ? ll_await_slices(k, c, mine, source, K_PHASE_ROWS)
-                                   : k_await(k, mine, c->tag, source, K_PHASE_ROWS, &value);
-    if (slice > 0) {
-        ok = ok && k_await(k, mine ? mine + slice : 0, c->tag, source, K_PHASE_ROWS, &value);
+    if (!ll_await_slice(k, c, words, source, slice, slice == 0 && cast, &there)) {
+        return 0;
     }
-    if (ok && ll_any_gone(k)) {
+    if (ll_any_gone(k)) {
         return 1; /* ll_wipe does the rest */
     }
-    if (!ok) {
-        return 0;
+    if (!there) {
+        if (notes) {
+            ll_note_row(k, a, s, source, t, 0);
+        }
+        return 1;
     }
     const struct ll_span part = ll_cut(a->row_bytes, 2 * K_LL_GROUP, slices, slice);
     const k_i32 shrink = cast ? 2 : 1, each = 16 * K_AHEAD * K_LANES * k->num_warps;
     const struct ll_span wire = {part.from / shrink, part.end / shrink};
-    struct ll_pieces pieces, next;
+    struct ll_pieces pieces;
     ll_load_pieces(k, (k_u64)row, wire, 0, 0, &pieces);
-    if (!(ll_compact(a) ? ll_find_compact(k, a, c, s, source, j, to)
-                        : ll_find_places(k, a, c, s, source, side, to))) {
+    if (!(ll_compact(a)
+              ? ll_find_compact(k, a, c, s, source, (k_i32)side[K_SIDE_INDICES(s->topk)], to)
+              : ll_find_places(k, a, c, s, source, side, to))) {
         return 0;
     }
-    const k_u64 mask = ll_mask_of(k, (const k_u32 *)to->at, s->topk);
-    if (slice == 0 && k->warp == k->num_warps - 1) {
-        ll_note_row(k, a, s, source, j, (k_i32)side[0], to);
+    const k_u64 mask = ll_mask_of(k, to->at, s->topk);
+    for (k_i32 i = 0; a->recv_x.data && mask && i * each < wire.end - wire.from; i++) {
+        for (k_u64 left = mask; left; left &= left - 1) {
+            const k_u64 at = k_row(&a->recv_x, to->at[k_lowest(left)]);
+            ll_store_pieces(k, k_peer_own(at), wire, i, &pieces);
+        }
+        ll_load_pieces(k, (k_u64)row, wire, 0, i + 1, &pieces);
+    }
+    if (notes) {
+        ll_note_row(k, a, s, source, t, to);
         if (ll_compact(a)) {
             ll_put_experts(k, a, s, side, to->at[0]);
         }
@@ -385,40 +417,33 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
     if (slice == 0 && a->recv_scales.data) {
         ll_take_scales(k, a, s, side + s->side_words, to, mask);
     }
-    for (k_i32 i = 0; a->recv_x.data && mask && i * each < wire.end - wire.from; i++) {
-        ll_load_pieces(k, (k_u64)row, wire, 0, i + 1, &next);
-        for (k_u64 left = mask; left; left &= left - 1) {
-            const k_u64 at = k_row(&a->recv_x, to->at[k_lowest(left)]);
-            ll_store_pieces(k, k_peer_own(at), wire, i, &pieces);
-        }
-        pieces = next;
-    }
-    k_syncwarp(k); /* the scratch can be used again */
+    k_syncwarp(k); /* the stage can be used again */
     return 1;
 }
 
-/* The rows of all sources, one list that is dealt to the blocks; it begins with the next rank's. */
+/* The tokens of all sources, one list that is dealt to the blocks; it begins with the next rank's. */
 static K_FN k_bool ll_take_rows(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                 const struct ll_call *c, const struct ll_shape *s) {
     const struct k_group *g = &a->g;
-    k_i32 before = 0;
+    k_i32 before = 0, unit = k->block;
     for (k_i32 base = 0; base < g->num_ranks; base += K_LANES) {
         const k_i32 mine = base + k->lane, of = (g->rank + 1 + mine) % g->num_ranks;
         const k_bool any = mine < g->num_ranks;
-        k_u32 num_rows = 0, num_slices = 1;
+        k_u32 num_tokens = 0;
         k->mask.is_gone = any && ll_is_absent(k, of);
-        if (!ll_await_header(k, c, any ? ll_counts_of(a, c, of) : 0, of, &s->header, &num_rows,
-                             &num_slices)) {
+        if (!ll_await_header(k, c, any ? ll_counts_of(a, c, of) : 0, of, &s->header,
+                             &num_tokens)) {
             return 0;
         }
         if (k_first(k, 0) == 0 && any) {
-            ((k_u32 *)ll_in_handle(&a->ll, a->ll.map.count))[of] = num_rows;
+            ((k_u32 *)ll_in_handle(&a->ll, a->ll.map.count))[of] = num_tokens;
         }
         for (k_i32 i = 0; i < K_LANES && base + i < g->num_ranks; i++) {
             const k_i32 source = (g->rank + 1 + base + i) % g->num_ranks;
-            const k_i32 slices = (k_i32)k_from(k, num_slices, i);
-            const k_i32 units = (k_i32)k_from(k, num_rows, i) * slices;
-            for (k_i32 u = ll_first_unit(k, before); u < units; u += k->num_blocks) {
+            const k_i32 tokens = (k_i32)k_from(k, num_tokens, i);
+            const k_i32 slices = ll_slices(tokens), units = tokens * slices;
+            for (; unit < before + units; unit += k->num_blocks) {
+                const k_i32 u = unit - before;
                 if (!ll_take_slice(k, a, c, s, source, u / slices, u % slices, slices)) {
                     return 0;
                 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The send half of a low-latency dispatch. Function bodies for ll_dispatch.k.c. Every block counts for
- * itself where its rows go: a pass over the ids before it, which no other block is asked for.
+ * The send half of a low-latency dispatch. Function bodies for ll_dispatch.k.c. A token's row has a place
+ * of its own at every rank, so it is on its way as soon as it is known where it goes. Which row of an
+ * expert it becomes every block counts for itself: a pass over the ids before it.
  */
 #ifndef KERNEL_LL_SEND_H
 #define KERNEL_LL_SEND_H
@@ -44,39 +45,20 @@ static K_INLINE k_i32 ll_id(const struct k_ll_dispatch_args *a, k_i32 i) {
     return id >= 0 && id < a->g.num_experts ? (k_i32)id : -1;
 }
 
-static K_INLINE k_i32 ll_rank_of(const struct k_ll_dispatch_args *a, k_i32 id) {
-    return id < 0 ? -1 : a->g.expert_rank[id];
-}
-
 /* ---- who selects what ------------------------------------------------------------------------ */
 
-/* Where a token's row goes: in the block's scratch, made by its warps together. */
+/* Where a token's row goes: at the start of the block's shared memory, made by one warp. */
 struct ll_dests {
     k_i32 rank[K_MAX_TOPK];  /* of selection k, or -1 */
-    k_u32 index[K_MAX_TOPK]; /* within (source, expert) */
-    k_u32 row
-        [K_MAX_TOPK]; /* within (source, rank), at the first selection of each rank; or nowhere */
+    k_i32 local[K_MAX_TOPK]; /* its expert there */
+    k_i32 first
+        [K_MAX_TOPK]; /* the rank, at the first selection of it that is to have the row; or -1 */
 };
-#define K_LL_NOWHERE 0xffffffffu
-_Static_assert(sizeof(struct ll_dests) + 4 * K_MAX_TOPK <= K_SCRATCH_BYTES(1),
-               "one warp's scratch holds it, and a token's entries");
+_Static_assert(sizeof(struct ll_dests) <= K_SCRATCH_BYTES(1), "a warp's scratch holds it");
 
-/*
- * The rest of the block's scratch is a list of this rank's selections: {first : 2 | rank : 10 | expert : 20},
- * `first` being 0 at a token's first selection of a rank. What is counted is how many entries are alike.
- */
-#define K_LL_IS_EXPERT 0x800fffffu
-#define K_LL_IS_ROW 0xfff00000u
-#define K_LL_NO_ENTRY 0xffffffffu
-#define K_LL_NOT_FIRST 0x40000000u
-_Static_assert(K_MAX_RANKS <= 1 << 10, "an entry has 10 bits for a rank");
-
-static K_INLINE k_u32 ll_row_entry(k_i32 rank) {
-    return (k_u32)rank << 20;
-}
-
-static K_INLINE k_u32 *ll_entries(struct k_thread *k) {
-    return (k_u32 *)((k_u8 *)k_shared(k) + sizeof(struct ll_dests));
+/* Behind it is a list of this rank's selections: expert, or -1. */
+static K_INLINE k_i32 *ll_entries(struct k_thread *k) {
+    return (k_i32 *)((k_u8 *)k_shared(k) + sizeof(struct ll_dests));
 }
 
 /* Tokens whose selections the list holds at once. */
@@ -85,64 +67,71 @@ static K_INLINE k_i32 ll_most_listed(struct k_thread *k, const struct k_ll_dispa
     return (k_max(bytes, least) - (k_i32)sizeof(struct ll_dests)) / 4 / a->topk;
 }
 
-/* All warps of a block list tokens `from` to `end`: each lane takes a token. */
-static K_FN void ll_list(struct k_thread *k, const struct k_ll_dispatch_args *a, k_i32 from,
-                         k_i32 end) {
-    for (k_i32 t = from + k->warp * K_LANES + k->lane; t < end; t += k->num_warps * K_LANES) {
-        k_u32 *entry = ll_entries(k) + (t - from) * a->topk;
-        for (k_i32 base = 0; base < a->topk; base += K_LL_IDS) {
-            k_i32 id[K_LL_IDS], rank[K_LL_IDS];
+/* Entries `at`, `at` + step, ... of num, which are ids `first` and on. A function of its own, of values: what
+ * it would read of the kernel's arguments is not in constant memory here. */
+static K_COLD void ll_list_ids(k_u64 ids, k_i32 id_bytes, k_i32 num_experts, k_i32 first,
+                               k_i32 *entry, k_i32 at, k_i32 num, k_i32 step) {
+    for (; at < num; at += K_LL_IDS * step) {
+        k_i64 id[K_LL_IDS];
+        if (id_bytes == 8) { /* past the end the last again: loads without conditions overlap */
             K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-                id[i] = base + i < a->topk ? ll_id(a, t * a->topk + base + i) : -1;
+                id[i] = ((const k_i64 *)ids)[first + k_min(at + i * step, num - 1)];
             }
+        } else {
             K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-                rank[i] = ll_rank_of(a, id[i]);
-            }
-            K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-                k_bool first = 1;
-                K_UNROLL for (k_i32 j = 0; j < i; j++) {
-                    first = first && rank[j] != rank[i];
-                }
-                for (k_i32 j = 0; j < base; j++) {
-                    first = first && (entry[j] == K_LL_NO_ENTRY ||
-                                      (entry[j] & K_LL_IS_ROW & ~K_LL_NOT_FIRST) !=
-                                          ll_row_entry(rank[i]));
-                }
-                if (base + i < a->topk) {
-                    entry[base + i] = id[i] < 0 ? K_LL_NO_ENTRY
-                                                : ll_row_entry(rank[i]) | (k_u32)id[i] |
-                                                      (first ? 0 : K_LL_NOT_FIRST);
-                }
+                id[i] = ((const k_i32 *)ids)[first + k_min(at + i * step, num - 1)];
             }
         }
-    }
-}
-
-/* How many of the first `num` entries are of the same expert as `mine`, and how many are the first of
- * their token for the same rank. */
-struct ll_alike {
-    k_u32 expert, rank;
-};
-
-static K_FN struct ll_alike ll_count_alike(struct k_thread *k, k_i32 num, k_u32 mine) {
-    const k_u32 *entry = ll_entries(k);
-    const k_u32 id = mine & K_LL_IS_EXPERT, row = mine & K_LL_IS_ROW & ~K_LL_NOT_FIRST;
-    struct ll_alike n = {0, 0};
-    for (k_i32 base = k->lane; base < num; base += K_LL_IDS * K_LANES) {
         K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-            const k_i32 at = base + i * K_LANES;
-            const k_u32 other = at < num ? entry[at] : K_LL_NO_ENTRY;
-            n.expert += (other & K_LL_IS_EXPERT) == id;
-            n.rank += (other & K_LL_IS_ROW) == row;
+            if (at + i * step < num) {
+                entry[at + i * step] = id[i] >= 0 && id[i] < num_experts ? (k_i32)id[i] : -1;
+            }
         }
     }
-    n.expert = k_sum(k, n.expert);
-    n.rank = k_sum(k, n.rank);
-    return n;
 }
 
-static K_INLINE k_u32 ll_entry(const struct k_ll_dispatch_args *a, k_i32 id) {
-    return id < 0 ? K_LL_NO_ENTRY : ll_row_entry(ll_rank_of(a, id)) | (k_u32)id;
+/* All warps of a block list tokens `from` to `end`. */
+static K_INLINE void ll_list(struct k_thread *k, const struct k_ll_dispatch_args *a, k_i32 from,
+                             k_i32 end) {
+    ll_list_ids(a->ids.data, a->id_bytes, a->g.num_experts, from * a->topk, ll_entries(k),
+                k->warp * K_LANES + k->lane, (end - from) * a->topk, k->num_warps * K_LANES);
+}
+
+/* How many of the first `num` entries are expert `id`; the warp together. */
+static K_FN k_u32 ll_count_ids(struct k_thread *k, k_i32 num, k_i32 id) {
+    const k_i32 *entry = ll_entries(k);
+    k_u32 n = 0;
+    for (k_i32 base = k->lane; base < num; base += K_LL_IDS * K_LANES) {
+        k_i32 other[K_LL_IDS];
+        K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
+            other[i] = entry[k_min(base + i * K_LANES, num - 1)];
+        }
+        K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
+            n += (k_u32)(other[i] == id) & (k_u32)(base + i * K_LANES < num);
+        }
+    }
+    return k_sum(k, n);
+}
+
+/* How many of the first `num` tokens of a list go to rank p: what compact output needs. */
+static K_COLD k_u32 ll_count_goes(const k_i32 *entry, k_i32 topk, k_i32 num, k_i32 lane,
+                                  const k_i32 *expert_rank, k_i32 p) {
+    struct k_thread k = {0};
+    k_u32 n = 0;
+    K_ROLLED for (k_i32 t = lane; t < num; t += K_LANES) {
+        k_bool goes = 0;
+        K_ROLLED for (k_i32 i = 0; i < topk; i++) {
+            const k_i32 id = entry[t * topk + i];
+            goes = goes || (id >= 0 && expert_rank[id] == p);
+        }
+        n += goes;
+    }
+    return k_sum(&k, n);
+}
+
+static K_INLINE k_u32 ll_count_tokens(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                      k_i32 num, k_i32 p) {
+    return ll_count_goes(ll_entries(k), a->topk, num, k->lane, a->g.expert_rank, p);
 }
 
 /* ---- counts --------------------------------------------------------------------------------- */
@@ -153,7 +142,7 @@ static K_INLINE void ll_post_count(struct k_thread *k, const struct k_ll_dispatc
     const struct k_group *g = &a->g;
     const struct k_peer at = k_peer_at(g, p, ll_part(g, c, &a->ll.map.counts, g->rank));
     if (e < 0) {
-        ll_post_header(k, c, at, &s->header, count, (k_u32)ll_slices(s->tokens));
+        ll_post_header(k, c, at, &s->header, (k_u32)s->tokens, count);
     } else if (k->lane == 0) {
         k_post(k_peer_plus(at, 8ull * (k_u64)(K_LL_HEADER + g->expert_local[e])),
                K_WORD(c->tag, count));
@@ -166,6 +155,7 @@ static K_FN k_bool ll_send_counts(struct k_thread *k, const struct k_ll_dispatch
                                   const struct ll_call *c, const struct ll_shape *s,
                                   k_bool listed) {
     const struct k_group *g = &a->g;
+    const k_bool compact = (a->signature & K_LL_SIG_COMPACT) != 0;
     const k_i32 items = g->num_ranks + g->num_experts, most = ll_most_listed(k, a);
     k_bool ok = 1;
     for (k_i32 first = ll_last_first(k) - k->warp; first < items;
@@ -174,17 +164,19 @@ static K_FN k_bool ll_send_counts(struct k_thread *k, const struct k_ll_dispatch
         const k_i32 p = i >= items ? -1
                         : e < 0    ? (g->rank + i) % g->num_ranks
                                    : g->expert_rank[e];
-        const k_u32 mine = e < 0 ? ll_row_entry(p) : (k_u32)e;
         k_u32 count = 0;
         for (k_i32 from = 0; from < s->tokens; from += most) {
-            const k_i32 end = k_min(from + most, s->tokens);
+            const k_i32 num = k_min(most, s->tokens - from);
             if (!listed) {
                 k_barrier(k, 1);
-                ll_list(k, a, from, end);
+                ll_list(k, a, from, from + num);
                 k_barrier(k, 1);
             }
-            const struct ll_alike n = ll_count_alike(k, (end - from) * a->topk, mine);
-            count += e < 0 ? n.rank : n.expert;
+            if (e >= 0) {
+                count += ll_count_ids(k, num * a->topk, e);
+            } else if (compact) {
+                count += ll_count_tokens(k, a, num, p);
+            }
         }
         ok = ok && ll_await_one_free(k, c, p);
         if (ok && p >= 0 && !k->mask.is_gone) {
@@ -196,74 +188,44 @@ static K_FN k_bool ll_send_counts(struct k_thread *k, const struct k_ll_dispatch
 
 /* ---- rows ----------------------------------------------------------------------------------- */
 
-/*
- * What the list, which begins with token `from`, says of token t's selections, added to what was counted
- * before; the warps take them in turn. Of several that go to one rank the first has the row.
- */
-static K_FN k_bool ll_add_counts(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                 const struct ll_call *c, k_i32 from, k_i32 most, k_i32 t,
-                                 struct ll_dests *d) {
-    const k_i32 own = (t - from) * a->topk;
-    const k_bool last = t - from < most;
-    k_bool ok = 1;
-    for (k_i32 i = k->warp; ok && i < a->topk; i += k->num_warps) {
-        const k_u32 mine =
-            last ? ll_entries(k)[own + i] : ll_entry(a, ll_id(a, t * a->topk + i));
-        const k_i32 p = mine == K_LL_NO_ENTRY ? -1 : (k_i32)(mine >> 20 & 1023u);
-        const k_bool first = last && p >= 0 && (mine & K_LL_NOT_FIRST) == 0;
-        struct ll_alike n = {0, 0};
-        if (p >= 0) {
-            n = ll_count_alike(k, last ? own + i : most * a->topk, mine);
-        }
-        ok = ll_await_one_free(k, c, k->lane == 0 && first ? p : -1);
-        if (k->lane == 0) {
-            const k_u32 row = n.rank + (from ? d->row[i] : 0);
-            d->rank[i] = p;
-            d->index[i] = n.expert + (from ? d->index[i] : 0);
-            d->row[i] = !last || (first && !k->mask.is_gone) ? row : K_LL_NOWHERE;
-        }
-    }
-    return ok;
-}
-
-/* Of token t, by all warps of the block. Everything before t is counted, as much at once as the list
- * holds. */
+/* Where token t goes, by one warp. */
 static K_FN k_bool ll_find_dests(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                 const struct ll_call *c, k_i32 t, k_bool listed,
-                                 struct ll_dests *d) {
-    const k_i32 most = ll_most_listed(k, a);
+                                 const struct ll_call *c, k_i32 t, struct ll_dests *d) {
+    for (k_i32 i = k->lane; i < a->topk; i += K_LANES) {
+        const k_i32 id = ll_id(a, t * a->topk + i);
+        d->rank[i] = id < 0 ? -1 : a->g.expert_rank[id];
+        d->local[i] = id < 0 ? -1 : a->g.expert_local[id];
+    }
+    k_syncwarp(k);
     k_bool ok = 1;
-    for (k_i32 from = 0; ok && from <= t; from += most) {
-        if (!listed) {
-            ll_list(k, a, from, k_min(from + most, t + 1));
-            k_barrier(k, 1);
+    for (k_i32 base = 0; ok && base < a->topk; base += K_LANES) {
+        const k_i32 i = base + k->lane;
+        k_i32 p = i < a->topk ? d->rank[i] : -1;
+        K_ROLLED for (k_i32 j = 0; j < a->topk && j < i; j++) {
+            p = d->rank[j] == p ? -1 : p;
         }
-        ok = k_barrier(k, ll_add_counts(k, a, c, from, most, t, d));
+        ok = ll_await_one_free(k, c, p);
+        if (i < a->topk) {
+            d->first[i] = k->mask.is_gone ? -1 : p;
+        }
+    }
+    k_syncwarp(k);
+    for (k_i32 i = k->lane; k->mask.ll && i < a->topk; i += K_LANES) {
+        k_bool goes = 0;
+        K_ROLLED for (k_i32 j = 0; j <= i; j++) {
+            goes = goes || d->first[j] == d->rank[i];
+        }
+        d->local[i] = goes ? d->local[i] : -1;
     }
     return ok;
 }
 
-static K_INLINE k_bool ll_is_dest(const struct ll_dests *d, k_i32 i) {
-    return d->row[i] != K_LL_NOWHERE;
-}
-
-/* Where selection i's rank has the row. */
+/* Where rank p has the row of token t. */
 static K_INLINE struct k_peer ll_row_at(const struct k_ll_dispatch_args *a,
-                                        const struct ll_call *c, const struct ll_dests *d,
-                                        k_i32 i) {
-    return k_peer_at(&a->g, d->rank[i],
+                                        const struct ll_call *c, k_i32 p, k_i32 t) {
+    return k_peer_at(&a->g, p,
                      ll_part(&a->g, c, &a->ll.map.rows, a->g.rank) +
-                         (k_u64)d->row[i] * (k_u64)a->ll.wire_bytes);
-}
-
-/* A bit for each selection that has a row there: of ll_dests.row, or ll_places.at. */
-static K_INLINE k_u64 ll_mask_of(struct k_thread *k, const k_u32 *row, k_i32 topk) {
-    k_u64 mask = 0;
-    for (k_i32 base = 0; base < topk; base += K_LANES) {
-        const k_i32 i = base + k->lane;
-        mask |= (k_u64)k_ballot(k, i < topk && row[i] != K_LL_NOWHERE) << base;
-    }
-    return mask;
+                         (k_u64)t * (k_u64)a->ll.wire_bytes);
 }
 
 /* Four bytes of token t's scales from byte `byte` on; past the end zeros. */
@@ -282,55 +244,95 @@ static K_INLINE k_u32 ll_scales_word(const struct k_ll_dispatch_args *a, k_i32 t
     return word;
 }
 
-/* The sidecar of token t, without scales of a cast, to each rank that it goes to: warps take turns. */
+/* The sidecar of token t, without indices and scales of a cast, to each rank that it goes to: warps take
+ * turns. A rank is told of its own experts only. */
 static K_FN void ll_send_side(struct k_thread *k, const struct k_ll_dispatch_args *a,
                               const struct ll_call *c, const struct ll_shape *s, k_i32 t,
                               const struct ll_dests *d) {
-    const k_i32 words = s->side_words + (K_LL_NUM_SCALES(a->types) * a->scale_bytes + 3) / 4;
-    for (k_i32 i = k->warp; i < a->topk; i += k->num_warps) {
-        if (!ll_is_dest(d, i)) {
+    const k_i32 topk = a->topk;
+    const k_i32 scales = (K_LL_NUM_SCALES(a->types) * a->scale_bytes + 3) / 4;
+    for (k_i32 i = k->warp; i < topk; i += k->num_warps) {
+        const k_i32 p = d->first[i];
+        if (p < 0) {
             continue;
         }
-        const struct k_peer side = k_peer_plus(ll_row_at(a, c, d, i), (k_u64)a->side_at);
-        for (k_i32 w = k->lane; w < words; w += K_LANES) {
-            const k_i32 what = w == 0 ? 0 : (w - 1) / a->topk,
-                        j = w == 0 ? 0 : (w - 1) % a->topk;
-            const k_u32 word = w == 0 ? (k_u32)t
-                               : w >= s->side_words
-                                   ? ll_scales_word(a, t, 4 * (w - s->side_words))
-                               : what == 0 ? (k_u32)ll_id(a, t * a->topk + j)
-                               : what == 1 ? d->index[j]
-                                           : *(const k_u32 *)k_at(&a->weights, t, j);
-            k_store_u32(k_peer_plus(side, 4ull * (k_u64)w), word);
+        const struct k_peer side = k_peer_plus(ll_row_at(a, c, p, t), (k_u64)a->side_at);
+        for (k_i32 j = k->lane; j < topk; j += K_LANES) {
+            const struct k_peer at = k_peer_plus(side, 4ull * (k_u64)j);
+            k_store_u32(k_peer_plus(at, 4 * K_SIDE_IDS),
+                        (k_u32)(d->rank[j] == p ? d->local[j] : -1));
+            if (a->weights.data) {
+                k_store_u32(k_peer_plus(at, 4ull * (k_u64)K_SIDE_WEIGHTS(topk)),
+                            *(const k_u32 *)k_at(&a->weights, t, j));
+            }
+        }
+        for (k_i32 w = k->lane; w < scales; w += K_LANES) {
+            k_store_u32(k_peer_plus(side, 4ull * (k_u64)(s->side_words + w)),
+                        ll_scales_word(a, t, 4 * w));
+        }
+    }
+}
+
+/*
+ * The indices of token t's selections, to the rank of each: how many of the same expert are before it. Of
+ * compact output one for each rank: how many tokens before it go there, in the place of the first. Warps
+ * take selections in turn; a block lists as many tokens at once as it can.
+ */
+static K_FN void ll_send_indices(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                 const struct ll_call *c, k_i32 t, k_bool listed,
+                                 const struct ll_dests *d) {
+    const k_bool compact = (a->signature & K_LL_SIG_COMPACT) != 0;
+    const k_i32 most = ll_most_listed(k, a), topk = a->topk;
+    for (k_i32 first = 0; first < topk; first += k->num_warps) {
+        const k_i32 i = first + k->warp, p = i >= topk         ? -1
+                                             : compact         ? d->first[i]
+                                             : d->local[i] < 0 ? -1
+                                                               : d->rank[i];
+        k_u32 index = 0;
+        for (k_i32 from = 0; from <= t; from += most) {
+            const k_i32 num = k_min(most, t - from); /* whole tokens before t */
+            if (!listed) {
+                k_barrier(k, 1);
+                ll_list(k, a, from, k_min(from + most, t + 1));
+                k_barrier(k, 1);
+            }
+            if (p >= 0 && compact) {
+                index += ll_count_tokens(k, a, num, p);
+            } else if (p >= 0) {
+                index +=
+                    ll_count_ids(k, num * topk + (num < most ? i : 0), ll_id(a, t * topk + i));
+            }
+        }
+        const k_u64 word = (k_u64)K_SIDE_INDICES(topk) + (k_u64)(compact ? 0 : i);
+        if (p >= 0 && k->lane == 0) {
+            k_store_u32(k_peer_plus(ll_row_at(a, c, p, t), (k_u64)a->side_at + 4 * word),
+                        index);
         }
     }
 }
 
 /* What combine needs of token t: its selections, and where it went, ranks ascending, then -1. */
 static K_FN void ll_note_dests(struct k_thread *k, const struct k_ll_dispatch_args *a, k_i32 t,
-                               const struct ll_dests *d) {
+                               const struct ll_dests *d, k_u64 mask) {
     const k_i64 first = (k_i64)t * a->ll.group_topk;
     k_i32 *dest = (k_i32 *)ll_in_handle(&a->ll, a->ll.map.dest) + first;
     k_i32 *chosen = (k_i32 *)ll_in_handle(&a->ll, a->ll.map.chosen) + first;
     k_f32 *given = (k_f32 *)ll_in_handle(&a->ll, a->ll.map.given) + first;
-    k_i32 num = 0;
-    for (k_i32 j = 0; j < a->topk; j++) {
-        num += ll_is_dest(d, j);
-    }
     for (k_i32 i = k->lane; i < a->ll.group_topk; i += K_LANES) {
-        if (i >= num) {
-            dest[i] = -1;
+        k_i32 lower = 0, num = 0;
+        K_ROLLED for (k_u64 left = mask; left; left &= left - 1) {
+            lower += i < a->topk && d->first[k_lowest(left)] < d->first[i];
+            num++;
         }
+        chosen[i] = i < a->topk ? d->rank[i] : -1;
         if (i < a->topk) {
-            chosen[i] = d->rank[i];
             given[i] = a->weights.data ? *(const k_f32 *)k_at(&a->weights, t, i) : 1.0f;
         }
-        if (i < a->topk && ll_is_dest(d, i)) {
-            k_i32 lower = 0;
-            for (k_i32 j = 0; j < a->topk; j++) {
-                lower += ll_is_dest(d, j) && d->rank[j] < d->rank[i];
-            }
-            dest[lower] = K_LL_DEST(d->rank[i], d->row[i]);
+        if (mask >> i & 1) {
+            dest[lower] = d->first[i];
+        }
+        if (i >= num) {
+            dest[i] = -1;
         }
     }
 }
@@ -419,7 +421,7 @@ static K_INLINE k_f32 ll_cast(struct k_thread *k, const struct k_16 *x, k_bool p
 
 /* Whole groups, and their scales. */
 static K_INLINE void ll_send_cast(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                  const struct ll_call *c, const struct ll_shape *s,
+                                  const struct ll_call *c, const struct ll_shape *s, k_i32 t,
                                   struct ll_span part, k_i32 batch, const struct ll_pieces *p,
                                   const struct ll_dests *d, k_u64 mask) {
     const k_bool power_of_2 = (a->signature & K_LL_SIG_POWER_OF_2) != 0;
@@ -430,7 +432,7 @@ static K_INLINE void ll_send_cast(struct k_thread *k, const struct k_ll_dispatch
         const k_u64 scale_at =
             (k_u64)a->side_at + 4ull * (k_u64)(s->side_words + channel / K_LL_GROUP);
         for (k_u64 left = at < part.end ? mask : 0; left; left &= left - 1) {
-            const struct k_peer to = ll_row_at(a, c, d, k_lowest(left));
+            const struct k_peer to = ll_row_at(a, c, d->first[k_lowest(left)], t);
             k_store_cast(k_peer_plus(to, (k_u64)channel), out);
             if (k->lane % K_CASTERS == 0) {
                 k_store_u32(k_peer_plus(to, scale_at), k_bits(inverse));
@@ -452,47 +454,63 @@ static K_INLINE struct ll_slice ll_slice_of(const struct k_ll_dispatch_args *a, 
     return u;
 }
 
+/* One warp tells every rank of a slice: that it is there, or that the token does not go there. */
+static K_FN k_bool ll_publish_slice(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                    const struct ll_call *c, const struct ll_slice *u,
+                                    const struct ll_dests *d, k_u64 mask) {
+    const struct k_group *g = &a->g;
+    const k_u64 at = ll_part(g, c, &a->ll.map.arrived, g->rank) +
+                     8ull * ((k_u64)u->t * (k_u64)u->slices + (k_u64)u->slice);
+    for (k_i32 i = k->lane; i < a->topk; i += K_LANES) {
+        if (mask >> i & 1) {
+            k_publish(k_peer_at(g, d->first[i], at), K_WORD(c->tag, u->slices));
+        }
+    }
+    k_bool ok = 1;
+    for (k_i32 base = 0; ok && base < g->num_ranks; base += K_LANES) {
+        k_i32 p = base + k->lane < g->num_ranks ? base + k->lane : -1;
+        K_ROLLED for (k_i32 i = 0; i < a->topk; i++) {
+            p = d->rank[i] == p ? -1 : p;
+        }
+        ok = ll_await_one_free(k, c, p);
+        if (ok && p >= 0 && !k->mask.is_gone) {
+            k_post(k_peer_at(g, p, at), K_WORD(c->tag, 0));
+        }
+    }
+    return ok;
+}
+
 /* By all warps of a block, to every rank that the token goes to. `pieces`: the first batch. */
 static K_FN k_bool ll_send_slice(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                  const struct ll_call *c, const struct ll_shape *s,
                                  const struct ll_slice *u, k_bool listed,
                                  struct ll_pieces *pieces) {
-    const struct k_group *g = &a->g;
     struct ll_dests *d = (struct ll_dests *)k_shared(k);
     const k_bool cast = (a->signature & K_LL_SIG_CAST) != 0;
     const k_i32 each = 16 * K_AHEAD * K_LANES * k->num_warps; /* bytes of a batch */
-    if (!ll_find_dests(k, a, c, u->t, listed, d)) {
-        return 0;
-    }
-    if (u->slice == 0) { /* while the row is on its way */
-        ll_send_side(k, a, c, s, u->t, d);
-    }
-    const k_u64 mask = ll_mask_of(k, d->row, a->topk);
+    const k_u64 mask = ll_mask_of(k, d->first, a->topk);
     for (k_i32 i = 0; i * each < u->part.end - u->part.from; i++) {
         struct ll_pieces next;
         ll_load_pieces(k, k_row(&a->x, u->t), u->part, cast, i + 1, &next);
         if (cast) {
-            ll_send_cast(k, a, c, s, u->part, i, pieces, d, mask);
+            ll_send_cast(k, a, c, s, u->t, u->part, i, pieces, d, mask);
         } else {
             for (k_u64 left = mask; left; left &= left - 1) {
-                ll_store_pieces(k, ll_row_at(a, c, d, k_lowest(left)), u->part, i, pieces);
+                ll_store_pieces(k, ll_row_at(a, c, d->first[k_lowest(left)], u->t), u->part, i,
+                                pieces);
             }
         }
         *pieces = next;
     }
+    if (u->slice == 0) {
+        ll_send_side(k, a, c, s, u->t, d);
+        ll_send_indices(k, a, c, u->t, listed, d);
+    }
     k_barrier(k, 1); /* the slice is stored, by all warps */
-    for (k_i32 i = k->warp * K_LANES + k->lane; i < a->topk; i += k->num_warps * K_LANES) {
-        if (ll_is_dest(d, i)) {
-            const k_u64 word = (k_u64)d->row[i] * (k_u64)u->slices + (k_u64)u->slice;
-            k_publish(k_peer_at(g, d->rank[i],
-                                ll_part(g, c, &a->ll.map.arrived, g->rank) + 8ull * word),
-                      K_WORD(c->tag, u->slices));
-        }
-    }
     if (u->slice == 0 && k->warp == k->num_warps - 1) {
-        ll_note_dests(k, a, u->t, d);
+        ll_note_dests(k, a, u->t, d, mask);
     }
-    return k_barrier(k, 1); /* the scratch can be used again */
+    return k->warp != 0 || ll_publish_slice(k, a, c, u, d, mask);
 }
 
 static K_INLINE void ll_write_head(struct k_thread *k, const struct k_ll_dispatch_args *a,
@@ -517,25 +535,32 @@ static K_INLINE void ll_write_head(struct k_thread *k, const struct k_ll_dispatc
 static K_FN k_bool ll_send(struct k_thread *k, const struct k_ll_dispatch_args *a,
                            const struct ll_call *c, const struct ll_shape *s) {
     const k_i32 slices = ll_slices(s->tokens), units = s->tokens * slices;
-    const k_bool cast = (a->signature & K_LL_SIG_CAST) != 0;
     const k_bool listed = s->tokens <= ll_most_listed(k, a);
-    struct ll_slice u = ll_slice_of(a, k->block, slices);
-    struct ll_pieces pieces;
-    if (k->block < units) { /* on its way while it is counted where it goes */
-        ll_load_pieces(k, k_row(&a->x, u.t), u.part, cast, 0, &pieces);
-    }
-    if (listed) {
-        ll_list(k, a, 0, s->tokens);
-    }
-    ll_write_head(k, a, c, s);
-    k_bool ok = k_barrier(k, ll_await_all_free(k, c)) && ll_send_counts(k, a, c, s, listed);
-    ok = k_barrier(k, ok);
-    for (k_i32 i = k->block; ok && i < units; i += k->num_blocks) {
-        u = ll_slice_of(a, i, slices);
+    struct ll_dests *d = (struct ll_dests *)k_shared(k);
+    k_bool ok = 1;
+    K_ROLLED for (k_i32 i = k->block; i == k->block || i < units; i += k->num_blocks) {
+        const struct ll_slice u = ll_slice_of(a, i, slices);
+        struct ll_pieces pieces;
         if (i != k->block) {
-            ll_load_pieces(k, k_row(&a->x, u.t), u.part, cast, 0, &pieces);
+            k_barrier(k, 1); /* of the last slice nobody reads where it went any more */
         }
-        ok = ll_send_slice(k, a, c, s, &u, listed, &pieces);
+        if (i < units) { /* on its way while it is looked up where it goes */
+            ll_load_pieces(k, k_row(&a->x, u.t), u.part, (a->signature & K_LL_SIG_CAST) != 0, 0,
+                           &pieces);
+            ok = ok && (k->warp != 0 || ll_find_dests(k, a, c, u.t, d));
+        }
+        if (i == k->block) {
+            if (listed) {
+                ll_list(k, a, 0, s->tokens);
+            }
+            ll_write_head(k, a, c, s);
+            ok = k_barrier(k, ok && ll_await_block_free(k, c, 0));
+            ok = ok && ll_send_counts(k, a, c, s, listed);
+        }
+        if (!k_barrier(k, ok)) {
+            return 0;
+        }
+        ok = i >= units || ll_send_slice(k, a, c, s, &u, listed, &pieces);
     }
     return ok;
 }

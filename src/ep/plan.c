@@ -163,7 +163,6 @@ static int64_t lay_out_ll_handle(const struct ep_group_config *c, int num_ranks,
     m->chosen = take(&at, tokens * topk * 4);
     m->given = take(&at, tokens * topk * 4);
     m->count = take(&at, ranks * 4);
-    m->token = take(&at, ranks * tokens * 4);
     m->place = take(&at, ranks * tokens * topk * 4);
     m->weight = take(&at, ranks * tokens * topk * 4);
     return (int64_t)at;
