@@ -50,9 +50,8 @@ static K_INLINE k_i32 ll_id(const struct k_ll_dispatch_args *a, k_i32 i) {
 /* Where a token's row goes: at the start of the block's shared memory, made by one warp. */
 struct ll_dests {
     k_i32 rank[K_MAX_TOPK];  /* of selection k, or -1 */
-    k_i32 local[K_MAX_TOPK]; /* its expert there */
-    k_i32 first
-        [K_MAX_TOPK]; /* the rank, at the first selection of it that is to have the row; or -1 */
+    k_i32 local[K_MAX_TOPK]; /* its expert there; -1 also where that rank is left out */
+    k_i32 first[K_MAX_TOPK]; /* the rank, at that selection of it which has the row; or -1 */
 };
 _Static_assert(sizeof(struct ll_dests) <= K_SCRATCH_BYTES(1), "a warp's scratch holds it");
 
