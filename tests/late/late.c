@@ -195,15 +195,22 @@ void k_late_end(struct k_late *l) {
 
 /* ---- hesitation ----------------------------------------------------------------------------- */
 
+static k_u32 first_random;
+
+/* Before there is a second thread: the library reads no environment while it works, and a test counts. */
+static __attribute__((constructor)) void read_seed(void) {
+    const char *seed = getenv("EP_SEED");
+    first_random = seed ? (k_u32)strtoull(seed, NULL, 10) : 0;
+}
+
 /* One in 128 sleeps for up to a quarter of a millisecond, one in 8 lets others run; by EP_SEED and
  * how many threads have hesitated before this one. Orders nothing. */
 void k_late_hesitate(void) {
     static k_u32 num_threads;
     static _Thread_local k_u32 random;
     if (random == 0) {
-        const char *seed = getenv("EP_SEED");
         const k_u32 thread = __atomic_add_fetch(&num_threads, 1, __ATOMIC_RELAXED);
-        random = (seed ? (k_u32)strtoull(seed, NULL, 10) : 0) + thread * 2654435761u;
+        random = first_random + thread * 2654435761u;
     }
     random = random * 1664525u + 1013904223u;
     if (random >> 25 == 0) {
