@@ -159,24 +159,26 @@ kill -USR2 $pid
 wait $pid
 [ $? = 0 ] && [ "$(grep -c second "$tmp/out")" = 2 ]
 ok "SIGUSR1 and SIGUSR2 reach the ranks"
-timeout 60 "$ep" run -n 2 -t 2 -- setsid sh -c 'echo ready; i=0; while [ $i -lt 10 ]; do
+timeout 60 "$ep" run -n 2 -t 6 -- setsid sh -c 'echo ready; i=0; while [ $i -lt 20 ]; do
     sleep 0.1; i=$((i+1)); echo $i; done' >"$tmp/out" 2>"$tmp/err" &
 outer=$!
 await 2 ready
 pid=$(child_of $outer)
 kill -TSTP "$pid"
 stopped=1
-for _ in 1 2 3 4 5 6 7 8 9 10; do
+for _ in $(seq 50); do
     case $(state_of "$pid")$(state_of "$(child_of "$(child_of "$pid")")") in TT) stopped=0 && break ;; esac
     sleep 0.1
 done
 lines=$(wc -l <"$tmp/out")
-sleep 2
+sleep 6
 [ $stopped = 0 ] && [ "$(wc -l <"$tmp/out")" = "$lines" ] && kill -CONT "$pid"
 still=$?
 kill -CONT "$pid"
 wait $outer
-[ $? = 0 ] && [ $still = 0 ] && [ "$(grep -c '10$' "$tmp/out")" = 2 ]
+status=$?
+[ $status$still = 00 ] || echo "# status $status, stopped: $stopped, nothing came meanwhile: $still"
+[ $status = 0 ] && [ $still = 0 ] && [ "$(grep -c '20$' "$tmp/out")" = 2 ]
 ok "Ctrl-Z stops the ranks too, fg continues them, and the time between does not count"
 
 # ---- output that cannot be written
