@@ -5,6 +5,7 @@ import logging
 import threading
 
 import deep_ep
+import ep
 import pytest
 import torch
 from deep_ep import Buffer, Config, EventHandle, EventOverlap
@@ -221,13 +222,30 @@ def test_a_dispatch_asks_nobody_for_tokens_and_says_once_that_it_is_repeated(gro
     libep = buffer.runtime._group.ep
     for tokens in [3, 500, 9, 70], [0, 2, 1200, 9]:
         check_pair(buffer, Batch(group, tokens=tokens))
-        if DEVICE == "cpu":  # 512 tokens are within what the group's addresses are for
-            assert (buffer.runtime._group.ep is libep) == (not asked) == (max(tokens) == 500)
+        # 512 tokens are within what the group's addresses are for
+        assert (buffer.runtime._group.ep is libep) == (not asked) == (max(tokens) == 500)
     b = Batch(group, tokens=[1, 1, 2500, 0])
     recv_x = b.dispatch(buffer, num_worst_tokens=2502)[0]
     same(recv_x[:len(b.rows)], b.received(b.xs))
     logging.getLogger("deep_ep").removeHandler(handler)
     assert asked and sum(record.levelno == logging.WARNING for record in said) == (group.rank() == 0)
+
+
+@on_ranks(2)
+def test_where_memory_cannot_grow_in_place_a_larger_group_is_made(group):
+    buffer, b, whole = Buffer(group), Batch(group), ep.Group
+
+    def fixed(**config):
+        if "most_tokens" in config:
+            raise ep.UnsupportedError("the device has other addresses for host memory")
+        return whole(**config)
+    ep.Group = fixed
+    try:
+        handle = check_pair(buffer, b)
+        check_pair(buffer, Batch(group, tokens=[3, 500]))
+    finally:
+        ep.Group = whole
+    same(buffer.dispatch(b.x, handle=handle)[0], b.received(b.xs))
 
 
 @on_ranks(4)

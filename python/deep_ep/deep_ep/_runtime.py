@@ -60,16 +60,17 @@ class Group:
     """A group of libep, with the stream that asynchronous calls of a host group run on."""
 
     def __init__(self, runtime, needs):
-        self.needs, self.most, ceilings = needs, needs, {}
-        if not runtime.cuda:
-            tokens, rows = GROWTH * needs["max_tokens"], GROWTH * needs["max_recv_rows"]
-            rows = min(rows, runtime.size * tokens)
-            self.most = dict(max_tokens=tokens, max_recv_rows=rows)
-            ceilings = dict(most_tokens=tokens, most_recv_rows=rows)
-        self.ep = ep.Group(rank=runtime.rank, num_ranks=runtime.size, allgather=runtime.gather,
-                           device="cuda" if runtime.cuda else "host",
-                           device_index=runtime.device_index,
-                           flags=ep.GROUP_LL_MASKS if runtime.masks else 0, **needs, **ceilings)
+        tokens, rows = GROWTH * needs["max_tokens"], GROWTH * needs["max_recv_rows"]
+        most = dict(max_tokens=tokens, max_recv_rows=min(rows, runtime.size * tokens))
+        where = dict(rank=runtime.rank, num_ranks=runtime.size, allgather=runtime.gather,
+                     device="cuda" if runtime.cuda else "host", device_index=runtime.device_index,
+                     flags=ep.GROUP_LL_MASKS if runtime.masks else 0, **needs)
+        try:
+            self.ep, self.most = ep.Group(most_tokens=tokens, most_recv_rows=most["max_recv_rows"],
+                                          **where), most
+        except ep.UnsupportedError:  # GPUs that have other addresses for host memory than the host
+            self.ep, self.most = ep.Group(**where), needs
+        self.needs = needs
         self.plan = self.ep.plan()
         self.shapes = {}  # what low-latency calls of one shape have in common
         self._stream = self._layouts = None
