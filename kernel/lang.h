@@ -280,10 +280,10 @@ static K_INLINE void k_raise(struct k_thread *k, k_i64 waited_ns, struct k_blame
 #define K_LOOK_NS 1000000
 #if defined(__CUDACC__)
 #define K_SPINNER                                                                              \
-    { 0, K_LOOK_NS, 0, 0, 0 }
+    { 0, K_LOOK_NS, 0, 0, 0, 0 }
 #else
 #define K_SPINNER                                                                              \
-    { 0, K_LOOK_NS, 0, 0, 0, 0, 0 }
+    { 0, K_LOOK_NS, 0, 0, 0, 0, 0, 0 }
 #endif
 
 /*
@@ -331,9 +331,11 @@ static K_INLINE k_bool k_spin_masked(struct k_thread *k, struct k_spinner *s, k_
     if (peer == k->g->rank || (!looks && k_load(&m->ll->peers[peer].mask) == 0)) {
         return 1;
     }
+    K_HESITATE();
     const k_i32 what =
         k_mask_look(k->g, m->ll, m->kernel, k->kind, peer, phase, waited, s->again,
-                    k_has_gone(k, peer) || k_is_orphan(k, peer, waited));
+                    k_has_gone(k, peer) || k_is_orphan(k, peer, waited), s->sure);
+    s->sure = what == K_MASK_LOOK_AGAIN;
     if (what == K_MASK_WAIT_AGAIN) {
         s->since = s->look = 0;
         s->ran = 0;
@@ -397,6 +399,7 @@ static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k
 static K_INLINE k_u64 k_wait_on(struct k_thread *k, const k_u64 *word, k_u32 epoch,
                                 k_u32 or_epoch, k_i32 peer, k_i32 phase, k_bool acquires) {
     struct k_spinner s = K_SPINNER;
+    const struct k_mask_thread before = k->mask;
     const k_i64 start = k_now();
     k_bool ok, here;
     k_u64 w;
@@ -405,6 +408,10 @@ static K_INLINE k_u64 k_wait_on(struct k_thread *k, const k_u64 *word, k_u32 epo
         w = k_load(word);
         here = (k_u32)(w >> 32) == epoch || (k_u32)(w >> 32) == or_epoch;
     } while (ok && !here);
+    if (here) {
+        k->mask =
+            before; /* a peer that was left out meanwhile, as it has left us out, had sent it */
+    }
     if (acquires) {
         k_acquire(word); /* once: on a GPU it empties the SM's first cache */
     }
@@ -525,6 +532,7 @@ static K_INLINE k_bool k_await_most(struct k_thread *k, k_i32 most, const k_u64 
 #else
     if (!all) {
         struct k_spinner s = K_SPINNER;
+        const struct k_mask_thread before = k->mask;
         const k_i64 start = k_now();
         do {
             ok = k_spin(k, &s, peer, phase);
@@ -538,6 +546,9 @@ static K_INLINE k_bool k_await_most(struct k_thread *k, k_i32 most, const k_u64 
                 all = all && (k_u32)(w[i] >> 32) == epoch;
             }
         } while (ok && !all);
+        if (all) {
+            k->mask = before; /* as in k_wait_on */
+        }
         if (k->lane == 0) {
             k_add(&k->g->ctl->wait_ns, (k_u64)(k_now() - start));
         }

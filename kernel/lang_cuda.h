@@ -255,6 +255,7 @@ struct k_spinner {
     k_u32 turns;
     k_u64 ran;    /* what the host said when it looked first */
     k_bool again; /* it was granted the time once more (mask.h) */
+    k_bool sure;  /* what is awaited was looked at since a reason was found to end the wait */
 };
 
 static K_INLINE k_bool k_pause(struct k_spinner *s) {

@@ -239,6 +239,7 @@ struct k_spinner {
     k_i64 idle;   /* since when it leaves the core to others */
     k_u64 ran;    /* what a CUDA rank's host said when it looked first */
     k_bool again; /* it was granted the time once more (mask.h) */
+    k_bool sure;  /* what is awaited was looked at since a reason was found to end the wait */
 };
 
 /* How long a wait yields; then it naps, for a part of what it has lasted, in these bounds. */

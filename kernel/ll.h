@@ -309,6 +309,7 @@ static K_FN void ll_time_waits(struct k_thread *k, const struct ll_call *c,
                                const struct k_ll_region *r, k_i32 phase, const k_i32 *rows,
                                const struct k_array *waits) {
     const struct k_group *g = k->g;
+    const k_i32 gave_up = k->mask.gave_up;
     k_bool ok = waits->data && k->block == k->num_blocks - 1 && k->warp == k->num_warps - 1;
     const k_i64 start = ok ? k_now() : 0;
     for (k_i32 base = k->lane; ok && base < g->num_ranks; base += 64 * K_LANES) {
@@ -338,6 +339,7 @@ static K_FN void ll_time_waits(struct k_thread *k, const struct ll_call *c,
             ok = k_spin(k, &s, missing, phase) || k->mask.is_gone;
         }
     }
+    k->mask.gave_up = gave_up; /* nothing was left undone here */
     k_syncwarp(k);
 }
 

@@ -29,15 +29,18 @@ static K_COLD void k_mask(const struct k_group *g, const struct k_ll *ll, k_u64 
 
 #define K_MASK_WAIT 0
 #define K_MASK_WAIT_AGAIN 1 /* for as long as was waited so far */
-#define K_MASK_LEAVE_OUT 2
+#define K_MASK_LOOK_AGAIN 2
+#define K_MASK_LEAVE_OUT 3
 
 /*
  * Whether a wait for `peer` goes on. One deadline holds for all waits of a half of a kernel. But a peer
- * that has said meanwhile that it waits, perhaps for a third rank, gets as much time once more.
+ * that has said meanwhile that it waits, perhaps for a third rank, gets as much time once more. And before
+ * a peer is left out, the wait looks once more for what it has sent before it died, or masked this rank:
+ * this process may have been stopped between its last look and now.
  */
 static K_COLD k_i32 k_mask_look(const struct k_group *g, const struct k_ll *ll, k_u64 kernel,
                                 k_i32 kind, k_i32 peer, k_i32 phase, k_i64 waited,
-                                k_bool is_second, k_bool is_gone) {
+                                k_bool is_second, k_bool is_gone, k_bool is_sure) {
     struct k_ll_ctl *ctl = ll->ctl;
     struct k_ll_peer *p = &ll->peers[peer];
     const k_u64 half = K_LL_HALF(kernel, phase);
@@ -62,10 +65,10 @@ static K_COLD k_i32 k_mask_look(const struct k_group *g, const struct k_ll *ll, 
             k_post(k_peer_at(g, r, ll->map.waits + 8ull * (k_u64)g->rank), half);
         }
     }
-    if (why) {
+    if (why && is_sure) {
         k_mask(g, ll, kernel, kind, peer, phase, why, waited);
     }
-    return why ? K_MASK_LEAVE_OUT : K_MASK_WAIT;
+    return !why ? K_MASK_WAIT : is_sure ? K_MASK_LEAVE_OUT : K_MASK_LOOK_AGAIN;
 }
 
 #endif
