@@ -622,7 +622,12 @@ struct ep_layout {
 #define EP_LAYOUT_INIT                                                                         \
     { sizeof(struct ep_layout), 0, NULL, NULL, NULL, NULL, NULL }
 
-/* Nodes of the group: sets of ranks that share load and store. Local. */
+/*
+ * Nodes of the group: sets of ranks that share load and store. Ranks of a host (and of its network
+ * namespace) are a node, or EP_NODE_SIZE says it: N for runs of N ranks, or "2,3,1" for one run each;
+ * the same on all ranks. Local. This version makes groups of host ranks on several nodes, but not for
+ * low-latency mode nor to grow; what they cannot do is EP_ERR_UNSUPPORTED.
+ */
 int ep_group_num_nodes(const ep_group *group);
 
 /* Writes the layout of a routed handle. Local; enqueues on `stream`. All outputs contiguous.

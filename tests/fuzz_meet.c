@@ -242,7 +242,7 @@ static void live(const struct scene *s, int fd) {
     const int rank = s->side == STAR_OF_ROOT ? 0 : 1;
     must(epi_star_make(&star, rank, s->num_ranks) == EP_OK);
     star->on_dead = on_dead;
-    star->on_dead_ctx = &star;
+    star->ctx = &star;
     const size_t limit = rank == 0 ? EPI_BOOT_MAX_BYTES : EPI_BOOT_MAX_TOTAL_BYTES;
     epi_conn_init(&star->conns[rank == 0], fd, rank == 0, EPI_WIRE_HEADER_BYTES + limit);
     must(epi_star_run(star) == 0);

@@ -67,7 +67,7 @@ static struct epi_boot *join(struct stage *s, struct observer *o, int rank, int 
                                      .address = address,
                                      .timeout_ns = LONG_NS,
                                      .on_dead = on_dead,
-                                     .on_dead_ctx = o};
+                                     .ctx = o};
     ok(epi_boot_create(&boot, &config) == EP_OK, "create: %s", ep_last_error());
     return boot;
 }

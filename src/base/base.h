@@ -107,6 +107,8 @@ void epi_log_reload(void); /* reads EP_LOG again; it is otherwise read once per 
       "and compiler report; compiles them anew")                                               \
     X(ARENA, CHOICE, "auto", 0, 0, "auto|device|host",                                         \
       "where the arenas of CUDA groups lie: host is pinned host memory")                       \
+    X(NODE_SIZE, STR, NULL, 1, 200, NULL,                                                      \
+      "ranks of a node, or those of each with commas between; else ranks of a host are one")   \
     X(NET_PROVIDER, STR, NULL, 1, 47, NULL,                                                    \
       "the provider of libfabric between nodes, or fake; else the first that can be used, as " \
       "`ep doctor` lists them")                                                                \

@@ -126,7 +126,8 @@ static ep_status meet_processes(struct epi_boot *boot, const struct epi_boot_con
     }
     if (st == EP_OK) {
         star->on_dead = config->on_dead;
-        star->on_dead_ctx = config->on_dead_ctx;
+        star->on_told = config->on_told;
+        star->ctx = config->ctx;
         st = meet->rank == 0 ? epi_meet_root(meet, &listeners, star->conns)
                              : epi_meet_peer(meet, &star->conns[0]);
     }
@@ -215,7 +216,9 @@ static ep_status meet_all(struct epi_boot *boot, const struct epi_boot_config *c
     if (config->world) {
         boot->rank = config->rank;
         boot->num_ranks = epi_world_num_ranks(config->world);
-        return epi_world_join(config->world, config->rank, timeout_ns, &boot->session);
+        EPI_TRY(epi_world_join(config->world, config->rank, timeout_ns, &boot->session));
+        epi_world_listen(boot->session, boot->rank, config->on_told, config->ctx);
+        return EP_OK;
     }
     struct epi_meet *meet = epi_alloc(sizeof(*meet));
     if (!meet) {
@@ -299,6 +302,14 @@ ep_status epi_boot_allgather(struct epi_boot *boot, const void *in, size_t bytes
         memmove(out, in, bytes);
     }
     return EP_OK;
+}
+
+void epi_boot_tell(struct epi_boot *boot, uint64_t word) {
+    if (boot->session) {
+        epi_world_tell(boot->session, boot->rank, word);
+    } else if (boot->star) {
+        epi_star_tell(boot->star, word);
+    }
 }
 
 ep_status epi_boot_barrier(struct epi_boot *boot, struct epi_deadline deadline) {

@@ -34,7 +34,9 @@ struct epi_boot_config {
      * epi_boot_destroy has returned. It may not call back
      * into the boot. NULL: nobody wants to know. Threads of a world do not die. */
     void (*on_dead)(void *ctx, int rank, const char *why);
-    void *on_dead_ctx;
+    /* Another rank has called epi_boot_tell: likewise, of a world from that rank's thread. */
+    void (*on_told)(void *ctx, uint64_t word);
+    void *ctx; /* of both */
 };
 
 /*
@@ -62,6 +64,11 @@ bool epi_boot_is_threads(const struct epi_boot *boot);
 ep_status epi_boot_allgather(struct epi_boot *boot, const void *in, size_t bytes, void *out,
                              struct epi_deadline deadline);
 ep_status epi_boot_barrier(struct epi_boot *boot, struct epi_deadline deadline);
+
+/* Says a word to all other ranks, from any thread; waits for nobody. It arrives before this rank's end is
+ * told. Of one rank's words only so many are passed on: who says more says nothing new. */
+#define EPI_BOOT_MAX_WORDS 8
+void epi_boot_tell(struct epi_boot *boot, uint64_t word);
 
 /* Whether this process can use the world: it has made it, or was forked when no rank was in it. */
 bool epi_boot_world_adopt(ep_world *world);

@@ -75,7 +75,7 @@ static void admit(struct epi_gathering *g, int index, const struct epi_claim *c)
     epi_stranger_forget(g, index);
     conn->rank = (int)c->rank;
     conn->in_limit = EPI_WIRE_HEADER_BYTES + EPI_BOOT_MAX_BYTES;
-    conn->out_limit = g->meet->num_ranks + EPI_CONN_MAX_OUT;
+    conn->out_limit = g->meet->num_ranks * (1 + EPI_BOOT_MAX_WORDS) + EPI_CONN_MAX_OUT;
     g->here[c->rank] = true;
     g->process[c->rank] = c->process;
     g->num_here++;

@@ -87,12 +87,13 @@ struct epi_conn {
     bool is_ready;      /* poll says there is something to read; for the loop's use */
     bool has_unacked;   /* bytes went out that the peer's kernel may not have yet */
     uint64_t last_seq;  /* the peer's last contribution; for rank 0's use */
+    int num_words;      /* it has said */
     uint64_t last_ask;  /* and its last question; */
     bool has_asked;     /* one during the rendezvous */
     const char *doomed; /* why this connection must be closed; NULL: it is fine */
 };
 
-/* Packets that may wait for a rank beside what one rank can say of each other rank. */
+/* Packets that may wait for a rank beside what each other rank can say, and what is said of it. */
 #define EPI_CONN_MAX_OUT 16
 #define EPI_CONN_STRANGER_BYTES 512 /* what a connection may send before its rank is proved */
 
@@ -344,7 +345,8 @@ struct epi_star {
     int num_ranks;
     uint32_t process; /* of the process whose thread serves this star */
     void (*on_dead)(void *ctx, int rank, const char *why);
-    void *on_dead_ctx;
+    void (*on_told)(void *ctx, uint64_t word);
+    void *ctx;
     pthread_t thread;
     bool has_thread;
     int kick_fd; /* wakes the control thread */
@@ -359,7 +361,9 @@ struct epi_star {
     pthread_cond_t cond;
     bool stop;
     struct epi_request req;
-    struct epi_packet *posted; /* a contribution the control thread has not taken yet */
+    struct epi_packet *posted;         /* a contribution the control thread has not taken yet */
+    uint64_t word[EPI_BOOT_MAX_WORDS]; /* said here ... */
+    int num_words, num_words_sent;
     uint64_t num_calls;
     uint64_t num_ended; /* calls that all have made and that have their result */
     uint8_t *state;     /* [num_ranks] enum epi_rank_state */
@@ -376,6 +380,7 @@ void epi_star_free(struct epi_star *star);
 
 ep_status epi_star_allgather(struct epi_star *star, const void *in, size_t bytes, void *out,
                              struct epi_deadline deadline);
+void epi_star_tell(struct epi_star *star, uint64_t word);
 
 /* The control thread's main function. */
 void *epi_star_main(void *star);
@@ -390,6 +395,10 @@ ep_status epi_world_join(ep_world *world, int rank, int64_t timeout_ns,
                          struct epi_session **out);
 ep_status epi_world_allgather(struct epi_session *session, int rank, const void *in,
                               size_t bytes, void *out, struct epi_deadline deadline);
+/* Words of the others are told to `rank` from now on, until it leaves, on their threads. */
+void epi_world_listen(struct epi_session *session, int rank,
+                      void (*on_told)(void *ctx, uint64_t word), void *ctx);
+void epi_world_tell(struct epi_session *session, int rank, uint64_t word);
 void epi_world_leave(struct epi_session *session, int rank);
 /* A rank that cannot come: the others, who wait for it, get EP_ERR_PEER with this reason. */
 void epi_world_fail(ep_world *world, int rank, const char *why);

@@ -50,6 +50,21 @@ static void send_to_all(struct epi_star *star, const struct epi_frame *frame) {
     send_packet_to_all(star, epi_packet_make(frame));
 }
 
+/* A word of a rank's, which is not said to itself. */
+static void send_word(struct epi_star *star, int from, uint64_t word) {
+    struct epi_packet *packet =
+        epi_packet_make(&(struct epi_frame){.type = EPI_FRAME_WORD, .seq = word});
+    for (int i = 0; i < star->num_conns; i++) {
+        if (star->rank != 0 || i != from) {
+            epi_conn_send_packet(&star->conns[i], packet);
+        }
+    }
+    epi_packet_drop(packet);
+    if (from != star->rank && star->on_told) {
+        star->on_told(star->ctx, word);
+    }
+}
+
 static void send_text_to_all(struct epi_star *star, struct epi_frame head, const char *text) {
     head.data = (const uint8_t *)text;
     head.data_bytes = epi_wire_text_bytes(text);
@@ -88,7 +103,7 @@ static void rank_gone(struct epi_star *star, int rank, enum epi_rank_state state
     }
     epi_log(EPI_LOG_WARN, "%s", text);
     if (star->on_dead) {
-        star->on_dead(star->on_dead_ctx, rank, why);
+        star->on_dead(star->ctx, rank, why);
     }
 }
 
@@ -199,6 +214,13 @@ static void on_frame_at_root(struct epi_star *star, struct epi_conn *conn,
         epi_conn_send_text(conn, &head, text);
         return;
     }
+    case EPI_FRAME_WORD:
+        if (conn->num_words++ == EPI_BOOT_MAX_WORDS) {
+            conn->doomed = "it says more to all than a rank has to say";
+            return;
+        }
+        send_word(star, conn->rank, frame->seq);
+        return;
     case EPI_FRAME_BYE:
         epi_conn_close(conn);
         rank_gone(star, conn->rank, EPI_RANK_LEFT, "");
@@ -273,6 +295,11 @@ static void on_frame_at_peer(struct epi_star *star, struct epi_conn *conn,
         set_broken(star, (ep_status)frame->status, text);
         pthread_mutex_unlock(&star->lock);
         return;
+    case EPI_FRAME_WORD:
+        if (star->on_told) {
+            star->on_told(star->ctx, frame->seq);
+        }
+        return;
     case EPI_FRAME_BYE:
         epi_conn_close(conn);
         rank_gone(star, 0, EPI_RANK_LEFT, "");
@@ -346,6 +373,9 @@ static bool take_requests(struct epi_star *star) {
         take_posted(star, star->posted);
         star->posted = NULL;
         pthread_cond_broadcast(&star->cond);
+    }
+    while (star->num_words_sent < star->num_words) {
+        send_word(star, star->rank, star->word[star->num_words_sent++]);
     }
     if (req->ask) {
         req->ask = false;

@@ -84,6 +84,17 @@ void epi_star_free(struct epi_star *star) {
     epi_free(star);
 }
 
+void epi_star_tell(struct epi_star *star, uint64_t word) {
+    pthread_mutex_lock(&star->lock);
+    const bool is_news = star->num_words < EPI_BOOT_MAX_WORDS &&
+                         (star->num_words == 0 || star->word[star->num_words - 1] != word);
+    if (is_news) {
+        star->word[star->num_words++] = word;
+    }
+    pthread_mutex_unlock(&star->lock);
+    kick(star);
+}
+
 /* The lock is held. The time is up: ask rank 0 whom we waited for; the answer may also be the
  * result itself, at the last moment. */
 static void ask_who_is_missing(struct epi_star *star) {

@@ -84,6 +84,7 @@ static const struct frame_rule rules[] = {
     [EPI_FRAME_CLAIM] = {EPI_WIRE_CLAIM_BYTES, EPI_WIRE_CLAIM_BYTES + EPI_WIRE_TEXT_BYTES,
                          false, false, false, false},
     [EPI_FRAME_BUSY] = {0, 0, false, false, false, false},
+    [EPI_FRAME_WORD] = {0, 0, true, false, false, false},
 };
 
 static void put_u16(uint8_t *p, uint16_t v) {
@@ -147,7 +148,7 @@ int epi_wire_parse(const uint8_t *buf, size_t len, struct epi_frame *out) {
     }
     uint16_t type = get_u16(buf + AT_TYPE);
     if (epi_get_u32(buf + AT_CHECK) != header_check(buf) || get_u16(buf + AT_ZERO) != 0 ||
-        type < EPI_FRAME_HELLO || type > EPI_FRAME_BUSY) {
+        type < EPI_FRAME_HELLO || type > EPI_FRAME_WORD) {
         return -1;
     }
     struct epi_frame frame = {

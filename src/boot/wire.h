@@ -44,7 +44,8 @@ enum epi_frame_type {
     EPI_FRAME_FAULT = 12,  /* from 0: status, text: no collective can succeed any more */
     EPI_FRAME_PROOF = 13,  /* from 0: data is a struct epi_proof */
     EPI_FRAME_CLAIM = 14,  /* to 0: who I am, with my proof; a struct epi_claim and a text */
-    EPI_FRAME_BUSY = 15    /* from 0: another group of your process forms here: come again */
+    EPI_FRAME_BUSY = 15,   /* from 0: another group of your process forms here: come again */
+    EPI_FRAME_WORD = 16    /* both: seq is what a rank says to all others; 0 passes it on */
 };
 
 struct epi_frame {

@@ -18,6 +18,8 @@
 struct member {
     bool joined, left;
     uint64_t num_calls;
+    void (*on_told)(void *ctx, uint64_t word);
+    void *ctx;
 };
 
 struct epi_session {
@@ -207,6 +209,25 @@ static void session_exit(struct epi_session *session, int rank, const char *why)
         *at = session->next;
         session_free(session);
     }
+}
+
+void epi_world_listen(struct epi_session *session, int rank,
+                      void (*on_told)(void *ctx, uint64_t word), void *ctx) {
+    pthread_mutex_lock(&session->world->lock);
+    session->member[rank].on_told = on_told;
+    session->member[rank].ctx = ctx;
+    pthread_mutex_unlock(&session->world->lock);
+}
+
+void epi_world_tell(struct epi_session *session, int rank, uint64_t word) {
+    pthread_mutex_lock(&session->world->lock);
+    for (int r = 0; r < session->world->num_ranks; r++) {
+        const struct member *m = &session->member[r];
+        if (r != rank && m->on_told && !m->left) {
+            m->on_told(m->ctx, word);
+        }
+    }
+    pthread_mutex_unlock(&session->world->lock);
 }
 
 void epi_world_leave(struct epi_session *session, int rank) {

@@ -81,7 +81,7 @@ int ep_group_device_index(const ep_group *group) {
 }
 
 int ep_group_num_nodes(const ep_group *group) {
-    return group ? 1 : 0;
+    return group ? group->nodes.num : 0;
 }
 
 ep_status ep_group_plan(const ep_group *group, struct ep_plan_info *info) {

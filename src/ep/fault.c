@@ -82,20 +82,34 @@ static int status_in(const ep_group *g, k_u64 w) {
     return g->backend->on_device && status == EP_ERR_INTERRUPTED && raised ? raised : status;
 }
 
-/* The one way in which a host writes to the boards of others: this rank has `word` to say to all. A
- * fault says more than a goodbye, which it may replace. Ranks whose boards are not mapped here would
- * be told over the control connection. */
+/* A fault says more than a goodbye, which it may replace. */
+static void tell_board(struct k_board *board, k_u64 word) {
+    _Atomic k_u64 *told = (_Atomic k_u64 *)&board->told;
+    k_u64 zero = 0;
+    if (is_goodbye(word)) {
+        atomic_compare_exchange_strong(told, &zero, word);
+    } else {
+        atomic_store(told, word);
+    }
+}
+
+/* The one way in which a host writes to the boards of others: this rank has `word` to say to all. Those of
+ * other nodes, whose boards are not mapped here, hear it over the control connection. */
 static void tell_peers(ep_group *g, k_u64 word) {
     for (int r = 0; r < g->num_ranks; r++) {
-        if (r != g->rank) {
-            _Atomic k_u64 *told = (_Atomic k_u64 *)&g->backend->board(g, r)->told;
-            k_u64 zero = 0;
-            if (is_goodbye(word)) {
-                atomic_compare_exchange_strong(told, &zero, word);
-            } else {
-                atomic_store(told, word);
-            }
+        if (r != g->rank && g->nodes.node[r] == g->nodes.own) {
+            tell_board(g->backend->board(g, r), word);
         }
+    }
+    if (g->nodes.num > 1) {
+        epi_boot_tell(g->boot, word);
+    }
+}
+
+void epi_group_told(ep_group *g, uint64_t word) {
+    struct k_board *board = atomic_load(&g->board);
+    if (board) {
+        tell_board(board, word);
     }
 }
 
@@ -406,6 +420,12 @@ ep_status epi_group_check_next(ep_group *g) {
 ep_status epi_group_admit(ep_group *g) {
     struct ep_fault f;
     epi_life_join(g->life);
+    if (g->nodes.num > 1) {
+        return epi_fail(EP_ERR_UNSUPPORTED,
+                        "the group's ranks are of %d nodes: this version does not move rows "
+                        "between nodes",
+                        g->nodes.num);
+    }
     if (g->backend->on_device) {
         return epi_group_faulted(g) ? epi_group_check_next(g) : EP_OK;
     }

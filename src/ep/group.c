@@ -153,8 +153,9 @@ static void fill_kernel_group(ep_group *g) {
     k->map = g->plan.map;
     k_u64 *peer = (k_u64 *)g->k.peer, *board = peer + g->num_ranks;
     for (int r = 0; r < g->num_ranks; r++) {
-        peer[r] = epi_mem_arena_address(g->mem, r);
-        board[r] = g->backend->board_address(g, r);
+        const bool near = g->nodes.node[r] == g->nodes.own;
+        peer[r] = near ? epi_mem_arena_address(g->mem, r) : 0;
+        board[r] = near ? g->backend->board_address(g, r) : 0;
     }
     ((struct k_ll_ctl *)g->tables)->timeout_ns =
         g->config.ll_timeout_ms ? g->config.ll_timeout_ms * EPI_NS_PER_MS : g->timeout_ns;
@@ -172,6 +173,11 @@ static void on_dead(void *ctx, int rank, const char *why) {
     }
 }
 
+/* The same, or on the thread of the rank that says it. */
+static void on_told(void *ctx, uint64_t word) {
+    epi_group_told(ctx, word);
+}
+
 static struct epi_boot_config meeting_of(const struct ep_group_config *config) {
     return (struct epi_boot_config){.rank = config->rank,
                                     .num_ranks = config->num_ranks,
@@ -186,7 +192,8 @@ static ep_status meet(ep_group *g) {
     struct epi_boot_config b = meeting_of(&g->config);
     b.timeout_ns = g->timeout_ns;
     b.on_dead = on_dead;
-    b.on_dead_ctx = g;
+    b.on_told = on_told;
+    b.ctx = g;
     ep_status st = epi_boot_create(&g->boot, &b);
     if (st == EP_OK) {
         g->rank = epi_boot_rank(g->boot);
@@ -200,8 +207,25 @@ struct epi_shape epi_group_shape(const ep_group *g, int wanted, const struct epi
     return g->backend->shape(g, wanted ? wanted : g->workers, load);
 }
 
+/* What a group of several nodes cannot do in this version. */
+static ep_status check_nodes(const ep_group *g) {
+    const struct ep_group_config *c = &g->config;
+    const char *what = c->device == EP_DEVICE_CUDA ? "device is EP_DEVICE_CUDA"
+                       : c->ll_max_tokens          ? "ll_max_tokens is set (low-latency mode)"
+                       : c->most_tokens || c->most_recv_rows
+                           ? "most_tokens or most_recv_rows is set (growth)"
+                           : NULL;
+    return !what || g->nodes.num == 1
+               ? EP_OK
+               : epi_fail(EP_ERR_UNSUPPORTED,
+                          "the group's ranks are of %d nodes, and %s: this version cannot do "
+                          "that between nodes",
+                          g->nodes.num, what);
+}
+
 /* Everything that needs this rank alone. */
 static ep_status make_local(ep_group *g) {
+    EPI_TRY(check_nodes(g));
     EPI_TRY(epi_plan(&g->config, g->num_ranks, &g->plan));
     EPI_TRY(make_tables(g));
     return g->backend->open(g);
@@ -212,6 +236,8 @@ static ep_status make_memory(ep_group *g, const struct epi_exchange *x) {
     struct epi_mem_config m;
     memset(&m, 0, sizeof(m));
     m.exchange = *x;
+    m.ranks = g->nodes.ranks + g->nodes.first[g->nodes.own];
+    m.num_ranks = epi_node_ranks(&g->nodes, g->nodes.own);
     m.arena_bytes = (size_t)g->plan.length;
     m.use = g->plan.num_uses ? g->plan.use : NULL;
     m.num_uses = g->plan.num_uses;
@@ -236,6 +262,7 @@ static ep_status make_readable(ep_group *g, const struct epi_exchange *x) {
 static ep_status form(ep_group *g) {
     EPI_TRY(meet(g));
     const struct epi_exchange x = exchange_of(g);
+    EPI_TRY(epi_nodes_create(&g->nodes, &x));
     EPI_TRY(epi_agree(&x, make_local(g), "creating the group"));
     EPI_TRY(check_agreement(g));
     EPI_TRY(make_memory(g, &x));
@@ -253,6 +280,7 @@ static void free_group(ep_group *g) {
     epi_free(g->tables);
     epi_free(g->masks);
     epi_free(g->ctl);
+    epi_nodes_free(&g->nodes);
     pthread_cond_destroy(&g->turn);
     pthread_mutex_destroy(&g->mutex);
     epi_free(g);
@@ -296,6 +324,13 @@ ep_status epi_group_create(ep_group **out, const struct ep_group_config *config)
 
 static ep_status check_growth(ep_group *g, const struct ep_needs *want) {
     EPI_TRY(epi_check_not_open("ep_group_grow", g));
+    if (g->nodes.num > 1) {
+        return epi_fail(
+            EP_ERR_UNSUPPORTED,
+            "ep_group_grow: the group's ranks are of %d nodes: it cannot grow in this "
+            "version",
+            g->nodes.num);
+    }
     if (want->max_tokens < 0 || want->max_tokens > epi_most_tokens(&g->config) ||
         want->max_recv_rows < 0 || want->max_recv_rows > g->plan.most_recv_rows) {
         return epi_fail(EP_ERR_ARG,
@@ -384,6 +419,7 @@ static void free_forked(ep_group *g) {
     epi_free(g->tables);
     epi_free(g->masks);
     epi_free(g->ctl);
+    epi_nodes_free(&g->nodes);
     epi_free(g);
 }
 
@@ -397,8 +433,8 @@ static void await_peers_end(const ep_group *g, uint64_t last) {
     const struct epi_deadline d =
         epi_deadline_after(g->timeout_ns < MOST_STAY_NS ? g->timeout_ns : MOST_STAY_NS);
     for (int r = 1; serves && r < g->num_ranks; r++) {
-        while (!epi_group_has_ended(g, r, last) && atomic_load(&g->dead_rank) < 0 &&
-               !epi_deadline_expired(d)) {
+        while (g->nodes.node[r] == g->nodes.own && !epi_group_has_ended(g, r, last) &&
+               atomic_load(&g->dead_rank) < 0 && !epi_deadline_expired(d)) {
             epi_sleep_ns(50 * EPI_NS_PER_US);
         }
     }

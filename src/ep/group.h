@@ -12,6 +12,7 @@
 #include "src/boot/boot.h"
 #include "src/ep/args.h"
 #include "src/ep/backend.h"
+#include "src/ep/nodes.h"
 #include "src/ep/op.h"
 #include "src/ep/plan.h"
 
@@ -40,6 +41,7 @@ struct ep_group {
         *cuda;        /* ... and what the CUDA backend has instead; both know their own only */
     uint32_t process; /* that made it */
     int rank, num_ranks;
+    struct epi_nodes nodes;
     int workers, most_workers; /* of an operation: by default (CUDA, 0: by formula), at most */
     int64_t timeout_ns;
     struct k_group k;
@@ -180,6 +182,8 @@ void epi_group_set_orphan(ep_group *g, bool is_orphan);
 void epi_group_leave(ep_group *g, uint64_t last);
 /* There is memory: from now on boards are read and written. */
 void epi_group_open_board(ep_group *g);
+/* A rank of another node has said this to all. */
+void epi_group_told(ep_group *g, uint64_t word);
 /* A rank has died; from any thread. */
 void epi_group_died(ep_group *g, int rank);
 /* A wait has become long; `word` is {epoch | phase : 16 | peer : 16}. */

@@ -28,17 +28,17 @@ ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const ch
                        : epi_agree(&c->exchange, mine, step);
 }
 
-static size_t arena_at(const struct epi_mem *mem, int rank) {
-    return (size_t)rank * mem->c.arena_bytes;
+static size_t arena_at(const struct epi_mem *mem, int index) {
+    return (size_t)index * mem->c.arena_bytes;
 }
 
 /* In the shared memory: arenas, if they are there, and boards. */
 static size_t arenas_end(const struct epi_mem *mem) {
-    return mem->on_device ? 0 : arena_at(mem, mem->c.exchange.num_ranks);
+    return mem->on_device ? 0 : arena_at(mem, mem->c.num_ranks);
 }
 
-static size_t board_at(const struct epi_mem *mem, int rank) {
-    return arenas_end(mem) + (size_t)rank * mem->c.board_bytes;
+static size_t board_at(const struct epi_mem *mem, int index) {
+    return arenas_end(mem) + (size_t)index * mem->c.board_bytes;
 }
 
 /* ---- the mapping ---------------------------------------------------------------------------- */
@@ -147,7 +147,7 @@ static ep_status attach(struct epi_mapping *m, const struct epi_mem_device *d, u
     return EP_OK;
 }
 
-/* Calls `visit` for each run of pages of the shared memory that arenas of ranks `from` to `to` need more
+/* Calls `visit` for each run of pages of the shared memory that arenas `from` to `to` need more
  * than before. */
 static ep_status each_run(const struct epi_mem *mem, int from, int to,
                           const struct epi_mem_use *was, const struct epi_mem_use *now,
@@ -194,8 +194,7 @@ static bool has_holes(const struct epi_mem *mem) {
 static struct epi_mapping *mapping_create(const struct epi_mem *mem, int fd, size_t bytes,
                                           int users, ep_status *st) {
     const struct epi_mem_device *d = &mem->device;
-    const int num_ranks = mem->c.exchange.num_ranks,
-              num_arenas = mem->on_device ? num_ranks : 0;
+    const int num_ranks = mem->c.num_ranks, num_arenas = mem->on_device ? num_ranks : 0;
     struct epi_mapping *m =
         epi_alloc(sizeof(*m) + (size_t)num_arenas * sizeof(struct epi_arena));
     struct shown all = {m, mem};
@@ -223,7 +222,7 @@ static struct epi_mapping *mapping_create(const struct epi_mem *mem, int fd, siz
 static int make_fd(const struct epi_mem *mem, size_t bytes, ep_status *st) {
     int fd = epi_memfd_create(bytes, !has_holes(mem), st);
     if (fd >= 0 && has_holes(mem)) {
-        *st = each_run(mem, 0, mem->c.exchange.num_ranks, NULL, mem->c.use, allocate, &fd);
+        *st = each_run(mem, 0, mem->c.num_ranks, NULL, mem->c.use, allocate, &fd);
         *st = *st == EP_OK ? allocate(&fd, arenas_end(mem), bytes) : *st;
     }
     if (*st != EP_OK) {
@@ -241,16 +240,16 @@ static void keep_fd(const struct epi_mem *mem, struct epi_mapping *m, int *fd) {
     epi_fd_close(fd);
 }
 
-/* Rank 0 makes the memory, the other threads get the pointer. */
+/* The first makes the memory, the other threads get the pointer. */
 static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c,
                              size_t bytes) {
     const struct epi_exchange *x = &c->exchange;
     struct epi_mapping *mine = NULL;
     ep_status st = EP_OK;
-    if (x->rank == 0) {
+    if (x->rank == epi_mem_rank(c, 0)) {
         int fd = make_fd(mem, bytes, &st);
         if (fd >= 0) {
-            mine = mapping_create(mem, fd, bytes, x->num_ranks, &st);
+            mine = mapping_create(mem, fd, bytes, c->num_ranks, &st);
             keep_fd(mem, mine, &fd);
         }
     }
@@ -264,7 +263,7 @@ static ep_status map_threads(struct epi_mem *mem, const struct epi_mem_config *c
         agreed = x->allgather(x->ctx, &mine, sizeof(mine), all);
     }
     if (agreed == EP_OK) {
-        mem->map = all[0];
+        mem->map = all[epi_mem_rank(c, 0)];
     } else if (mine) {
         /* When somebody did not come at all, nobody has got the pointer. After a timeout some may
          * yet get it; they fail in the next step and release their shares. */
@@ -282,14 +281,15 @@ static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config 
     struct epi_share share;
     ep_status st = EP_OK;
     int fd = -1;
-    if (c->exchange.rank == 0) {
+    const bool makes = c->exchange.rank == epi_mem_rank(c, 0);
+    if (makes) {
         fd = make_fd(mem, bytes, &st);
     }
     st = epi_share_open(&share, c, 1, st);
     if (st == EP_OK) {
         st = epi_share_pass(&share, c, &fd);
-        if (st == EP_OK && c->exchange.rank != 0) {
-            st = epi_memfd_check(fd, bytes, 0);
+        if (st == EP_OK && !makes) {
+            st = epi_memfd_check(fd, bytes, epi_mem_rank(c, 0));
         }
         if (st == EP_OK) {
             mem->map = mapping_create(mem, fd, bytes, 1, &st);
@@ -305,7 +305,7 @@ static ep_status map_processes(struct epi_mem *mem, const struct epi_mem_config 
 
 static ep_status build(struct epi_mem *mem, const struct epi_mem_config *c, bool on_device) {
     mem->on_device = on_device;
-    size_t bytes = board_at(mem, c->exchange.num_ranks);
+    size_t bytes = board_at(mem, c->num_ranks);
     if (bytes == 0) {
         bytes = LEAST_BYTES;
     }
@@ -346,7 +346,7 @@ static ep_status build_best(struct epi_mem *mem, const struct epi_mem_config *c)
 }
 
 ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *config) {
-    const int num_ranks = config->exchange.num_ranks;
+    const int num_ranks = config->ranks ? config->num_ranks : config->exchange.num_ranks;
     const size_t most = PTRDIFF_MAX / (size_t)num_ranks;
     struct epi_mem *mem = epi_alloc(sizeof(*mem));
     ep_status st = EP_OK;
@@ -360,6 +360,7 @@ ep_status epi_mem_create(struct epi_mem **out, const struct epi_mem_config *conf
     if (st == EP_OK) {
         mem->process = epi_process();
         mem->c = *config;
+        mem->c.num_ranks = num_ranks;
         if (!config->use) {
             mem->whole = (struct epi_mem_use){0, 0, config->arena_bytes, 1};
             mem->c.use = &mem->whole;
@@ -395,19 +396,18 @@ void epi_mem_destroy(struct epi_mem **mem) {
  * pages. */
 static ep_status grow_shared(struct epi_mem *mem, const struct epi_mem_config *c,
                              const struct epi_mem_use *was, const struct epi_mem_use *now) {
-    const int rank = c->exchange.rank;
+    const int own = epi_mem_index(c, c->exchange.rank);
     struct shown all = {mem->map, mem};
     ep_status mine = epi_alloc_should_fail()
                          ? epi_fail(EP_ERR_NOMEM, "no memory for a larger arena (injected)")
-                         : each_run(mem, rank, rank + 1, was, now, allocate, &mem->map->fd);
+                         : each_run(mem, own, own + 1, was, now, allocate, &mem->map->fd);
     ep_status st = epi_mem_agree(c, mine, "ep_group_grow");
     if (st != EP_OK && st != EP_ERR_TIMEOUT && !mem->device.attach) {
-        each_run(mem, rank, rank + 1, was, now, punch, &mem->map->fd);
+        each_run(mem, own, own + 1, was, now, punch, &mem->map->fd);
     }
     if (st == EP_OK && mem->device.attach) {
-        mine = c->threads && rank != 0
-                   ? EP_OK
-                   : each_run(mem, 0, c->exchange.num_ranks, was, now, show, &all);
+        mine = c->threads && own != 0 ? EP_OK
+                                      : each_run(mem, 0, c->num_ranks, was, now, show, &all);
         st = epi_mem_agree(c, mine, "ep_group_grow");
     }
     return st;
@@ -438,18 +438,21 @@ bool epi_mem_on_device(const struct epi_mem *mem) {
 }
 
 void *epi_mem_arena(const struct epi_mem *mem, int rank) {
-    return mem->on_device ? NULL : (uint8_t *)mem->map->base + arena_at(mem, rank);
+    return mem->on_device
+               ? NULL
+               : (uint8_t *)mem->map->base + arena_at(mem, epi_mem_index(&mem->c, rank));
 }
 
 void *epi_mem_board(const struct epi_mem *mem, int rank) {
-    return (uint8_t *)mem->map->base + board_at(mem, rank);
+    return (uint8_t *)mem->map->base + board_at(mem, epi_mem_index(&mem->c, rank));
 }
 
 uint64_t epi_mem_arena_address(const struct epi_mem *mem, int rank) {
-    return mem->on_device ? mem->map->arena[rank].addresses.address
-                          : mem->map->address + arena_at(mem, rank);
+    const int index = epi_mem_index(&mem->c, rank);
+    return mem->on_device ? mem->map->arena[index].addresses.address
+                          : mem->map->address + arena_at(mem, index);
 }
 
 uint64_t epi_mem_board_address(const struct epi_mem *mem, int rank) {
-    return mem->map->address + board_at(mem, rank);
+    return mem->map->address + board_at(mem, epi_mem_index(&mem->c, rank));
 }

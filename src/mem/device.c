@@ -21,8 +21,8 @@ static ep_status no_way(const char *lacks) {
 }
 
 /* Threads need no addresses for what others make. */
-static bool has_to_map(const struct epi_mem_config *c, int owner) {
-    return owner == c->exchange.rank || !c->threads;
+static bool has_to_map(const struct epi_mem_config *c, int index) {
+    return epi_mem_rank(c, index) == c->exchange.rank || !c->threads;
 }
 
 ep_status epi_device_reserve(struct epi_mapping *map, const struct epi_mem_config *c) {
@@ -43,7 +43,8 @@ ep_status epi_device_reserve(struct epi_mapping *map, const struct epi_mem_confi
 
 static struct epi_runs runs_of(const struct epi_mapping *map, const struct epi_mem_config *c,
                                const struct epi_mem_use *was, const struct epi_mem_use *now) {
-    return (struct epi_runs){was, now, c->num_uses, map->arena[c->exchange.rank].page, 0, 0, 0};
+    return (struct epi_runs){
+        was, now, c->num_uses, map->arena[epi_mem_index(c, c->exchange.rank)].page, 0, 0, 0};
 }
 
 static void give_back(const struct epi_mem_device *d, struct epi_backed **at) {
@@ -99,7 +100,7 @@ static ep_status create_own(struct epi_mapping *map, const struct epi_mem_config
                             const struct run *run, int *fd) {
     const struct epi_mem_device *d = c->device;
     const int rank = c->exchange.rank;
-    struct epi_arena *a = &map->arena[rank];
+    struct epi_arena *a = &map->arena[epi_mem_index(c, rank)];
     struct epi_backed *b = add_place(a);
     if (!b) {
         return EP_ERR_NOMEM;
@@ -131,9 +132,11 @@ static ep_status between_threads(struct epi_mapping *map, const struct epi_mem_c
     const struct epi_mem_device *d = c->device;
     ep_status st = EP_OK;
     EPI_TRY(epi_mem_agree(c, create_own(map, c, run, NULL), "allocating the arenas"));
-    for (int r = 0; st == EP_OK && r < x->num_ranks; r++) {
+    const struct epi_arena *own = &map->arena[epi_mem_index(c, x->rank)];
+    for (int i = 0; st == EP_OK && i < c->num_ranks; i++) {
+        const int r = epi_mem_rank(c, i);
         if (r != x->rank) {
-            st = d->admit ? d->admit(d->ctx, &map->arena[x->rank].backed->piece, peers[r])
+            st = d->admit ? d->admit(d->ctx, &own->backed->piece, peers[r])
                           : no_way("admits no other");
             st = st == EP_OK ? EP_OK : cannot_map(st, r, x->rank);
         }
@@ -146,12 +149,13 @@ static ep_status import_all(struct epi_mapping *map, const struct epi_mem_config
     const struct epi_mem_device *d = c->device;
     const int rank = c->exchange.rank;
     ep_status st = EP_OK;
-    for (int r = 0; st == EP_OK && r < c->exchange.num_ranks; r++) {
-        struct epi_arena *a = &map->arena[r];
+    for (int i = 0; st == EP_OK && i < c->num_ranks; i++) {
+        const int r = epi_mem_rank(c, i);
+        struct epi_arena *a = &map->arena[i];
         struct epi_backed *b = r != rank ? add_place(a) : NULL;
         if (r != rank) {
             st = !b          ? EP_ERR_NOMEM
-                 : d->import ? d->import(d->ctx, fds[r], a->addresses.address + run->at,
+                 : d->import ? d->import(d->ctx, fds[i], a->addresses.address + run->at,
                                          (size_t)run->bytes, &b->piece)
                              : no_way("cannot import memory");
             st = st == EP_OK ? EP_OK : cannot_map(st, rank, r);
@@ -162,7 +166,7 @@ static ep_status import_all(struct epi_mapping *map, const struct epi_mem_config
 
 static ep_status between_processes(struct epi_mapping *map, const struct epi_mem_config *c,
                                    const struct run *run) {
-    const int num_ranks = c->exchange.num_ranks;
+    const int num_ranks = c->num_ranks;
     struct epi_share share;
     int own = -1;
     ep_status st = create_own(map, c, run, &own);
@@ -171,7 +175,7 @@ static ep_status between_processes(struct epi_mapping *map, const struct epi_mem
         st = epi_fail(EP_ERR_NOMEM, "no memory for %d descriptors", num_ranks);
     }
     for (int r = 0; fds && r < num_ranks; r++) {
-        fds[r] = r == c->exchange.rank ? own : -1;
+        fds[r] = epi_mem_rank(c, r) == c->exchange.rank ? own : -1;
     }
     st = epi_share_open(&share, c, num_ranks, st);
     if (st == EP_OK) {

@@ -79,6 +79,9 @@ struct epi_mem_use {
 
 struct epi_mem_config {
     struct epi_exchange exchange;
+    const int *
+        ranks; /* that share the memory, ascending, this one among them; outlives the memory. Of ... */
+    int num_ranks; /* ... so many; 0: all do. Other ranks of the exchange do the same with others */
     size_t arena_bytes;            /* of each rank; whole pages */
     const struct epi_mem_use *use; /* of each, until it grows; NULL: all, for good */
     int num_uses;
@@ -109,7 +112,8 @@ ep_status epi_mem_grow(struct epi_mem *mem, struct epi_deadline deadline,
 /* Unmaps. Local; the memory itself goes when the last rank has unmapped it. */
 void epi_mem_destroy(struct epi_mem **mem);
 
-/* Rank r's arena and board as this process sees them; an arena on a device is NULL. */
+/* Rank r's arena and board as this process sees them, of a rank that shares the memory; an arena on a
+ * device is NULL. */
 void *epi_mem_arena(const struct epi_mem *mem, int rank);
 void *epi_mem_board(const struct epi_mem *mem, int rank);
 /* The same as this rank's kernels see them; without a device the host's pointers. */

@@ -18,29 +18,32 @@ struct epi_greeting {
     uint8_t token[EPI_FD_TOKEN];
 };
 
-/* Names the ranks that are not where rank 0 is: the same verdict on every rank. */
-static ep_status check_hosts(const struct epi_greeting *all, int num_ranks) {
+/* Names the ranks that are not where the first is: the same verdict on all that share memory. */
+static ep_status check_hosts(const struct epi_greeting *all, const struct epi_mem_config *c) {
     char names[128] = "";
-    int others = 0, foreign = 0;
-    for (int r = 1; r < num_ranks; r++) {
-        foreign = foreign || all[r].user == all[0].user ? foreign : r;
-        if (memcmp(&all[r].hint, &all[0].hint, sizeof(all[0].hint)) != 0) {
+    const int first = epi_mem_rank(c, 0);
+    int others = 0, foreign = first;
+    for (int i = 1; i < c->num_ranks; i++) {
+        const int r = epi_mem_rank(c, i);
+        foreign = foreign != first || all[r].user == all[first].user ? foreign : r;
+        if (memcmp(&all[r].hint, &all[first].hint, sizeof(all[first].hint)) != 0) {
             size_t len = strlen(names);
             epi_format(names + len, sizeof(names) - len, "%s%d", others++ ? ", " : "", r);
         }
     }
-    if (foreign) {
+    if (foreign != first) {
         return epi_fail(
             EP_ERR_UNSUPPORTED,
-            "rank %d runs as user %llu and rank 0 as user %llu: ranks of a group are "
-            "of one user",
-            foreign, (unsigned long long)all[foreign].user, (unsigned long long)all[0].user);
+            "rank %d runs as user %llu and rank %d as user %llu: ranks of a host are of one "
+            "user",
+            foreign, (unsigned long long)all[foreign].user, first,
+            (unsigned long long)all[first].user);
     }
     if (others) {
         return epi_fail(EP_ERR_UNSUPPORTED,
                         "rank(s) %s are on another host, or in another network namespace, than "
-                        "rank 0; this version joins ranks of one host",
-                        names);
+                        "rank %d, and cannot share memory with it",
+                        names, first);
     }
     return EP_OK;
 }
@@ -52,7 +55,7 @@ static ep_status greet(struct epi_share *s, const struct epi_mem_config *c, ep_s
     memset(&mine, 0, sizeof(mine));
     epi_host_hint(&mine.hint);
     mine.user = (uint64_t)geteuid();
-    if (st == EP_OK && x->rank < s->num_sources) {
+    if (st == EP_OK && epi_mem_index(c, x->rank) < s->num_sources) {
         s->listener = epi_fd_listen(mine.token, &st);
     }
     s->hello = epi_alloc_array((size_t)x->num_ranks, sizeof(*s->hello));
@@ -64,8 +67,7 @@ static ep_status greet(struct epi_share *s, const struct epi_mem_config *c, ep_s
         st = epi_fail(EP_ERR_NOMEM, "no memory to hear %d ranks", x->num_ranks);
     }
     EPI_TRY(epi_mem_agree(c, st, "allocating the arenas"));
-    EPI_TRY(x->allgather(x->ctx, &mine, sizeof(mine), s->hello));
-    return check_hosts(s->hello, x->num_ranks);
+    return x->allgather(x->ctx, &mine, sizeof(mine), s->hello);
 }
 
 ep_status epi_share_open(struct epi_share *s, const struct epi_mem_config *c, int num_sources,
@@ -73,30 +75,31 @@ ep_status epi_share_open(struct epi_share *s, const struct epi_mem_config *c, in
     memset(s, 0, sizeof(*s));
     s->num_sources = num_sources;
     s->listener = -1;
-    ep_status st = EP_OK;
     EPI_TRY(greet(s, c, made));
+    ep_status st = check_hosts(s->hello, c);
     s->deadline = epi_deadline_min(c->deadline, epi_deadline_after(PASS_NS));
     for (int i = 0; st == EP_OK && i < num_sources; i++) {
-        if (i != c->exchange.rank) {
-            s->socket[i] = epi_fd_connect(i, s->hello[i].token, s->deadline, &st);
+        const int source = epi_mem_rank(c, i);
+        if (source != c->exchange.rank) {
+            s->socket[i] = epi_fd_connect(source, s->hello[source].token, s->deadline, &st);
         }
     }
     return epi_mem_agree(c, st, "reaching the arenas");
 }
 
 ep_status epi_share_pass(struct epi_share *s, const struct epi_mem_config *c, int *fds) {
-    const int rank = c->exchange.rank;
+    const int own = epi_mem_index(c, c->exchange.rank);
     ep_status st = EP_OK;
     if (s->listener >= 0) {
-        st = epi_fd_serve(s->listener, s->hello[rank].token, fds[rank],
-                          c->exchange.num_ranks - 1, s->deadline);
+        st = epi_fd_serve(s->listener, s->hello[c->exchange.rank].token, fds[own],
+                          c->num_ranks - 1, s->deadline);
         if (st != EP_OK) { /* who still waits hears it at once */
             epi_fd_close(&s->listener);
         }
     }
     for (int i = 0; st == EP_OK && i < s->num_sources; i++) {
-        if (i != rank) {
-            fds[i] = epi_fd_receive(i, s->socket[i], s->deadline, &st);
+        if (i != own) {
+            fds[i] = epi_fd_receive(epi_mem_rank(c, i), s->socket[i], s->deadline, &st);
         }
     }
     return st;

@@ -37,8 +37,20 @@ struct epi_mapping {
     struct epi_attached *attached;
     _Atomic int users;
     int num_arenas;           /* 0: they are in the shared memory; else num_ranks */
-    struct epi_arena arena[]; /* of all ranks */
+    struct epi_arena arena[]; /* of all who share it */
 };
+
+/* Those who share the memory are numbered: whose the i-th part is, and which is a rank's. */
+static inline int epi_mem_rank(const struct epi_mem_config *c, int i) {
+    return c->ranks ? c->ranks[i] : i;
+}
+static inline int epi_mem_index(const struct epi_mem_config *c, int rank) {
+    int i = c->ranks ? 0 : rank;
+    while (c->ranks && c->ranks[i] != rank) {
+        i++;
+    }
+    return i;
+}
 
 /* epi_agree. With a device, EP_ERR_UNSUPPORTED is a verdict of all ranks or of none. */
 ep_status epi_mem_agree(const struct epi_mem_config *c, ep_status mine, const char *step);
@@ -85,7 +97,7 @@ void epi_device_release(const struct epi_mem_device *d, struct epi_arena *a);
 
 #define EPI_FD_TOKEN 24
 
-/* The first num_sources ranks give a descriptor each to all other ranks. */
+/* The first num_sources of those who share memory give a descriptor each to all others of them. */
 struct epi_share {
     int num_sources;
     int listener;               /* -1: not a source */
