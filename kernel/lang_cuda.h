@@ -21,6 +21,7 @@
 #define K_FN __device__ __forceinline__
 /* A cold function takes no struct k_thread: that must stay in registers. */
 #define K_COLD __device__ __noinline__
+#define K_HESITATE() /* of hosts */
 #if !defined(K_MOVER_GENERIC) && __CUDA_ARCH__ >= 900
 #define K_MOVER_TMA 1
 #endif
