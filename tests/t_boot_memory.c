@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "tests/gpu.h"
 #include "tests/meet.h"
@@ -35,7 +36,8 @@ static int sweep_rank(int rank, void *ctx) {
         ep_status st = meet_join(&boot, s->port, rank, 2, "sweep", 600 * EPI_NS_PER_MS);
         if (st == EP_OK) {
             st = epi_boot_allgather(boot, bytes, sizeof(bytes), all,
-                                    epi_deadline_after(600 * EPI_NS_PER_MS));
+                                    epi_deadline_after(20 * EPI_NS_PER_S));
+            ok(st != EP_ERR_TIMEOUT, "%d: nobody waits for who lacks memory", n);
         }
         epi_boot_destroy(&boot);
         num_failed += st != EP_OK;
@@ -78,9 +80,44 @@ static void test_sweep(void) {
     }
 }
 
+static struct {
+    ep_world *world;
+    pthread_barrier_t barrier;
+} threads;
+
+/* Rank 0 has no memory to meet the other, which comes later. */
+static int thread_rank(int rank, void *ctx) {
+    struct epi_boot_config config = {.world = threads.world, .rank = rank, .num_ranks = 2};
+    const struct epi_deadline d = epi_deadline_after(20 * EPI_NS_PER_S);
+    struct epi_boot *boot = NULL;
+    char all[2], one = 1;
+    (void)ctx;
+    ok(epi_boot_create(&boot, &config) == EP_OK, "threads meet: %s", ep_last_error());
+    if (rank == 0) {
+        epi_alloc_fail_at(epi_alloc_count() + 1);
+        ok(epi_boot_allgather(boot, &one, 1, all, d) == EP_ERR_NOMEM, "no memory: %s",
+           ep_last_error());
+        epi_alloc_fail_at(0);
+    }
+    pthread_barrier_wait(&threads.barrier);
+    ok(rank == 0 || (epi_boot_allgather(boot, &one, 1, all, d) == EP_ERR_PEER &&
+                     strstr(ep_last_error(), "rank 0 failed: no memory")),
+       "who comes later is told: %s", ep_last_error());
+    epi_boot_destroy(&boot);
+    return 0;
+}
+
+static void test_threads(void) {
+    pthread_barrier_init(&threads.barrier, NULL, 2);
+    ok(ep_world_create(&threads.world, 2) == EP_OK, "a world: %s", ep_last_error());
+    tap_run_threads(2, thread_rank, NULL);
+    ep_world_destroy(&threads.world);
+}
+
 int main(void) {
     gpu_never("how ranks meet");
     tap_deadline(100);
+    test_threads();
     test_sweep();
     return done_testing();
 }

@@ -5,83 +5,77 @@
  */
 #include "src/base/base.h"
 
-#include <stdio.h>
 #include <string.h>
 
 #define VERDICT_TEXT 252
+#define PIECES 4096 /* bytes that are heard at once, of all ranks together */
 
-struct verdict {
-    int32_t status;
-    char text[VERDICT_TEXT];
-};
+_Static_assert(PIECES >= EP_MAX_RANKS * sizeof(int32_t),
+               "every rank's status is heard at once");
 
-/* Everybody's verdicts, to be freed; NULL with the error in *st. */
-static struct verdict *gather_verdicts(const struct epi_exchange *x, ep_status mine,
-                                       const char *step, ep_status *st) {
-    struct verdict v;
-    memset(&v, 0, sizeof(v));
-    v.status = mine;
-    if (mine != EP_OK) {
-        epi_format(v.text, sizeof(v.text), "%s", epi_error_text());
+/* What rank `who` says, in as many pieces as it takes to hear all ranks: nobody needs memory for it. */
+static ep_status hear_rank(const struct epi_exchange *x, int who, const char mine[VERDICT_TEXT],
+                           char text[VERDICT_TEXT]) {
+    char pieces[PIECES];
+    const size_t most = sizeof(pieces) / (size_t)x->num_ranks;
+    for (size_t at = 0; at < VERDICT_TEXT; at += most) {
+        const size_t bytes = VERDICT_TEXT - at < most ? VERDICT_TEXT - at : most;
+        EPI_TRY(x->allgather(x->ctx, mine + at, bytes, pieces));
+        memcpy(text + at, pieces + (size_t)who * bytes, bytes);
     }
-    struct verdict *all = epi_alloc_array((size_t)x->num_ranks, sizeof(v));
-    if (!all) {
-        *st = epi_fail(EP_ERR_NOMEM, "%s: no memory to hear %d ranks", step, x->num_ranks);
-        return NULL;
-    }
-    *st = x->allgather(x->ctx, &v, sizeof(v), all);
-    if (*st == EP_OK) {
-        return all;
-    }
+    text[VERDICT_TEXT - 1] = 0;
+    return EP_OK;
+}
+
+/* The ranks could not be asked, for the reason in epi_error_text(). */
+static ep_status unheard(ep_status st, ep_status mine, const char *text) {
     if (mine == EP_ERR_UNSUPPORTED || mine == EP_ERR_PEER) {
-        /* What could not be reached was perhaps its owner's who has given up: that is in *st. */
-        *st = epi_fail(*st, "%s; before that: %s", epi_error_text(), v.text);
-    } else if (mine != EP_OK) {
-        *st = epi_fail(mine, "%s", v.text);
+        /* What could not be reached was perhaps its owner's who has given up: that is in `st`. */
+        return epi_fail(st, "%s; before that: %s", epi_error_text(), text);
     }
-    epi_free(all);
-    return NULL;
+    return mine == EP_OK ? st : epi_fail(mine, "%s", text);
 }
 
-static ep_status blame(struct verdict *all, int rank, const char *step, bool alike) {
-    all[rank].text[VERDICT_TEXT - 1] = 0;
-    return epi_fail(alike ? (ep_status)all[rank].status : EP_ERR_PEER,
-                    "%s failed on rank %d: %s: %s", step, rank,
-                    ep_status_string((ep_status)all[rank].status), all[rank].text);
-}
-
-/* With `optional`, EP_ERR_UNSUPPORTED is everybody's verdict where nothing worse happened. */
+/* With `optional`, EP_ERR_UNSUPPORTED is everybody's verdict where nothing worse happened. Which rank
+ * is heard, all find alike. */
 static ep_status agree(const struct epi_exchange *x, ep_status mine, const char *step,
                        bool optional, bool alike) {
-    ep_status st;
+    int32_t all[EP_MAX_RANKS];
+    const int32_t own = mine;
+    char said[VERDICT_TEXT] = "", text[VERDICT_TEXT];
     int without = -1, worse = -1, cause = -1;
-    struct verdict *all = gather_verdicts(x, mine, step, &st);
-    if (!all) {
-        return st;
+    if (mine != EP_OK) {
+        epi_format(said, sizeof(said), "%s", epi_error_text());
     }
-    for (int r = x->num_ranks - 1; r >= 0; r--) {
-        if (optional && all[r].status == EP_ERR_UNSUPPORTED) {
+    ep_status st = x->allgather(x->ctx, &own, sizeof(own), all);
+    for (int r = st == EP_OK ? x->num_ranks - 1 : -1; r >= 0; r--) {
+        if (optional && all[r] == EP_ERR_UNSUPPORTED) {
             without = r;
-        } else if (all[r].status != EP_OK) {
+        } else if (all[r] != EP_OK) {
             worse = r;
-            cause = all[r].status != EP_ERR_PEER ? r : cause;
+            cause = all[r] != EP_ERR_PEER ? r : cause;
         }
     }
-    st = mine;
-    if (cause >= 0 && mine == EP_ERR_PEER) {
-        /* What this rank missed of a peer is told better by who knows why. */
-        st = blame(all, cause, step, alike);
-    } else if (worse >= 0 && (mine == EP_OK || (optional && mine == EP_ERR_UNSUPPORTED))) {
-        st = blame(all, cause >= 0 ? cause : worse, step, alike);
-    } else if (worse < 0 && without >= 0) {
-        const char *why = all[without].text;
-        all[without].text[VERDICT_TEXT - 1] = 0;
-        st = *why
-                 ? epi_fail(EP_ERR_UNSUPPORTED, "%s", why)
-                 : epi_fail(EP_ERR_UNSUPPORTED, "%s is not possible on rank %d", step, without);
+    const int who = cause >= 0 ? cause : worse >= 0 ? worse : without;
+    st = st == EP_OK && who >= 0 ? hear_rank(x, who, said, text) : st;
+    if (st != EP_OK) {
+        return unheard(st, mine, said);
     }
-    epi_free(all);
-    return st;
+    if (who < 0) {
+        return EP_OK;
+    }
+    if (worse < 0) {
+        return *text ? epi_fail(EP_ERR_UNSUPPORTED, "%s", text)
+                     : epi_fail(EP_ERR_UNSUPPORTED, "%s is not possible on rank %d", step, who);
+    }
+    /* What this rank missed of a peer is told better by who knows why. */
+    if (mine == EP_OK || (optional && mine == EP_ERR_UNSUPPORTED) ||
+        (mine == EP_ERR_PEER && cause >= 0)) {
+        return epi_fail(alike ? (ep_status)all[who] : EP_ERR_PEER,
+                        "%s failed on rank %d: %s: %s", step, who,
+                        ep_status_string((ep_status)all[who]), text);
+    }
+    return mine;
 }
 
 ep_status epi_agree(const struct epi_exchange *x, ep_status mine, const char *step) {

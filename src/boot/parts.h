@@ -364,6 +364,7 @@ struct epi_star {
     struct epi_packet *posted;         /* a contribution the control thread has not taken yet */
     uint64_t word[EPI_BOOT_MAX_WORDS]; /* said here ... */
     int num_words, num_words_sent;
+    size_t lacks; /* bytes there was no memory for: this rank does not come, and is gone */
     uint64_t num_calls;
     uint64_t num_ended; /* calls that all have made and that have their result */
     uint8_t *state;     /* [num_ranks] enum epi_rank_state */

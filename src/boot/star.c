@@ -377,6 +377,12 @@ static bool take_requests(struct epi_star *star) {
     while (star->num_words_sent < star->num_words) {
         send_word(star, star->rank, star->word[star->num_words_sent++]);
     }
+    if (star->lacks && star->rank == 0) {
+        fault_no_memory(star, star->lacks);
+    } else if (star->lacks) {
+        epi_conn_send_packet(&star->conns[0], NULL);
+    }
+    star->lacks = 0;
     if (req->ask) {
         req->ask = false;
         if (star->rank == 0) {

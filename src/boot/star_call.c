@@ -148,7 +148,9 @@ static ep_status post(struct epi_star *star, const void *in, size_t bytes, void 
     struct epi_frame frame = {
         .type = EPI_FRAME_GATHER, .seq = seq, .data = in, .data_bytes = bytes};
     star->posted = epi_packet_make(&frame);
-    if (!star->posted) {
+    if (!star->posted) { /* who cannot come leaves, so that nobody waits */
+        star->lacks = EPI_WIRE_HEADER_BYTES + bytes;
+        kick(star);
         return epi_fail(EP_ERR_NOMEM, "allgather: no memory for %zu bytes", bytes);
     }
     star->num_calls = seq;

@@ -31,7 +31,7 @@ struct epi_session {
     struct member *member; /* [num_ranks] */
     struct epi_rounds rounds;
     char left_why[LIST_BYTES]; /* of the first rank that left with a reason */
-    bool is_lost; /* a thread with no rank of this world has failed: one is missing */
+    bool is_lost; /* one is missing: without a rank of this world, or without memory to come */
 };
 
 struct ep_world {
@@ -193,14 +193,19 @@ static ep_status session_enter(ep_world *world, int rank, struct epi_session **o
     return EP_OK;
 }
 
-static void session_exit(struct epi_session *session, int rank, const char *why) {
-    ep_world *world = session->world;
-    session->member[rank].left = true;
+/* The first reason is the one that is told; or NULL. */
+static void tell_why(struct epi_session *session, int rank, const char *why) {
     if (why && session->left_why[0] == '\0') {
         epi_format(session->left_why, sizeof(session->left_why), "rank %d failed: %s", rank,
                    why);
     }
     pthread_cond_broadcast(&session->cond);
+}
+
+static void session_exit(struct epi_session *session, int rank, const char *why) {
+    ep_world *world = session->world;
+    session->member[rank].left = true;
+    tell_why(session, rank, why);
     if (++session->num_left == world->num_ranks) {
         struct epi_session **at = &world->sessions;
         while (*at != session) {
@@ -303,7 +308,9 @@ static ep_status join_round(struct epi_session *session, int rank, const void *i
     pthread_mutex_lock(&world->lock);
     uint64_t seq = ++session->member[rank].num_calls;
     struct epi_round *round = epi_rounds_put(&session->rounds, seq, rank, in, bytes);
-    if (!round) {
+    if (!round) { /* this rank does not come: nobody is to wait for it */
+        session->is_lost = true;
+        tell_why(session, rank, "no memory");
         pthread_mutex_unlock(&world->lock);
         return epi_fail(EP_ERR_NOMEM, "%s: no memory for %zu bytes per rank", what, bytes);
     }
