@@ -26,6 +26,7 @@ want() { # the same, but nothing fails without it
     "$@" >/dev/null 2>&1 || optional="$optional $package"
 }
 has() { command -v "$1"; }
+has_sbin() { has "$1" || test -x "/usr/sbin/$1"; }
 has_libc() { echo '#include <stdio.h>' | "${CC:-cc}" -E - || echo '#include <stdio.h>' | gcc -E -; }
 has_venv() { python3 -c 'import venv, ensurepip' || [ -x $venv/bin/pip ]; }
 has_cffi() { [ -n "$(scripts/find.sh cffi)" ]; }
@@ -84,6 +85,10 @@ check_needs() {
     need python3-cffi has_cffi
     want mpich has mpiexec.hydra
     want openmpi-bin has orterun
+    want munge has_sbin munged
+    want slurm-client has srun
+    want slurmctld has_sbin slurmctld
+    want slurmd has_sbin slurmd
     want libfabric1 has_fabric
     want libfabric-dev test -e /usr/include/rdma/fabric.h
 }
