@@ -103,7 +103,7 @@ static bool open_ranks(const char *provider, const struct epi_net_faults *faults
 
 static void close_ranks(void) {
     for (int i = 0; i < RANKS; i++) {
-        epi_proxy_stop(&ranks[i].proxy);
+        epi_proxy_stop(&ranks[i].proxy, epi_deadline_after(0));
         epi_net_close(&ranks[i].net, epi_deadline_after(0));
         epi_free(ranks[i].mem);
         epi_free(ranks[i].shared);

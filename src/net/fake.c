@@ -20,6 +20,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
@@ -218,6 +219,11 @@ static ep_status fake_open(struct epi_net_port **out, const struct epi_net_confi
         return epi_fail(EP_ERR_NOMEM, "no memory for a fake network%s", epi_alloc_why());
     }
     n->f = c->faults ? *c->faults : n->f;
+    if (sscanf(c->provider, "fake:%" SCNu64, &n->f.seed) == 1) {
+        n->f.max_delay = 8;
+        n->f.connect_tries = 3;
+        n->f.again_permille = 100;
+    }
     n->f.max_regions = n->f.max_regions ? n->f.max_regions : DEFAULT_REGIONS;
     n->f.max_write_bytes = n->f.max_write_bytes ? n->f.max_write_bytes : DEFAULT_WRITE_BYTES;
     n->self = c->self;

@@ -329,7 +329,7 @@ void epi_net_unregister(struct epi_net *net, struct epi_net_region *region) {
 /* ---- life ----------------------------------------------------------------------------------- */
 
 static ep_status open_port(struct epi_net *net) {
-    net->ops = strcmp(net->config.provider ? net->config.provider : "", "fake") == 0
+    net->ops = strncmp(net->config.provider ? net->config.provider : "", "fake", 4) == 0
                    ? &epi_net_fake
                    : &epi_net_fabric;
     return net->ops->open(&net->port, &net->config);

@@ -49,8 +49,9 @@ struct epi_net_config {
     int self, num_peers; /* self is one of the numbers, and no peer */
     int max_in_flight;   /* writes to each peer that are under way or wait; 0: 64 */
     int64_t timeout_ns;  /* of a write; 0: EP_TIMEOUT_MS */
-    const char
-        *provider; /* a name of libfabric's, "fake"; NULL: EP_NET_PROVIDER, else a choice */
+    const char *
+        provider; /* a name of libfabric's, "fake", or "fake:SEED", which is also slow and busy; NULL:
+                      EP_NET_PROVIDER, else a choice */
     const char *interface; /* a domain of libfabric's; NULL: EP_NET_IFNAME, else the first */
     const struct epi_net_faults *faults; /* of the fake; NULL: none */
     bool device_memory;                  /* regions in GPU memory are wanted */

@@ -2,8 +2,8 @@
 /*
  * The loop of the proxy: entries of the ring become writes, events become words. Owns its thread, and
  * the words and the ring in memory that its caller has given. It spins while anything is under way or
- * has just been, then sleeps for up to a millisecond at a time, until something arrives or somebody wakes
- * it.
+ * has just been, then sleeps for a millisecond at a time, and after seconds of that for longer, until
+ * something arrives or somebody wakes it.
  *
  * Order: a kernel's bytes, its release of word 0, the acquire here, the write; there, the arrival that
  * is polled, the release of its word, the kernel's acquire. Must not wait for one peer: the endpoint
@@ -11,6 +11,7 @@
  */
 #include "src/proxy/proxy.h"
 
+#include <limits.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -21,6 +22,9 @@
 
 #define SPINS 2000 /* empty looks before it sleeps */
 #define NAP_MS 1
+#define MANY_NAPS 500 /* then they are long: what is idle costs nothing */
+#define LONG_NAP_MS 20
+#define LOOKS 1024 /* turns between two looks at what the owner looks at */
 #define MOST_EVENTS 32
 #define MOST_ENTRIES 32 /* taken in a row */
 
@@ -31,8 +35,9 @@ struct epi_proxy {
     uint64_t next; /* ticket of the entry that is looked at */
     _Atomic uint64_t writes, bytes, arrived, dropped, held_up;
     _Atomic bool stops;
-    int wake_fd; /* an eventfd */
-    _Atomic bool sleeps;
+    struct epi_deadline until; /* it then drains */
+    int wake_fd;               /* an eventfd */
+    _Atomic bool sleeps, woken;
 };
 
 static uint64_t num_words(int peers, int lanes, int slots) {
@@ -120,12 +125,12 @@ static int take_events(struct epi_proxy *p) {
 /* ---- the thread ----------------------------------------------------------------------------- */
 
 /* Until something arrives, somebody wakes it, or it is time to look: kernels do not wake anybody. */
-static void take_nap(struct epi_proxy *p) {
+static void take_nap(struct epi_proxy *p, int naps) {
     uint64_t woken;
     struct pollfd ready[2] = {{.fd = p->wake_fd, .events = POLLIN},
                               {.fd = epi_net_wait_fd(p->c.net), .events = POLLIN}};
     atomic_store(&p->sleeps, true);
-    poll(ready, 2, NAP_MS);
+    poll(ready, 2, naps < MANY_NAPS ? NAP_MS : LONG_NAP_MS);
     atomic_store(&p->sleeps, false);
     if (ready[0].revents && read(p->wake_fd, &woken, sizeof(woken)) < 0) {
         return; /* another nap has read it */
@@ -135,23 +140,31 @@ static void take_nap(struct epi_proxy *p) {
 static void *run_proxy(void *arg) {
     struct epi_proxy *p = arg;
     int idle = 0;
-    while (!atomic_load(&p->stops)) {
+    for (uint32_t turn = 0;; turn++) {
+        const bool stops = atomic_load(&p->stops);
         int num = take_events(p);
         for (int i = 0; i < MOST_ENTRIES && take_entry(p); i++) {
             num++;
         }
-        idle = num > 0 || epi_net_under_way(p->c.net) > 0 ? 0 : idle + 1;
+        idle = num > 0 || epi_net_under_way(p->c.net) > 0 ? 0 : idle + (idle < INT_MAX);
+        if (stops && (idle > 0 || epi_deadline_expired(p->until))) {
+            return NULL;
+        }
         if (idle > SPINS) {
-            take_nap(p);
+            take_nap(p, idle - SPINS);
+            idle = atomic_exchange(&p->woken, false) ? 0 : idle;
         } else if (num == 0) {
             sched_yield();
         }
+        if (p->c.on_look && (idle > SPINS || turn % LOOKS == 0)) {
+            p->c.on_look(p->c.ctx);
+        }
     }
-    return NULL;
 }
 
 void epi_proxy_wake(struct epi_proxy *p) {
     const uint64_t one = 1;
+    atomic_store(&p->woken, true);
     if (atomic_load(&p->sleeps) && write(p->wake_fd, &one, sizeof(one)) < 0) {
         return; /* it is full: the proxy is being woken */
     }
@@ -191,10 +204,11 @@ ep_status epi_proxy_start(struct epi_proxy **out, const struct epi_proxy_config 
     return EP_OK;
 }
 
-void epi_proxy_stop(struct epi_proxy **proxy) {
+void epi_proxy_stop(struct epi_proxy **proxy, struct epi_deadline deadline) {
     struct epi_proxy *p = *proxy;
     *proxy = NULL;
     if (p) {
+        p->until = deadline;
         atomic_store(&p->stops, true);
         epi_proxy_wake(p);
         pthread_join(p->thread, NULL);

@@ -23,16 +23,19 @@ struct epi_proxy_config {
     k_u64 *tickets; /* 0; in the kernels' own memory */
     /* On its thread, once for each peer that is lost. May not call the proxy. */
     void (*on_lost)(void *ctx, int peer, ep_status status, const char *why);
+    /* The same thread looks at what its owner has to look at: now and then, when idle each 20 ms. Or NULL. */
+    void (*on_look)(void *ctx);
     void *ctx;
 };
 
 uint64_t epi_proxy_bytes(int num_peers, int num_lanes, int num_slots);
 ep_status epi_proxy_start(struct epi_proxy **out, const struct epi_proxy_config *config);
-/* The endpoint is the caller's again. What kernels have handed over and was not begun is forgotten. */
-void epi_proxy_stop(struct epi_proxy **proxy);
+/* The endpoint is the caller's again. What kernels have handed over and was not sent by the deadline is
+ * forgotten. */
+void epi_proxy_stop(struct epi_proxy **proxy, struct epi_deadline deadline);
 
 const struct k_net *epi_proxy_net(const struct epi_proxy *proxy); /* for kernels */
-/* There will be work: an idle proxy sleeps for up to a millisecond. */
+/* There will be work: an idle proxy sleeps for a millisecond at a time, after some seconds longer. */
 void epi_proxy_wake(struct epi_proxy *proxy);
 
 struct epi_proxy_counts {
