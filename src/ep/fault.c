@@ -3,8 +3,8 @@
  * What ended a group: from the words that kernels, peers and the boot leave behind to a report a
  * person can act on. Called from any thread; must not block.
  */
-#include "src/ep/group.h"
 #include "src/ep/tensor.h"
+#include "src/ep/wires.h"
 
 #include <string.h>
 
@@ -33,9 +33,10 @@ static void tell_gone(struct k_board *at, int gone) {
 void epi_group_died(ep_group *g, int rank) {
     struct k_board *board = atomic_load(&g->board);
     k_u64 zero = 0;
-    if (board && g->config.flags & EP_GROUP_LL_MASKS) {
+    if (board && (g->config.flags & EP_GROUP_LL_MASKS || g->nodes.num > 1)) {
         tell_gone(board, rank);
-    } else if (board) {
+    }
+    if (board && !(g->config.flags & EP_GROUP_LL_MASKS)) {
         atomic_compare_exchange_strong((_Atomic k_u64 *)&board->abort, &zero,
                                        K_ABORT_PACK(K_ERR_PEER, 0, rank, 0, 0, 0));
     }
@@ -108,9 +109,21 @@ static void tell_peers(ep_group *g, k_u64 word) {
 
 void epi_group_told(ep_group *g, uint64_t word) {
     struct k_board *board = atomic_load(&g->board);
+    if (board && is_goodbye(word)) {
+        tell_gone(board, K_ABORT_REPORTER(word));
+    }
     if (board) {
         tell_board(board, word);
     }
+}
+
+uint64_t epi_group_raised(const ep_group *g) {
+    const k_u64 own = read_word(&own_board(g)->abort);
+    return K_ABORT_STATUS(own) == K_ERR_PEER && K_ABORT_KIND(own) == 0 ? 0 : own;
+}
+
+bool epi_group_is_gone(const ep_group *g, int rank) {
+    return (read_word(&own_board(g)->gone[rank / 64]) >> rank % 64 & 1) != 0;
 }
 
 void epi_group_note_end(ep_group *g, uint64_t n) {
@@ -310,6 +323,11 @@ static void describe_word(ep_group *g, k_u64 w, struct ep_fault *f) {
         f->reporter = g->rank; /* each rank's boot tells it */
         epi_format(f->message, sizeof(f->message), "rank %d died%s%s (noticed by rank %d)",
                    f->rank, g->dead_why[0] ? ": " : "", g->dead_why, f->reporter);
+    } else if (f->status == EP_ERR_TIMEOUT && K_ABORT_KIND(w) == 0) {
+        const char *why = f->reporter == g->rank ? epi_wires_why(g->wires, f->rank) : "";
+        epi_format(f->message, sizeof(f->message),
+                   "rank %d cannot write to rank %d over the network%s%s", f->reporter, f->rank,
+                   why[0] ? ": " : "", why);
     } else if (f->status == EP_ERR_INTERRUPTED) {
         epi_format(f->message, sizeof(f->message), "rank %d called ep_group_abort",
                    f->reporter);

@@ -4,7 +4,7 @@
  * share. Run by the threads that call the API; the boot's control thread enters through on_dead
  * only. op.c has the order of operations, fault.c says what ended a group.
  */
-#include "src/ep/group.h"
+#include "src/ep/wires.h"
 
 #include <string.h>
 
@@ -266,14 +266,17 @@ static ep_status form(ep_group *g) {
     EPI_TRY(epi_agree(&x, make_local(g), "creating the group"));
     EPI_TRY(check_agreement(g));
     EPI_TRY(make_memory(g, &x));
+    EPI_TRY(epi_wires_create(&g->wires, g, &x));
     EPI_TRY(make_readable(g, &x));
     return epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns));
 }
 
 static void free_group(ep_group *g) {
-    epi_life_close(&g->life);   /* before its board goes */
-    epi_boot_destroy(&g->boot); /* first: its thread calls on_dead */
+    epi_life_close(&g->life); /* before its board goes */
+    epi_wires_stop(g->wires);
+    epi_boot_destroy(&g->boot); /* before others: its thread calls on_dead */
     g->backend->stop(g);
+    epi_wires_free(&g->wires, false);
     epi_experts_free(g, false);
     epi_mem_destroy(&g->mem);
     g->backend->close(g);
@@ -419,6 +422,7 @@ static void free_forked(ep_group *g) {
     epi_free(g->tables);
     epi_free(g->masks);
     epi_free(g->ctl);
+    epi_wires_free(&g->wires, true);
     epi_nodes_free(&g->nodes);
     epi_free(g);
 }
@@ -473,6 +477,7 @@ void epi_group_destroy(ep_group **group) {
     if (settled) {
         free_group(g);
     } else {
+        epi_wires_stop(g->wires);
         epi_boot_destroy(&g->boot);
     }
 }

@@ -42,6 +42,7 @@ struct ep_group {
     uint32_t process; /* that made it */
     int rank, num_ranks;
     struct epi_nodes nodes;
+    struct epi_wires *wires;   /* of a group of several nodes; else NULL */
     int workers, most_workers; /* of an operation: by default (CUDA, 0: by formula), at most */
     int64_t timeout_ns;
     struct k_group k;
@@ -184,6 +185,10 @@ void epi_group_leave(ep_group *g, uint64_t last);
 void epi_group_open_board(ep_group *g);
 /* A rank of another node has said this to all. */
 void epi_group_told(ep_group *g, uint64_t word);
+/* What this rank's kernels, or a call of it, have raised and others have to know; 0: nothing. */
+uint64_t epi_group_raised(const ep_group *g);
+/* Whether a rank of another node has left or died. */
+bool epi_group_is_gone(const ep_group *g, int rank);
 /* A rank has died; from any thread. */
 void epi_group_died(ep_group *g, int rank);
 /* A wait has become long; `word` is {epoch | phase : 16 | peer : 16}. */

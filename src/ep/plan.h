@@ -54,6 +54,9 @@ struct epi_plan {
     int max_local; /* the most experts any rank has */
     int max_dests; /* destinations a token can have */
     int count_words;
+    /* Between nodes: memory that others write to, the longest write, lanes and slots of its packets. */
+    uint64_t net_bytes, net_write_bytes;
+    int net_lanes, net_slots;
 };
 
 /* The rank of expert e under the default map: E / R each, the first E % R ranks one more. */
