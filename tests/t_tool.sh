@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.." || exit 1
 # ---- ep, help, options
 want 0 "$ep" && has 'usage: ep COMMAND' && has 'doctor'
 ok "without arguments it says what it can do"
-for command in run demo bench doctor env; do
+for command in run demo bench predict doctor env; do
     want 0 "$ep" $command --help && has "usage: ep $command" && has '^options:'
     ok "$command --help"
     want 2 "$ep" $command --no-such-option && says 'no-such-option'
@@ -37,6 +37,35 @@ want 2 "$ep" bench --routing half --topk 8 --experts 8 && says half
 ok "half routing that a rank has too few experts for is refused"
 want 2 "$ep" env surplus && says surplus
 ok "a surplus argument is named"
+
+# ---- ep predict
+shape="--tokens 2048 --hidden 256 --experts 32 --topk 4 --dtype bf16"
+# shellcheck disable=SC2086
+"$ep" bench -n 4 $shape --iters 1 --json >"$tmp/bench" 2>"$tmp/err"
+sent=$(sed -n 's/.*"dispatch_arena".*"remote_bytes": \([0-9]*\).*/\1/p' "$tmp/bench")
+# near COLUMN OPTION...: the MB that it says each of 4 GPUs sends are what the ranks of the bench sent
+near() {
+    column=$1
+    shift
+    # shellcheck disable=SC2086
+    want 0 "$ep" predict "$@" $shape && awk -v sent="${sent:-0}" -v c="$column" '$1 == "dispatch," {
+        d = 4e6 * $c / sent; exit !(d > 0.98 && d < 1.02) }' "$tmp/out"
+}
+near 3 --gpus 4 --nodes 1
+ok "predict counts the bytes over a link that a bench has sent"
+near 5 --gpus 1 --nodes 4
+ok "predict counts the same over the network where each is a node"
+want 0 "$ep" predict --nodes 128 && has '^1024 ranks on 128 nodes' && has '^low-latency combine .*network$' &&
+    want 0 "$ep" predict --nodes 2 --link 20 && has '^dispatch, FP8 .* link$' &&
+    want 0 "$ep" predict --tokens 1 && has '^dispatch, FP8 .* hand-offs$'
+ok "predict says what holds an operation, up to 1024 ranks"
+want 0 "$ep" predict --deepep && has '^ 256 combine ' &&
+    has '^  32 dispatch    58 GB/s    1887     1203  64 %    1641  87 %     245  (c)'
+ok "predict has DeepEP's figures, with how busy they keep each link"
+want 2 "$ep" predict --nodes 200 && says 1024 && want 2 "$ep" predict --hidden 100 && says 128 &&
+    want 2 "$ep" predict --topk 9 --experts 8 && says topk && want 2 "$ep" predict --deepep --nodes 2 &&
+    says 'no other option'
+ok "predict names what no group can be"
 
 # ---- ep env
 want 0 "$ep" env && has '^EP_TIMEOUT_MS' && has '^EP_LOG'
