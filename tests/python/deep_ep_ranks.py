@@ -6,12 +6,14 @@ A module's ranks are processes, forked once from the process of pytest, which ha
 deep_ep but used neither; they meet in a gloo group. A test under @on_ranks runs on each of them with
 that group. A rank that fails or hangs ends its module's ranks; the next test gets new ones.
 """
+import contextlib
 import gc
 import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
+import unittest.mock
 
 import pytest
 import torch
@@ -167,6 +169,13 @@ class Batch:
         return buffer.dispatch(self.x if x is None else x, num_tokens_per_rank=per_rank,
                                num_tokens_per_rdma_rank=per_node, is_token_in_rank=in_rank,
                                num_tokens_per_expert=per_expert, **kw)
+
+
+@contextlib.contextmanager
+def impatient():
+    """Groups made in here wait for a rank for one second."""
+    with unittest.mock.patch.dict(os.environ, EP_TIMEOUT_MS="1000"):
+        yield
 
 
 def raises(kind, words, call, *args, **kw):

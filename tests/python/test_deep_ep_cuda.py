@@ -51,6 +51,40 @@ def test_asynchronous_calls_wait_for_their_event_and_keep_their_memory(group):
 
 
 @on_ranks(2)
+def test_deterministic_torch_fills_outputs_before_they_are_written(group):
+    buffer, b = Buffer(group), Batch(group)
+    handle = b.dispatch(buffer)[4]
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            event = EventOverlap(EventHandle())
+            torch.cuda._sleep(20_000_000)  # behind which the fill is
+            recv_x, *_, done = buffer.dispatch(b.x, handle=handle, previous_event=event,
+                                               async_finish=True)
+            done.current_stream_wait()
+            assert torch.equal(recv_x, b.received(b.xs))
+            event = EventOverlap(EventHandle())
+            torch.cuda._sleep(20_000_000)
+            out, _, done = buffer.combine(recv_x, handle, previous_event=event, async_finish=True)
+            done.current_stream_wait()
+            assert torch.equal(out, b.combined(lambda r, x: x))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_ranks(2)
+def test_a_hook_receives_on_the_stream_of_its_call(group):
+    buffer, b, side = buffer_of(group), Decode(group, tokens=(24, 7)), torch.cuda.Stream()
+    for _ in range(2):
+        with torch.cuda.stream(side):
+            data, count, handle, _, hook = buffer.low_latency_dispatch(
+                late(b.x), b.topk_idx, M, 16, use_fp8=False, return_recv_hook=True)
+        hook()  # on another stream, which does not wait for it
+        torch.cuda.current_stream().wait_stream(side)
+        b.check(data, count, handle, b.xs)
+
+
+@on_ranks(2)
 def test_throughput_calls_are_captured_and_replayed(group):
     buffer, b = Buffer(group), Batch(group)
     x, handle = b.x.clone(), b.dispatch(buffer)[4]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
 """deep_ep, low-latency mode: shapes, strides, values, halves and events, on 4 ranks with gloo."""
+import contextlib
+import io
 import time
 
 import ep
@@ -8,7 +10,8 @@ import torch
 import torch.distributed as dist
 from deep_ep import Buffer
 
-from deep_ep_ranks import Batch, on_ranks, rank_pools, raises  # noqa: F401
+from conftest import DEVICE
+from deep_ep_ranks import Batch, impatient, on_ranks, rank_pools, raises  # noqa: F401
 
 M = 32
 
@@ -332,3 +335,30 @@ def test_a_masked_rank_is_left_out_and_taken_back(group):
     raises(RuntimeError, "mask_status", buffer.low_latency_query_mask_buffer, masks[:3])
     plain = buffer_of(group)
     raises(RuntimeError, "enable_shrink", plain.low_latency_query_mask_buffer, masks)
+
+
+@on_ranks(4)
+def test_a_rank_that_does_not_come_is_masked_and_said(group):
+    buffer, b = Buffer(group, 0, 1 << 20, low_latency_mode=True, enable_shrink=True), Decode(group)
+
+    def pair():
+        data, count, handle, _, _ = buffer.low_latency_dispatch(b.x, b.topk_idx, M, 16, use_fp8=False)
+        return buffer.low_latency_combine(b.answers(data), b.topk_idx, b.topk_weights, handle)[0]
+    with impatient():
+        assert torch.equal(pair(), b.sums())
+    if b.rank != 3:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            out = pair()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+                pair()  # what a GPU has found a later call says
+        assert said.getvalue().startswith("Warning: DeepEP timeout for ") and "rank 3" in said.getvalue()
+        masks = torch.zeros(4, dtype=torch.int32)
+        buffer.low_latency_query_mask_buffer(masks)
+        assert masks.tolist() == [0, 0, 0, 1]
+        kept = torch.where(b.topk_idx // 4 == 3, 0.0, b.topk_weights)
+        assert torch.equal(out, b.sums(weights=kept))
+    dist.barrier(group)
+    buffer.low_latency_clean_mask_buffer()
+    assert torch.equal(pair(), b.sums())

@@ -11,7 +11,7 @@ import torch
 from deep_ep import Buffer, Config, EventHandle, EventOverlap
 
 from conftest import DEVICE
-from deep_ep_ranks import Batch, generator, on_ranks, rank_pools, raises  # noqa: F401
+from deep_ep_ranks import Batch, generator, impatient, on_ranks, rank_pools, raises  # noqa: F401
 
 
 def answer(rank, x):
@@ -347,6 +347,17 @@ def test_bad_calls_name_the_argument_and_leave_the_buffer_usable(group):
     raises(RuntimeError, "x", buffer.combine, recv_x.view(torch.int16), handle)
     raises(TypeError, "num_nodes", buffer.dispatch, b.x, num_nodes=1)
     check_pair(buffer, b)
+
+
+@on_ranks(4)
+def test_a_rank_that_does_not_come_is_told_in_deep_eps_words(group):
+    buffer, b = Buffer(group), Batch(group)
+    with impatient():  # the first call makes the group
+        b.dispatch(buffer)
+    if b.rank != 3:
+        error = raises(RuntimeError, "DeepEP error: CPU recv timeout", b.dispatch, buffer)
+        assert "rank 3" in str(error)
+    torch.distributed.barrier(group)
 
 
 @on_ranks(4)

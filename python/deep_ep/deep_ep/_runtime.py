@@ -260,6 +260,14 @@ class Call:
         self.on_comm = allocate_on_comm_stream
         if allocate_on_comm_stream:
             self.allocating = torch.cuda.stream(runtime.comm_stream)
+        elif async_finish and torch.are_deterministic_algorithms_enabled():
+            self.allocating = self._filled()
+
+    @contextlib.contextmanager
+    def _filled(self):
+        """Deterministic torch fills what it allocates, on the current stream: before libep writes it."""
+        yield
+        self.stream.wait_stream(self.compute)
 
     def stream_of(self, group):
         """The `stream` argument of libep's calls."""

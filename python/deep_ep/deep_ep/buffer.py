@@ -280,7 +280,9 @@ class Buffer(LowLatency):
                 group = runtime.grow(dict(needs, max_tokens=lacks.max_tokens,
                                           max_recv_rows=lacks.max_recv_rows), error)
                 continue
-            except ep.TimeoutError_ as error:
+            except (ep.TimeoutError_, ep.FaultedError) as error:
+                if error.fault is not None and error.fault.status != "EP_ERR_TIMEOUT":
+                    raise
                 which = "timeout (dispatch CPU)" if runtime.get_num_rdma_ranks() > 1 else \
                     "CPU recv timeout"
                 raise RuntimeError(f"DeepEP error: {which}: {error}") from error
