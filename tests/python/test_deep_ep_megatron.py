@@ -28,7 +28,8 @@ if DEVICE == "cpu":  # once for all ranks; it uses the GPU, and then none could 
 def config():
     return types.SimpleNamespace(
         moe_router_dtype="fp32", moe_expert_capacity_factor=None, moe_permute_fusion=False,
-        moe_deepep_num_sms=20, moe_router_padding_for_quantization=False)
+        moe_deepep_num_sms=20, moe_flex_dispatcher_num_sms=None,  # 0.16, 0.19
+        moe_router_padding_for_quantization=False)
 
 
 @on_ranks(4)

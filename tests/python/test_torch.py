@@ -86,7 +86,8 @@ def test_a_torch_tensor_keeps_the_arena_of_a_destroyed_group(ranks):
         return torch.from_dlpack(view)
 
     for r, seen in enumerate(ranks(2, rank, device=DEVICE)):
-        assert (seen.cpu().numpy() == case.rows(r)).all()
+        want = case.rows(r)  # on a GPU a view has room for the worst case
+        assert (seen[:len(want)].cpu().numpy() == want).all()
 
 
 def _process(rank, num, port):
