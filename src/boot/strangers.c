@@ -97,11 +97,13 @@ static bool is_passing(int err) {
     return false;
 }
 
+static const char *more_files(int err) {
+    return err == EMFILE || err == ENFILE ? "; raise the limit of open files (ulimit -n)" : "";
+}
+
 static void refuse_to_accept(struct epi_gathering *g, int err) {
-    const bool is_full = err == EMFILE || err == ENFILE;
-    g->status =
-        epi_fail(EP_ERR_SYSTEM, "rendezvous: rank 0 cannot accept a connection: %s%s",
-                 strerror(err), is_full ? "; raise the limit of open files (ulimit -n)" : "");
+    g->status = epi_fail(EP_ERR_SYSTEM, "rendezvous: rank 0 cannot accept a connection: %s%s",
+                         strerror(err), more_files(err));
 }
 
 void epi_stranger_let_in(struct epi_gathering *g, int fd, const struct epi_addr *from) {
@@ -143,6 +145,8 @@ void epi_strangers_accept(struct epi_gathering *g, int listen_fd) {
             if (!drop_oldest(g, "its descriptor is needed")) {
                 refuse_to_accept(g, -fd);
             }
+            epi_format(g->turned_away, sizeof(g->turned_away), "%s at rank 0%s", strerror(-fd),
+                       more_files(-fd));
         } else if (!is_passing(-fd)) {
             refuse_to_accept(g, -fd);
         }
