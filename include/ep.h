@@ -919,7 +919,9 @@ ep_status ep_combine_finish(ep_handle *handle, const struct ep_combine_args *arg
  *   num_experts, expert_rank  E and the map of this call, as in ep_routing, in both halves and in
  *                 combine: the same on all ranks. L is what the map gives this rank
  *   topk_ids      [T][K] EP_I32 or EP_I64, contiguous. Global expert ids; an id outside 0..E-1 is
- *                 not selected. An expert named twice gets the row twice
+ *                 not selected. An expert named twice gets the row twice; but without EP_LL_COMPACT
+ *                 those beyond the first M of this rank's selections of an expert, for which it has
+ *                 no rows, are not selected either
  *   topk_weights  [T][K] EP_F32, any strides, or NULL: by which combine multiplies, unless it is
  *                 given others
  * In and out, both halves, and combine:

@@ -106,6 +106,11 @@ struct k_ll_region {
 
 #define K_LL_MEETING 4 /* words */
 
+/* Where a selection has no row at its expert: it is another rank's, or more than M of its source were
+ * there before it. Of those alone the row is answered all the same. */
+#define K_LL_NOWHERE (-2)
+#define K_LL_TOO_MANY (-1)
+
 struct k_ll_map {
     struct k_ll_region counts;  /* a dispatch's header and counts, by source */
     struct k_ll_region arrived; /* a word for each slice of a token's row, by source */
@@ -127,7 +132,7 @@ struct k_ll_map {
     k_u64 given;  /* [tokens][K] weights of the dispatch, or 1 */
     k_u64 count;  /* [R] tokens of each source */
     k_u64
-        place; /* [R][tokens][K] their rows at this rank's experts, in the order of k; or -1 */
+        place; /* [R][tokens][K] their rows at this rank's experts, in the order of k; or K_LL_... */
     k_u64 weight; /* [R][tokens][K] */
 };
 

@@ -72,12 +72,13 @@ static K_INLINE struct ll_span ll_cut(k_i32 bytes, k_i32 unit, k_i32 parts, k_i3
     return s;
 }
 
-/* A bit for each of the first `num` places that is not -1; the warp together. */
-static K_INLINE k_u64 ll_mask_of(struct k_thread *k, const k_i32 *place, k_i32 num) {
+/* A bit for each of the first `num` places that is at least `least`; the warp together. */
+static K_INLINE k_u64 ll_mask_of(struct k_thread *k, const k_i32 *place, k_i32 num,
+                                 k_i32 least) {
     k_u64 mask = 0;
     for (k_i32 base = 0; base < num; base += K_LANES) {
         const k_i32 i = base + k->lane;
-        mask |= (k_u64)k_ballot(k, i < num && place[i] >= 0) << base;
+        mask |= (k_u64)k_ballot(k, i < num && place[i] >= least) << base;
     }
     return mask;
 }

@@ -127,13 +127,13 @@ static K_FN void ll_send_exact(struct k_thread *k, const struct k_ll_combine_arg
         for (k_i32 base = 0; base < a->ll.head->topk; base += K_LL_EXACT_ROWS) {
             struct k_16 v[K_LL_EXACT_ROWS] = {{0, 0, 0, 0}};
             K_UNROLL for (k_i32 i = 0; i < K_LL_EXACT_ROWS; i++) {
-                const k_i32 row = base + i < a->ll.head->topk ? place[base + i] : -1;
+                const k_i32 row = base + i < a->ll.head->topk ? place[base + i] : K_LL_NOWHERE;
                 if (row >= 0) {
                     v[i] = k_load16((const void *)(k_row(&a->x, row) + (k_u64)at));
                 }
             }
             K_UNROLL for (k_i32 i = 0; i < K_LL_EXACT_ROWS; i++) {
-                if (base + i < a->ll.head->topk && place[base + i] >= 0) {
+                if (base + i < a->ll.head->topk && place[base + i] != K_LL_NOWHERE) {
                     k_store16_to(
                         k_peer_plus(ll_answer_at(a, c, owner, first + base + i), (k_u64)at),
                         v[i]);
@@ -168,18 +168,18 @@ static K_FN k_bool ll_send_logfmt(struct k_thread *k, const struct k_ll_combine_
     for (k_i32 base = 0; base < all; base += k->num_warps) {
         const k_i32 u = base + k->warp, turn = base / k->num_warps & 1;
         const k_i32 row = exact && u < all ? place[u / each] : 0;
-        const k_bool has = num > 0 && u < all && row >= 0;
+        const k_bool has = goes && num >= 0 && u < all && row != K_LL_NOWHERE;
         const k_i32 from = u % each * block, end = k_min(from + block, a->row_bytes);
         const struct k_peer answer = ll_answer_at(a, c, owner, first + (has ? u / each : 0));
         k_bool encoded = 0;
         k_i32 mine = 0;
-        if (exact && has && k->lane == 0) {
+        if (exact && has && row >= 0 && k->lane == 0) {
             terms->row = (const void *)k_row(&a->x, row);
             terms->weight = 1.0f;
         }
         k_syncwarp(k);
         if (has) {
-            encoded = ll_log_make(k, terms, num, from, end, answer);
+            encoded = ll_log_make(k, terms, row < 0 ? 0 : num, from, end, answer);
         }
         if (k->lane == 0) {
             *ll_told(k, k->warp, turn) = has ? ll_log_bytes(end - from, encoded) : 0;
@@ -203,7 +203,7 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
     const struct k_ll *ll = &a->ll;
     const k_i32 *place = (const k_i32 *)ll_in_handle(ll, ll->map.place) +
                          ll_row_of(ll, owner, t, ll->group_topk);
-    if (ll_mask_of(k, place, ll->group_topk) == 0) {
+    if (ll_mask_of(k, place, ll->group_topk, K_LL_TOO_MANY) == 0) {
         return 1; /* it did not come here */
     }
     const struct ll_span part =
@@ -232,7 +232,7 @@ static K_FN k_bool ll_answer_slice(struct k_thread *k, const struct k_ll_combine
         return 1; /* the owner is left out */
     }
     for (k_i32 i = k->lane; k->warp == 0 && i < (exact ? a->ll.head->topk : 1); i += K_LANES) {
-        if (!exact || place[i] >= 0) {
+        if (!exact || place[i] != K_LL_NOWHERE) {
             const k_i64 word = (first + i) * K_LL_MOST_SLICES + slice;
             k_publish(
                 k_peer_at(&a->g, owner,

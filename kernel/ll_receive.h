@@ -168,7 +168,7 @@ static K_FN k_bool ll_take_counts(struct k_thread *k, const struct k_ll_dispatch
 /* Where the selections of a received row go, in the warp's stage: the block's list is over, but what is
  * in front of it may be read still. */
 struct ll_places {
-    k_i32 at[K_MAX_TOPK];     /* a row of the output, or -1 */
+    k_i32 at[K_MAX_TOPK];     /* a row of the output, or K_LL_... */
     k_i32 expert[K_MAX_TOPK]; /* whose it is, or 0 */
     k_f32 weight[K_MAX_TOPK];
 };
@@ -207,7 +207,7 @@ static K_FN k_bool ll_find_compact(struct k_thread *k, const struct k_ll_dispatc
                                    k_i32 source, k_i32 j, struct ll_places *to) {
     const k_i64 at = ll_compact_row(k, a, c, source, j);
     for (k_i32 i = k->lane; at >= 0 && i < s->topk; i += K_LANES) {
-        to->at[i] = i == 0 ? (k_i32)at : -1;
+        to->at[i] = i == 0 ? (k_i32)at : K_LL_NOWHERE;
         to->expert[i] = 0;
         to->weight[i] = 1.0f;
     }
@@ -260,8 +260,9 @@ static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch
     for (k_i32 base = 0; base < s->topk; base += K_LANES) {
         const k_i32 i = base + k->lane;
         const k_i32 e = i < s->topk ? (k_i32)side[K_SIDE_IDS + i] : -1;
-        const k_bool here = e >= 0 && e < a->g.num_local;
+        k_bool here = e >= 0 && e < a->g.num_local;
         k_u32 at = here ? side[K_SIDE_INDICES(s->topk) + i] : 0;
+        here = here && at < (k_u32)a->ll.max_tokens;
         k_i32 lower = ll_add_lower(k, a, c, source, here ? e : -1, &at);
         for (; lower < source; lower++) {
             const k_u64 *word = here ? ll_count_word(k, a, c, lower, e) : 0;
@@ -272,7 +273,7 @@ static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch
             at += count;
         }
         if (i < s->topk) {
-            to->at[i] = here && at < (k_u32)most ? e * most + (k_i32)at : -1;
+            to->at[i] = here ? e * most + (k_i32)at : e < 0 ? K_LL_NOWHERE : K_LL_TOO_MANY;
             to->expert[i] = e;
             to->weight[i] = weights ? k_float(side[K_SIDE_WEIGHTS(s->topk) + i]) : 1.0f;
         }
@@ -290,7 +291,7 @@ static K_FN void ll_note_row(struct k_thread *k, const struct k_ll_dispatch_args
     k_i32 *place = (k_i32 *)ll_in_handle(ll, ll->map.place) + first;
     k_f32 *weight = (k_f32 *)ll_in_handle(ll, ll->map.weight) + first;
     for (k_i32 i = k->lane; i < ll->group_topk; i += K_LANES) {
-        place[i] = to && i < s->topk ? to->at[i] : -1;
+        place[i] = to && i < s->topk ? to->at[i] : K_LL_NOWHERE;
         if (place[i] >= 0) {
             weight[i] = to->weight[i];
             if (a->recv_source.data) {
@@ -400,7 +401,7 @@ static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_
               : ll_find_places(k, a, c, s, source, side, to))) {
         return 0;
     }
-    const k_u64 mask = ll_mask_of(k, to->at, s->topk);
+    const k_u64 mask = ll_mask_of(k, to->at, s->topk, 0);
     for (k_i32 i = 0; a->recv_x.data && mask && i * each < wire.end - wire.from; i++) {
         for (k_u64 left = mask; left; left &= left - 1) {
             const k_u64 at = k_row(&a->recv_x, to->at[k_lowest(left)]);

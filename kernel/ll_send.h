@@ -179,7 +179,8 @@ static K_FN k_bool ll_send_counts(struct k_thread *k, const struct k_ll_dispatch
         }
         ok = ok && ll_await_one_free(k, c, p);
         if (ok && p >= 0 && !k->mask.is_gone) {
-            ll_post_count(k, a, c, s, e, p, count);
+            const k_u32 most = (k_u32)a->ll.max_tokens; /* rows of an expert are for so many */
+            ll_post_count(k, a, c, s, e, p, e >= 0 && !compact && count > most ? most : count);
         }
     }
     return ok;
@@ -487,7 +488,7 @@ static K_FN k_bool ll_send_slice(struct k_thread *k, const struct k_ll_dispatch_
     struct ll_dests *d = (struct ll_dests *)k_shared(k);
     const k_bool cast = (a->signature & K_LL_SIG_CAST) != 0;
     const k_i32 each = 16 * K_AHEAD * K_LANES * k->num_warps; /* bytes of a batch */
-    const k_u64 mask = ll_mask_of(k, d->first, a->topk);
+    const k_u64 mask = ll_mask_of(k, d->first, a->topk, 0);
     for (k_i32 i = 0; i * each < u->part.end - u->part.from; i++) {
         struct ll_pieces next;
         ll_load_pieces(k, k_row(&a->x, u->t), u->part, cast, i + 1, &next);

@@ -86,16 +86,20 @@ static void build_values(struct ll_step *s) {
     }
 }
 
-/* As if ranks that are gone had no tokens, and nobody selected their experts. */
+/* As if ranks that are gone had no tokens, and nobody selected their experts, nor one for which M of the
+ * rank's selections are there already. */
 static void leave_out(struct ll_step *s) {
-    for (int r = 0; s->gone && r < s->c.num_ranks; r++) {
+    for (int r = 0; r < s->c.num_ranks; r++) {
         struct ref_input *in = &s->c.in[r];
         const int64_t num = in->num_tokens * s->c.topk;
+        const int most = s->flags & EP_LL_COMPACT ? INT32_MAX : s->max_tokens;
         int64_t *ids = pool_zero(&s->pool, (size_t)num * sizeof(*ids));
+        int *count = pool_zero(&s->pool, (size_t)s->c.num_experts * sizeof(*count));
         for (int64_t i = 0; i < num; i++) {
             const int64_t id = in->ids[i];
             const bool selected = id >= 0 && id < s->c.num_experts;
-            ids[i] = selected && (s->gone >> s->c.problem.expert_rank[id] & 1) ? -1 : id;
+            const bool gone = selected && (s->gone >> s->c.problem.expert_rank[id] & 1);
+            ids[i] = selected && (gone || count[id]++ >= most) ? -1 : id;
         }
         in->ids = ids;
         in->num_tokens = s->gone >> r & 1 ? 0 : in->num_tokens;

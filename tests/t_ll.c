@@ -166,6 +166,16 @@ static void shapes(uint64_t seed) {
     s.c.map = MAP_RANDOM;
     s.exact = true;
     ll_case(&s, false, "the same experts again and again");
+    for (int i = 0; i < 4; i++) {
+        ll_init(&s, 3, seed + 40 + (uint64_t)i);
+        s.c.routing = ROUTE_DUPLICATES;
+        s.c.map = MAP_RANDOM;
+        s.c.num_experts = 2;
+        s.exact = i % 2;
+        s.logfmt = i > 1;
+        s.weights_now = i == 0;
+        ll_case(&s, false, "more often than they have rows");
+    }
     ll_init(&s, 4, seed + 6);
     s.c.routing = ROUTE_HOLES;
     s.c.map = MAP_UNEVEN;
