@@ -2,8 +2,8 @@
 /* class: rest */
 /*
  * Memory that arguments may not share, and shapes that reach further than memory does: refused by
- * name before anything is sent. Every output of dispatch and combine is laid on every other tensor
- * of the call; columns of one matrix are not an overlap. A product of shape, stride and element
+ * name before anything is sent. Every output of dispatch and combine, of both modes, is laid on every
+ * other tensor of the call; columns of one matrix are not an overlap. A product of shape, stride and element
  * that does not fit is an error, not a crash and not a smaller number.
  */
 #include <stdio.h>
@@ -16,14 +16,19 @@
 #define T 4
 #define K 2
 #define N 8 /* rows of outputs */
+#define L 4
 
 struct scene {
-    /* A piece for each tensor, in the order of the rules; the largest has N rows of 64 bytes. */
-    _Alignas(16) unsigned char piece[EPI_MAX_TENSORS][N * 64];
+    /* A piece for each tensor, in the order of the rules; the largest is a low-latency handle. */
+    _Alignas(16) unsigned char piece[EPI_MAX_TENSORS][4096];
     struct ep_tensor tensor[EPI_MAX_TENSORS];
     int32_t ids[T][K];
     struct ep_dispatch_args d;
     struct ep_combine_args c;
+    struct ep_ll_dispatch_args ld;
+    struct ep_ll_combine_args lc;
+    ep_group *group;
+    int64_t handle_bytes;
 };
 
 static void put(struct scene *s, const struct epi_rules *rules, void *args, const char *name,
@@ -74,9 +79,45 @@ static void make_combine(struct scene *s) {
     put(s, r, &s->c, "out_topk_weights", EP_F32, T, K);
 }
 
+/* Of low-latency mode: compact output has tensors of its own. */
+static void make_ll_dispatch(struct scene *s, bool compact) {
+    const struct epi_rules *d = &epi_ll_dispatch_rules;
+    const int64_t lists = compact ? 1 : L;
+    s->ld = (struct ep_ll_dispatch_args)EP_LL_DISPATCH_ARGS_INIT;
+    s->ld.flags = compact ? EP_LL_COMPACT : 0;
+    put(s, d, &s->ld, "x", EP_BF16, T, 16);
+    put(s, d, &s->ld, "scales", EP_F32, T, 4);
+    put(s, d, &s->ld, "topk_ids", EP_I32, T, K);
+    put(s, d, &s->ld, "topk_weights", EP_F32, T, K);
+    put(s, d, &s->ld, "handle", EP_U8, s->handle_bytes, 0);
+    put(s, d, &s->ld, "recv_x", EP_BF16, lists * T, 16);
+    put(s, d, &s->ld, "recv_scales", EP_F32, lists * 4, T);
+    put(s, d, &s->ld, "recv_source", EP_I32, lists * T, 0);
+    put(s, d, &s->ld, "expert_counts", EP_I32, L, 0);
+    put(s, d, &s->ld, "expert_totals", EP_I32, L, 0);
+    put(s, d, &s->ld, "ranges", EP_I64, lists, 1);
+    put(s, d, &s->ld, "wait_ns", EP_I64, 1, 0);
+    if (compact) {
+        put(s, d, &s->ld, "recv_topk_ids", EP_I32, T, K);
+        put(s, d, &s->ld, "recv_topk_weights", EP_F32, T, K);
+    }
+}
+
+static void make_ll_combine(struct scene *s) {
+    const struct epi_rules *r = &epi_ll_combine_rules;
+    s->lc = (struct ep_ll_combine_args)EP_LL_COMBINE_ARGS_INIT;
+    put(s, r, &s->lc, "handle", EP_U8, s->handle_bytes, 0);
+    put(s, r, &s->lc, "x", EP_BF16, L * T, 16);
+    put(s, r, &s->lc, "topk_weights", EP_F32, T, K);
+    put(s, r, &s->lc, "out", EP_BF16, T, 16);
+    put(s, r, &s->lc, "wait_ns", EP_I64, 1, 0);
+}
+
 /* The call, in one step or in two. */
 static ep_status call(struct scene *s, ep_handle *h, char which) {
-    return which == 'd'   ? ep_dispatch(h, &s->d, NULL)
+    return which == 'l'   ? ep_ll_dispatch(s->group, &s->ld, NULL)
+           : which == 'm' ? ep_ll_combine(s->group, &s->lc, NULL)
+           : which == 'd' ? ep_dispatch(h, &s->d, NULL)
            : which == 'c' ? ep_combine(h, &s->c, NULL)
            : which == 'g' ? ep_combine_finish(h, &s->c, NULL)
                           : ep_dispatch_finish(h, &s->d, NULL);
@@ -191,7 +232,7 @@ static void every_number(struct scene *s, ep_handle *h, const struct epi_rules *
             }
         }
     }
-    ok(tried > 150 && wrong == 0, "%s: %d wild numbers, %d not refused", what, tried, wrong);
+    ok(tried > 100 && wrong == 0, "%s: %d wild numbers, %d not refused", what, tried, wrong);
 }
 
 static void wild_pairs(struct scene *s, ep_handle *h) {
@@ -244,6 +285,36 @@ static void few_rows(struct scene *s, ep_handle *h, int64_t rows) {
     ok(wrong == 0, "%lld rows, with any stride from one to the next", (long long)rows);
 }
 
+/* Low-latency mode, each operation in one call; a receive alone is told of more scales than the group
+ * has. */
+static void low_latency(struct scene *s, struct world *w) {
+    struct ep_plan_info plan = EP_PLAN_INFO_INIT;
+    s->group = w->group;
+    ok(ep_group_plan(w->group, &plan) == EP_OK &&
+           plan.ll_handle_bytes <= (int64_t)sizeof(s->piece[0]),
+       "a handle of %lld bytes", (long long)plan.ll_handle_bytes);
+    s->handle_bytes = plan.ll_handle_bytes;
+    make_ll_dispatch(s, true);
+    every_pair(s, NULL, &epi_ll_dispatch_rules, &s->ld, 'l', "compact low-latency dispatch");
+    make_ll_dispatch(s, false);
+    every_pair(s, NULL, &epi_ll_dispatch_rules, &s->ld, 'l', "low-latency dispatch");
+    every_number(s, NULL, &epi_ll_dispatch_rules, &s->ld, 'l', "low-latency dispatch");
+    ok(ep_ll_dispatch_send(w->group, &s->ld, NULL) == EP_OK, "send: %s", ep_last_error());
+    for (int64_t more = 5; more < INT64_C(1) << 40; more *= 1 << 12) {
+        s->ld.recv_scales->shape[0] = more * L;
+        s->ld.recv_scales->data = (void *)(uintptr_t)(1u << 20); /* far from all others */
+        ok(refused(ep_ll_dispatch_recv(w->group, &s->ld, NULL), "scales", "max_scale_bytes"),
+           "%lld scales are received: %s", (long long)more, ep_last_error());
+    }
+    make_ll_dispatch(s, false);
+    ok(ep_ll_dispatch_recv(w->group, &s->ld, NULL) == EP_OK, "receive: %s", ep_last_error());
+    memcpy(s->piece[0], s->ld.handle->data, (size_t)s->handle_bytes); /* combine's first */
+    make_ll_combine(s);
+    every_pair(s, NULL, &epi_ll_combine_rules, &s->lc, 'm', "low-latency combine");
+    every_number(s, NULL, &epi_ll_combine_rules, &s->lc, 'm', "low-latency combine");
+    ok(ep_ll_combine(w->group, &s->lc, NULL) == EP_OK, "the right one: %s", ep_last_error());
+}
+
 static void body(struct world *w) {
     static struct scene s;
     struct ep_routing r = EP_ROUTING_INIT;
@@ -280,6 +351,7 @@ static void body(struct world *w) {
     few_rows(&s, h, 1);
     few_rows(&s, h, 0);
     ep_handle_destroy(&h);
+    low_latency(&s, w);
 }
 
 int main(void) {
@@ -289,6 +361,7 @@ int main(void) {
     world_defaults(&s, 1);
     s.host = true;
     s.config.max_scale_bytes = 16;
+    s.config.ll_max_tokens = T;
     s.body = body;
     ok(world_run(&s) == 0, "a group of one rank");
     return done_testing();

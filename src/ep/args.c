@@ -111,9 +111,9 @@ static ep_status check_wanted(const struct epi_call *c, const struct epi_rule *r
     return EP_OK;
 }
 
-static ep_status check_scale_bytes(const struct epi_call *c, const struct ep_tensor *t) {
-    const int64_t most = c->group->config.max_scale_bytes, num = t->shape[1];
-    const int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)t->dtype);
+ep_status epi_check_scale_bytes(const ep_group *g, int64_t num, int dtype) {
+    const int64_t most = g->config.max_scale_bytes;
+    const int64_t bytes = (int64_t)ep_dtype_bytes((ep_dtype)dtype);
     const bool fits = num <= INT64_MAX / bytes;
     if (fits && num * bytes <= most) {
         return EP_OK;
@@ -138,7 +138,7 @@ static ep_status check_tensor(struct epi_call *c, const struct epi_rule *r,
                                     c->group->config.max_row_bytes));
     }
     if (r->role & EPI_SCALE_BYTES) {
-        EPI_TRY(check_scale_bytes(c, t));
+        EPI_TRY(epi_check_scale_bytes(c->group, t->shape[1], t->dtype));
     }
     EPI_TRY(epi_check_layout(r->name, t, columns ? EPI_LAYOUT_COLUMNS : r->layout));
     for (int i = 0; i < ndim; i++) {

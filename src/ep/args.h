@@ -141,6 +141,9 @@ void epi_call_begin(struct epi_call *call, const ep_group *g);
 struct epi_experts;
 void epi_call_experts(struct epi_call *call, const struct epi_experts *e);
 
+/* So many scales of a row are no more than the group has room for. */
+ep_status epi_check_scale_bytes(const ep_group *g, int64_t num, int dtype);
+
 /*
  * Checks the tensors of `args` whose role is among `roles` (those of EPI_ANY), and makes `args`, a
  * copy of the caller's struct, point to copies of them. EP_ERR_ARG names the first that breaks its

@@ -253,6 +253,9 @@ static ep_status check_scales(struct epi_call *c, const struct ep_ll_dispatch_ar
                             : sent < 0 && t && local ? t->shape[0] / local
                                                      : sent;
     c->dim[EPI_DIM_SCALES] = columns;
+    if (t && !cast) {
+        EPI_TRY(epi_check_scale_bytes(c->group, columns, t->dtype));
+    }
     if (packed && !(a->flags & EP_LL_SCALES_POWER_OF_2)) {
         return epi_fail(EP_ERR_ARG, "recv_scales is EP_I32, exponents: they need "
                                     "EP_LL_SCALES_POWER_OF_2");
