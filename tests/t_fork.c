@@ -64,6 +64,9 @@ static struct ep_dispatch_args dispatch = EP_DISPATCH_ARGS_INIT;
 static struct ep_combine_args combine = EP_COMBINE_ARGS_INIT;
 static struct ep_ll_dispatch_args ll_dispatch = EP_LL_DISPATCH_ARGS_INIT;
 static struct ep_ll_combine_args ll_combine = EP_LL_COMBINE_ARGS_INIT;
+static struct ep_ll_mask mask = EP_LL_MASK_INIT;
+static struct ep_needs needs = EP_NEEDS_INIT;
+static struct ep_tensor tensor = EP_TENSOR_INIT;
 static struct ep_routing routing = EP_ROUTING_INIT;
 static struct ep_layout layout = EP_LAYOUT_INIT;
 static struct ep_tensor view = EP_TENSOR_INIT;
@@ -95,6 +98,16 @@ CALL(ll_combine, ep_ll_combine(h->group, &ll_combine, NULL))
 CALL(ll_combine_send, ep_ll_combine_send(h->group, &ll_combine, NULL))
 CALL(ll_combine_recv, ep_ll_combine_recv(h->group, &ll_combine, NULL))
 CALL(ll_status, ep_ll_status(h->group))
+CALL(ll_memory, ep_ll_memory(h->group, &tensor))
+CALL(ll_mask, ep_ll_mask_rank(h->group, 1, NULL))
+CALL(ll_unmask, ep_ll_unmask_rank(h->group, -1, NULL))
+CALL(ll_masks, ep_ll_masks(h->group, &tensor, NULL))
+CALL(ll_report, ep_ll_mask_report(h->group, 1, &mask))
+CALL(ll_barrier, ep_ll_barrier(h->group, NULL))
+CALL(combine_begin, ep_combine_begin(h->handle, &combine, NULL))
+CALL(combine_finish, ep_combine_finish(h->handle, &combine, NULL))
+CALL(grow, ep_group_grow(h->group, &needs))
+CALL(needs, ep_handle_needs(h->handle, &needs))
 CALL(stream_run, ep_stream_run(h->stream, no_task, NULL))
 CALL(stream_sync, ep_stream_sync(h->stream))
 CALL(stream_wait, ep_stream_wait(h->stream, h->event))
@@ -132,6 +145,16 @@ static const struct call {
     {"ep_ll_combine_send", call_ll_combine_send, false},
     {"ep_ll_combine_recv", call_ll_combine_recv, false},
     {"ep_ll_status", call_ll_status, false},
+    {"ep_ll_memory", call_ll_memory, false},
+    {"ep_ll_mask_rank", call_ll_mask, false},
+    {"ep_ll_unmask_rank", call_ll_unmask, false},
+    {"ep_ll_masks", call_ll_masks, false},
+    {"ep_ll_mask_report", call_ll_report, false},
+    {"ep_ll_barrier", call_ll_barrier, false},
+    {"ep_combine_begin", call_combine_begin, false},
+    {"ep_combine_finish", call_combine_finish, false},
+    {"ep_group_grow", call_grow, false},
+    {"ep_handle_needs", call_needs, false},
     {"ep_stream_run", call_stream_run, true},
     {"ep_stream_sync", call_stream_sync, true},
     {"ep_stream_wait", call_stream_wait, true},
