@@ -217,8 +217,10 @@ typedef int (*ep_allgather_fn)(void *ctx, const void *in, void *out, size_t byte
  * Where the address is not a loopback address and the launcher does not say that all ranks are on
  * this host, they do so, too, unless EP_JOB_KEY is set: then over TCP, where both sides prove that they hold
  * it (16 to 200 characters, the same on all ranks; it does not travel), and rank 0 listens
- * on those addresses of its host that the name resolves to and whose interface EP_IFNAME names. Ranks of
- * several hosts, which this version cannot join, are told so.
+ * on those addresses of its host that the name resolves to and whose interface EP_IFNAME names. Where
+ * the launcher says that there are several hosts they meet over TCP without it, and a warning says what
+ * that means. An allgather gives ranks of several hosts a key by itself; it is then called twice, and
+ * rank 0 listens on its host's addresses (of EP_IFNAME) at a port of the kernel's choice.
  * By the environment no two jobs meet: a job is named by its launcher's id (torchrun's run id, Open
  * MPI's, PMIx's or Slurm's), and where there is none (MPICH, Intel MPI, torchrun's static rendezvous,
  * RANK set by hand) by the process that started its ranks, which is found past shells and programs

@@ -47,7 +47,7 @@ void meet_of(struct epi_meet *m, int port, int rank, int num_ranks, const char *
     snprintf(m->host, sizeof(m->host), "127.0.0.1");
     epi_launch_job(job, &id);
     m->is_job_named = id.is_named;
-    ok(epi_meet_choose(m, id.name, false) == EP_OK, "where to meet: %s", ep_last_error());
+    ok(epi_meet_choose(m, id.name) == EP_OK, "where to meet: %s", ep_last_error());
 }
 
 int meet_dial(const struct epi_meet *m, int place) {

@@ -154,7 +154,6 @@ enum attack {
     RANK_TOO_LARGE, /* proved, but no rank */
     OTHER_VERSION,
     OTHER_SIZE,
-    OTHER_HOST,
     FAILED, /* comes to say that it has failed */
     NUM_ATTACKS
 };
@@ -179,7 +178,6 @@ static void claim_to_root(enum attack attack, struct epi_conn *conn,
     claim.rank = attack == RANK_TOO_LARGE ? UINT32_MAX : 1;
     claim.version += attack == OTHER_VERSION;
     claim.num_ranks += attack == OTHER_SIZE;
-    claim.host = attack == OTHER_HOST ? 1 : 0;
     claim.status = attack == FAILED ? EP_ERR_ARG : EP_OK;
     epi_wire_put_claim(body, &claim);
     if (attack == SENT_BACK) {
@@ -229,7 +227,6 @@ static void test_root(void) {
                             "a process claims to be rank 4294967295 of 2"},
         [OTHER_VERSION] = {EP_ERR_VERSION, "rank 1 runs libep", "all ranks must use the same"},
         [OTHER_SIZE] = {EP_ERR_MISMATCH, "rank 1 was told there are 3 ranks", "was told 2"},
-        [OTHER_HOST] = {EP_ERR_UNSUPPORTED, "rank 1 is on another host", "one host"},
         [FAILED] = {EP_ERR_PEER, "rank 1 failed: its ?[31mtext?", ""},
     };
     for (enum attack a = HONEST; a < NUM_ATTACKS; a++) {

@@ -43,12 +43,6 @@ struct rig {
     struct end end[MOST_ENDS];
 };
 
-/* What libfabric keeps for good, or forgets itself. */
-__attribute__((visibility("default"))) const char *__lsan_default_suppressions(void);
-const char *__lsan_default_suppressions(void) {
-    return "leak:libfabric.so";
-}
-
 static const char *providers[8];
 static int num_providers;
 

@@ -270,12 +270,6 @@ static int num_threads(void) {
     return n;
 }
 
-/* What libfabric keeps for good, or forgets itself. */
-__attribute__((visibility("default"))) const char *__lsan_default_suppressions(void);
-const char *__lsan_default_suppressions(void) {
-    return "leak:libfabric.so";
-}
-
 /* Of threads, whose process is this one. */
 static void leaves_nothing(void) {
     struct world_setup s;

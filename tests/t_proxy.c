@@ -31,12 +31,6 @@ struct region {
     uint64_t credit_in[RANKS][LANES][SLOTS];
 };
 
-/* What libfabric keeps for good, or forgets itself. */
-__attribute__((visibility("default"))) const char *__lsan_default_suppressions(void);
-const char *__lsan_default_suppressions(void) {
-    return "leak:libfabric.so";
-}
-
 struct rank {
     struct epi_net *net;
     struct epi_proxy *proxy;

@@ -82,7 +82,7 @@ static ep_status read_config(const struct epi_boot_config *config, struct epi_me
         memcpy(meet->host, launch->host, sizeof(meet->host));
     }
     meet->is_job_named = job.is_named;
-    return meet->num_ranks == 1 ? EP_OK : epi_meet_choose(meet, job.name, launch->is_local);
+    return meet->num_ranks == 1 ? EP_OK : epi_meet_choose(meet, job.name);
 }
 
 static ep_status star_start(struct epi_star *star) {

@@ -248,7 +248,7 @@ static bool equals_size(const char *name, int num) {
     return text && strtol(text, NULL, 10) == num;
 }
 
-static bool is_all_local(const struct identity *id, int num_ranks) {
+static bool is_all_local(const struct identity *id, int num_ranks, bool *is_spread) {
     static const char *const node_counts[] = {"SLURM_STEP_NUM_NODES", "SLURM_NNODES"};
     const int launchers[] = {id->who, id->outer};
     const char *name = NULL;
@@ -260,11 +260,13 @@ static bool is_all_local(const struct identity *id, int num_ranks) {
                                 ? sources[launchers[i]].local
                                 : NULL;
         if (local && epi_env(local)) {
-            return equals_size(local, num_ranks);
+            *is_spread = !equals_size(local, num_ranks);
+            return !*is_spread;
         }
     }
     const char *nodes = first_set(node_counts, 2, &name);
-    return nodes && strcmp(nodes, "1") == 0;
+    *is_spread = nodes && strcmp(nodes, "1") != 0;
+    return nodes && !*is_spread;
 }
 
 /* MASTER_ADDR; where it has a port, *port is MASTER_PORT's. */
@@ -291,7 +293,7 @@ static ep_status read_host(const struct identity *id, struct epi_launch *out, in
     static const char *const lists[] = {"SLURM_STEP_NODELIST", "SLURM_NODELIST",
                                         "SLURM_JOB_NODELIST"};
     const char *host = epi_env("MASTER_ADDR");
-    out->is_local = is_all_local(id, out->num_ranks);
+    out->is_local = is_all_local(id, out->num_ranks, &out->is_spread);
     if (host && !out->is_local) {
         *from = "MASTER_ADDR";
         EPI_TRY(read_master(host, out, port));

@@ -54,8 +54,7 @@ static void claim(struct visit *v) {
                           .num_ranks = (uint32_t)m->num_ranks,
                           .rank = (uint32_t)m->rank,
                           .status = m->has_failed ? EP_ERR_PEER : EP_OK,
-                          .process = epi_this_process(),
-                          .host = epi_this_host()};
+                          .process = epi_this_process()};
     epi_shake_claim(&v->shake, v->conn, &c, m->failed);
 }
 

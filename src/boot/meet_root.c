@@ -24,7 +24,6 @@ uint32_t epi_meet_version(void) {
 static ep_status check_claim(struct epi_gathering *g, const struct epi_claim *c,
                              char text[EPI_REASON_BYTES]) {
     const struct epi_meet *m = g->meet;
-    const uint64_t host = epi_this_host();
     if (c->version != epi_meet_version()) {
         epi_format(text, EPI_REASON_BYTES,
                    "rank %u runs libep %u, rank 0 runs %u; all ranks must use the same libep",
@@ -41,13 +40,6 @@ static ep_status check_claim(struct epi_gathering *g, const struct epi_claim *c,
         epi_format(text, EPI_REASON_BYTES, "a process claims to be rank %u of %d", c->rank,
                    m->num_ranks);
         return EP_ERR_MISMATCH;
-    }
-    if (c->host != 0 && host != 0 && c->host != host) {
-        epi_format(text, EPI_REASON_BYTES,
-                   "rank %u is on another host, or in another network namespace, than rank 0; "
-                   "this version joins ranks of one host",
-                   c->rank);
-        return EP_ERR_UNSUPPORTED;
     }
     if (c->rank == 0 && m->launch.by_hand) {
         g->is_giving_way = true;
@@ -141,7 +133,7 @@ void epi_gather_claim(struct epi_gathering *g, int index, const struct epi_claim
         admit(g, index, c);
         return;
     }
-    const bool is_hopeless = st == EP_ERR_VERSION || st == EP_ERR_UNSUPPORTED ||
+    const bool is_hopeless = st == EP_ERR_VERSION ||
                              c->num_ranks != (uint32_t)g->meet->num_ranks || g->is_giving_way;
     epi_stranger_turn_away(g, index, st, text);
     if (g->meet->is_job_named && is_hopeless) {
@@ -321,8 +313,7 @@ static void tell_all(struct epi_gathering *g, const struct epi_listeners *listen
     const ep_status st = g->status;
     char text[EPI_ERROR_TEXT_BYTES];
     const bool is_shared = st == EP_ERR_TIMEOUT || st == EP_ERR_MISMATCH ||
-                           st == EP_ERR_VERSION || st == EP_ERR_PEER ||
-                           st == EP_ERR_UNSUPPORTED;
+                           st == EP_ERR_VERSION || st == EP_ERR_PEER;
     epi_format(text, sizeof(text), "%s", epi_error_text());
     epi_meet_reject_all(g->conns, g->meet->num_ranks, is_shared ? st : EP_ERR_PEER, text);
     if (is_shared && st != EP_ERR_TIMEOUT && g->verdict == EP_OK && !g->is_giving_way) {

@@ -192,6 +192,7 @@ struct epi_launch {
     int rank;
     int num_ranks;
     bool is_local;  /* all ranks are on this host, so they need neither host nor port */
+    bool is_spread; /* the launcher says that they are on several hosts */
     char host[256]; /* of rank 0: a name or a literal without brackets */
     /* Where rank 0 may listen: it takes the first it can have, and the others try all in turn,
      * since anybody's may be the program that answers at one of them. */
@@ -263,8 +264,11 @@ struct epi_meet {
     bool is_job_named; /* a rank of this job with another idea of it makes all ranks fail */
     bool over_tcp;     /* else over an abstract Unix socket: all ranks are on this host */
     bool may_be_far;   /* the address does not say that: for the text of a timeout */
-    char host[256];    /* of rank 0; empty: the ranks have their key from an allgather */
+    char host[256];    /* of rank 0; empty: the ranks have their key from an allgather ... */
     int port;
+    struct epi_addr
+        given[EPI_MEET_MAX_ADDRS]; /* ... and, on several hosts, rank 0's addresses */
+    int num_given;
     char where[300];          /* rank 0's address, for people */
     struct epi_launch launch; /* all 0, but where the ranks meet by the environment */
     bool has_failed;          /* this rank comes only to say why */
@@ -281,9 +285,13 @@ struct epi_listeners {
 };
 
 /* Host, port and the job's name are known: makes the key, chooses between TCP and Unix, says where. */
-ep_status epi_meet_choose(struct epi_meet *meet, const char *job, bool is_all_local);
+ep_status epi_meet_choose(struct epi_meet *meet, const char *job);
 /* The same where the ranks have a secret from an allgather. */
 void epi_meet_choose_shared(struct epi_meet *meet, const void *secret, size_t bytes);
+/* Then, where they are on several hosts: rank 0 listens at a port of the kernel's choice, on all addresses
+ * of this host that EP_IFNAME names, and says in text which ("host:port,host:port"); others take that. */
+ep_status epi_meet_listen_far(struct epi_listeners *out, char *text, size_t bytes);
+ep_status epi_meet_take_far(struct epi_meet *meet, const char *text);
 /* The addresses to be tried, in this order; NULL, or why there are none. */
 const char *epi_meet_places(const struct epi_meet *meet,
                             struct epi_addr out[EPI_MEET_MAX_ADDRS], int *num);
@@ -297,7 +305,7 @@ void epi_listeners_close(struct epi_listeners *listeners);
 /* ---- cards.c: what ranks tell each other by the caller's allgather -------------------------- */
 
 /* Every rank takes part, one that has failed with `own` and its text in epi_error_text(): the
- * others are in it. Then *meet knows the key; rank 0 listens. */
+ * others are in it. Then *meet knows the key; rank 0 listens. Ranks of several hosts use it twice. */
 ep_status epi_cards_exchange(const struct epi_boot_config *config, struct epi_meet *meet,
                              ep_status own, struct epi_listeners *listeners);
 

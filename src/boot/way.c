@@ -190,13 +190,12 @@ static ep_status check_is_here(const struct epi_meet *meet, const struct epi_add
     }
     return epi_fail(
         EP_ERR_ARG,
-        "rank 0 is at %s, which is not this host. This version joins ranks of one "
-        "host, and over a network only ranks that hold a key meet: set EP_JOB_KEY to "
-        "the same secret of 16 or more characters on all ranks",
+        "rank 0 is at %s, which is not this host, and over a network only ranks that hold a "
+        "key meet: set EP_JOB_KEY to the same secret of 16 or more characters on all ranks",
         meet->host);
 }
 
-ep_status epi_meet_choose(struct epi_meet *meet, const char *job, bool is_all_local) {
+ep_status epi_meet_choose(struct epi_meet *meet, const char *job) {
     struct epi_addr literal;
     const char *secret = epi_opt_str(EPI_OPT_JOB_KEY);
     if (!secret && epi_opt_is_malformed(EPI_OPT_JOB_KEY)) {
@@ -204,11 +203,19 @@ ep_status epi_meet_choose(struct epi_meet *meet, const char *job, bool is_all_lo
     }
     epi_key_make(&meet->key, secret, secret ? strlen(secret) : 0, job);
     const bool is_literal = read_literal(meet->host, &literal);
-    const bool is_near = is_all_local || strcmp(meet->host, "localhost") == 0 ||
+    const bool is_near = meet->launch.is_local || strcmp(meet->host, "localhost") == 0 ||
                          (is_literal && is_loopback(&literal));
-    meet->over_tcp = secret && !is_near;
-    meet->may_be_far = !secret && !is_near;
+    meet->over_tcp = (secret || meet->launch.is_spread) && !is_near;
+    meet->may_be_far = !meet->over_tcp && !is_near;
     say_where(meet);
+    if (meet->over_tcp && !secret && meet->rank == 0) {
+        epi_log(
+            EPI_LOG_WARN,
+            "ranks of several hosts meet at %s without a key: whoever reaches that port and "
+            "knows the job's name can join and read and write the ranks' memory; set "
+            "EP_JOB_KEY to the same secret of 16 or more characters on all ranks",
+            meet->where);
+    }
     return meet->may_be_far && is_literal ? check_is_here(meet, &literal) : EP_OK;
 }
 
@@ -236,7 +243,11 @@ const char *epi_meet_places(const struct epi_meet *meet,
                             struct epi_addr out[EPI_MEET_MAX_ADDRS], int *num) {
     struct epi_addr found[EPI_MEET_MAX_ADDRS];
     int num_found = 0;
-    *num = 0;
+    *num = meet->num_given;
+    memcpy(out, meet->given, (size_t)meet->num_given * sizeof(*out));
+    if (meet->num_given > 0) {
+        return NULL;
+    }
     if (meet->over_tcp) {
         const char *why = resolve(meet, found, &num_found);
         for (int p = 0; !why && p < num_ports(meet); p++) {
@@ -271,7 +282,7 @@ void epi_meet_doubt(const struct epi_meet *meet, struct epi_deadline deadline, c
     } else if (keep_local(NULL, addrs, &num) == 0 && num == 0) {
         epi_format(out, 200,
                    "%.60s is not this host: ranks of several hosts need EP_JOB_KEY, the same "
-                   "secret on all, and this version joins those of one host only",
+                   "secret on all",
                    meet->host);
     }
 }
@@ -429,6 +440,72 @@ static ep_status listen_on_tcp(const struct epi_meet *meet, struct epi_listeners
             return st;
         }
         epi_log(EPI_LOG_INFO, "%s; port %d is next", epi_error_text(), port_of(meet, p + 1));
+    }
+    return EP_OK;
+}
+
+static bool is_link_local(const struct epi_addr *a) {
+    return a->ss.ss_family == AF_INET6 &&
+           IN6_IS_ADDR_LINKLOCAL(&((const struct sockaddr_in6 *)&a->ss)->sin6_addr);
+}
+
+/* Those that do not fit in the text are left out, and closed. */
+ep_status epi_meet_listen_far(struct epi_listeners *out, char *text, size_t bytes) {
+    struct epi_addr addrs[MAX_LOCAL_ADDRS];
+    const char *rule_from = NULL;
+    const char *rule = interface_rule(&rule_from);
+    const int num = list_local(rule, addrs, MAX_LOCAL_ADDRS);
+    epi_listeners_close(out);
+    text[0] = '\0';
+    for (int i = 0; i < num && out->num < EPI_MEET_MAX_ADDRS; i++) {
+        char one[EPI_ADDR_TEXT_BYTES];
+        const size_t used = strlen(text);
+        if (is_loopback(&addrs[i]) || is_link_local(&addrs[i])) {
+            continue;
+        }
+        epi_addr_set_port(&addrs[i], 0);
+        int fd = epi_sock_listen(&addrs[i]);
+        addrs[i].len = sizeof(addrs[i].ss);
+        if (fd < 0 || getsockname(fd, (struct sockaddr *)&addrs[i].ss, &addrs[i].len) != 0) {
+            epi_fd_close(&fd);
+            continue;
+        }
+        epi_addr_text(&addrs[i], one);
+        if (used + strlen(one) + 2 > bytes) {
+            epi_fd_close(&fd);
+            break;
+        }
+        epi_format(text + used, bytes - used, "%s%s", used > 0 ? "," : "", one);
+        out->fds[out->num++] = fd;
+    }
+    return out->num > 0
+               ? EP_OK
+               : epi_fail(
+                     EP_ERR_SYSTEM,
+                     "rendezvous: ranks are on several hosts, and rank 0's has no address on "
+                     "which it can listen%s%s%s%s",
+                     rule ? " of the interfaces that " : "", rule ? rule_from : "",
+                     rule ? " names: " : "", rule ? rule : "");
+}
+
+ep_status epi_meet_take_far(struct epi_meet *meet, const char *text) {
+    meet->over_tcp = true;
+    epi_format(meet->where, sizeof(meet->where), "%s", text);
+    for (size_t len; *text != '\0' && meet->num_given < EPI_MEET_MAX_ADDRS; text += len) {
+        char one[EPI_ADDR_TEXT_BYTES], host[256];
+        int port = 0;
+        text += *text == ',';
+        len = strcspn(text, ",");
+        epi_format(one, sizeof(one), "%.*s", (int)len, text);
+        struct epi_addr *addr = &meet->given[meet->num_given];
+        if (epi_addr_parse(one, host, &port) || port == 0 || !read_literal(host, addr)) {
+            return epi_fail(EP_ERR_SYSTEM,
+                            "rendezvous: rank 0 says that it listens at \"%s\", which is no "
+                            "address",
+                            one);
+        }
+        epi_addr_set_port(addr, port);
+        meet->num_given++;
     }
     return EP_OK;
 }

@@ -40,8 +40,7 @@ enum claim_at {
     CLAIM_AT_RANK = 40,
     CLAIM_AT_STATUS = 44,
     CLAIM_AT_PROCESS = 48,
-    CLAIM_AT_HOST = 56,
-    CLAIM_AT_END = 64
+    CLAIM_AT_END = 56
 };
 
 _Static_assert(AT_END == EPI_WIRE_HEADER_BYTES, "the header is as wire.h draws it");
@@ -209,7 +208,6 @@ void epi_wire_put_claim(uint8_t out[EPI_WIRE_CLAIM_BYTES], const struct epi_clai
     epi_put_u32(out + CLAIM_AT_RANK, claim->rank);
     epi_put_u32(out + CLAIM_AT_STATUS, (uint32_t)claim->status);
     epi_put_u64(out + CLAIM_AT_PROCESS, claim->process);
-    epi_put_u64(out + CLAIM_AT_HOST, claim->host);
 }
 
 void epi_wire_get_claim(const uint8_t *data, struct epi_claim *out) {
@@ -218,7 +216,6 @@ void epi_wire_get_claim(const uint8_t *data, struct epi_claim *out) {
     out->rank = epi_get_u32(data + CLAIM_AT_RANK);
     out->status = (int32_t)epi_get_u32(data + CLAIM_AT_STATUS);
     out->process = epi_get_u64(data + CLAIM_AT_PROCESS);
-    out->host = epi_get_u64(data + CLAIM_AT_HOST);
 }
 
 size_t epi_wire_text_bytes(const char *text) {

@@ -25,9 +25,9 @@
 #define EPI_WIRE_PROOF_TAG_BYTES 32 /* of HMAC-SHA-256 */
 #define EPI_WIRE_HELLO_BYTES 36
 #define EPI_WIRE_PROOF_BYTES 68
-#define EPI_WIRE_CLAIM_BYTES 64 /* a text may follow */
+#define EPI_WIRE_CLAIM_BYTES 56 /* a text may follow */
 #define EPI_WIRE_TEXT_BYTES 400 /* the longest text in a frame, without a final 0 */
-#define EPI_WIRE_PROTOCOL 2u    /* of the handshake and of what follows */
+#define EPI_WIRE_PROTOCOL 3u    /* of the handshake and of what follows */
 
 enum epi_frame_type {
     EPI_FRAME_HELLO = 1,   /* to 0: a nonce; data is a struct epi_hello */
@@ -75,7 +75,6 @@ struct epi_claim {
     uint32_t rank;
     int32_t status;   /* not 0: this rank has failed, as the text says */
     uint64_t process; /* the same number in all claims of a process */
-    uint64_t host;    /* the same number on a host; 0: it does not know */
 };
 
 /* Bytes consumed when a whole frame is at the start of buf, 0 when more are needed, -1 when

@@ -230,10 +230,11 @@ static ep_status fail_unfetched(const struct serving *s) {
         epi_format(stranger, sizeof(stranger), " (a process of user %lld was turned away)",
                    (long long)s->stranger);
     }
-    return epi_fail(EP_ERR_UNSUPPORTED,
-                    "%d rank(s) did not fetch the shared memory%s: they are on another host or "
-                    "in another container; this version joins ranks of one host",
-                    s->count, stranger);
+    return epi_fail(
+        EP_ERR_UNSUPPORTED,
+        "%d rank(s) of this node did not fetch the shared memory%s: they are on another "
+        "host or in another container",
+        s->count, stranger);
 }
 
 ep_status epi_fd_serve(int listener, const uint8_t token[EPI_FD_TOKEN], int fd, int count,
@@ -270,7 +271,7 @@ int epi_fd_connect(int source, const uint8_t token[EPI_FD_TOKEN], struct epi_dea
         *st = epi_fail(
             EP_ERR_UNSUPPORTED,
             "cannot reach rank %d's shared memory (%s): this rank is on another host or "
-            "in another container; this version joins ranks of one host",
+            "in another container, and both are to be of one node",
             source, strerror(err));
     } else if (!is_same_user(s, &uid)) {
         *st =
