@@ -30,13 +30,18 @@ static void tell_gone(struct k_board *at, int gone) {
     atomic_fetch_or((_Atomic k_u64 *)&at->gone[gone / 64], 1ull << gone % 64);
 }
 
+/* Not for kernels: what such a rank has sent may be on its way still. */
+static void note_gone(ep_group *g, int rank) {
+    atomic_fetch_or(&g->gone[rank / 64], 1ull << rank % 64);
+}
+
 void epi_group_died(ep_group *g, int rank) {
     struct k_board *board = atomic_load(&g->board);
     k_u64 zero = 0;
-    if (board && (g->config.flags & EP_GROUP_LL_MASKS || g->nodes.num > 1)) {
+    note_gone(g, rank);
+    if (board && g->config.flags & EP_GROUP_LL_MASKS) {
         tell_gone(board, rank);
-    }
-    if (board && !(g->config.flags & EP_GROUP_LL_MASKS)) {
+    } else if (board) {
         atomic_compare_exchange_strong((_Atomic k_u64 *)&board->abort, &zero,
                                        K_ABORT_PACK(K_ERR_PEER, 0, rank, 0, 0, 0));
     }
@@ -109,8 +114,8 @@ static void tell_peers(ep_group *g, k_u64 word) {
 
 void epi_group_told(ep_group *g, uint64_t word) {
     struct k_board *board = atomic_load(&g->board);
-    if (board && is_goodbye(word)) {
-        tell_gone(board, K_ABORT_REPORTER(word));
+    if (is_goodbye(word)) {
+        note_gone(g, K_ABORT_REPORTER(word));
     }
     if (board) {
         tell_board(board, word);
@@ -123,7 +128,7 @@ uint64_t epi_group_raised(const ep_group *g) {
 }
 
 bool epi_group_is_gone(const ep_group *g, int rank) {
-    return (read_word(&own_board(g)->gone[rank / 64]) >> rank % 64 & 1) != 0;
+    return (atomic_load(&g->gone[rank / 64]) >> rank % 64 & 1) != 0;
 }
 
 void epi_group_note_end(ep_group *g, uint64_t n) {

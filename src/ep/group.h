@@ -67,6 +67,8 @@ struct ep_group {
     bool cannot_meet;         /* a growth has ended before all had come */
     atomic_bool is_orphan;    /* of a CUDA rank: none of its threads is left */
     atomic_int dead_rank;     /* -1, or who died */
+    atomic_ullong
+        gone[EP_MAX_RANKS / 64]; /* a bit for each that died, or left from another node */
     char dead_why[96];
 };
 
@@ -187,7 +189,7 @@ void epi_group_open_board(ep_group *g);
 void epi_group_told(ep_group *g, uint64_t word);
 /* What this rank's kernels, or a call of it, have raised and others have to know; 0: nothing. */
 uint64_t epi_group_raised(const ep_group *g);
-/* Whether a rank of another node has left or died. */
+/* Whether a rank has died, or left from another node. */
 bool epi_group_is_gone(const ep_group *g, int rank);
 /* A rank has died; from any thread. */
 void epi_group_died(ep_group *g, int rank);

@@ -248,6 +248,7 @@ void epi_wires_stop(struct epi_wires *w) {
         epi_sleep_ns(EPI_NS_PER_MS);
     }
     epi_proxy_stop(&w->proxy, epi_deadline_after(good ? DRAIN_NS : 0));
+    on_look(w); /* what kernels have raised since its last look */
     epi_net_close(&w->net, epi_deadline_after(0));
 }
 
