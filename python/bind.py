@@ -205,8 +205,9 @@ StreamLike = Union[None, int, "_Stream", Any]
 class Tensor:
     """Memory with a shape and one of libep's types. Without arguments: blank, to be filled in by a
     dispatch with DISPATCH_ARENA. With an array and a type: that array as another type of the same
-    size, for arguments of calls."""
-    def __init__(self, array: Optional[Array] = ..., dtype: Any = ...) -> None: ...
+    size, or a part of it from a byte on, for arguments of calls."""
+    def __init__(self, array: Optional[Array] = ..., dtype: Any = ...,
+                 shape: Optional[Tuple[int, ...]] = ..., offset: int = ...) -> None: ...
     @property
     def shape(self) -> Tuple[int, ...]: ...
     @property
@@ -220,11 +221,14 @@ class Prepared:
     """The call of a method with these keywords, whose tensors all lie in the arrays. Called with a
     stream and other such arrays it does the same with those. None: one of them is not alike, and nothing
     was done. Else arrays that are parts of the first one's memory, of a type (ep.I32, ...), a shape, and
-    from a byte on; or () where its library has no functions for that."""
+    from a byte on; or () where its library has no functions for that. With `make` the first array may be
+    None: then it is one that make() has returned, lent again when all its parts are gone, to calls on the
+    same stream."""
     def __init__(self, method: Any, arrays: Tuple[Array, ...],
-                 parts: Tuple[Tuple[int, Tuple[int, ...], int], ...],
-                 keywords: Dict[str, Any]) -> None: ...
-    def __call__(self, stream: Optional[int], *arrays: Array) -> Optional[Tuple[Array, ...]]: ...
+                 parts: Tuple[Tuple[int, Tuple[int, ...], int], ...], keywords: Dict[str, Any],
+                 make: Optional[Callable[[], Array]] = ...) -> None: ...
+    def __call__(self, stream: Optional[int],
+                 *arrays: Optional[Array]) -> Optional[Tuple[Array, ...]]: ...
 
 unbound: List[str]
 def path_of(array: Array) -> str: ...

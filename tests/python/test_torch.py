@@ -115,6 +115,27 @@ def test_processes_meet_over_gloo():
     torch.multiprocessing.spawn(_process, (2, port), nprocs=2)
 
 
+def check_lending(prepare, stream, memory, x):
+    """Memory that a prepared call lends is lent again when nothing of it is left, views included."""
+    call = prepare(lambda: torch.full_like(memory, 7.0))
+    one = call(stream, None, x)
+    if ep.path_of(x) != "exchange":
+        assert one == ()
+        return
+    two, where = call(stream, None, x), one[0].data_ptr()
+    view = one[1][1:]
+    del one
+    three = call(stream, None, x)
+    assert len({where, two[0].data_ptr(), three[0].data_ptr()}) == 3 and view.tolist() == [7]
+    del view
+    again = call(stream, None, x)
+    assert again[0].data_ptr() == where
+    del call, again, three
+    assert two[1].tolist() == [7, 7]  # parts outlive the call
+    with pytest.raises(TypeError, match="no array like the first"):
+        prepare(lambda: memory[1:])(stream, None, x)
+
+
 def test_a_prepared_call_does_the_same_with_other_arrays(ranks):
     case = Case(2, seed=3)
 
@@ -141,6 +162,9 @@ def test_a_prepared_call_does_the_same_with_other_arrays(ranks):
             assert made[1].tolist() == [7, 7]
         else:
             assert made == ()
+        assert call(stream, None, x) is None
+        check_lending(lambda make: ep.Prepared(handle.dispatch, (memory, x), parts, keywords, make),
+                      stream, memory, x)
         with pytest.raises(ep.ArgumentError, match="x: lies in the memory of none"):
             ep.Prepared(handle.dispatch, (memory,), (), keywords)
         with pytest.raises(ValueError, match="is not in the"):

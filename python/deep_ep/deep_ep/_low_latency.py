@@ -3,6 +3,7 @@
 Low-latency mode of Buffer: dispatch and combine in one call or in two halves, of which the second
 is the hook. Outputs have the size of the worst case; nothing here waits for the device.
 """
+import functools
 import math
 
 import ep
@@ -34,9 +35,9 @@ def _like(x, shape, dtype):
 
 
 def _pieces(small, parts):
-    """As a prepared call makes them, but for older torch."""
-    types = {ep.I32: (torch.int32, 4), ep.I64: (torch.int64, 8)}
-    return [small.view(types[dtype][0])[offset // types[dtype][1]:][:math.prod(shape)].view(shape)
+    """As a prepared call makes them, where it was none, and for older torch."""
+    types = {ep.U8: (torch.uint8, 1), ep.I32: (torch.int32, 4), ep.I64: (torch.int64, 8)}
+    return [small[offset:offset + math.prod(shape) * types[dtype][1]].view(types[dtype][0]).view(shape)
             for dtype, shape, offset in parts]
 
 
@@ -44,10 +45,14 @@ MASKING = ep.TimeoutError_, ep.PeerError
 
 
 class Shape:
-    """What calls of one shape have in common. `prepared`: the calls themselves, by name."""
+    """What calls of one shape have in common. `prepared`: the calls themselves, by name, which find out
+    whether arrays are like those that check() has seen. `lends`: those have memory for what is
+    small."""
+
+    lends, small, parts = False, None, ()
 
     def __init__(self, **common):
-        self.common, self.prepared, self.parts = common, {}, ()
+        self.common, self.prepared = common, {}
 
 
 class DispatchShape(Shape):
@@ -65,34 +70,55 @@ class DispatchShape(Shape):
         if use_fp8:  # columns of one group of channels each start at a multiple of 16 bytes
             groups = round_up(hidden, 512) // 512 if use_ue8m0 else hidden // 128
             room = round_up(rows, 4)
-            self.scales = _like(x, (local * groups, room),
-                                torch.int32 if use_ue8m0 else torch.float32)
+            self.scales = x.new_empty(1, dtype=torch.int32 if use_ue8m0 else torch.float32)
             self.seen = (local, rows, groups), (groups * room, 1, room)
+            self.columns = (local * groups, rows), (room, 1)
         # One allocation for what is small: the memory of libep's handle, and these.
         self.memory = (group.plan.ll_handle_bytes,)
         ranges = round_up(group.plan.ll_handle_bytes, 16)
         count = ranges + 8 * local * ranks
         source = count + 4 * round_up(local, 4)
-        self.small = _like(x, (-(-(source + 4 * local * rows) // 8),), torch.int64)
-        self.parts = ((ep.I32, (local,), count), (ep.I32, (local, rows), source),
+        size = (source + 4 * local * rows,)
+        self.small, self.lends = _like(x, size, torch.uint8), ep.path_of(x) == "exchange"
+        self.parts = ((ep.U8, size, 0), (ep.I32, (local,), count), (ep.I32, (local, rows), source),
                       (ep.I64, (local, ranks), ranges))
         self.lines = (local * rows,), source
 
+    @staticmethod
+    def check(x, topk_idx, *_):
+        host_check(x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16 and
+                   x.size(1) % 128 == 0,
+                   lambda: f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
+                   f"contiguous bfloat16 [tokens, hidden] with hidden a multiple of 128")
+        _layout.check_ids(topk_idx, x.size(0))
+
     def keywords(self, small, x, topk_idx, data, scales=None):
-        count, source, ranges = (ep.Tensor(small, *part) for part in self.parts)
+        count, source, ranges = (ep.Tensor(small, *part) for part in self.parts[1:])
         return dict(
             self.common, x=x, topk_ids=topk_idx, handle=ep.Tensor(small, "u8", self.memory),
             recv_x=ep.Tensor(data, None, self.flat), expert_counts=count, ranges=ranges,
             recv_source=ep.Tensor(small, ep.I32, *self.lines),
-            recv_scales=None if scales is None else scales[:, :self.rows])
+            recv_scales=None if scales is None else scales.as_strided(*self.columns))
 
 
 class CombineShape(Shape):
-    def __init__(self, group, x, tokens, most, num_experts, use_logfmt):
+    def __init__(self, group, x, topk_idx, rows, most, num_experts, use_logfmt):
         super().__init__(max_tokens=most, num_experts=num_experts,
                          flags=ep.LL_LOGFMT if use_logfmt else 0)
-        self.flat, self.memory = (x.size(0) * x.size(1), x.size(2)), (group.plan.ll_handle_bytes,)
-        self.out = _like(x, (tokens, x.size(2)), x.dtype)
+        local = num_experts // group.ep.num_ranks
+        self.places, self.topk, self.memory = (local, rows), topk_idx.shape, (group.plan.ll_handle_bytes,)
+        self.check(x)
+        self.flat, self.out = (local * rows, x.size(2)), _like(x, (topk_idx.size(0), x.size(2)), x.dtype)
+
+    def check(self, x, topk_weights=None, *_):
+        host_check(x.dim() == 3 and x.is_contiguous() and x.dtype == torch.bfloat16 and
+                   x.shape[:2] == self.places,
+                   lambda: f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
+                   f"contiguous bfloat16 {list(self.places)} and hidden")
+        host_check(topk_weights is None or (topk_weights.dtype == torch.float32 and
+                                            topk_weights.shape == self.topk),
+                   lambda: f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, must "
+                   f"be float32 {list(self.topk)}, as topk_idx")
 
     def keywords(self, small, x, topk_weights, out):
         return dict(self.common, x=ep.Tensor(x, None, self.flat), topk_weights=topk_weights, out=out,
@@ -120,9 +146,7 @@ class LowLatency:
         if use_nvfp4 or x_global_scale is not None:
             refuse(use_nvfp4=use_nvfp4, x_global_scale=x_global_scale is not None)
         group = None if self.runtime is None else self.runtime._group
-        key = (x.shape, x.dtype, x.is_contiguous(), topk_idx.shape, topk_idx.dtype,
-               topk_idx.is_contiguous(), num_max_dispatch_tokens_per_rank, num_experts, use_fp8,
-               round_scale, use_ue8m0)
+        key = x.shape, num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0
         shape = None if group is None else group.shapes.get(key)
         if shape is None:
             group, shape = self._dispatch_shape(key, x, topk_idx)
@@ -133,29 +157,24 @@ class LowLatency:
         if waits is not None:
             more["wait_ns"] = _numbers("dispatch_wait_recv_cost_stats", waits, torch.int64,
                                        self.group_size)
-        recv_x, small = torch.empty_like(shape.data), torch.empty_like(shape.small)
-        arrays = small, x, topk_idx, recv_x
+        recv_x = torch.empty_like(shape.data)
+        arrays = None, x, topk_idx, recv_x
         if shape.scales is not None:
-            scales = torch.empty_like(shape.scales)
-            recv_x, arrays = (recv_x, scales.as_strided(*shape.seen)), arrays + (scales,)
-        made, event, hook = self._run(group, shape, "ll_dispatch", arrays, more, async_finish,
-                                      return_recv_hook)
-        count, source, ranges = made or _pieces(small, shape.parts)
+            scales = shape.scales.new_empty_strided(*shape.seen)
+            recv_x, arrays = (recv_x, scales), arrays + (scales,)
+        (memory, count, source, ranges), event, hook = self._run(
+            group, shape, "ll_dispatch", arrays, more, async_finish, return_recv_hook)
         source.libep_routing = ranges.libep_routing = Routing(group, None, shape.tokens, shape.rows,
-                                                              small)
+                                                              memory)
         return recv_x, count, (source, ranges, num_max_dispatch_tokens_per_rank, x.size(1),
                                num_experts), event, hook
 
     def _dispatch_shape(self, key, x, topk_idx):
-        *_, most, num_experts, use_fp8, round_scale, use_ue8m0 = key
+        _, most, num_experts, use_fp8, round_scale, use_ue8m0 = key
         runtime, ranks = self._low_latency("low_latency_dispatch"), self.group_size
-        host_check(x.dim() == 2 and x.is_contiguous() and x.dtype == torch.bfloat16 and
-                   x.size(1) % 128 == 0,
-                   lambda: f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
-                   f"contiguous bfloat16 [tokens, hidden] with hidden a multiple of 128")
+        DispatchShape.check(x, topk_idx)
         host_check(x.size(0) <= most, lambda: f"x has {x.size(0)} rows, "
                    f"num_max_dispatch_tokens_per_rank is {most}")
-        _layout.check_ids(topk_idx, x.size(0))
         host_check(num_experts > 0 and num_experts % ranks == 0,
                    lambda: f"num_experts is {num_experts}, must be a multiple of the {ranks} ranks")
         host_check(round_scale or not use_ue8m0, "use_ue8m0 needs round_scale")
@@ -173,12 +192,10 @@ class LowLatency:
         if overlap or src_signals is not None:
             refuse(overlap=overlap, src_signals=src_signals is not None)
         routing, waits = Routing.find(handle), combine_wait_recv_cost_stats
-        key = (x.shape, x.dtype, x.is_contiguous(), topk_idx.shape, topk_idx.dtype, topk_weights.shape,
-               topk_weights.dtype, routing.tokens, handle[2], handle[4], use_logfmt)
         if self.runtime is None or not self.low_latency_mode:
             self._low_latency("low_latency_combine")
-        shape = routing.group.shapes.get(key) or self._combine_shape(key, routing, x, topk_idx,
-                                                                     topk_weights)
+        key = x.shape, topk_idx.shape, topk_idx.dtype, routing.tokens, handle[2], handle[4], use_logfmt
+        shape = routing.group.shapes.get(key) or self._combine_shape(key, routing, x, topk_idx)
         if zero_copy:
             host_check(not use_logfmt, "zero_copy and use_logfmt must not both be set")
             host_check(routing.answers is not None and routing.answers.shape == x.shape,
@@ -194,20 +211,12 @@ class LowLatency:
                                    return_recv_hook)
         return out, event, hook
 
-    def _combine_shape(self, key, routing, x, topk_idx, topk_weights):
+    def _combine_shape(self, key, routing, x, topk_idx):
         *_, tokens, most, num_experts, use_logfmt = key
         host_check(routing.memory is not None, "handle is of dispatch, not of low_latency_dispatch")
-        local = num_experts // self.group_size
-        host_check(x.dim() == 3 and x.is_contiguous() and x.dtype == torch.bfloat16 and
-                   x.shape[:2] == (local, routing.rows),
-                   lambda: f"x is {x.dtype} {list(x.shape)} of strides {x.stride()}, must be "
-                   f"contiguous bfloat16 [{local}, {routing.rows}, hidden]")
         _layout.check_ids(topk_idx, tokens)
-        host_check(topk_weights.dtype == torch.float32 and topk_weights.shape == topk_idx.shape,
-                   lambda: f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}, must "
-                   f"be float32 {list(topk_idx.shape)}, as topk_idx")
-        routing.group.shapes[key] = shape = CombineShape(routing.group, x, tokens, most, num_experts,
-                                                         use_logfmt)
+        routing.group.shapes[key] = shape = CombineShape(routing.group, x, topk_idx, routing.rows, most,
+                                                         num_experts, use_logfmt)
         return shape
 
     def get_next_low_latency_combine_buffer(self, handle):
@@ -225,18 +234,26 @@ class LowLatency:
         """(parts of small memory, event, hook) of an operation. With a hook, both halves run on the
         stream that is current now; the hook holds all tensors, and so does an asynchronous event."""
         runtime = self.runtime
-        runtime.keep_if_captured(group)
-        if not async_finish:
-            stream = runtime.current_stream()
-            if not return_recv_hook:
-                return self._call(group, shape, name, stream, arrays, more), EventOverlap(), None
-            made = self._call(group, shape, name + "_send", stream, arrays, more)
+        captured = runtime.keep_if_captured(group)
+        # Memory that is lent is for one stream, and not a graph's; what masks has to give its own.
+        if arrays[0] is None and (captured or async_finish or self.enable_shrink or not shape.lends):
+            arrays = (torch.empty_like(shape.small),) + arrays[1:]
+        if async_finish:
+            host_check(not return_recv_hook, "async_finish and return_recv_hook must not both be set")
+            return self._run_asynchronously(group, shape, name, arrays, more)
+        stream = runtime.current_stream()
+        if not return_recv_hook:
+            return self._call(group, shape, name, stream, arrays, more), EventOverlap(), None
+        made = self._call(group, shape, name + "_send", stream, arrays, more)
+        arrays = arrays if arrays[0] is not None else (made[0],) + arrays[1:]
 
-            def receive():
-                self._call(group, shape, name + "_recv", stream, arrays, more)
+        def receive():
+            self._call(group, shape, name + "_recv", stream, arrays, more)
 
-            return made, EventOverlap(), receive
-        host_check(not return_recv_hook, "async_finish and return_recv_hook must not both be set")
+        return made, EventOverlap(), receive
+
+    def _run_asynchronously(self, group, shape, name, arrays, more):
+        runtime = self.runtime
         if runtime.cuda:
             runtime.comm_stream.wait_stream(torch.cuda.current_stream())
             made = self._call(group, shape, name, runtime.comm_stream.cuda_stream, arrays, more)
@@ -249,24 +266,28 @@ class LowLatency:
         return made, EventOverlap(event, arrays + tuple(more.values())), None
 
     def _call(self, group, shape, name, stream, arrays, more):
-        """The first of a shape is prepared, the others give nothing but arrays. With enable_shrink, that
-        the call has masked a rank is printed, as DeepEP does."""
-        key = name
+        """The parts that the call has made. The first of a shape is prepared, the others give nothing but
+        arrays. With enable_shrink, that the call has masked a rank is printed, as DeepEP does."""
         if more:
-            key, arrays = (name, *more), arrays + tuple(more.values())
+            arrays, key = arrays + tuple(more.values()), (name, *more)
+        else:
+            key = name
         prepared, made = shape.prepared.get(key), None
         try:
             if prepared is not None and not isinstance(stream, ep.Stream):
                 made = prepared(stream, *arrays)
             if made is None:
-                method = getattr(group.ep, name)
+                shape.check(*arrays[1:])
+                if arrays[0] is None:
+                    arrays = (torch.empty_like(shape.small),) + arrays[1:]
                 keywords = dict(shape.keywords(*arrays[:len(arrays) - len(more)]), **more)
-                parts = () if name.endswith("_recv") else shape.parts
-                shape.prepared[key] = ep.Prepared(method, arrays, parts, keywords)
+                method, parts = getattr(group.ep, name), () if name.endswith("_recv") else shape.parts
+                shape.prepared[key] = ep.Prepared(method, arrays, parts, keywords,
+                                                  functools.partial(torch.empty_like, shape.small))
                 method(stream=stream, **keywords)
         except MASKING as error:
             self._tell_masked(group, error)
-        return made
+        return made or (_pieces(arrays[0], shape.parts) if shape.parts else ())
 
     def _tell_masked(self, group, error):
         if not self.enable_shrink or group.ep.fault() is not None:

@@ -133,9 +133,11 @@ class Runtime:
 
     def keep_if_captured(self, used):
         """A graph is replayed when the objects of its capture, and larger groups, have come and gone:
-        what its operations use must live on."""
-        if self.cuda and is_capturing():
+        what its operations use must live on. Whether this is a capture."""
+        captured = self.cuda and is_capturing()
+        if captured:
             self._captured.add(used)
+        return captured
 
     def is_available(self):
         return True

@@ -16,6 +16,8 @@
 #include "ep.h"
 
 struct dl_exchange;
+struct dl_type;
+struct dl_device;
 
 #define MAX_RECORD 512 /* bytes of the largest struct of ep.h that is bound */
 #define MAX_TENSORS 24 /* tensors of one call */
@@ -142,10 +144,10 @@ int epy_current_stream(const struct source *s, void **stream);
 int epy_read_dtype(PyObject *dtype, const char *name, ep_dtype *out);
 const char *epy_dtype_name(int dtype);
 PyObject *epy_path_of(PyObject *module, PyObject *array);
-/* Parts of an array's memory as arrays of its library, whose functions are `e`. */
-bool epy_makes_pieces(const struct dl_exchange *e);
+/* A part of an array's memory, of which `t` is the whole: of a type, a shape, and from a byte on. */
 int epy_part_of(struct ep_tensor *t, PyObject *part, int64_t *at);
-PyObject *epy_piece_of(PyObject *array, const struct dl_exchange *e, struct ep_tensor *t);
+void epy_dl_of_dtype(int dtype, struct dl_type *type);
+struct dl_device epy_dl_device(int device, int index);
 
 /* The arguments of one call, from Python's to C's. */
 struct frame {

@@ -2,9 +2,11 @@
 /*
  * ep.Prepared: a call whose keywords were read once. A later one gives nothing but arrays, which take the
  * places of the first one's, so it costs a fraction. Owns a copy of the call's arguments, with the place
- * of each tensor in the memory of an array. Called with the GIL.
+ * of each tensor in the memory of an array, and memory that it lends to calls in place of their first
+ * array. Called with the GIL, but for what lets go of a part.
  */
 #include "binding.h"
+#include "dlpack.h"
 
 #include <string.h>
 
@@ -16,9 +18,26 @@ struct place {
     int array;    /* in whose memory it lies; -1: it has none */
     int64_t offset;
     struct ep_tensor t;
+    struct dl_type type; /* of a part */
+};
+/* The memory of an array, held by those who use it: its parts, and who lends it, to one call at a time. */
+struct block {
+    struct block *next;
+    PyObject *array;
+    char *data;
+    void *stream;
+    atomic_int users;
+};
+struct part {
+    struct dl_versioned lent;
+    struct ep_tensor t;
+    struct block *block;
 };
 struct prepared {
     PyObject_HEAD struct object *self; /* of the call; held */
+    PyObject *make;                    /* makes first arrays; or NULL */
+    struct block *blocks;              /* to be lent */
+    struct dl_device device;           /* of the first array */
     struct call *call;
     size_t size;
     unsigned char fields[MAX_RECORD];
@@ -108,6 +127,9 @@ static int read_arrays(struct prepared *p, PyObject *arrays) {
             return -1;
         }
         p->devices[p->num_arrays] = s.device;
+        if (!p->num_arrays) {
+            p->device = epy_dl_device(s.device, s.device_index);
+        }
     }
     return 0;
 }
@@ -124,22 +146,25 @@ static int read_parts(struct prepared *p, PyObject *parts) {
         if (epy_part_of(&part->t, PyTuple_GetItem(parts, p->num_parts), &part->offset)) {
             return -1;
         }
+        epy_dl_of_dtype(part->t.dtype, &part->type);
     }
     return 0;
 }
 
 static int prepared_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     struct prepared *p = (struct prepared *)self;
-    PyObject *method, *arrays, *parts, *keywords;
+    PyObject *method, *arrays, *parts, *keywords, *make = NULL;
     if (p->num_arrays || kwargs) {
-        PyErr_SetString(PyExc_RuntimeError, "Prepared: is made once, of 4 arguments");
+        PyErr_SetString(PyExc_RuntimeError, "Prepared: is made once, of 4 or 5 arguments");
         return -1;
     }
-    if (!PyArg_ParseTuple(args, "OO!O!O!:Prepared", &method, &PyTuple_Type, &arrays,
-                          &PyTuple_Type, &parts, &PyDict_Type, &keywords) ||
+    if (!PyArg_ParseTuple(args, "OO!O!O!|O:Prepared", &method, &PyTuple_Type, &arrays,
+                          &PyTuple_Type, &parts, &PyDict_Type, &keywords, &make) ||
         read_arrays(p, arrays) || read_parts(p, parts)) {
         return -1;
     }
+    Py_XINCREF(make);
+    p->make = make;
     PyObject *none = PyTuple_New(0);
     preparing = p;
     PyObject *told = none ? PyObject_Call(method, none, keywords) : NULL;
@@ -152,19 +177,14 @@ static int prepared_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     return told && p->call ? 0 : -1;
 }
 
-static void prepared_dealloc(PyObject *self) {
-    PyTypeObject *type = Py_TYPE(self);
-    Py_XDECREF((PyObject *)((struct prepared *)self)->self);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
-}
-
 /* Whether the array is like the one that was prepared; where its memory is. */
 static bool is_like(const struct prepared *p, int i, PyObject *array, char **data) {
     const struct ep_tensor *want = &p->arrays[i];
     struct ep_tensor t;
     struct source s;
-    if (epy_read_array(array, "array", &t, &s) || s.hold) {
+    const int told = epy_read_array(array, "array", &t, &s);
+    if (told || s.hold) {
+        PyErr_Clear(); /* the call itself will name it */
         Py_XDECREF(s.hold);
         return false;
     }
@@ -174,16 +194,89 @@ static bool is_like(const struct prepared *p, int i, PyObject *array, char **dat
            !memcmp(t.shape, want->shape, dims) && !memcmp(t.stride, want->stride, dims);
 }
 
-static PyObject *make_parts(const struct prepared *p, PyObject *args, char **data) {
-    PyObject *array = PyTuple_GetItem(args, 1);
-    const struct dl_exchange *e = epy_exchange_of(array);
-    const int num = epy_makes_pieces(e) ? p->num_parts : 0;
+/* ---- memory --------------------------------------------------------------------------------- */
+
+static void let_go(struct block *b) {
+    if (atomic_fetch_sub(&b->users, 1) == 1 && Py_IsInitialized()) {
+        const PyGILState_STATE state = PyGILState_Ensure();
+        Py_DECREF(b->array);
+        PyGILState_Release(state);
+        free(b);
+    }
+}
+
+/* Whoever has taken a part is on any thread, with the GIL or without. */
+static void let_go_of_part(struct dl_versioned *lent) {
+    struct part *part = lent->context;
+    let_go(part->block);
+    free(part);
+}
+
+/* With one user; `array` has one more holder. */
+static struct block *block_of(PyObject *array, char *data, void *stream) {
+    struct block *b = malloc(sizeof(*b));
+    if (!b) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    Py_INCREF(array);
+    *b = (struct block){NULL, array, data, stream, 1};
+    return b;
+}
+
+/* A part is used on the stream of its call, or behind it: who comes later on that may have it. */
+static struct block *lend(struct prepared *p, void *stream) {
+    struct block *b = p->blocks;
+    while (b && (b->stream != stream || atomic_load(&b->users) != 1)) {
+        b = b->next;
+    }
+    if (!b) {
+        PyObject *array = PyObject_CallFunction(p->make, NULL);
+        char *data;
+        b = array && is_like(p, 0, array, &data) ? block_of(array, data, stream) : NULL;
+        if (array && !b && !PyErr_Occurred()) {
+            PyErr_SetString(PyExc_TypeError, "make: returns no array like the first");
+        }
+        Py_XDECREF(array);
+        if (!b) {
+            return NULL;
+        }
+        b->next = p->blocks;
+        p->blocks = b;
+    }
+    atomic_fetch_add(&b->users, 1);
+    return b;
+}
+
+static PyObject *make_part(const struct prepared *p, const struct dl_exchange *e,
+                           struct block *b, const struct place *place) {
+    struct part *part = malloc(sizeof(*part));
+    void *made = NULL;
+    if (!part) {
+        return PyErr_NoMemory();
+    }
+    part->t = place->t;
+    part->block = b;
+    part->lent = (struct dl_versioned){{1, 0},
+                                       part,
+                                       let_go_of_part,
+                                       0,
+                                       {b->data + place->offset, p->device, part->t.ndim,
+                                        place->type, part->t.shape, part->t.stride, 0}};
+    atomic_fetch_add(&b->users, 1);
+    if (e->from_managed(&part->lent, &made)) {
+        let_go_of_part(&part->lent);
+    }
+    return made;
+}
+
+static PyObject *make_parts(const struct prepared *p, const struct dl_exchange *e,
+                            struct block *b) {
+    const int num = e && e->from_managed ? p->num_parts : 0;
     PyObject *made = PyTuple_New(num);
     for (int i = 0; made && i < num; i++) {
-        struct ep_tensor t = p->parts[i].t;
-        t.data = data[0] + p->parts[i].offset;
-        PyObject *piece = epy_piece_of(array, e, &t);
-        if (!piece || PyTuple_SetItem(made, i, piece)) {
+        PyObject *part = make_part(p, e, b, &p->parts[i]);
+        if (!part || PyTuple_SetItem(made, i, part)) {
             Py_DECREF(made);
             made = NULL;
         }
@@ -191,21 +284,22 @@ static PyObject *make_parts(const struct prepared *p, PyObject *args, char **dat
     return made;
 }
 
-/* (stream, array, ...): the parts, or None where an array is not like the one that was prepared. */
-static PyObject *prepared_call(PyObject *self, PyObject *args, PyObject *kwargs) {
-    const struct prepared *p = (struct prepared *)self;
-    char *data[MAX_ARRAYS];
-    if ((kwargs && PyDict_Size(kwargs)) || !p->call || !p->num_arrays ||
-        PyTuple_Size(args) != p->num_arrays + 1) {
-        PyErr_SetString(PyExc_TypeError,
-                        "a prepared call takes a stream, and as many arrays as it had");
-        return NULL;
+static void prepared_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    struct prepared *p = (struct prepared *)self;
+    while (p->blocks) {
+        struct block *b = p->blocks;
+        p->blocks = b->next;
+        let_go(b);
     }
-    for (int i = 0; i < p->num_arrays; i++) {
-        if (!is_like(p, i, PyTuple_GetItem(args, i + 1), &data[i])) {
-            return PyErr_Occurred() ? NULL : Py_BuildValue("");
-        }
-    }
+    Py_XDECREF(p->make);
+    Py_XDECREF((PyObject *)p->self);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+static PyObject *run(const struct prepared *p, PyObject *stream, char *const *data,
+                     struct block *b, const struct dl_exchange *e) {
     struct frame f;
     memset(&f, 0, offsetof(struct frame, records));
     memset(&f.num_tensors, 0, sizeof(f) - offsetof(struct frame, num_tensors));
@@ -219,7 +313,6 @@ static PyObject *prepared_call(PyObject *self, PyObject *args, PyObject *kwargs)
         f.tensors[i].data = place->array < 0 ? NULL : data[place->array] + place->offset;
         memcpy(f.records[0] + place->field, &at, sizeof(at));
     }
-    PyObject *stream = PyTuple_GetItem(args, 0);
     for (int i = 0; i < p->call->num_params; i++) {
         const bool record = p->call->params[i].kind == F_RECORD;
         f.arguments[i] = record              ? (void *)f.records[0]
@@ -230,20 +323,51 @@ static PyObject *prepared_call(PyObject *self, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     const ep_status st = epy_run(&f, p->call);
-    return st == EP_OK ? make_parts(p, args, data) : epy_raise(st, f.self);
+    return st == EP_OK ? make_parts(p, e, b) : epy_raise(st, f.self);
+}
+
+/* (stream, array, ...): the parts, or None where an array is not like the one that was prepared. */
+static PyObject *prepared_call(PyObject *self, PyObject *args, PyObject *kwargs) {
+    struct prepared *p = (struct prepared *)self;
+    char *data[MAX_ARRAYS];
+    if ((kwargs && PyDict_Size(kwargs)) || !p->call || !p->num_arrays ||
+        PyTuple_Size(args) != p->num_arrays + 1) {
+        PyErr_SetString(PyExc_TypeError,
+                        "a prepared call takes a stream, and as many arrays as it had");
+        return NULL;
+    }
+    PyObject *stream = PyTuple_GetItem(args, 0), *first = PyTuple_GetItem(args, 1);
+    const bool lends = first == Py_None && p->make;
+    for (int i = lends; i < p->num_arrays; i++) {
+        if (!is_like(p, i, PyTuple_GetItem(args, i + 1), &data[i])) {
+            return Py_BuildValue("");
+        }
+    }
+    struct block *b = lends ? lend(p, stream == Py_None ? NULL : PyLong_AsVoidPtr(stream))
+                            : block_of(first, data[0], NULL);
+    if (!b) {
+        return NULL;
+    }
+    data[0] = b->data;
+    PyObject *made = run(p, stream, data, b, epy_exchange_of(b->array));
+    let_go(b);
+    return made;
 }
 
 PyTypeObject *epy_make_prepared_type(void) {
     static PyType_Slot slots[] = {
         {Py_tp_doc,
-         "Prepared(method, arrays, parts, keywords): the method's call with these keywords, "
-         "whose "
-         "tensors all lie in the arrays. Called with a stream, a number or None, and other "
-         "such "
-         "arrays it does the same with those: returns None where one is not alike, else a "
-         "tuple "
-         "of parts of the first array, each a type, a shape and a byte, as arrays of its "
-         "library; which is empty where that has no functions for it."},
+         "Prepared(method, arrays, parts, keywords, make=None): the method's call with these "
+         "keywords, whose tensors all lie in the arrays. Called with a stream, a number or "
+         "None, "
+         "and other such arrays it does the same with those: returns None where one is not "
+         "alike, "
+         "else a tuple of parts of the first array, each a type, a shape and a byte, as arrays "
+         "of "
+         "its library; which is empty where that has no functions for it. With `make` the "
+         "first "
+         "array may be None: it is then one that make() has returned, and which is lent again "
+         "when all parts of it are gone, to calls on the same stream."},
         {Py_tp_init, (void *)prepared_init},
         {Py_tp_new, (void *)PyType_GenericNew},
         {Py_tp_dealloc, (void *)prepared_dealloc},

@@ -11,7 +11,7 @@
 
 PyTypeObject *epy_tensor_type;
 
-static void dl_of_dtype(int dtype, struct dl_type *type) {
+void epy_dl_of_dtype(int dtype, struct dl_type *type) {
     static const uint8_t codes[] = {0,       DL_BFLOAT, DL_FLOAT, DL_FLOAT, DL_E4M3FN,
                                     DL_E5M2, DL_UINT,   DL_INT,   DL_INT,   DL_INT};
     type->code = codes[dtype];
@@ -54,31 +54,6 @@ static int set_shape(struct ep_tensor *t, ep_dtype dtype, PyObject *shape, long 
     t->data = t->data ? (char *)t->data + offset : NULL;
     t->dtype = dtype;
     return 0;
-}
-
-/* An array of the library of `array`, in whose memory `t` lies. */
-PyObject *epy_piece_of(PyObject *array, const struct dl_exchange *e, struct ep_tensor *t) {
-    struct dl_versioned *m;
-    void *piece = NULL;
-    if (e->to_managed(array, &m)) {
-        return NULL;
-    }
-    /* It is ours, up to its deleter; who takes it copies the shape. */
-    m->tensor.data = t->data;
-    m->tensor.byte_offset = 0;
-    m->tensor.ndim = t->ndim;
-    m->tensor.shape = t->shape;
-    m->tensor.strides = t->stride;
-    dl_of_dtype(t->dtype, &m->tensor.type);
-    if (e->from_managed(m, &piece)) {
-        m->deleter(m);
-        return NULL;
-    }
-    return piece;
-}
-
-bool epy_makes_pieces(const struct dl_exchange *e) {
-    return e && e->to_managed && e->from_managed;
 }
 
 int epy_part_of(struct ep_tensor *t, PyObject *part, int64_t *at) {
@@ -166,9 +141,12 @@ static PyObject *tensor_data_ptr(PyObject *self, PyObject *unused) {
     return PyLong_FromVoidPtr(((struct tensor *)self)->t.data);
 }
 
+struct dl_device epy_dl_device(int device, int index) {
+    const bool cuda = device == EP_DEVICE_CUDA;
+    return (struct dl_device){cuda ? DL_CUDA : DL_CPU, cuda ? index : 0};
+}
 static struct dl_device tensor_device(const struct tensor *t) {
-    const bool cuda = t->device == EP_DEVICE_CUDA;
-    return (struct dl_device){cuda ? DL_CUDA : DL_CPU, cuda ? t->device_index : 0};
+    return epy_dl_device(t->device, t->device_index);
 }
 static PyObject *tensor_dlpack_device(PyObject *self, PyObject *unused) {
     (void)unused;
@@ -234,7 +212,7 @@ static PyObject *tensor_dlpack(PyObject *self, PyObject *args, PyObject *kwargs)
     l->node = t->node;
     struct dl_tensor d = {t->t.data, tensor_device(t), t->t.ndim, {0, 0, 0},
                           l->shape,  l->stride,        0};
-    dl_of_dtype(t->t.dtype, &d.type);
+    epy_dl_of_dtype(t->t.dtype, &d.type);
     if (major >= 1) {
         l->u.versioned = (struct dl_versioned){{1, 0}, l, versioned_deleter, 0, d};
     } else {
