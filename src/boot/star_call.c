@@ -54,8 +54,10 @@ int epi_star_run(struct epi_star *star) {
 
 static void kick(struct epi_star *star) {
     uint64_t one = 1;
-    ssize_t n = write(star->kick_fd, &one, sizeof(one));
-    (void)n; /* it can only fail when the counter is full of kicks already */
+    ssize_t n;
+    do {
+        n = write(star->kick_fd, &one, sizeof(one)); /* or the counter is full of kicks already */
+    } while (n < 0 && errno == EINTR);
 }
 
 void epi_star_free(struct epi_star *star) {
