@@ -147,7 +147,10 @@ static void default_of_threads(struct world *w) {
     pthread_t thread;
 
     two_create(&t, w, false);
-    void *first = w->rank == 0 ? PER_THREAD : t.stream[0];
+    struct gpu *gpu = call_gpu(w->group);
+    void *first = w->rank == 0 ? PER_THREAD : t.stream[0], *was = gpu->stream;
+    /* By which the test copies: the default stream of a process would wait for those of its threads. */
+    gpu->stream = w->rank == 0 ? t.stream[0] : was;
     if (hold(&t, first)) {
         world_is(w, run_dispatch(&t.run[0], t.handle[0], first), EP_OK, "dispatch");
         const bool second =
@@ -168,6 +171,7 @@ static void default_of_threads(struct world *w) {
         }
         check_both(&t);
     }
+    gpu->stream = was;
     two_free(&t);
 }
 

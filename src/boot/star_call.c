@@ -56,7 +56,8 @@ static void kick(struct epi_star *star) {
     uint64_t one = 1;
     ssize_t n;
     do {
-        n = write(star->kick_fd, &one, sizeof(one)); /* or the counter is full of kicks already */
+        n = write(star->kick_fd, &one,
+                  sizeof(one)); /* or the counter is full of kicks already */
     } while (n < 0 && errno == EINTR);
 }
 
