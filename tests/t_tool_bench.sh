@@ -153,10 +153,11 @@ low="--mode ll -n 2 --hidden 256 --tokens 8 --iters 1 --warmup 0"
 want 0 "$ep" bench $small $low && has 'data checked' &&
     for row in 'fp8 round trip' 'bf16 round trip' 'fp8 dispatch' 'bf16 dispatch' \
         'fp8 dispatch, send half' 'bf16 dispatch, receive half' 'bf16 combine' \
-        'bf16 combine, send half' 'bf16 combine, receive half'; do
-        has "^$row  *[0-9.]* [um]*s " || break
-    done && [ "$row" = 'bf16 combine, receive half' ] && has "^$row  *[0-9.]* [um]*s "
-ok "bench --mode ll measures and checks round trip, dispatch, combine and halves"
+        'bf16 combine, send half' 'bf16 combine, receive half' 'bf16 round trip, cold' \
+        'bf16 combine, weights given' 'bf16 combine, exact' 'bf16 combine, LogFMT'; do
+        has "^$row  *[0-9.]* [umn]*s" || break
+    done && [ "$row" = 'bf16 combine, LogFMT' ] && has "^$row  *[0-9.]* [umn]*s"
+ok "bench --mode ll measures and checks round trip, dispatch, combine, its forms and halves"
 want 0 "$ep" bench $small $low --dtype bf16 --routing "file:$tmp/ids" --json &&
     is_json "$tmp/out" && ! has nan && has '"phase": "ll_round_trip_bf16"' && has '"output": "packed"'
 ok "bench --mode ll --json, of a routing that sends nothing"

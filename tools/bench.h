@@ -90,12 +90,17 @@ struct bench_op {
      * received, R of them by other ranks, S selections are in expanded output. */
     const char *moved, *moved_expanded;
     /* Of low-latency mode: what BF16 answers add to the bytes, how many are timed in a row, and what comes
-     * before and after, outside of the time; NULL: nothing. */
+     * before and after each, outside of the time; NULL: nothing. */
     const char *answers;
     int chain;
     ep_status (*before)(struct bench *b);
     ep_status (*after)(struct bench *b);
+    /* Between links; its own time is taken off. */
+    ep_status (*between)(struct bench *b);
+    uint32_t flags; /* of the combine: EP_LL_..., BENCH_LL_WEIGHTS */
 };
+
+#define BENCH_LL_WEIGHTS (1u << 31) /* are given to it */
 
 /* An operation on rows of one type. */
 struct bench_item {
@@ -115,8 +120,15 @@ ep_status bench_prepare(struct bench *b, int mode);
 ep_status bench_route_anew(struct bench *b);
 /* The operation, without routing, as often in a row as its chain has links. */
 ep_status bench_run(struct bench *b);
+/* The same of what comes before or after it, or nothing where that is NULL. */
+ep_status bench_links(struct bench *b, ep_status (*fn)(struct bench *b));
 static inline bool bench_is_ll(const struct bench_op *op) {
     return op->kind >= BENCH_LL_TRIP;
+}
+/* Its time is what a chain takes more with it than without: a half, of which two may be in a row, what one
+ * more adds to one; else what links add to what is between them. */
+static inline bool bench_is_difference(const struct bench_op *op) {
+    return op->before || op->after || op->between;
 }
 /* The type of rows that is said of a whole case. */
 static inline int bench_main_dtype(const struct bench_params *p) {
@@ -220,6 +232,7 @@ struct bench_data {
     uint64_t salt;
     bool expanded;
     int dtype;
+    uint32_t flags;
     int64_t row_bytes, num_scales; /* per row */
     size_t element;                /* bytes */
     int64_t num_rows;              /* of the output here: received, or expanded */
@@ -228,7 +241,7 @@ struct bench_data {
     int first_expert;              /* of this rank */
     char *table[5];                /* the same numbers as elements of 1, 2 and 4 bytes */
     struct bench_buffers at;
-    void *owned[24];
+    void *owned[32];
     int num_owned;
 };
 
@@ -257,7 +270,7 @@ struct bench_ll_outputs {
 
 struct bench_ll {
     int64_t local, each, handle_bytes; /* experts here; rows that each of them can receive */
-    char *handle, *recv, *answers;
+    char *handle[2], *recv, *answers, *other;
     struct bench_ll_outputs at, here; /* what the library is given; what is checked */
 };
 
@@ -272,6 +285,8 @@ ep_status bench_ll_dispatch_recv(struct bench *b);
 ep_status bench_ll_combine(struct bench *b);
 ep_status bench_ll_combine_send(struct bench *b);
 ep_status bench_ll_combine_recv(struct bench *b);
+/* Other code, which writes 64 MiB twice: on a GPU about 50 us. */
+ep_status bench_ll_other(struct bench *b);
 /* 0, or 1 after rank_fail. */
 int bench_ll_check(struct bench *b);
 
@@ -290,7 +305,9 @@ struct bench {
     struct ep_tensor view;         /* recv_x of the last dispatch */
     struct bench_ll ll;            /* only with --mode ll */
     struct gpu *gpu;               /* NULL: a host rank */
-    struct gpu_graph *graph;       /* NULL: eager */
+    struct gpu_graph *graph[2];    /* by `more`; NULL: eager */
+    bool more;                     /* of a difference, the longer chain */
+    int link;                      /* of the chain */
     int64_t started_ns;            /* the last instant that rank 0 named */
 };
 

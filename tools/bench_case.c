@@ -49,7 +49,7 @@ void bench_config(const struct bench_case *c, struct ep_group_config *config) {
     config->num_workers = (int32_t)p->workers;
     config->device = p->device == BENCH_CUDA ? EP_DEVICE_CUDA : EP_DEVICE_HOST;
     bool view = p->device == BENCH_HOST && p->expanded && !p->memory_only;
-    config->flags = view ? EP_GROUP_EXPANDED_VIEW : 0;
+    config->flags = p->ll ? EP_GROUP_LL_EXACT : view ? EP_GROUP_EXPANDED_VIEW : 0;
     config->max_expanded_rows = view; /* 0 would be the worst case */
     for (int r = 0; r < p->ranks && view; r++) {
         config->max_expanded_rows =

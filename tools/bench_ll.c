@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The operations of `ep bench --mode ll`: dispatch with packed output, combine, both as a round trip,
- * and their halves; and whether what they left is right.
+ * The operations of `ep bench --mode ll`: dispatch with packed output, combine in its forms, both as a
+ * round trip, and their halves; and whether what they left is right.
  *
  * Owns what a rank needs beside its rows: outputs for the worst case, the handle, the experts'
  * answers. Runs in the ranks. Must not take time: it says what is timed, bench_clock.c how.
  */
 #include "tools/bench.h"
+
+#define OTHER_BYTES ((int64_t)64 << 20)
 
 static int64_t num_local(const struct bench_params *p, int rank) {
     int64_t num = 0;
@@ -23,7 +25,7 @@ static int64_t pitch_of(const struct bench_params *p) {
 
 int64_t bench_ll_bytes(const struct bench_params *p, int rank) {
     int64_t rows = num_local(p, rank) * p->ranks * p->tokens;
-    return rows * (4 * p->hidden + 4) +
+    return OTHER_BYTES + rows * (4 * p->hidden + 4) +
            num_local(p, rank) * (p->hidden / 128 * pitch_of(p) * 4 + 4 + 8 * p->ranks);
 }
 
@@ -51,8 +53,9 @@ ep_status bench_ll_open(struct bench *b, int64_t handle_bytes) {
     ll->each = b->p->ranks * b->p->tokens;
     ll->handle_bytes = handle_bytes;
     int64_t rows = ll->local * ll->each, row_bytes = 2 * b->p->hidden;
-    bool done = (ll->handle = get(b, 1, handle_bytes)) &&
-                (ll->recv = get(b, rows, row_bytes)) &&
+    bool done = (ll->handle[0] = get(b, 1, handle_bytes)) &&
+                (ll->handle[1] = get(b, 1, handle_bytes)) &&
+                (ll->other = get(b, 1, OTHER_BYTES)) && (ll->recv = get(b, rows, row_bytes)) &&
                 (ll->answers = get(b, rows, row_bytes)) &&
                 get_outputs(&ll->at, b->p, ll->local, get, b) &&
                 (b->p->no_check || get_outputs(&ll->here, b->p, ll->local, get_here, b));
@@ -75,7 +78,7 @@ static ep_status call_dispatch(struct bench *b, dispatch_fn *fn, void *recv, boo
     ep_tensor_2d(&x, EP_BF16, b->at.x, p->tokens, p->hidden);
     ep_tensor_2d(&ids, EP_I32, b->at.ids, p->tokens, p->topk);
     ep_tensor_2d(&weights, EP_F32, b->at.weights, p->tokens, p->topk);
-    ep_tensor_1d(&handle, EP_U8, ll->handle, ll->handle_bytes);
+    ep_tensor_1d(&handle, EP_U8, ll->handle[b->link % 2], ll->handle_bytes);
     ep_tensor_2d(&recv_x, cast ? EP_F8E4M3 : EP_BF16, recv, rows, p->hidden);
     ep_tensor_2d(&scales, EP_F32, ll->at.scales, ll->local * (p->hidden / 128), ll->each);
     scales.stride[0] = pitch_of(p);
@@ -101,9 +104,13 @@ static ep_status dispatch(struct bench *b, dispatch_fn *fn) {
 
 static ep_status combine(struct bench *b, combine_fn *fn) {
     struct bench_ll *ll = &b->ll;
-    struct ep_tensor handle, x, out;
+    const uint32_t flags = b->item->op->flags;
+    struct ep_tensor handle, x, out, weights;
     struct ep_ll_combine_args args = EP_LL_COMBINE_ARGS_INIT;
-    ep_tensor_1d(&handle, EP_U8, ll->handle, ll->handle_bytes);
+    ep_tensor_1d(&handle, EP_U8, ll->handle[b->link % 2], ll->handle_bytes);
+    ep_tensor_2d(&weights, EP_F32, b->at.weights, b->p->tokens, b->p->topk);
+    args.flags = flags & ~BENCH_LL_WEIGHTS;
+    args.topk_weights = flags & BENCH_LL_WEIGHTS ? &weights : NULL;
     ep_tensor_2d(&x, EP_BF16, ll->answers, ll->local * ll->each, b->p->hidden);
     ep_tensor_2d(&out, EP_BF16, b->at.out, b->p->tokens, b->p->hidden);
     args.handle = &handle;
@@ -114,8 +121,21 @@ static ep_status combine(struct bench *b, combine_fn *fn) {
 
 /* The answers are rows as a BF16 dispatch brings them, also where the one that is timed casts. */
 ep_status bench_ll_prepare(struct bench *b) {
-    EPI_TRY(call_dispatch(b, ep_ll_dispatch, b->ll.answers, false));
+    for (b->link = 0; b->link < 2; b->link++) {
+        EPI_TRY(call_dispatch(b, ep_ll_dispatch, b->ll.answers, false));
+    }
     return b->c->clock->settle(b);
+}
+
+ep_status bench_ll_other(struct bench *b) {
+    for (int byte = 0; byte < 2; byte++) {
+        if (b->gpu) {
+            EPI_TRY(gpu_fill(b->gpu, b->ll.other, byte, OTHER_BYTES));
+        } else {
+            memset(b->ll.other, byte, OTHER_BYTES);
+        }
+    }
+    return EP_OK;
 }
 
 ep_status bench_ll_dispatch(struct bench *b) {

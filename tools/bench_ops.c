@@ -101,12 +101,22 @@ ep_status bench_route_anew(struct bench *b) {
     return b->item->op->cached ? EP_OK : run_route(b);
 }
 
-ep_status bench_run(struct bench *b) {
-    ep_status st = EP_OK;
-    for (int i = 0; i == 0 || (i < b->item->op->chain && st == EP_OK); i++) {
-        st = st == EP_OK ? b->item->op->run(b) : st;
+ep_status bench_links(struct bench *b, ep_status (*fn)(struct bench *b)) {
+    const struct bench_op *op = b->item->op;
+    const int links = op->chain + (b->more && !op->between);
+    for (b->link = 0; fn && b->link < links; b->link++) {
+        EPI_TRY(fn(b));
     }
-    return st;
+    return EP_OK;
+}
+
+static ep_status run_behind(struct bench *b) {
+    EPI_TRY(b->item->op->between(b));
+    return b->more ? b->item->op->run(b) : EP_OK;
+}
+
+ep_status bench_run(struct bench *b) {
+    return bench_links(b, b->item->op->between ? run_behind : b->item->op->run);
 }
 
 ep_status bench_prepare(struct bench *b, int mode) {
@@ -131,13 +141,16 @@ ep_status bench_prepare(struct bench *b, int mode) {
 #define ANSWERS_EXPANDED "read S + write N + read N + write T"
 
 /* Low-latency mode has packed output only. A chain is timed as a whole, without the host between its
- * links; two sends without a receive are the most there can be, so a half is timed by itself. */
+ * links. Two sends without a receive are the most there can be: what a second half takes more than one. */
 #define LL(key, name, kind, run, moved)                                                        \
     key, name, BENCH_LL_##kind, BENCH_MEMORY, true, bench_ll_prepare, bench_ll_##run, NULL,    \
         moved
 
+#define COLD_CHAIN 4
+
 /* Timed once, with nothing around it. */
-#define ALONE NULL, 1, NULL, NULL
+#define ALONE NULL, 1, NULL, NULL, NULL, 0
+#define CHAIN(flags) BENCH_CHAIN, NULL, NULL, NULL, flags
 
 static const struct bench_op ops[] = {
     {"memcpy", "memcpy of rows", BENCH_COPY, BENCH_MEMORY, true, NULL, run_copy, NULL, NULL,
@@ -161,21 +174,26 @@ static const struct bench_op ops[] = {
      run_combine, ANSWERS, ANSWERS_EXPANDED, ALONE},
     {"combine_expanded", "combine expanded, weighted", BENCH_COMBINE, BENCH_EXPANDED, true,
      dispatched, run_combine, NULL, ANSWERS_EXPANDED, ALONE},
-    {LL("ll_round_trip", "round trip", TRIP, trip, TO_EXPANDED), ANSWERS_EXPANDED, BENCH_CHAIN,
-     NULL, NULL},
-    {LL("ll_dispatch", "dispatch", DISPATCH, dispatch, TO_EXPANDED), NULL, BENCH_CHAIN, NULL,
-     NULL},
+    {LL("ll_round_trip", "round trip", TRIP, trip, TO_EXPANDED), ANSWERS_EXPANDED, CHAIN(0)},
+    {LL("ll_round_trip_cold", "round trip, cold", TRIP, trip, TO_EXPANDED), ANSWERS_EXPANDED,
+     COLD_CHAIN, NULL, NULL, bench_ll_other, 0},
+    {LL("ll_dispatch", "dispatch", DISPATCH, dispatch, TO_EXPANDED), NULL, CHAIN(0)},
     {LL("ll_dispatch_send", "dispatch, send half", DISPATCH, dispatch_send, "read T + write N"),
-     NULL, 1, NULL, bench_ll_dispatch_recv},
+     NULL, 1, NULL, bench_ll_dispatch_recv, NULL, 0},
     {LL("ll_dispatch_recv", "dispatch, receive half", DISPATCH, dispatch_recv,
         "read N + write S"),
-     NULL, 1, bench_ll_dispatch_send, NULL},
-    {LL("ll_combine", "combine", COMBINE, combine, ANSWERS_EXPANDED), NULL, BENCH_CHAIN, NULL,
-     NULL},
+     NULL, 1, bench_ll_dispatch_send, NULL, NULL, 0},
+    {LL("ll_combine", "combine", COMBINE, combine, ANSWERS_EXPANDED), NULL, CHAIN(0)},
     {LL("ll_combine_send", "combine, send half", COMBINE, combine_send, "read S + write N"),
-     NULL, 1, NULL, bench_ll_combine_recv},
+     NULL, 1, NULL, bench_ll_combine_recv, NULL, 0},
     {LL("ll_combine_recv", "combine, receive half", COMBINE, combine_recv, "read N + write T"),
-     NULL, 1, bench_ll_combine_send, NULL},
+     NULL, 1, bench_ll_combine_send, NULL, NULL, 0},
+    {LL("ll_combine_weights", "combine, weights given", COMBINE, combine, ANSWERS_EXPANDED),
+     NULL, CHAIN(BENCH_LL_WEIGHTS)},
+    {LL("ll_combine_exact", "combine, exact", COMBINE, combine, NULL), NULL,
+     CHAIN(EP_LL_EXACT)},
+    {LL("ll_combine_logfmt", "combine, LogFMT", COMBINE, combine, NULL), NULL,
+     CHAIN(EP_LL_LOGFMT)},
 };
 
 /* ---- which of them ------------------------------------------------------------------------ */

@@ -101,9 +101,9 @@ static void print_chain(const struct bench_case *c) {
     if (c->p.ll) {
         printf(
             "low latency: an operation's time is that of a chain, without the host between its "
-            "links, by\n       their number (%d); a half is timed alone, its other half "
-            "outside "
-            "of the time\n",
+            "links, by\n       their number (%d); of a half what a second one takes behind the "
+            "first, the other\n       halves outside of the time; cold: what 4 take behind "
+            "others that write 128 MiB\n",
             BENCH_CHAIN);
     }
 }

@@ -174,6 +174,10 @@ void *gpu_alloc_pinned(struct gpu *gpu, size_t bytes) {
     return *at;
 }
 
+ep_status gpu_fill(struct gpu *gpu, void *to, int byte, int64_t bytes) {
+    return epi_cu_fill(&gpu->device, gpu->stream, (uint64_t)(uintptr_t)to, byte, (size_t)bytes);
+}
+
 ep_status gpu_in(struct gpu *gpu, void *to, const void *from, int64_t bytes) {
     return epi_cu_copy_in(&gpu->device, gpu->stream, (uint64_t)(uintptr_t)to, from,
                           (size_t)bytes);

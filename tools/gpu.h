@@ -85,6 +85,8 @@ void *gpu_alloc_pinned(struct gpu *gpu, size_t bytes);
 ep_status gpu_in(struct gpu *gpu, void *to, const void *from, int64_t bytes);
 ep_status gpu_out(struct gpu *gpu, void *to, const void *from, int64_t bytes);
 ep_status gpu_sync(struct gpu *gpu);
+/* Enqueues only. */
+ep_status gpu_fill(struct gpu *gpu, void *to, int byte, int64_t bytes);
 
 /* What is queued on the stream from now on waits for gpu_release. False: it cannot be done here.
  * Between the two nothing may wait for the stream. */
