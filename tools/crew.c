@@ -79,6 +79,10 @@ void crew_fail(struct crew *crew, int status, const char *why) {
     }
 }
 
+static const char *what(const struct crew *crew) {
+    return crew->what ? crew->what : "rank";
+}
+
 /* ---- what the guard tells -------------------------------------------------------------------- */
 
 static void child_ended(struct crew *crew, int i, int status) {
@@ -87,11 +91,11 @@ static void child_ended(struct crew *crew, int i, int status) {
         return;
     }
     if (WIFSIGNALED(status)) {
-        complain(crew, i, 128 + WTERMSIG(status), "rank %d was killed by signal %d (%s)", i,
-                 WTERMSIG(status), strsignal(WTERMSIG(status)));
+        complain(crew, i, 128 + WTERMSIG(status), "%s %d was killed by signal %d (%s)",
+                 what(crew), crew->first + i, WTERMSIG(status), strsignal(WTERMSIG(status)));
     } else {
-        complain(crew, i, WEXITSTATUS(status), "rank %d exited with status %d", i,
-                 WEXITSTATUS(status));
+        complain(crew, i, WEXITSTATUS(status), "%s %d exited with status %d", what(crew),
+                 crew->first + i, WEXITSTATUS(status));
     }
     if (!crew->ending) {
         end_all(crew, crew->soft_signal);
@@ -141,8 +145,8 @@ static void read_reports(struct crew *crew) {
             add_left(crew, &report);
         } else {
             crew->num_live -= crew->num - report.index;
-            complain(crew, report.index, 1, "cannot start rank %d: %s", report.index,
-                     strerror(report.status));
+            complain(crew, report.index, 1, "cannot start %s %d: %s", what(crew),
+                     crew->first + report.index, strerror(report.status));
             end_all(crew, SIGKILL);
         }
     }

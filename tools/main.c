@@ -21,7 +21,7 @@ static const struct {
     {"bench", cmd_bench,
      "how long dispatch and combine take, and how close that is to the limit"},
     {"predict", cmd_predict, "the same on machines that are not here, by their links"},
-    {"run", cmd_run, "start a program as the ranks of one job on this machine"},
+    {"run", cmd_run, "start a program as the ranks of one job, here or on several hosts"},
     {"doctor", cmd_doctor, "what works on this machine, what is missing and how to get it"},
     {"env", cmd_env, "the environment variables libep reads"},
 };

@@ -107,6 +107,8 @@ char *tool_read_file(const char *path, size_t max_bytes, size_t *bytes, char *wh
 
 struct crew {
     int num;
+    const char *what; /* a child is called in words, with numbers from `first`; NULL: a rank */
+    int first;
     int soft_signal; /* asks all to end when one has failed; 0: nothing but SIGKILL is sent, which
                           does not wait where a signal has come or the time is over */
     int64_t grace_ns;                /* from there to SIGKILL */
@@ -137,6 +139,23 @@ struct crew {
 void crew_run(struct crew *crew);
 /* From `wait`: something else went wrong, so all are ended. */
 void crew_fail(struct crew *crew, int status, const char *why);
+
+/* ---- hosts.c: ranks on several hosts -------------------------------------------------------- */
+
+struct hosts {
+    int num;
+    const char *name[EP_MAX_RANKS]; /* "host" or "user@host" */
+    const char *ssh; /* a command, which is followed by a host and what to run there */
+};
+
+/* "a,b,c", which is cut. False: that is no list of hosts. */
+bool hosts_read(struct hosts *h, char *list);
+/* Where rank 0 is. */
+const char *hosts_address(const struct hosts *h);
+/* The first rank of host i. */
+int hosts_first(const struct hosts *h, int num_ranks, int i);
+/* This process becomes what starts the ranks of host i; does not return. */
+void hosts_exec(const struct hosts *h, int i, int num_ranks, int port, char **program);
 
 /* ---- output.c: lines to stdout and stderr, never waiting ----------------------------------- */
 
