@@ -90,6 +90,9 @@ check_needs() {
     want slurmctld has_sbin slurmctld
     want slurmd has_sbin slurmd
     want libfabric1 has_fabric
+    want iproute2 has_sbin ip
+    want openssh-server has_sbin sshd
+    want openssh-client has ssh
     want libfabric-dev test -e /usr/include/rdma/fabric.h
 }
 case $target in
