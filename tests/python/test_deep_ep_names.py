@@ -70,6 +70,16 @@ def test_the_distribution_needs_exactly_this_libep():
     assert f'version = "{ep.__version__}"' in text and f'"libep=={ep.__version__}"' in text
 
 
+def test_another_owner_of_the_package_is_named(tmp_path):
+    other = tmp_path / "sgl_deep_ep-0.1.2.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: sgl-deep-ep\nVersion: 0.1.2\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", "import deep_ep"], env=dict(os.environ, PYTHONPATH=path),
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "the distribution sgl-deep-ep 0.1.2 is installed" in done.stderr
+
+
 SCRIPT = """
 import os, sys
 import torch
