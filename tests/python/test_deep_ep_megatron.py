@@ -29,7 +29,8 @@ def config():
     return types.SimpleNamespace(
         moe_router_dtype="fp32", moe_expert_capacity_factor=None, moe_permute_fusion=False,
         moe_deepep_num_sms=20, moe_flex_dispatcher_num_sms=None,  # 0.16, 0.19
-        moe_router_padding_for_quantization=False)
+        moe_router_padding_for_quantization=False, use_transformer_engine_op_fuser=False, fp8=None,
+        fp4=None)
 
 
 @on_ranks(4)
