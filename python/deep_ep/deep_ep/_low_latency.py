@@ -233,7 +233,7 @@ class LowLatency:
     def _run(self, group, shape, name, arrays, more, async_finish, return_recv_hook):
         """(parts of small memory, event, hook) of an operation. With a hook, both halves run on the
         stream that is current now; the hook holds all tensors, and so does an asynchronous event."""
-        runtime = self.runtime
+        runtime, parts = self.runtime, shape.parts
         captured = runtime.keep_if_captured(group)
         # Memory that is lent is for one stream, and not a graph's; what masks has to give its own.
         if arrays[0] is None and (captured or async_finish or self.enable_shrink or not shape.lends):
@@ -243,29 +243,29 @@ class LowLatency:
             return self._run_asynchronously(group, shape, name, arrays, more)
         stream = runtime.current_stream()
         if not return_recv_hook:
-            return self._call(group, shape, name, stream, arrays, more), EventOverlap(), None
-        made = self._call(group, shape, name + "_send", stream, arrays, more)
+            return self._call(group, shape, name, stream, arrays, more, parts), EventOverlap(), None
+        made = self._call(group, shape, name + "_send", stream, arrays, more, parts)
         arrays = arrays if arrays[0] is not None else (made[0],) + arrays[1:]
 
         def receive():
-            self._call(group, shape, name + "_recv", stream, arrays, more)
+            self._call(group, shape, name + "_recv", stream, arrays, more, ())
 
         return made, EventOverlap(), receive
 
     def _run_asynchronously(self, group, shape, name, arrays, more):
-        runtime = self.runtime
+        runtime, parts = self.runtime, shape.parts
         if runtime.cuda:
             runtime.comm_stream.wait_stream(torch.cuda.current_stream())
-            made = self._call(group, shape, name, runtime.comm_stream.cuda_stream, arrays, more)
+            made = self._call(group, shape, name, runtime.comm_stream.cuda_stream, arrays, more, parts)
             passed = torch.cuda.Event()
             passed.record(runtime.comm_stream)
             event = EventHandle._of(passed)
         else:
-            made = self._call(group, shape, name, group.host_stream(), arrays, more)
+            made = self._call(group, shape, name, group.host_stream(), arrays, more, parts)
             event = group.host_event(lambda: self._masking(group, group.ep.ll_status))
         return made, EventOverlap(event, arrays + tuple(more.values())), None
 
-    def _call(self, group, shape, name, stream, arrays, more):
+    def _call(self, group, shape, name, stream, arrays, more, parts):
         """The parts that the call has made. The first of a shape is prepared, the others give nothing but
         arrays. With enable_shrink, that the call has masked a rank is printed, as DeepEP does."""
         if more:
@@ -281,13 +281,13 @@ class LowLatency:
                 if arrays[0] is None:
                     arrays = (torch.empty_like(shape.small),) + arrays[1:]
                 keywords = dict(shape.keywords(*arrays[:len(arrays) - len(more)]), **more)
-                method, parts = getattr(group.ep, name), () if name.endswith("_recv") else shape.parts
+                method = getattr(group.ep, name)
                 shape.prepared[key] = ep.Prepared(method, arrays, parts, keywords,
                                                   functools.partial(torch.empty_like, shape.small))
                 method(stream=stream, **keywords)
         except MASKING as error:
             self._tell_masked(group, error)
-        return made or (_pieces(arrays[0], shape.parts) if shape.parts else ())
+        return made or (_pieces(arrays[0], parts) if parts else ())
 
     def _tell_masked(self, group, error):
         if not self.enable_shrink or group.ep.fault() is not None:
