@@ -221,14 +221,15 @@ class Prepared:
     """The call of a method with these keywords, whose tensors all lie in the arrays. Called with a
     stream and other such arrays it does the same with those. None: one of them is not alike, and nothing
     was done. Else arrays that are parts of the first one's memory, of a type (ep.I32, ...), a shape, and
-    from a byte on; or () where its library has no functions for that. With `make` the first array may be
+    from a byte on, or None, for all of it as a Tensor; or () where its library has no functions for that. With `make` the first array may be
     None: then it is one that make() has returned, lent again when all its parts are gone, to calls on the
     same stream."""
     def __init__(self, method: Any, arrays: Tuple[Array, ...],
-                 parts: Tuple[Tuple[int, Tuple[int, ...], int], ...], keywords: Dict[str, Any],
+                 parts: Tuple[Optional[Tuple[int, Tuple[int, ...], int]], ...],
+                 keywords: Dict[str, Any],
                  make: Optional[Callable[[], Array]] = ...) -> None: ...
     def __call__(self, stream: Optional[int],
-                 *arrays: Optional[Array]) -> Optional[Tuple[Array, ...]]: ...
+                 *arrays: Optional[Array]) -> Optional[Tuple[Any, ...]]: ...
 
 unbound: List[str]
 def path_of(array: Array) -> str: ...

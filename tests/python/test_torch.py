@@ -147,7 +147,7 @@ def test_a_prepared_call_does_the_same_with_other_arrays(ranks):
         memory, again = (torch.full((rows + 1, H), 7.0, device=DEVICE) for _ in range(2))
         keywords = dict(x=x, recv_x=memory[:rows])
         handle.dispatch(**keywords)
-        parts = (ep.I32, (3, H), 0), (ep.F32, (2,), 4 * H * rows)
+        parts = (ep.I32, (3, H), 0), (ep.F32, (2,), 4 * H * rows), None
         call = ep.Prepared(handle.dispatch, (memory, x), parts, keywords)
         stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else None
         assert call(stream, again, x.half()) is None and call(stream, again, x[1:]) is None
@@ -158,7 +158,9 @@ def test_a_prepared_call_does_the_same_with_other_arrays(ranks):
             address = again.data_ptr()
             del again  # which its parts keep
             assert [(t.dtype, t.shape, t.data_ptr() - address) for t in made] == [
-                (torch.int32, (3, H), 0), (torch.float32, (2,), 4 * H * rows)]
+                (torch.int32, (3, H), 0), (torch.float32, (2,), 4 * H * rows),
+                ("f32", (rows + 1, H), 0)]
+            assert call(stream, made[2], other) == ()  # the whole is an array, too
             assert made[1].tolist() == [7, 7]
         else:
             assert made == ()

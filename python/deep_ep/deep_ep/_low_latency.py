@@ -11,7 +11,7 @@ import torch
 
 from . import _layout
 from ._config import host_check, round_up
-from ._runtime import Routing
+from ._runtime import Routing, is_capturing
 from .utils import EventHandle, EventOverlap
 
 
@@ -36,9 +36,10 @@ def _like(x, shape, dtype):
 
 def _pieces(small, parts):
     """As a prepared call makes them, where it was none, and for older torch."""
-    types = {ep.U8: (torch.uint8, 1), ep.I32: (torch.int32, 4), ep.I64: (torch.int64, 8)}
-    return [small[offset:offset + math.prod(shape) * types[dtype][1]].view(types[dtype][0]).view(shape)
-            for dtype, shape, offset in parts]
+    types = {ep.I32: (torch.int32, 4), ep.I64: (torch.int64, 8)}
+    return [small] + [
+        small[offset:offset + math.prod(shape) * types[dtype][1]].view(types[dtype][0]).view(shape)
+        for dtype, shape, offset in parts[1:]]
 
 
 MASKING = ep.TimeoutError_, ep.PeerError
@@ -80,7 +81,7 @@ class DispatchShape(Shape):
         source = count + 4 * round_up(local, 4)
         size = (source + 4 * local * rows,)
         self.small, self.lends = _like(x, size, torch.uint8), ep.path_of(x) == "exchange"
-        self.parts = ((ep.U8, size, 0), (ep.I32, (local,), count), (ep.I32, (local, rows), source),
+        self.parts = (None, (ep.I32, (local,), count), (ep.I32, (local, rows), source),
                       (ep.I64, (local, ranks), ranges))
         self.lines = (local * rows,), source
 
@@ -234,7 +235,9 @@ class LowLatency:
         """(parts of small memory, event, hook) of an operation. With a hook, both halves run on the
         stream that is current now; the hook holds all tensors, and so does an asynchronous event."""
         runtime, parts = self.runtime, shape.parts
-        captured = runtime.keep_if_captured(group)
+        captured = runtime.cuda and is_capturing()
+        if captured:
+            runtime.keep_if_captured(group)
         # Memory that is lent is for one stream, and not a graph's; what masks has to give its own.
         if arrays[0] is None and (captured or async_finish or self.enable_shrink or not shape.lends):
             arrays = (torch.empty_like(shape.small),) + arrays[1:]

@@ -133,11 +133,9 @@ class Runtime:
 
     def keep_if_captured(self, used):
         """A graph is replayed when the objects of its capture, and larger groups, have come and gone:
-        what its operations use must live on. Whether this is a capture."""
-        captured = self.cuda and is_capturing()
-        if captured:
+        what its operations use must live on."""
+        if self.cuda and is_capturing():
             self._captured.add(used)
-        return captured
 
     def is_available(self):
         return True

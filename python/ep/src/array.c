@@ -351,6 +351,13 @@ int epy_read_array(PyObject *array, const char *name, struct ep_tensor *t, struc
     memset(s, 0, sizeof(*s));
     memset(t, 0, sizeof(*t));
     t->size = sizeof(*t);
+    const struct tensor *own = (struct tensor *)array;
+    if (Py_TYPE(array) == epy_tensor_type && (own->node || own->base)) {
+        *t = own->t;
+        s->device = own->device;
+        s->device_index = own->device_index;
+        return 0;
+    }
     const struct known_type k = way_of(array);
     if (k.way == WAY_EXCHANGE) {
         struct dl_tensor d;

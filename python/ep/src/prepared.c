@@ -19,6 +19,7 @@ struct place {
     int64_t offset;
     struct ep_tensor t;
     struct dl_type type; /* of a part */
+    bool whole;          /* a part that is the first array, as a tensor of ours */
 };
 /* The memory of an array, held by those who use it: its parts, and who lends it, to one call at a time. */
 struct block {
@@ -143,6 +144,10 @@ static int read_parts(struct prepared *p, PyObject *parts) {
     for (; p->num_parts < num; p->num_parts++) {
         struct place *part = &p->parts[p->num_parts]; /* of the first array */
         part->t = p->arrays[0];
+        part->whole = PyTuple_GetItem(parts, p->num_parts) == Py_None;
+        if (part->whole) {
+            continue;
+        }
         if (epy_part_of(&part->t, PyTuple_GetItem(parts, p->num_parts), &part->offset)) {
             return -1;
         }
@@ -248,6 +253,29 @@ static struct block *lend(struct prepared *p, void *stream) {
     return b;
 }
 
+static void let_go_of_whole(PyObject *hold) {
+    let_go(PyCapsule_GetPointer(hold, NULL));
+}
+
+static PyObject *make_whole(const struct prepared *p, struct block *b) {
+    const allocfunc make = (allocfunc)PyType_GetSlot(epy_tensor_type, Py_tp_alloc);
+    struct tensor *t = (struct tensor *)make(epy_tensor_type, 0);
+    PyObject *hold = t ? PyCapsule_New(b, NULL, let_go_of_whole) : NULL;
+    if (!hold) {
+        Py_XDECREF((PyObject *)t);
+        return NULL;
+    }
+    atomic_fetch_add(&b->users, 1);
+    t->t = p->arrays[0];
+    t->t.data = b->data;
+    t->device = p->devices[0];
+    t->device_index = p->device.index;
+    t->base = b->array;
+    Py_INCREF(t->base);
+    t->hold = hold;
+    return (PyObject *)t;
+}
+
 static PyObject *make_part(const struct prepared *p, const struct dl_exchange *e,
                            struct block *b, const struct place *place) {
     struct part *part = malloc(sizeof(*part));
@@ -275,7 +303,8 @@ static PyObject *make_parts(const struct prepared *p, const struct dl_exchange *
     const int num = e && e->from_managed ? p->num_parts : 0;
     PyObject *made = PyTuple_New(num);
     for (int i = 0; made && i < num; i++) {
-        PyObject *part = make_part(p, e, b, &p->parts[i]);
+        PyObject *part =
+            p->parts[i].whole ? make_whole(p, b) : make_part(p, e, b, &p->parts[i]);
         if (!part || PyTuple_SetItem(made, i, part)) {
             Py_DECREF(made);
             made = NULL;
@@ -364,7 +393,8 @@ PyTypeObject *epy_make_prepared_type(void) {
          "alike, "
          "else a tuple of parts of the first array, each a type, a shape and a byte, as arrays "
          "of "
-         "its library; which is empty where that has no functions for it. With `make` the "
+         "its library, or None: all of it as an ep.Tensor; which is empty where that has no "
+         "functions for it. With `make` the "
          "first "
          "array may be None: it is then one that make() has returned, and which is lent again "
          "when all parts of it are gone, to calls on the same stream."},
