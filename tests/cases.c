@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "tests/tap.h"
+#include "tests/world.h"
 
 int64_t case_rand(uint64_t *state, int64_t n) {
     return (int64_t)(tap_rand(state) % (uint64_t)n);
@@ -252,6 +253,7 @@ static int64_t num_tokens(const struct test_case *c, int rank, uint64_t *s) {
 void case_build(struct test_case *c) {
     const size_t ranks = (size_t)c->num_ranks;
     uint64_t route = c->seed, data = c->data_seed;
+    char sizes[256];
     int favourite;
 
     memset(&c->pool, 0, sizeof(c->pool));
@@ -272,6 +274,10 @@ void case_build(struct test_case *c) {
             c->num_scales ? (size_t)c->num_scales * ep_dtype_bytes(c->scale_dtype) : 0,
         .in = c->in,
     };
+    int32_t *node = pool_zero(&c->pool, ranks * sizeof(*node));
+    if (world_nodes(c->num_ranks, sizes, sizeof(sizes), node)) {
+        c->problem.node = node;
+    }
     favourite = (int)case_rand(&route, c->num_experts);
     for (int r = 0; r < c->num_ranks; r++) {
         c->in[r].num_tokens = num_tokens(c, r, &route);

@@ -55,16 +55,17 @@ void ref_layout(struct pool *pool, const struct ref_problem *p, int rank,
     out->tokens_per_rank = pool_zero(pool, ranks * 4);
     out->tokens_per_expert = pool_zero(pool, (size_t)p->num_experts * 4);
     out->token_in_rank = pool_zero(pool, (size_t)in->num_tokens * ranks);
-    out->num_sent = 0;
+    out->tokens_per_node = pool_zero(pool, ranks * 4);
     for (int64_t t = 0; t < in->num_tokens; t++) {
-        bool sent = false;
+        int last = -1; /* the node that it was counted for */
         for (int r = 0; r < p->num_ranks; r++) {
             const bool goes = ref_goes_to(p, rank, t, r);
+            const int node = p->node ? p->node[r] : 0;
             out->token_in_rank[t * p->num_ranks + r] = goes;
             out->tokens_per_rank[r] += goes;
-            sent = sent || goes;
+            out->tokens_per_node[node] += goes && node != last;
+            last = goes ? node : last;
         }
-        out->num_sent += sent;
         for (int k = 0; in->ids && k < p->topk; k++) {
             const int64_t id = in->ids[t * p->topk + k];
             if (owner(p, id) >= 0) {
@@ -255,14 +256,31 @@ static void weights_back(const struct ref_problem *p, const struct ref_combine *
     }
 }
 
+/* The sum of a node's ranks, rounded, joins those of the nodes before; and begins anew. */
+static void add_node(const struct ref_combine *c, float *node_sums, float *sums, int topk,
+                     float *node_back, float *back) {
+    for (int64_t h = 0; h < c->hidden; h++) {
+        uint8_t rounded[4];
+        ref_store(c->dtype, node_sums[h], rounded);
+        sums[h] += ref_load(c->dtype, rounded);
+        node_sums[h] = 0;
+    }
+    for (int k = 0; k < topk; k++) {
+        back[k] += node_back[k];
+        node_back[k] = 0;
+    }
+}
+
 void ref_combine(const struct ref_problem *p, int rank, const struct ref_combine *c,
                  const uint8_t *const bias[2], uint8_t *out, float *out_topk_weights) {
     const size_t elem = c->dtype == EP_F32 ? 4 : 2;
     struct pool pool = {0};
     float *sums = pool_zero(&pool, (size_t)c->hidden * sizeof(*sums));
+    float *node_sums = pool_zero(&pool, (size_t)c->hidden * sizeof(*sums));
 
     for (int64_t t = 0; t < p->in[rank].num_tokens; t++) {
-        float back[EP_MAX_TOPK] = {0};
+        float back[EP_MAX_TOPK] = {0}, node_back[EP_MAX_TOPK] = {0};
+        memset(node_sums, 0, (size_t)c->hidden * sizeof(*sums));
         memset(sums, 0, (size_t)c->hidden * sizeof(*sums));
         for (int b = 0; b < 2; b++) {
             for (int64_t h = 0; bias[b] && h < c->hidden; h++) {
@@ -273,10 +291,13 @@ void ref_combine(const struct ref_problem *p, int rank, const struct ref_combine
             int64_t rows[EP_MAX_TOPK];
             const int n = token_rows(p, &c->recv[r], rank, t, r, rows);
             for (int64_t h = 0; n && h < c->hidden; h++) {
-                sums[h] += rank_answer(c, r, rows, n, h, elem);
+                (p->node ? node_sums : sums)[h] += rank_answer(c, r, rows, n, h, elem);
             }
             if (out_topk_weights) {
-                weights_back(p, c, r, rows, n, back);
+                weights_back(p, c, r, rows, n, p->node ? node_back : back);
+            }
+            if (p->node && (r + 1 == p->num_ranks || p->node[r] != p->node[r + 1])) {
+                add_node(c, node_sums, sums, p->topk, node_back, back);
             }
         }
         for (int64_t h = 0; h < c->hidden; h++) {

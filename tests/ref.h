@@ -30,6 +30,7 @@ struct ref_problem {
     int num_experts;
     int topk;                   /* 0 with masks */
     const int32_t *expert_rank; /* [E] */
+    const int32_t *node;        /* [R] ascending; NULL: there is one */
     size_t row_bytes;
     size_t scale_bytes;
     const struct ref_input *in; /* [R] */
@@ -72,7 +73,7 @@ struct ref_layout {
     int32_t *tokens_per_rank;   /* [R] */
     int32_t *tokens_per_expert; /* [E] */
     uint8_t *token_in_rank;     /* [T][R] */
-    int32_t num_sent;           /* tokens that go anywhere */
+    int32_t *tokens_per_node;   /* [nodes] */
 };
 
 void ref_layout(struct pool *pool, const struct ref_problem *p, int rank,

@@ -68,6 +68,22 @@ bool world_fails(struct world *w, ep_status got, ep_status want, const char *wor
     return good;
 }
 
+bool world_nodes(int num_ranks, char *sizes, size_t bytes, int32_t *node) {
+    const char *wanted = getenv("EP_TEST_NODES");
+    const int nodes = wanted ? atoi(wanted) : 1;
+    size_t at = 0;
+
+    for (int first = 0, i = nodes; nodes > 1 && first < num_ranks && i > 0; i--) {
+        const int left = num_ranks - first, size = i == 1 ? left : (left + 1) / 2;
+        at += (size_t)snprintf(sizes + at, bytes - at, "%s%d", first ? "," : "", size);
+        for (int r = first; r < first + size; r++) {
+            node[r] = nodes - i;
+        }
+        first += size;
+    }
+    return at > 0;
+}
+
 void world_barrier(struct world *w) {
     const int all = ++w->barriers * w->num_ranks;
 
@@ -120,8 +136,13 @@ static int rank_main(int rank, void *arg) {
 int world_run(const struct world_setup *s) {
     struct meeting m = {.setup = s};
     const bool processes = s->host ? s->processes : gpu_processes(s->processes);
+    char sizes[256];
+    int32_t node[EP_MAX_RANKS];
     int failed;
 
+    if (world_nodes(s->num_ranks, sizes, sizeof(sizes), node)) {
+        setenv("EP_NODE_SIZE", sizes, 1);
+    }
     arrived = arrived ? arrived : tap_shared(sizeof(*arrived));
     atomic_store(arrived, 0);
     if (processes) {

@@ -40,6 +40,10 @@ void world_defaults(struct world_setup *s, int num_ranks);
 /* Runs the ranks; returns how many of them failed. */
 int world_run(const struct world_setup *s);
 
+/* How EP_TEST_NODES divides so many ranks: "2" into two nodes, "3" into three of which the first is the
+ * largest; else they are one, and the answer is false. As EP_NODE_SIZE has it, and by rank. */
+bool world_nodes(int num_ranks, char *sizes, size_t bytes, int32_t *node);
+
 /* Waits until all ranks are here, by other means than the library's. */
 void world_barrier(struct world *w);
 /* Counts and prints a failure; returns good. */
