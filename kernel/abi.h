@@ -377,6 +377,8 @@ struct k_channels {
 #define K_DO_BEHIND 2048u /* receives behind the kernel that sent, unless that has ended it */
 #define K_DO_WIDE 1024u   /* expanded output might need more rows than 32 bits can count */
 
+struct k_far; /* abi_far.h */
+
 /*
  * What the arguments of every kernel begin with, as fields of theirs: one member of another struct
  * there would change the machine code of kernels. Host code that serves all kernels reads them as a
@@ -418,6 +420,7 @@ struct k_dispatch_args {
     struct k_array x, scales, weights;
     struct k_array recv_x, recv_scales, recv_ids, recv_weights, recv_source;
     struct k_array expert_counts, expert_offsets, num_rows, source_ends, expert_ends;
+    const struct k_far *far; /* NULL: there is one node */
 };
 
 struct k_combine_args {
@@ -427,6 +430,7 @@ struct k_combine_args {
     k_i32 pad;
     k_i64 x_rows; /* that x holds */
     struct k_array x, weights, topk_weights, bias0, bias1, out, out_weights;
+    const struct k_far *far;
 };
 
 /* Layout tensors from a routed handle. */
@@ -458,12 +462,12 @@ _Static_assert(sizeof(struct k_handle) == 28 * 8, "k_handle");
 _Static_assert(sizeof(struct k_op) == 216 + 224 + 32 + 24, "k_op");
 _Static_assert(sizeof(struct k_route_args) == sizeof(struct k_op) + 16 + 48, "k_route_args");
 _Static_assert(sizeof(struct k_layout_args) == sizeof(struct k_op) + 16 + 40, "k_layout_args");
-_Static_assert(sizeof(struct k_dispatch_args) == sizeof(struct k_op) + 32 + 16 + 13 * 24,
+_Static_assert(sizeof(struct k_dispatch_args) == sizeof(struct k_op) + 32 + 16 + 13 * 24 + 8,
                "k_dispatch_args");
-_Static_assert(sizeof(struct k_combine_args) == sizeof(struct k_op) + 24 + 7 * 24,
+_Static_assert(sizeof(struct k_combine_args) == sizeof(struct k_op) + 24 + 7 * 24 + 8,
                "k_combine_args");
 
+#include "kernel/abi_far.h"
 #include "kernel/abi_ll.h"
-#include "kernel/abi_net.h"
 
 #endif

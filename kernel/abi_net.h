@@ -7,7 +7,7 @@
 #ifndef KERNEL_ABI_NET_H
 #define KERNEL_ABI_NET_H
 
-#include "kernel/abi.h"
+#include "kernel/lang_types.h"
 
 /*
  * An entry of the ring: 32 bytes in memory that kernels and the proxy share. Whoever has taken ticket t

@@ -45,9 +45,20 @@ static K_FN k_bool combine_control(struct k_thread *k, const struct k_combine_ar
     sig.word2 = 0;
     for (k_i32 i = k->warp; i < g->num_ranks; i += k->num_warps) {
         k_i32 p = (g->rank + i) % g->num_ranks;
-        post_ready(k, p, &sig, a->h.send_base[p]);
+        if (!K_HAS_FAR(a) || is_near(a->far, p)) {
+            post_ready(k, p, &sig, a->h.send_base[p]);
+        }
     }
-    k_bool ok = check_rows(k, a) && await_all_ready(k, &sig, a->h.remote_where);
+    k_bool ok = check_rows(k, a);
+    if (K_HAS_FAR(a)) {
+        ok = ok && (k->warp != k->num_warps - 1 || exchange_far_ready(k, a, &sig));
+        for (k_i32 i = k->warp; ok && i < g->num_ranks; i += k->num_warps) {
+            const k_i32 p = far_order(a->far, i, g->num_ranks);
+            ok = await_ready(k, p, &sig, &a->h.remote_where[p]);
+        }
+    } else {
+        ok = ok && await_all_ready(k, &sig, a->h.remote_where);
+    }
     ok = k_barrier(k, ok);
     if (ok && k->warp == 0 && k->lane == 0) {
         k_store(&g->ctl->taken[K_TAKEN_ANSWERS], 0);
@@ -88,8 +99,22 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
     if (sends && k_first(k, 0) == 0) {
         count_sent_answers(k, a);
     }
+    const k_bool far = K_HAS_FAR(a) && sends;
+    k_bool ok = 1;
     struct sum_feed f = {0};
-    f.answers = sums;
+    if (far && sums) { /* what it owes goes before all that nodes wait for */
+        f.answers = 1;
+        f.token = K_NOBODY;
+        k_syncwarp(k);
+        if (k->lane == 0) {
+            warp_sum_notes(k)->feed = f;
+        }
+        ok = sum_rows(k, a, &m, k_stride(k, k->num_blocks));
+    }
+    if (ok && far && away) {
+        ok = far_combine(k, a, &m, spread_first(k, 0, senders), k_stride(k, senders));
+    }
+    f.answers = sums && !far;
     f.tokens = receives;
     f.eager = both && !away;
     f.token = K_NOBODY;
@@ -97,7 +122,7 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
     if (k->lane == 0) {
         warp_sum_notes(k)->feed = f;
     }
-    const k_bool ok = sum_rows(k, a, &m, k_stride(k, k->num_blocks));
+    ok = ok && sum_rows(k, a, &m, k_stride(k, k->num_blocks));
     k_mover_end(k, &m);
     return ok;
 }

@@ -7,7 +7,7 @@
 #ifndef KERNEL_COMBINE_SEND_H
 #define KERNEL_COMBINE_SEND_H
 
-#include "kernel/op.h"
+#include "kernel/far.h"
 
 static K_INLINE k_bool reads_own_in_place(const struct k_combine_args *a) {
     return (a->flags & K_DO_REDUCE) == 0;
@@ -20,6 +20,19 @@ static K_INLINE k_u64 landing_row(const struct k_combine_args *a, k_i32 owner, k
 
 static K_INLINE k_u64 landing(const struct k_combine_args *a, k_u64 row) {
     return a->g.map.land + row * (k_u64)a->row_bytes;
+}
+
+/* That place. Of an owner in another node: at its relay, which adds up what the node answers. */
+static K_INLINE struct k_peer answer_place(const struct k_combine_args *a, k_i32 owner,
+                                           k_u32 row) {
+    const k_u64 at = landing_row(a, owner, row);
+    if (K_HAS_FAR(a) && !is_near(a->far, owner)) {
+        const struct k_far *f = a->far;
+        const k_u64 first = (k_u64)f->source[owner] * (k_u64)f->map.relay_rows;
+        return k_peer_at(&a->g, f->relay[owner],
+                         f->map.relay_land + (first + at) * (k_u64)a->row_bytes);
+    }
+    return k_peer_at(&a->g, owner, landing(a, at));
 }
 
 static K_INLINE k_u64 x_row(const struct k_combine_args *a, k_u32 row) {
@@ -49,7 +62,15 @@ static K_INLINE void find_answer(const struct k_combine_args *a, k_i32 whom, k_i
 static K_INLINE k_u64 answers_word(struct k_thread *k, const struct k_combine_args *a,
                                    k_i32 owner, k_i32 c, k_u32 end, struct k_peer *to) {
     const struct k_group *g = &a->g;
-    *to = k_peer_at(g, owner, channel_word(g, g->map.returned, g->rank, c));
+    if (K_HAS_FAR(a) && !is_near(a->far, owner)) {
+        const struct k_far *f = a->far;
+        const k_u64 from =
+            (k_u64)f->source[owner] * (k_u64)f->map.most_near + (k_u64)f->local[g->rank];
+        *to = k_peer_at(g, f->relay[owner],
+                        f->map.relayed + 8 * (from * (k_u64)g->num_channels + (k_u64)c));
+    } else {
+        *to = k_peer_at(g, owner, channel_word(g, g->map.returned, g->rank, c));
+    }
     return K_WORD(k->epoch, end - a->h.recv_base[owner]);
 }
 
@@ -64,7 +85,14 @@ static K_FN void send_weights(struct k_thread *k, const struct k_combine_args *a
                               k_u32 r0, k_u32 r1) {
     const struct k_array *w = &a->topk_weights;
     const k_i32 topk = a->topk, num = (k_i32)(r1 - r0) * topk;
-    const k_u64 to = a->g.map.land_side + landing_row(a, owner, r0) * 4ull * (k_u64)topk;
+    k_u64 to = a->g.map.land_side + landing_row(a, owner, r0) * 4ull * (k_u64)topk;
+    k_i32 whom = owner;
+    if (K_HAS_FAR(a) && !is_near(a->far, owner)) {
+        const struct k_far_map *m = &a->far->map;
+        const k_u64 first = (k_u64)a->far->source[owner] * (k_u64)m->relay_rows;
+        whom = a->far->relay[owner];
+        to += m->relay_side - a->g.map.land_side + first * 4ull * (k_u64)topk;
+    }
     for (k_i32 i = k->lane; i < num; i += K_LANES) {
         const k_i64 row = (k_i64)r0 + i / topk;
         const k_i32 j = i % topk;
@@ -77,7 +105,7 @@ static K_FN void send_weights(struct k_thread *k, const struct k_combine_args *a
                 v = *(const k_f32 *)k_row(w, from);
             }
         }
-        k_store_u32(k_peer_at(&a->g, owner, to + 4ull * (k_u64)i), k_bits(v));
+        k_store_u32(k_peer_at(&a->g, whom, to + 4ull * (k_u64)i), k_bits(v));
     }
 }
 
@@ -133,7 +161,7 @@ static K_INLINE void place_answers(struct k_thread *k, const struct k_combine_ar
                                    struct answer_list *l, k_i32 first) {
     for (k_i32 i = first; k->lane == 0 && i < l->num; i++) {
         struct answer *u = &l->answers[(k_u32)i % K_LISTED_ANSWERS];
-        u->to = k_peer_at(&a->g, u->owner, landing(a, landing_row(a, u->owner, u->row)));
+        u->to = answer_place(a, u->owner, u->row);
     }
     k_syncwarp(k);
 }

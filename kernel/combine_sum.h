@@ -8,7 +8,7 @@
 #ifndef KERNEL_COMBINE_SUM_H
 #define KERNEL_COMBINE_SUM_H
 
-#include "kernel/combine_send.h"
+#include "kernel/far_combine.h"
 
 _Static_assert(sizeof(struct k_term) == K_TERM_BYTES, "a warp's scratch is terms");
 
@@ -162,8 +162,7 @@ static K_INLINE void begin_answer(struct k_thread *k, const struct k_combine_arg
     s->owner = f->owner;
     s->channel = f->channel;
     s->item = (k_i32)f->row;
-    s->to =
-        k_peer_at(&a->g, f->owner, landing(a, landing_row(a, f->owner, f->row)) + (k_u64)from);
+    s->to = k_peer_plus(answer_place(a, f->owner, f->row), (k_u64)from);
     s->bytes = slice_bytes(a, cut, from);
     s->num = answer_terms(k, a, f->row, from, terms);
     f->row++;
@@ -220,6 +219,28 @@ static K_FN k_bool has_answers(struct k_thread *k, const struct k_combine_args *
     }
     s->num = num + dests;
     return 1;
+}
+
+/* The same where there are nodes: their answers are terms. */
+static K_FN k_bool has_node_answers(struct k_thread *k, const struct k_combine_args *a,
+                                    const struct slices *cut, const struct sum_feed *f,
+                                    k_bool wait, struct sum *s, struct k_term *terms) {
+    const k_i32 t = f->token;
+    const k_i32 bytes = t < cut->whole ? a->row_bytes : slice_bytes(a, &cut->token, f->from);
+    if (!have_answered(k, a, t, wait)) {
+        return 0;
+    }
+    const k_i32 num = add_bias(k, &a->bias0, t, f->from, terms, 0);
+    s->num = node_terms(k, a, t, f->from, bytes, terms,
+                        add_bias(k, &a->bias1, t, f->from, terms, num));
+    return 1;
+}
+
+static K_INLINE k_bool is_answerable(struct k_thread *k, const struct k_combine_args *a,
+                                     const struct slices *cut, const struct sum_feed *f,
+                                     k_bool wait, struct sum *s, struct k_term *terms) {
+    return K_HAS_FAR(a) ? has_node_answers(k, a, cut, f, wait, s, terms)
+                        : has_answers(k, a, f, wait, s, terms);
 }
 
 static K_INLINE void begin_token(const struct k_combine_args *a, const struct slices *cut,
@@ -285,7 +306,7 @@ static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
                              const struct slices *cut, k_bool wait, struct sum_feed *f,
                              struct sum *s, struct k_term *terms) {
     const k_bool first = f->eager && f->row == f->end && take_token(k, a, cut, f) &&
-                         has_answers(k, a, f, 0, s, terms);
+                         is_answerable(k, a, cut, f, 0, s, terms);
     if (!first && take_answers(k, a, &cut->answer, f)) {
         begin_answer(k, a, &cut->answer, f, s, terms);
         return K_NEXT_READY;
@@ -293,7 +314,7 @@ static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
     if (!first && !take_token(k, a, cut, f)) {
         return K_NEXT_NONE;
     }
-    if (!first && !has_answers(k, a, f, wait, s, terms)) {
+    if (!first && !is_answerable(k, a, cut, f, wait, s, terms)) {
         return wait ? K_NEXT_FAILED : K_NEXT_LATER;
     }
     begin_token(a, cut, f, s);
@@ -324,6 +345,10 @@ static K_FN void sum_weights(struct k_thread *k, const struct k_combine_args *a,
     const struct k_group *g = &a->g;
     for (k_i32 j = k->lane; j < a->topk; j += K_LANES) {
         k_f32 sum = 0.0f;
+        if (K_HAS_FAR(a)) {
+            *(k_f32 *)k_at(&a->out_weights, t, j) = node_weights(a, t, j);
+            continue;
+        }
         for (k_i32 i = 0; i < a->h.num_dests[t]; i++) {
             const k_i64 at = (k_i64)t * g->max_dests + i;
             const k_u64 row = (k_u64)a->h.send_base[a->h.dest_rank[at]] + a->h.dest_slot[at];

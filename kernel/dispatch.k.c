@@ -18,6 +18,7 @@
  */
 #include "kernel/dispatch_receive.h"
 #include "kernel/dispatch_send.h"
+#include "kernel/far_dispatch.h"
 
 /* ---- control -------------------------------------------------------------------------------- */
 
@@ -56,12 +57,19 @@ static K_INLINE struct part part_of(const struct k_thread *k, k_i32 i, k_i32 p,
     return c;
 }
 
+/* Whether rank p is told by this rank itself. */
+static K_INLINE k_bool reaches(const struct k_dispatch_args *a, k_i32 p) {
+    return !K_HAS_FAR(a) || is_near(a->far, p);
+}
+
 /* One warp: its rows to every rank. */
 static K_FN void post_rows(struct k_thread *k, const struct k_dispatch_args *a) {
     const struct k_group *g = &a->g;
     K_ROLLED for (k_i32 p = k->lane; p < g->num_ranks; p += K_LANES) {
-        k_post(k_peer_at(g, p, counts_offset(g, k->epoch, g->rank)),
-               K_WORD(k->epoch, a->h.send_count[p]));
+        if (reaches(a, p)) {
+            k_post(k_peer_at(g, p, counts_offset(g, k->epoch, g->rank)),
+                   K_WORD(k->epoch, a->h.send_count[p]));
+        }
     }
 }
 
@@ -148,8 +156,10 @@ static K_FN k_bool await_rows(struct k_thread *k, k_i32 src, k_u32 *rows) {
 /* Posts word i of this rank's bases to rank p. Each lane has a rank of its own. */
 static K_INLINE void post_base(struct k_thread *k, const struct k_dispatch_args *a, k_i32 p,
                                k_i32 i, k_u32 value) {
-    k_post(k_peer_at(&a->g, p, base_offset(&a->g, k->epoch, a->g.rank) + 8ull * (k_u64)i),
-           K_WORD(k->epoch, value));
+    if (reaches(a, p)) {
+        k_post(k_peer_at(&a->g, p, base_offset(&a->g, k->epoch, a->g.rank) + 8ull * (k_u64)i),
+               K_WORD(k->epoch, value));
+    }
 }
 
 /* One warp, a lane for each source: their rows, and where those start here, which it is told at
@@ -195,7 +205,7 @@ static K_FN k_bool place_sources(struct k_thread *k, const struct k_dispatch_arg
         h->counts->rows = (k_i64)sum;
     }
     *go = k_all(k, !excess) ? K_GO : K_GO_NEED;
-    return 1;
+    return !K_HAS_FAR(a) || exchange_far_bases(k, a, need);
 }
 
 /* The same warp awaits every base. It marks in counts->need the largest unmet need, if there is
@@ -272,15 +282,18 @@ static K_FN k_bool dispatch_control(struct k_thread *k, const struct k_dispatch_
     }
     K_ROLLED for (k_i32 i = k->warp; i < items; i += k->num_warps) {
         const k_i32 p = (g->rank + i) % g->num_ranks;
+        if (!reaches(a, p)) {
+            continue; /* its relay tells it */
+        }
         if (i < g->num_ranks) {
             post_ready(k, p, &sig, K_WHERE(a->slot, a->channels.num));
         } else {
             post_counts(k, a, p, i / g->num_ranks - 1);
         }
     }
-    k_bool ok = 1;
+    k_bool ok = !K_HAS_FAR(a) || !last || exchange_far(k, a, &sig);
     K_ROLLED for (k_i32 i = k->warp; ok && k->warp < readers && i < items; i += readers) {
-        const k_i32 p = i % g->num_ranks;
+        const k_i32 p = K_HAS_FAR(a) ? far_order(a->far, i, g->num_ranks) : i % g->num_ranks;
         ok = i < g->num_ranks ? await_ready(k, p, &sig, &a->h.remote_where[p])
                               : await_counts(k, a, p, i / g->num_ranks - 1);
     }
@@ -339,6 +352,10 @@ static K_FN k_bool dispatch_run(struct k_thread *k, const struct k_dispatch_args
     }
     struct k_mover m;
     k_mover_begin(k, &m, warp_ring(k, a->stages, a->stage_bytes), a->stages, a->stage_bytes);
+    const k_bool far = K_HAS_FAR(a) && sends && k->block < senders;
+    if (far && may_send(k, &go)) { /* first, as it takes longest */
+        far_dispatch(k, a, &m, spread_first(k, 0, senders), k_stride(k, senders), 0);
+    }
     if (sends && (k->block < senders || !direct)) { /* one place, as the code is large */
         const k_bool away = k->block < senders;
         const k_i32 from = away ? 0 : first_recv;
@@ -347,6 +364,9 @@ static K_FN k_bool dispatch_run(struct k_thread *k, const struct k_dispatch_args
                       spread_first(k, from, blocks), k_stride(k, blocks), &go);
     }
     ok = may_send(k, &go);
+    if (ok && far) {
+        ok = far_dispatch(k, a, &m, spread_first(k, 0, senders), k_stride(k, senders), 1);
+    }
     if (ok && sends && k_first(k, 0) == 0) {
         count_sent_rows(k, a);
     }

@@ -8,9 +8,11 @@
 #define KERNEL_DISPATCH_SEND_H
 
 #include "kernel/dispatch_sidecar.h"
+#include "kernel/far.h"
 
 static K_INLINE k_bool serves(const struct k_dispatch_args *a, k_i32 whom, k_i32 d) {
-    return whom == K_TO_ALL || (d == a->g.rank) == (whom == K_TO_SELF);
+    const k_bool near = !K_HAS_FAR(a) || is_near(a->far, d);
+    return near && (whom == K_TO_ALL || (d == a->g.rank) == (whom == K_TO_SELF));
 }
 
 /* What a sending warp keeps in its scratch. */
@@ -62,7 +64,7 @@ static K_INLINE const struct send_token *listed_token(const struct send_list *l,
 /* How many destinations token t has; 0 if there is none to serve. */
 static K_INLINE k_i32 dests_to_serve(const struct k_dispatch_args *a, k_i32 whom, k_i32 t) {
     const k_i32 num = a->h.num_dests[t];
-    k_bool any = whom == K_TO_ALL || (whom == K_TO_PEERS && num > 1);
+    k_bool any = !K_HAS_FAR(a) && (whom == K_TO_ALL || (whom == K_TO_PEERS && num > 1));
     for (k_i32 i = 0; i < num && !any; i++) {
         any = serves(a, whom, a->h.dest_rank[(k_i64)t * a->g.max_dests + i]);
     }

@@ -195,6 +195,13 @@ static K_INLINE struct k_board *k_board_of(const struct k_group *g, k_i32 rank) 
     return (struct k_board *)g->board[rank];
 }
 
+/* Whether this rank reaches the board of another: its host tells those of other nodes. */
+#if defined(__CUDACC__) && !defined(K_NODES)
+#define K_REACHES(g, rank) 1
+#else
+#define K_REACHES(g, rank) ((g)->board[rank] != 0)
+#endif
+
 /* A wait has become long: left on the board for the host to see and to log. */
 static K_COLD void k_tell_late(const struct k_group *g, k_i32 kind, k_u64 word,
                                k_i64 waited_ns) {
@@ -219,7 +226,7 @@ static K_COLD void k_tell_late(const struct k_group *g, k_i32 kind, k_u64 word,
  */
 #define K_ORPHAN_NS 1000000000
 static K_INLINE k_bool k_is_orphan(const struct k_thread *k, k_i32 peer, k_i64 waited) {
-    if (!k->kind || waited < K_ORPHAN_NS) {
+    if (!k->kind || waited < K_ORPHAN_NS || !K_REACHES(k->g, peer)) {
         return 0;
     }
     const struct k_board *there = k_board_of(k->g, peer);
@@ -236,10 +243,10 @@ struct k_blame {
 };
 
 /* Writes an abort word to the other ranks' boards. All that kernels write there passes through
- * this: every rank has mapped every board, as all are of one host. */
+ * this: a rank has mapped those of its node. */
 static K_INLINE void k_write_boards(const struct k_group *g, k_u64 code) {
     for (k_i32 p = 0; p < g->num_ranks; p++) {
-        if (p != g->rank) {
+        if (p != g->rank && K_REACHES(g, p)) {
             struct k_peer told = {(k_u64)&k_board_of(g, p)->told};
             k_publish(told, code);
         }

@@ -227,7 +227,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     uint32_t claimed;
     int32_t *map = read_config(&in, &c, &claimed);
     epi_clear_error();
-    const ep_status st = epi_plan(&c, c.num_ranks, &p);
+    const ep_status st = epi_plan(&c, c.num_ranks, NULL, &p);
     must(st == EP_OK || st == EP_ERR_ARG || st == EP_ERR_NOMEM);
     must((st == EP_OK) == (epi_error_text()[0] == 0));
     if (st == EP_OK || st == EP_ERR_NOMEM) {
@@ -241,7 +241,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
             must(r >= 0 && r < c.num_ranks);
         }
     }
-    must(epi_plan(&c, c.num_ranks, &again) == st && memcmp(&p, &again, sizeof(p)) == 0);
+    must(epi_plan(&c, c.num_ranks, NULL, &again) == st && memcmp(&p, &again, sizeof(p)) == 0);
     must(ep_plan(&c, &info) == st);
     must((st != EP_OK && st != EP_ERR_NOMEM) || memcmp(&info, &p.info, sizeof(info)) == 0);
     check_size(&c, claimed, st);

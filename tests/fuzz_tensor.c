@@ -167,7 +167,7 @@ static ep_group *make_group(void) {
     group.num_ranks = 2;
     group.backend = &backend;
     must(epi_experts_create(&group.experts, &group, 6, NULL) == EP_OK);
-    must(epi_plan(&group.config, group.num_ranks, &group.plan) == EP_OK);
+    must(epi_plan(&group.config, group.num_ranks, NULL, &group.plan) == EP_OK);
     return &group;
 }
 

@@ -291,7 +291,7 @@ static void channels(void) {
         struct epi_plan p;
 
         c.max_tokens = t[i].max_tokens;
-        if (!ok(epi_plan(&c, t[i].ranks, &p) == EP_OK, "%s", t[i].what)) {
+        if (!ok(epi_plan(&c, t[i].ranks, NULL, &p) == EP_OK, "%s", t[i].what)) {
             continue;
         }
         epi_plan_channels(&p, t[i].tokens, &is);

@@ -19,7 +19,7 @@ ep_status ep_plan(const struct ep_group_config *config, struct ep_plan_info *inf
     EPI_TAKE(ep_group_config, &c, config);
     EPI_TRY(epi_check_size("ep_plan_info", info->size, sizeof(*info)));
     epi_clear_error();
-    ep_status st = epi_plan(&c, c.num_ranks, &plan);
+    ep_status st = epi_plan(&c, c.num_ranks, NULL, &plan);
     if (st == EP_OK || st == EP_ERR_NOMEM) {
         EPI_TRY(EPI_GIVE(ep_plan_info, info, &plan.info));
     }
@@ -39,7 +39,7 @@ static ep_status check_known(const struct ep_group_config *config) {
         known.num_ranks = 1;
         known.expert_rank = NULL;
     }
-    return epi_plan(&known, known.num_ranks, &plan);
+    return epi_plan(&known, known.num_ranks, NULL, &plan);
 }
 
 ep_status ep_group_create(ep_group **out, const struct ep_group_config *config) {

@@ -87,7 +87,7 @@ void epi_call_begin(struct epi_call *c, const ep_group *g) {
     c->dim[EPI_DIM_2] = 2;
     epi_call_experts(c, g->experts);
     c->dim[EPI_DIM_R] = g->num_ranks;
-    c->dim[EPI_DIM_NODES] = 1;
+    c->dim[EPI_DIM_NODES] = g->nodes.num;
     c->dim[EPI_DIM_CHANNELS] = g->plan.info.num_channels;
 }
 

@@ -56,6 +56,7 @@ static void fill_inputs(struct epi_op *op, const struct epi_call *call,
     const ep_handle *h = op->h;
     struct k_combine_args *k = &op->args.combine;
     k->x_rows = a->x->shape[0] < INT32_MAX ? a->x->shape[0] : INT32_MAX;
+    k->far = h->group->far;
     k->types = K_TYPES(a->x->dtype, EP_DTYPE_NONE);
     k->dtype = a->x->dtype;
     k->stages = op->shape.stages;

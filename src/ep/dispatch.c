@@ -149,6 +149,7 @@ static void set_inputs(struct epi_op *op, const struct epi_call *call,
     k->num_scales = scales ? (k_i32)scales->shape[1] : 0;
     k->scale_bytes = scales ? (k_i32)ep_dtype_bytes((ep_dtype)scales->dtype) : 1;
     k->flags |= K_DO_SEND | (a->topk_weights ? K_DO_WEIGHTS : 0);
+    k->far = h->group->far;
     k->types = K_TYPES(a->x->dtype, scales ? scales->dtype : EP_DTYPE_NONE);
     k->stages = op->shape.stages;
     k->stage_bytes = op->shape.stage_bytes;

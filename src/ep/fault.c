@@ -443,12 +443,6 @@ ep_status epi_group_check_next(ep_group *g) {
 ep_status epi_group_admit(ep_group *g) {
     struct ep_fault f;
     epi_life_join(g->life);
-    if (g->nodes.num > 1) {
-        return epi_fail(EP_ERR_UNSUPPORTED,
-                        "the group's ranks are of %d nodes: this version does not move rows "
-                        "between nodes",
-                        g->nodes.num);
-    }
     if (g->backend->on_device) {
         return epi_group_faulted(g) ? epi_group_check_next(g) : EP_OK;
     }

@@ -226,7 +226,7 @@ static ep_status check_nodes(const ep_group *g) {
 /* Everything that needs this rank alone. */
 static ep_status make_local(ep_group *g) {
     EPI_TRY(check_nodes(g));
-    EPI_TRY(epi_plan(&g->config, g->num_ranks, &g->plan));
+    EPI_TRY(epi_plan(&g->config, g->num_ranks, &g->nodes, &g->plan));
     EPI_TRY(make_tables(g));
     return g->backend->open(g);
 }
@@ -267,6 +267,9 @@ static ep_status form(ep_group *g) {
     EPI_TRY(check_agreement(g));
     EPI_TRY(make_memory(g, &x));
     EPI_TRY(epi_wires_create(&g->wires, g, &x));
+    if (g->nodes.num > 1) {
+        EPI_TRY(epi_agree(&x, epi_far_create(g), "making tables of nodes"));
+    }
     EPI_TRY(make_readable(g, &x));
     return epi_boot_barrier(g->boot, epi_deadline_after(g->timeout_ns));
 }
@@ -283,6 +286,7 @@ static void free_group(ep_group *g) {
     epi_free(g->tables);
     epi_free(g->masks);
     epi_free(g->ctl);
+    epi_free(g->far);
     epi_nodes_free(&g->nodes);
     pthread_cond_destroy(&g->turn);
     pthread_mutex_destroy(&g->mutex);
@@ -423,6 +427,7 @@ static void free_forked(ep_group *g) {
     epi_free(g->masks);
     epi_free(g->ctl);
     epi_wires_free(&g->wires, true);
+    epi_free(g->far);
     epi_nodes_free(&g->nodes);
     epi_free(g);
 }

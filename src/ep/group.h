@@ -43,6 +43,7 @@ struct ep_group {
     int rank, num_ranks;
     struct epi_nodes nodes;
     struct epi_wires *wires;   /* of a group of several nodes; else NULL */
+    struct k_far *far;         /* the same: what its kernels know of nodes */
     int workers, most_workers; /* of an operation: by default (CUDA, 0: by formula), at most */
     int64_t timeout_ns;
     struct k_group k;
@@ -125,6 +126,11 @@ void epi_group_destroy(ep_group **group);
 ep_status epi_group_grow(ep_group *g, const struct ep_needs *needs);
 /* Tells kernels where the group's tables are: low-latency mode's, then the peers' addresses. */
 void epi_group_tables(ep_group *g, uint64_t at);
+
+/* ---- far.c ---------------------------------------------------------------------------------- */
+
+/* With wires: what kernels are told of nodes. */
+ep_status epi_far_create(ep_group *g);
 
 /* ---- experts.c ------------------------------------------------------------------------------ */
 

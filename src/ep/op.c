@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "src/ep/group.h"
+#include "src/ep/wires.h"
 
 /* How soon an operation that waits for its turn learns that it need not. */
 #define TURN_NS (20 * EPI_NS_PER_MS)
@@ -144,6 +145,9 @@ static ep_status run_kernel(struct epi_op *op) {
     const struct epi_op_kind *kind = op->kind;
     if (kind->before) {
         EPI_TRY(kind->before(op));
+    }
+    if (op->g->wires) {
+        epi_wires_wake(op->g->wires);
     }
     (kind->faults ? epi_run_kernel : epi_run_local)(op->g->run, kind->kernel, &op->args,
                                                     op->shape.workers);

@@ -120,6 +120,62 @@ static int num_channels(int tokens, int num_ranks, int most) {
     return n > most ? most : n > 0 ? n : 1;
 }
 
+/* For how many ranks of other nodes a rank of the node is the relay, at most. */
+static int most_sources(const struct epi_nodes *n, int node) {
+    int sources = 0;
+    for (int d = 0; d < n->num; d++) {
+        sources += d != node ? ceil_div(epi_node_ranks(n, d), epi_node_ranks(n, node)) : 0;
+    }
+    return sources;
+}
+
+/* What does not depend on the maxima that may grow: shapes of packets and messages. */
+static ep_status set_far(const struct ep_group_config *c, const struct epi_nodes *n,
+                         struct epi_plan *p) {
+    struct k_far_map *m = &p->far;
+    p->num_nodes = n ? n->num : 1;
+    if (p->num_nodes == 1) {
+        return EP_OK;
+    }
+    for (int d = 0; d < n->num; d++) {
+        const int near = epi_node_ranks(n, d), sources = most_sources(n, d);
+        m->most_near = near > m->most_near ? near : m->most_near;
+        m->most_sources = sources > m->most_sources ? sources : m->most_sources;
+    }
+    const int64_t record = c->max_row_bytes + p->info.sidecar_row_bytes;
+    const int64_t entry = 4 * (K_FAR_ENTRY + m->most_near);
+    const int64_t head = align_up(4 * (K_FAR_HEAD + m->most_near) + entry, 16);
+    const int64_t all = head + EPI_CHANNEL_TOKENS * (record + entry);
+    m->most_tokens = epi_most_tokens(c);
+    m->lanes = EPI_FAR_LANES;
+    m->slots = EPI_FAR_SLOTS;
+    m->packet_bytes =
+        (int)align_up(all < EPI_PACKET_MOST ? all : EPI_PACKET_MOST + head, REGION_ALIGN);
+    m->control_bytes = (int)align_up(4 * (int64_t)m->most_near * p->count_words +
+                                         4 * (K_FAR_READY_WORDS + m->most_near),
+                                     REGION_ALIGN);
+    m->relay_rows = 0;
+    const int64_t relay_rows =
+        (int64_t)m->most_tokens * (p->max_dests < m->most_near ? p->max_dests : m->most_near);
+    if (relay_rows * m->most_sources > MAX_ROWS) {
+        return epi_fail(EP_ERR_ARG,
+                        "a relay would add up %lld answers of %d ranks each, at most %lld in "
+                        "all: lower max_tokens",
+                        (long long)relay_rows, m->most_sources, (long long)MAX_ROWS);
+    }
+    m->relay_rows = (k_i32)relay_rows;
+    m->block_bytes =
+        (uint64_t)(2 * m->slots) * (uint64_t)(m->lanes * m->packet_bytes + m->control_bytes) +
+        REGION_ALIGN;
+    p->net_lanes = m->lanes;
+    p->net_slots = m->slots;
+    p->net_write_bytes =
+        (uint64_t)(m->packet_bytes > m->control_bytes ? m->packet_bytes : m->control_bytes);
+    /* Partners: relays, and sources, of which most are relays. */
+    p->net_bytes = m->block_bytes * (uint64_t)(n->num - 1 + m->most_sources);
+    return EP_OK;
+}
+
 /* Lays out regions one behind the other. */
 static uint64_t take(uint64_t *at, int64_t bytes) {
     uint64_t start = *at;
@@ -196,6 +252,9 @@ static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
     const struct ep_plan_info *info = &p->info;
     const int64_t ranks = p->num_ranks, chans = info->num_channels, row = c->max_row_bytes;
     struct k_ll_map *ll = &p->ll;
+    struct k_far_map *far = &p->far;
+    const int64_t nodes = p->num_nodes > 1 ? p->num_nodes : 0;
+    const int64_t relayed = nodes ? (int64_t)far->most_sources * far->relay_rows : 0;
     const int64_t ll_parts = c->ll_max_tokens ? 2 * ranks : 0; /* two slots, by rank */
     const struct region regions[] = {
         {CONTROL, &m->board, NULL, (int64_t)sizeof(struct k_board), 0},
@@ -204,12 +263,19 @@ static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
         {CONTROL, &m->bases, NULL, 2 * ranks * K_BASE_WORDS * 8, 0},
         {CONTROL, &m->progress, NULL, ranks * chans * 8, 0},
         {CONTROL, &m->returned, NULL, ranks * chans * 8, 0},
+        {CONTROL, &far->relayed, NULL, nodes * far->most_sources * far->most_near * chans * 8,
+         0},
+        {CONTROL, &far->returned, NULL, nodes * chans * 8, 0},
         {RECEIVED, &m->recv, &m->recv_slot_bytes, most->recv * row, info->max_recv_rows * row},
         {SIDECARS, &m->side, &m->side_slot_bytes, most->recv * info->sidecar_row_bytes,
          info->max_recv_rows * info->sidecar_row_bytes},
         {ANSWERS, &m->land, NULL, most->combine * row, info->max_combine_rows * row},
         {ANSWERS, &m->land_side, NULL, most->combine * c->max_topk * 4,
          info->max_combine_rows * c->max_topk * 4},
+        {ANSWERS, &far->relay_land, NULL, relayed * row, 0},
+        {ANSWERS, &far->relay_side, NULL, relayed * c->max_topk * 4, 0},
+        {ANSWERS, &far->land, NULL, nodes * far->most_tokens * row, 0},
+        {ANSWERS, &far->land_side, NULL, nodes * far->most_tokens * c->max_topk * 4, 0},
         {VIEWS, &m->expanded, &m->expanded_slot_bytes, most->expanded * row,
          info->max_expanded_rows * row},
         {LOW_LATENCY, &ll->counts.at, NULL, ll_parts * (int64_t)ll->counts.stride, 0},
@@ -319,7 +385,8 @@ static ep_status resolve_rows(const struct ep_group_config *c, const struct epi_
     return EP_OK;
 }
 
-ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_plan *p) {
+ep_status epi_plan(const struct ep_group_config *c, int num_ranks,
+                   const struct epi_nodes *nodes, struct epi_plan *p) {
     memset(p, 0, sizeof(*p));
     EPI_TRY(check_config(c, num_ranks));
     p->info.size = sizeof(p->info);
@@ -336,6 +403,7 @@ ep_status epi_plan(const struct ep_group_config *c, int num_ranks, struct epi_pl
                                     epi_plan_expert_bytes(c->num_experts, num_ranks) +
                                     (size_t)(c->num_workers ? c->num_workers + 1 : 2) *
                                         epi_plan_warp_bytes(c, p));
+    EPI_TRY(set_far(c, nodes, p));
     return epi_plan_again(c, p);
 }
 
@@ -445,6 +513,10 @@ size_t epi_plan_handle(const struct ep_group_config *c, const struct epi_plan *p
     TAKE(counts, (int64_t)sizeof(struct k_counts));
     TAKE(sync, 8);
 #undef TAKE
+    _Static_assert(REGION_ALIGN == K_FAR_BEHIND, "a relay's list lies behind sync");
+    take(&at, (int64_t)p->far.most_sources *
+                  (8 * p->far.lanes +
+                   4 * (int64_t)p->far.most_tokens * (K_FAR_ENTRY + p->far.most_near)));
     k->notice = k->counts;
     return (size_t)(at - block);
 }

@@ -8,6 +8,7 @@
 
 #include "kernel/abi.h"
 #include "src/base/base.h"
+#include "src/ep/nodes.h"
 #include "src/mem/mem.h"
 
 /* Tokens of a channel, about: small enough that many warps share the work and rows are announced
@@ -39,6 +40,16 @@
 #endif
 int epi_plan_stage_bytes(int row_bytes);
 
+/* Between nodes. Packets of a stream that are on their way hide a round trip; they hold a few rows, or
+ * parts of one. Check builds have small ones, so that rows come in parts. */
+#define EPI_FAR_SLOTS 8
+#define EPI_FAR_LANES 4
+#if defined(K_LATE_MOVERS)
+#define EPI_PACKET_MOST 1024
+#else
+#define EPI_PACKET_MOST 65536
+#endif
+
 #define EPI_MAX_USES 32
 
 struct epi_plan {
@@ -54,17 +65,21 @@ struct epi_plan {
     int max_local; /* the most experts any rank has */
     int max_dests; /* destinations a token can have */
     int count_words;
-    /* Between nodes: memory that others write to, the longest write, lanes and slots of its packets. */
-    uint64_t net_bytes, net_write_bytes;
+    /* Of a group of several nodes: offsets in the arena, and what a rank has for the network. */
+    struct k_far_map far;
+    int num_nodes;
+    uint64_t net_bytes;       /* of memory that others write to */
+    uint64_t net_write_bytes; /* the most that is written at once */
     int net_lanes, net_slots;
 };
 
 /* The rank of expert e under the default map: E / R each, the first E % R ranks one more. */
 int epi_default_rank(int num_experts, int num_ranks, int e);
 
-/* Checks the fields of `config` and computes the plan for num_ranks ranks. EP_ERR_ARG,
+/* Checks the fields of `config` and computes the plan for num_ranks ranks of `nodes` (NULL: of one). EP_ERR_ARG,
  * EP_ERR_VERSION; EP_ERR_NOMEM when the arena exceeds memory_limit_bytes (*plan is complete). */
-ep_status epi_plan(const struct ep_group_config *config, int num_ranks, struct epi_plan *plan);
+ep_status epi_plan(const struct ep_group_config *config, int num_ranks,
+                   const struct epi_nodes *nodes, struct epi_plan *plan);
 
 /* The same for larger maxima of a group that exists: nothing else of it changes. */
 ep_status epi_plan_again(const struct ep_group_config *config, struct epi_plan *plan);

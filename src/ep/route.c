@@ -96,7 +96,8 @@ static ep_status run_layout(ep_handle *h, const struct epi_call *call,
     const struct epi_load load = {0, h->topk, false, false};
     struct epi_op op;
     epi_op_begin(&op, &layout_kind, h, 0, &load);
-    op.args.layout.num_nodes = 1;
+    op.args.layout.num_nodes = h->group->nodes.num;
+    op.args.layout.rank_node = h->group->far ? h->group->far->node : NULL;
     epi_args_fill(call, &epi_layout_rules, l, EPI_OUT, &op.args.layout);
     return epi_op_issue(&op, stream);
 }
