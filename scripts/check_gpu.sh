@@ -10,6 +10,8 @@
 #   generic    threads, processes, all once more with DISABLE_SM90_FEATURES=1
 #   python     tests/python with torch's CUDA tensors; PYTHON (python3) must have torch and pytest
 #
+# --quick takes under two minutes: of the first three parts the programs whose subject is no other's,
+# threads and processes at the same time; the other parts only where they are named.
 # Several programs run at a time on each GPU, as a process takes seconds to start there and hardly
 # uses it then; those of class `timed` two at a time, and `exclusive` alone. All of it takes tens of
 # minutes; with GPU_SECONDS=N what is not begun after N seconds is skipped.
@@ -104,7 +106,8 @@ sums=$out/sums
 rm -rf "$sums"
 mkdir -p "$sums"
 
-wanted() { [[ -z $CHECK_GPU_PARTS || " $CHECK_GPU_PARTS " == *" $1 "* ]]; }
+parts=${CHECK_GPU_PARTS:-${quick:+threads processes all}}
+wanted() { [[ -z $parts || " $parts " == *" $1 "* ]]; }
 
 # What runs where ranks are threads, and what where they are processes; PROGRAM:SECONDS.
 threads="t_handoff:60 t_layout:60 t_dispatch_compact:120 t_dispatch_expanded:120 t_combine:120
@@ -121,11 +124,9 @@ processes="t_handoff:60 t_begin_finish:90 t_cached:90 t_capacity:90 t_stats:60 t
 cases=150 pairs=200       # of t_random and t_cuda_soak, threads
 few_cases=8 few_pairs=30  # and processes, which take seconds to start
 if [ -n "$quick" ]; then
-    threads="t_handoff:60 t_layout:60 t_combine:120 t_capacity:60 t_begin_finish:60
-        t_args_operations:60 t_arena:90 t_abort:120 t_random:120 t_cuda_graph:90
-        t_cuda_pointers:60 t_cuda_streams:90 t_cuda_order:60 t_cuda_handles:60 t_cuda_groups:60
-        t_thread_end:90 t_cuda_suspend:60 t_ll:60 t_ll_order:60 t_ll_args:60 t_ll_graph:90 t_cuda_soak:90"
-    processes="t_handoff:60 t_begin_finish:90 t_abort:150 t_killed:300 t_cuda_device_end:120"
+    threads="t_combine:120 t_random:120 t_abort:120 t_cuda_graph:90 t_cuda_streams:90 t_cuda_order:60
+        t_cuda_groups:60 t_ll:60 t_ll_order:60 t_cuda_soak:90"
+    processes="t_handoff:60 t_begin_finish:90 t_abort:150 t_cuda_order:60 t_cuda_device_end:120"
     cases=40 pairs=40 few_cases=3 few_pairs=10
 fi
 
@@ -182,6 +183,8 @@ worker() {
 
 class_of() { sed -n '1,5s/.*class: \([a-z]*\).*/\1/p' "tests/$1.c"; }
 
+classes="rest timed exclusive"
+
 # at_once PART PROGRAMS VARIABLE=VALUE...: on each of the GPUs in the array `on`, or, where that has
 # one entry, "", on all of them together. Programs that do not look at the clock have more time, as
 # there are more at once.
@@ -189,7 +192,7 @@ at_once() {
     local part=$1 list=$2 class device p some i num under taken
     taken=$(mktemp -d) || exit 1
     shift 2
-    for class in rest timed exclusive; do
+    for class in $classes; do
         some=
         for p in $list; do
             [ "$(class_of "${p%:*}")" = $class ] && some="$some $p"
@@ -220,6 +223,19 @@ on_all() {
     at_once "$@"
 }
 
+# both WHERE THREADS PROCESSES: the programs of these two parts, of which one may be "". In a quick run
+# at the same time, but for those that look at the clock.
+both() {
+    local stages=("$classes") classes
+    [ -z "$quick" ] || read -r -a stages <<<"${stages[0]}"
+    for classes in "${stages[@]}"; do
+        [ -z "$2" ] || "$1" "$2" "$threads" "${as_threads[@]}" &
+        [ -n "$quick" ] || wait
+        [ -z "$3" ] || "$1" "$3" "$processes" "${as_processes[@]}" &
+        wait
+    done
+}
+
 # everything SUFFIX VARIABLE=VALUE...: those of the parts threads, processes and all that are
 # wanted, or all of them.
 everything() {
@@ -227,17 +243,12 @@ everything() {
     shift
     as_threads=(EP_TEST_RANKS=threads EP_CASES="$cases" EP_TEST_PAIRS="$pairs" "$@")
     as_processes=(EP_TEST_RANKS=processes EP_CASES="$few_cases" EP_TEST_PAIRS="$few_pairs" "$@")
-    if [ -z "$suffix" ] && wanted threads; then
+    if [ -z "$suffix$quick" ] && wanted threads; then
         on_one threads-pinned "t_combine:120 t_random:120" "${as_threads[@]}" \
             EP_TEST_MEMORY=pinned &
     fi
-    if [ -n "$suffix" ] || wanted threads; then
-        on_one "threads$suffix" "$threads" "${as_threads[@]}"
-    fi
-    wait
-    if [ -n "$suffix" ] || wanted processes; then
-        on_one "processes$suffix" "$processes" "${as_processes[@]}"
-    fi
+    both on_one "$([ -z "$suffix" ] && ! wanted threads || echo "threads$suffix")" \
+        "$([ -z "$suffix" ] && ! wanted processes || echo "processes$suffix")"
     if [ -z "$suffix" ] && ! wanted all; then
         return
     fi
@@ -246,8 +257,7 @@ everything() {
         record "all$suffix" 0 0 1
         return
     fi
-    on_all "all-threads$suffix" "$threads" "${as_threads[@]}"
-    on_all "all-processes$suffix" "$processes" "${as_processes[@]}"
+    both on_all "all-threads$suffix" "all-processes$suffix"
 }
 
 # The tools may run the kernels of a process one after the other: ranks that wait for each other
