@@ -219,7 +219,9 @@ static ep_status fake_open(struct epi_net_port **out, const struct epi_net_confi
         return epi_fail(EP_ERR_NOMEM, "no memory for a fake network%s", epi_alloc_why());
     }
     n->f = c->faults ? *c->faults : n->f;
-    if (sscanf(c->provider, "fake:%" SCNu64, &n->f.seed) == 1) {
+    if (sscanf(c->provider, "fake:%" SCNu64 ":%" SCNu32, &n->f.seed,
+               &n->f.lost_sent_permille) >= 1) {
+        n->f.lost_arrived_permille = n->f.lost_sent_permille;
         n->f.max_delay = 8;
         n->f.connect_tries = 3;
         n->f.again_permille = 100;

@@ -50,7 +50,7 @@ struct epi_net_config {
     int max_in_flight;   /* writes to each peer that are under way or wait; 0: 64 */
     int64_t timeout_ns;  /* of a write; 0: EP_TIMEOUT_MS */
     const char *
-        provider; /* a name of libfabric's, "fake", or "fake:SEED", which is also slow and busy; NULL:
+        provider; /* a name of libfabric's, "fake", or "fake:SEED", which is also slow and busy, "fake:SEED:N", which also loses N of a thousand completions at each end; NULL:
                       EP_NET_PROVIDER, else a choice */
     const char *interface; /* a domain of libfabric's; NULL: EP_NET_IFNAME, else the first */
     const struct epi_net_faults *faults; /* of the fake; NULL: none */
