@@ -312,7 +312,8 @@ struct ep_plan_info {
 
 /*
  * Computes the plan of a configuration whose num_ranks is set (rank and the way to meet are not
- * looked at). Local, pure, not blocking. EP_ERR_ARG: a field breaks its rule.
+ * looked at) and are of one node: where they are of several, each has memory for packets, and more for
+ * answers. Local, pure, not blocking. EP_ERR_ARG: a field breaks its rule.
  * EP_ERR_NOMEM: the arena would exceed memory_limit_bytes; the message says which field to
  * lower; *info is filled in all the same.
  */
@@ -627,8 +628,9 @@ struct ep_layout {
 /*
  * Nodes of the group: sets of ranks that share load and store. Ranks of a host (and of its network
  * namespace) are a node, or EP_NODE_SIZE says it: N for runs of N ranks, or "2,3,1" for one run each;
- * the same on all ranks. Local. This version makes groups of host ranks on several nodes, but not for
- * low-latency mode nor to grow; what they cannot do is EP_ERR_UNSUPPORTED.
+ * the same on all ranks. Local. Between nodes a token's row travels once to each node, and one answer
+ * back. This version makes groups of host ranks on several nodes for throughput mode: not of CUDA ranks, for
+ * low-latency mode or to grow, which are EP_ERR_UNSUPPORTED.
  */
 int ep_group_num_nodes(const ep_group *group);
 
@@ -828,6 +830,10 @@ ep_status ep_handle_arena(ep_handle *handle, uint32_t flags, ep_dtype dtype, int
  * its biases, or zeros. A NaN in BF16 or F16 becomes 0x7fff. out_topk_weights sums what each
  * rank sent back for a selection, also for selections of other ranks, where a dispatch has put
  * zeros.
+ *
+ * In a group of several nodes the ranks of a node are summed first, y_d = round(0 + sum over the ranks r of
+ * node d that t was sent to, ascending, of y_r), and then biases and nodes, ascending, likewise:
+ * round(0 + bias0 + bias1 + sum of y_d). Top-k weights are summed in the same order, in float32.
  */
 struct ep_combine_args {
     uint32_t size;
