@@ -154,6 +154,7 @@ want 0 "$ep" bench $small $low && has 'data checked' &&
     for row in 'fp8 round trip' 'bf16 round trip' 'fp8 dispatch' 'bf16 dispatch' \
         'fp8 dispatch, send half' 'bf16 dispatch, receive half' 'bf16 combine' \
         'bf16 combine, send half' 'bf16 combine, receive half' 'bf16 round trip, cold' \
+        'fp8 two in halves, beside' \
         'bf16 combine, weights given' 'bf16 combine, exact' 'bf16 combine, LogFMT'; do
         has "^$row  *[0-9.]* [umn]*s" || break
     done && [ "$row" = 'bf16 combine, LogFMT' ] && has "^$row  *[0-9.]* [umn]*s"

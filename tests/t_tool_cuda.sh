@@ -29,7 +29,7 @@ ok "bench --device cuda checks its data, eager and as a graph"
 # shellcheck disable=SC2086
 cuda 0 "$ep" bench --device cuda --mode ll $tiny --tokens 4 --dtype fp8 --workers 1 --iters 1 \
     --warmup 0 && has 'data checked' && has '^link: [0-9]' && has '^bf16 combine, receive half  ' &&
-    [ "$(grep -c '  eager  ' "$tmp/out")" = 11 ] && [ "$(grep -c '  graph  ' "$tmp/out")" = 11 ]
+    [ "$(grep -c '  eager  ' "$tmp/out")" = 12 ] && [ "$(grep -c '  graph  ' "$tmp/out")" = 12 ]
 ok "bench --device cuda --mode ll checks its data, eager and as a graph"
 cuda 0 "$ep" demo --device cuda -n 2 --tokens 60 --batch 16 && has PASS &&
     has '2 processes' && has 'rows are on 1 x a device for tests, 0'

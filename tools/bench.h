@@ -97,6 +97,7 @@ struct bench_op {
     ep_status (*after)(struct bench *b);
     /* Between links; its own time is taken off. */
     ep_status (*between)(struct bench *b);
+    bool joins;     /* on a GPU that is beside the link, which ends when both have */
     uint32_t flags; /* of the combine: EP_LL_..., BENCH_LL_WEIGHTS */
 };
 
@@ -279,6 +280,7 @@ int64_t bench_ll_bytes(const struct bench_params *p, int rank);
 ep_status bench_ll_open(struct bench *b, int64_t handle_bytes);
 ep_status bench_ll_prepare(struct bench *b);
 ep_status bench_ll_trip(struct bench *b);
+ep_status bench_ll_two_trips(struct bench *b);
 ep_status bench_ll_dispatch(struct bench *b);
 ep_status bench_ll_dispatch_send(struct bench *b);
 ep_status bench_ll_dispatch_recv(struct bench *b);

@@ -128,9 +128,11 @@ ep_status bench_ll_prepare(struct bench *b) {
 }
 
 ep_status bench_ll_other(struct bench *b) {
+    const bool beside = b->item->op->joins;
     for (int byte = 0; byte < 2; byte++) {
         if (b->gpu) {
-            EPI_TRY(gpu_fill(b->gpu, b->ll.other, byte, OTHER_BYTES));
+            EPI_TRY(
+                (beside ? gpu_fill_beside : gpu_fill)(b->gpu, b->ll.other, byte, OTHER_BYTES));
         } else {
             memset(b->ll.other, byte, OTHER_BYTES);
         }
@@ -159,6 +161,20 @@ ep_status bench_ll_combine_recv(struct bench *b) {
 ep_status bench_ll_trip(struct bench *b) {
     EPI_TRY(bench_ll_dispatch(b));
     return bench_ll_combine(b);
+}
+
+/* Of two micro-batches, of which one is on its way while the other is sent or received. */
+ep_status bench_ll_two_trips(struct bench *b) {
+    ep_status (*const halves[])(struct bench *) = {
+        bench_ll_dispatch_send, bench_ll_dispatch_recv, bench_ll_combine_send,
+        bench_ll_combine_recv};
+    const int link = b->link;
+    for (int i = 0; i < 8; i++) {
+        b->link = i % 2;
+        EPI_TRY(halves[i / 2](b));
+    }
+    b->link = link;
+    return EP_OK;
 }
 
 /* ---- checks ------------------------------------------------------------------------------- */

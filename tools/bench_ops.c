@@ -112,7 +112,8 @@ ep_status bench_links(struct bench *b, ep_status (*fn)(struct bench *b)) {
 
 static ep_status run_behind(struct bench *b) {
     EPI_TRY(b->item->op->between(b));
-    return b->more ? b->item->op->run(b) : EP_OK;
+    const ep_status st = b->more ? b->item->op->run(b) : EP_OK;
+    return st == EP_OK && b->gpu && b->item->op->joins ? gpu_join(b->gpu) : st;
 }
 
 ep_status bench_run(struct bench *b) {
@@ -149,8 +150,8 @@ ep_status bench_prepare(struct bench *b, int mode) {
 #define COLD_CHAIN 4
 
 /* Timed once, with nothing around it. */
-#define ALONE NULL, 1, NULL, NULL, NULL, 0
-#define CHAIN(flags) BENCH_CHAIN, NULL, NULL, NULL, flags
+#define ALONE NULL, 1, NULL, NULL, NULL, false, 0
+#define CHAIN(flags) BENCH_CHAIN, NULL, NULL, NULL, false, flags
 
 static const struct bench_op ops[] = {
     {"memcpy", "memcpy of rows", BENCH_COPY, BENCH_MEMORY, true, NULL, run_copy, NULL, NULL,
@@ -176,18 +177,20 @@ static const struct bench_op ops[] = {
      dispatched, run_combine, NULL, ANSWERS_EXPANDED, ALONE},
     {LL("ll_round_trip", "round trip", TRIP, trip, TO_EXPANDED), ANSWERS_EXPANDED, CHAIN(0)},
     {LL("ll_round_trip_cold", "round trip, cold", TRIP, trip, TO_EXPANDED), ANSWERS_EXPANDED,
-     COLD_CHAIN, NULL, NULL, bench_ll_other, 0},
+     COLD_CHAIN, NULL, NULL, bench_ll_other, false, 0},
+    {LL("ll_two_trips_beside", "two in halves, beside", TRIP, two_trips, NULL), NULL,
+     COLD_CHAIN, NULL, NULL, bench_ll_other, true, 0},
     {LL("ll_dispatch", "dispatch", DISPATCH, dispatch, TO_EXPANDED), NULL, CHAIN(0)},
     {LL("ll_dispatch_send", "dispatch, send half", DISPATCH, dispatch_send, "read T + write N"),
-     NULL, 1, NULL, bench_ll_dispatch_recv, NULL, 0},
+     NULL, 1, NULL, bench_ll_dispatch_recv, NULL, false, 0},
     {LL("ll_dispatch_recv", "dispatch, receive half", DISPATCH, dispatch_recv,
         "read N + write S"),
-     NULL, 1, bench_ll_dispatch_send, NULL, NULL, 0},
+     NULL, 1, bench_ll_dispatch_send, NULL, NULL, false, 0},
     {LL("ll_combine", "combine", COMBINE, combine, ANSWERS_EXPANDED), NULL, CHAIN(0)},
     {LL("ll_combine_send", "combine, send half", COMBINE, combine_send, "read S + write N"),
-     NULL, 1, NULL, bench_ll_combine_recv, NULL, 0},
+     NULL, 1, NULL, bench_ll_combine_recv, NULL, false, 0},
     {LL("ll_combine_recv", "combine, receive half", COMBINE, combine_recv, "read N + write T"),
-     NULL, 1, bench_ll_combine_send, NULL, NULL, 0},
+     NULL, 1, bench_ll_combine_send, NULL, NULL, false, 0},
     {LL("ll_combine_weights", "combine, weights given", COMBINE, combine, ANSWERS_EXPANDED),
      NULL, CHAIN(BENCH_LL_WEIGHTS)},
     {LL("ll_combine_exact", "combine, exact", COMBINE, combine, NULL), NULL,

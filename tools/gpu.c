@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The GPU of one rank: memory, one stream, two events that take the time, a word that holds
- * the stream back, and graphs.
+ * The GPU of one rank: memory, a stream and one for work beside it, two events that take the time, a word
+ * that holds the stream back, and graphs.
  *
  * Owns what it makes and makes its device's context the current one of the rank's thread. The
  * functions of graphs are not among those that src/cu opens: they are taken here from the
@@ -50,9 +50,9 @@ struct driver {
 struct gpu {
     struct epi_cu_device device;
     struct driver driver;
-    void *stream;
-    void *mark[2];
-    uint32_t *word; /* pinned; the stream is held until it is `held` */
+    void *stream, *beside;
+    void *mark[2], *turn; /* events; turn: where the other stream goes on */
+    uint32_t *word;       /* pinned; the stream is held until it is `held` */
     uint32_t held;
     uint64_t blocks[MAX_BLOCKS];
     void *pinned[MAX_BLOCKS];
@@ -96,6 +96,8 @@ static ep_status open_all(struct gpu *gpu, int device) {
     EPI_TRY(load(&gpu->driver));
     EPI_TRY(CALL(&gpu->driver, CtxSetCurrent, gpu->device.context));
     EPI_TRY(epi_cu_stream_create(&gpu->device, &gpu->stream));
+    EPI_TRY(epi_cu_stream_create(&gpu->device, &gpu->beside));
+    EPI_TRY(epi_cu_event_create_plain(&gpu->device, &gpu->turn));
     EPI_TRY(epi_cu_event_create(&gpu->device, &gpu->mark[GPU_BEGIN]));
     EPI_TRY(epi_cu_event_create(&gpu->device, &gpu->mark[GPU_END]));
     EPI_TRY(epi_cu_alloc_host(&gpu->device, &word, sizeof(*gpu->word)));
@@ -138,6 +140,8 @@ void gpu_close(struct gpu **gpu) {
         for (int i = 0; i < 2; i++) {
             epi_cu_event_destroy(&g->device, &g->mark[i]);
         }
+        epi_cu_event_destroy(&g->device, &g->turn);
+        epi_cu_stream_destroy(&g->device, &g->beside);
         epi_cu_stream_destroy(&g->device, &g->stream);
         epi_cu_free_host(&g->device, &word);
         epi_cu_device_close(&g->device);
@@ -176,6 +180,18 @@ void *gpu_alloc_pinned(struct gpu *gpu, size_t bytes) {
 
 ep_status gpu_fill(struct gpu *gpu, void *to, int byte, int64_t bytes) {
     return epi_cu_fill(&gpu->device, gpu->stream, (uint64_t)(uintptr_t)to, byte, (size_t)bytes);
+}
+
+ep_status gpu_fill_beside(struct gpu *gpu, void *to, int byte, int64_t bytes) {
+    EPI_TRY(epi_cu_event_record(&gpu->device, gpu->turn, gpu->stream));
+    EPI_TRY(epi_cu_event_wait(&gpu->device, gpu->beside, gpu->turn));
+    EPI_TRY(
+        epi_cu_fill(&gpu->device, gpu->beside, (uint64_t)(uintptr_t)to, byte, (size_t)bytes));
+    return epi_cu_event_record(&gpu->device, gpu->turn, gpu->beside);
+}
+
+ep_status gpu_join(struct gpu *gpu) {
+    return epi_cu_event_wait(&gpu->device, gpu->stream, gpu->turn);
 }
 
 ep_status gpu_in(struct gpu *gpu, void *to, const void *from, int64_t bytes) {

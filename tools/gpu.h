@@ -87,6 +87,9 @@ ep_status gpu_out(struct gpu *gpu, void *to, const void *from, int64_t bytes);
 ep_status gpu_sync(struct gpu *gpu);
 /* Enqueues only. */
 ep_status gpu_fill(struct gpu *gpu, void *to, int byte, int64_t bytes);
+/* Beside what is queued on the stream from now on until gpu_join, before which all of it has ended. */
+ep_status gpu_fill_beside(struct gpu *gpu, void *to, int byte, int64_t bytes);
+ep_status gpu_join(struct gpu *gpu);
 
 /* What is queued on the stream from now on waits for gpu_release. False: it cannot be done here.
  * Between the two nothing may wait for the stream. */
