@@ -21,6 +21,9 @@ want 0 hosts -n 2 -- sh -c "printf %s \"\$EP_JOB_KEY\" >$tmp/key.\$RANK
     grep -c -F -f $tmp/key.\$RANK || true" &&
     [ "$(wc -c <"$tmp/key.0")" = 64 ] && cmp -s "$tmp/key.0" "$tmp/key.1" && has '^\[0\] 0$'
 ok "both have the job's key, which is on no command line"
+want 0 hosts -n 3 &&
+    [ "$(grep -c 'every answer is right' "$tmp/out")" = 3 ]
+ok "a layer runs across both"
 want 0 hosts -n 2 -- printf '%s|' "it's" 'a "b" $c' '' && has "it's|a \"b\" \$c||"
 ok "arguments arrive as they are"
 want 7 hosts -n 4 -- sh -c "if [ \$RANK = 3 ]; then exit 7; fi; sleep $mark" &&

@@ -160,7 +160,8 @@ static ep_status fake_add_peer(struct epi_net_port *port, int peer, const void *
     epi_fd_begin();
     int fd = epi_fd_keep(a.magic == BOX_MAGIC ? open(path, O_RDWR | O_CLOEXEC) : -1);
     struct box *b = NULL;
-    if (fd >= 0 && fstat(fd, &s) == 0 && s.st_ino == a.inode &&
+    const bool is_there = fd >= 0;
+    if (is_there && fstat(fd, &s) == 0 && s.st_ino == a.inode &&
         s.st_size >= (off_t)sizeof(*b)) {
         b = epi_map_shared(fd, (size_t)s.st_size);
     }
@@ -171,7 +172,8 @@ static ep_status fake_add_peer(struct epi_net_port *port, int peer, const void *
         b = NULL;
     }
     if (!b) {
-        return epi_fail(EP_ERR_ARG, "peer %d has no endpoint at its address (%s)", peer, path);
+        return epi_fail(a.magic == BOX_MAGIC && !is_there ? EP_ERR_PEER : EP_ERR_ARG,
+                        "peer %d has no endpoint at its address (%s)", peer, path);
     }
     n->peer[peer].theirs = b;
     return EP_OK;

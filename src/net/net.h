@@ -115,7 +115,8 @@ struct epi_net_limits epi_net_limits(const struct epi_net *net);
 /* By which others reach this endpoint: opaque, at most EPI_NET_ADDRESS_BYTES; how many. */
 size_t epi_net_address(const struct epi_net *net, void *out);
 /* Once for each peer, before the first write to it; the peer does the same. EP_ERR_MISMATCH: it has
- * another provider. EP_ERR_ARG: that is no address. */
+ * another provider. EP_ERR_ARG: that is no address. EP_ERR_PEER: nobody is there any more, where the
+ * provider can tell. */
 ep_status epi_net_add_peer(struct epi_net *net, int peer, const void *address, size_t bytes);
 
 /* EP_ERR_UNSUPPORTED: the provider takes no memory of that kind; EP_ERR_CAPACITY: no more regions. */
