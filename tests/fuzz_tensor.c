@@ -179,21 +179,29 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     } ops[] = {{&epi_route_rules, EPI_IN, false},
                {&epi_layout_rules, EPI_OUT, true},
                {&epi_dispatch_rules, EPI_IN | EPI_OUT, true},
-               {&epi_combine_rules, EPI_ANY, true}};
+               {&epi_combine_rules, EPI_ANY, true},
+               {&epi_ll_dispatch_rules, EPI_IN | EPI_OUT, false},
+               {&epi_ll_combine_rules, EPI_IN | EPI_OUT, false}};
     static ep_group *group;
-    void *args[128] = {0}, *kernel_args[256];
+    void *args[128] = {0};
+    struct epi_op op;
     struct ep_tensor t[EPI_MAX_TENSORS];
     struct epi_call c;
     if (bytes < 2) {
         return 0;
     }
+    const size_t which = data[0] % (sizeof(ops) / sizeof(ops[0]));
     group = group ? group : make_group();
     epi_call_begin(&c, group);
-    const struct epi_rules *rules = ops[data[0] % 4].rules;
-    const uint32_t roles = ops[data[0] % 4].roles;
+    const struct epi_rules *rules = ops[which].rules;
+    const uint32_t roles = ops[which].roles;
     c.is = data[1] & ~(EPI_EXPANDED | EPI_COMPACT);
     c.is |= data[1] & EPI_EXPANDED ? EPI_EXPANDED : EPI_COMPACT;
-    if (ops[data[0] % 4].routed) {
+    c.dim[EPI_DIM_LL_EACH] = 2 * TOKENS;
+    c.dim[EPI_DIM_LL_LISTS] = 3;
+    c.dim[EPI_DIM_LL_ROWS] = 3 * 2 * TOKENS;
+    c.dim[EPI_DIM_LL_HANDLE] = 64;
+    if (ops[which].routed) {
         c.dim[EPI_DIM_T] = TOKENS;
         c.dim[EPI_DIM_K] = TOPK;
     }
@@ -206,7 +214,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes) {
     }
     if (epi_args_check(&c, rules, args, roles) == EP_OK) {
         check_accepted(&c, rules, args, roles);
-        epi_args_fill(&c, rules, args, roles, kernel_args);
+        epi_args_fill(&c, rules, args, roles, &op.args);
     } else {
         must(epi_error_text()[0] != 0);
     }
