@@ -791,6 +791,7 @@ ep_status ep_dispatch(ep_handle *handle, const struct ep_dispatch_args *args, vo
  * the inputs must not change until the stream has passed finish. In a capture both are captured, into
  * the same graph (else EP_ERR_STATE): begin sends on its own `stream`, finish receives behind it, and
  * does not block: its outputs have room for what comes, or nothing past them is written.
+ * In a group of several nodes begin also waits for the rows that this rank passes on, so for the others' begin.
  */
 ep_status ep_dispatch_begin(ep_handle *handle, const struct ep_dispatch_args *args,
                             void *stream);
@@ -867,6 +868,7 @@ ep_status ep_combine(ep_handle *handle, const struct ep_combine_args *args, void
  * neither blocks beyond that: a CUDA group sends on its own stream, from where `stream` is at begin,
  * beside what is queued there next. In a capture both are captured, into the same graph (else
  * EP_ERR_STATE), and begin sends on its own `stream`. Errors as for ep_combine.
+ * In a group of several nodes begin also waits for the answers of others' begin, as far as they cross.
  */
 ep_status ep_combine_begin(ep_handle *handle, const struct ep_combine_args *args, void *stream);
 ep_status ep_combine_finish(ep_handle *handle, const struct ep_combine_args *args,

@@ -18,6 +18,8 @@
  * One warp can run all of it in this order: nobody waits for a peer's answer while there is an
  * answer of this rank that nobody has begun.
  */
+/* gate: -UK_NODES */
+/* gate: -DK_NODES=1 */
 #include "kernel/combine_send.h"
 #include "kernel/combine_sum.h"
 

@@ -16,6 +16,8 @@
  *
  * One warp can run all of it in this order: sending never waits for a receiver.
  */
+/* gate: -UK_NODES */
+/* gate: -DK_NODES=1 */
 #include "kernel/dispatch_receive.h"
 #include "kernel/dispatch_send.h"
 #include "kernel/far_dispatch.h"
