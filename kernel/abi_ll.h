@@ -100,9 +100,12 @@ struct k_ll_region {
 #define K_LL_WARPS 4  /* of a block on a GPU, at most */
 #define K_LL_BLOCKS 3 /* that share an SM, at most: so many have registers enough */
 #define K_LL_SHARED_BYTES                                                                      \
-    28672 /* of a block, at least: the selections of 512 tokens, and more */
-#define K_LL_MOST_SLICES 8
-#define K_LL_CUT_BELOW 128 /* tokens: rows of so many or more are not cut */
+    28672                     /* of a block, at least: the selections of 512 tokens, and more */
+#define K_LL_MOST_SLICES 8    /* of an answer */
+#define K_LL_CUT_BELOW 128    /* tokens: answers of so many or more are not cut */
+#define K_LL_BATCH_BYTES 1536 /* of a row, which travel as K_LL_BATCH_WIRE: kernel/ll_row.h */
+#define K_LL_BATCH_WIRE 2048
+#define K_LL_NONE 0xfffffffeu /* in place of an expert: the token does not come */
 
 #define K_LL_MEETING 4 /* words */
 
@@ -112,13 +115,12 @@ struct k_ll_region {
 #define K_LL_TOO_MANY (-1)
 
 struct k_ll_map {
-    struct k_ll_region counts;  /* a dispatch's header and counts, by source */
-    struct k_ll_region arrived; /* a word for each slice of a token's row, by source */
-    struct k_ll_region header;  /* a combine's, by answering rank */
+    struct k_ll_region counts; /* a dispatch's header and counts, by source */
+    struct k_ll_region header; /* a combine's, by answering rank */
     /* K_LL_MOST_SLICES words for each token, or exact for each selection, by answering rank. */
     struct k_ll_region answered;
     struct k_ll_region weights; /* words: those given at combine, [token][K], by owner */
-    struct k_ll_region rows;    /* [token] received rows, each with its sidecar, by source */
+    struct k_ll_region rows;    /* [token] sidecar and row as ll_row.h has them, by source */
     struct k_ll_region answers; /* [tokens][row] or [tokens][K][row], by answering rank */
     k_u64 consumed;  /* [R][4] words by writer: {kind, slot} whose operation it has received */
     k_u64 masked_by; /* [R] by writer: not 0: it has masked this rank */
@@ -142,7 +144,7 @@ struct k_ll_head {
     k_u64 number[K_LL_KINDS]; /* of its dispatch, of its last combine */
     k_i32 tokens, topk, max_tokens;
     k_u32 signature;
-    k_i32 row_bytes, side_at, wire_bytes; /* of x; and of a row on the wire */
+    k_i32 row_bytes, row_at, wire_bytes; /* of x; and of a row on the wire */
     k_u32 types;
     k_u32 experts, pad; /* what k_group.experts was */
 };
@@ -169,7 +171,7 @@ struct k_ll_dispatch_args {
     k_u32 signature; /* K_LL_SIG_... */
     k_i32 id_bytes;
     k_i32 packed_scales; /* four exponents in a word */
-    k_i32 side_at;       /* where a row's sidecar begins, of a send */
+    k_i32 row_at;        /* where a row's packets begin, behind its sidecar, of a send */
     k_i32 scale_bytes;   /* of one that comes with the rows; 0: there are none */
     k_i32 recv_id_bytes;
     struct k_array x, scales, ids, weights;
@@ -198,7 +200,7 @@ struct k_ll_masks_args {
     struct k_array masks; /* [R] int32 */
 };
 
-_Static_assert(sizeof(struct k_ll_map) == 7 * 16 + 10 * 8, "k_ll_map");
+_Static_assert(sizeof(struct k_ll_map) == 6 * 16 + 10 * 8, "k_ll_map");
 _Static_assert(sizeof(struct k_ll_head) == 64, "k_ll_head");
 _Static_assert(sizeof(struct k_ll) == 24 + sizeof(struct k_ll_map) + 16, "k_ll");
 _Static_assert(sizeof(struct k_ll_dispatch_args) ==

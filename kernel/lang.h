@@ -8,6 +8,7 @@
  *               k_first(k), k_stride(k)  this warp's number in the grid and the number of warps
  * Entry         K_KERNEL(space, name, args) { body with k and a }
  * Shared memory k_shared(k), k_shared_bytes(k)   the block's, and how much it is on a GPU; else 0
+ *               k_tally(p)               adds 1 to a sum there, which is read behind a barrier
  * Hand-offs     k_post(peer, w)          a word that carries its own value: no ordering
  *               k_publish(peer, w)       all this warp did before (after k_syncwarp) is visible to
  *                                        whoever awaits the word; one lane calls
@@ -42,11 +43,11 @@
  *               k_reduce(k, ...)         sum of rows in float32 in the order given, rounded once
  *               k_zero(k, ...)           fills own memory
  *               k_load16(p), k_store16_to(peer, v)   16 bytes, at once; nowhere is allowed
+ *               k_post16(peer, v)        16 bytes whose last word is a tag: they come whole
+ *               k_take16(p, tag, &v)     reads them; false: their tag is another, and v is nothing
  * 8-bit floats  K_CASTERS, K_CAST_CHANNELS   lanes that cast a group together; channels of each
  *               k_group_most(k, x, n)    the largest x of n lanes that are side by side
  *               k_to_e4m3_pair(x, y)     two side by side: nearest even, saturating; NaN is 0x7f
- *               k_store_cast(peer, four) a lane's channels of a group, four in a word
- *               K_AHEAD                  pieces of 16 bytes that a lane may hold at once
  * Own words     k_load(p), k_store(p, w)  a word of this rank's, whole; they order nothing
  *               k_fetch_add(p, v)        adds, returns the old value, orders like release and acquire
  *               k_add(p, v)              adds to a sum that nobody waits for; orders nothing

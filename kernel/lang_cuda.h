@@ -77,6 +77,13 @@ static K_INLINE k_u64 k_shared_bytes(struct k_thread *k) {
     return bytes;
 }
 
+/* In shared memory. */
+static K_INLINE void k_tally(k_u32 *sum) {
+    asm volatile(
+        "red.relaxed.cta.shared.add.u32 [%0], 1;" ::"r"((k_u32)__cvta_generic_to_shared(sum))
+        : "memory");
+}
+
 static K_INLINE k_i64 k_now(void) {
     k_u64 t;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));

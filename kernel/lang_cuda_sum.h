@@ -28,7 +28,46 @@ static K_INLINE void k_store16_to(struct k_peer at, struct k_16 v) {
     }
 }
 
-/* The same from global or shared memory. */
+/*
+ * 16 bytes whose last word says what they are: they are written and read whole. Own memory is read, to
+ * which a peer may be writing.
+ */
+static K_INLINE void k_post16(struct k_peer at, struct k_16 v) {
+    const k_u64 lo = (k_u64)v.y << 32 | v.x, hi = (k_u64)v.w << 32 | v.z;
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1203
+    asm volatile("{\n\t.reg .b128 v;\n\tmov.b128 v, {%1, %2};\n\t"
+                 "st.relaxed.sys.global.b128 [%0], v;\n\t}" ::"l"(at.address),
+                 "l"(lo), "l"(hi)
+                 : "memory");
+#else /* older assemblers know no b128; it is the same instruction of the GPU */
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(at.address), "l"(lo),
+                 "l"(hi)
+                 : "memory");
+#endif
+}
+
+static K_INLINE k_bool k_take16(const void *p, k_u32 tag, struct k_16 *v) {
+    k_u64 lo, hi;
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1203
+    asm volatile("{\n\t.reg .b128 v;\n\tld.relaxed.sys.global.b128 v, [%2];\n\t"
+                 "mov.b128 {%0, %1}, v;\n\t}"
+                 : "=l"(lo), "=l"(hi)
+                 : "l"(p)
+                 : "memory");
+#else
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(lo), "=l"(hi)
+                 : "l"(p)
+                 : "memory");
+#endif
+    v->x = (k_u32)lo;
+    v->y = (k_u32)(lo >> 32);
+    v->z = (k_u32)hi;
+    v->w = (k_u32)(hi >> 32);
+    return v->w == tag;
+}
+
+/* k_load16 from global or shared memory. */
 static K_INLINE struct k_16 k_load16_any(const void *p) {
     struct k_16 v;
     asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -62,7 +101,6 @@ static K_INLINE k_f32 k_float(k_u32 u) {
 
 #define K_CASTERS 8
 #define K_CAST_CHANNELS 16
-#define K_AHEAD 4
 
 #include "kernel/lang_e4m3.h"
 
@@ -83,11 +121,6 @@ static K_INLINE k_u32 k_to_e4m3_pair(k_f32 x, k_f32 y) {
 #else
     return (k_u32)k_to_e4m3_by_bits(x) | (k_u32)k_to_e4m3_by_bits(y) << 8;
 #endif
-}
-
-static K_INLINE void k_store_cast(struct k_peer at, const k_u32 *four) {
-    const struct k_16 v = {four[0], four[1], four[2], four[3]};
-    k_store16_to(at, v);
 }
 
 static K_INLINE k_f32 k_from_bf16(k_u16 h) {

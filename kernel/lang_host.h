@@ -66,6 +66,10 @@ static K_INLINE k_u64 k_shared_bytes(struct k_thread *k) {
     return 0;
 }
 
+static K_INLINE void k_tally(k_u32 *sum) {
+    __atomic_fetch_add(sum, 1, __ATOMIC_RELAXED);
+}
+
 /* The monotonic clock, which src/base/time.c reads, too. */
 static K_INLINE k_i64 k_now(void) {
     struct timespec now = {0, 0};

@@ -25,10 +25,25 @@ static K_INLINE void k_store16_to(struct k_peer at, struct k_16 v) {
     }
 }
 
+/* The last word makes the others visible. */
+static K_INLINE void k_post16(struct k_peer at, struct k_16 v) {
+    K_HESITATE();
+    memcpy((void *)at.address, &v, 12);
+    __atomic_store_n((k_u32 *)(at.address + 12), v.w, __ATOMIC_RELEASE);
+}
+
+static K_INLINE k_bool k_take16(const void *p, k_u32 tag, struct k_16 *v) {
+    const k_bool here = __atomic_load_n((const k_u32 *)p + 3, __ATOMIC_ACQUIRE) == tag;
+    if (here) { /* else its writer may be at it */
+        memcpy(v, p, 12);
+        v->w = tag;
+    }
+    return here;
+}
+
 /* One lane casts a whole group. */
 #define K_CASTERS 1
 #define K_CAST_CHANNELS 128
-#define K_AHEAD 16
 
 static K_INLINE k_u32 k_group_most(struct k_thread *k, k_u32 x, k_i32 lanes) {
     (void)k, (void)lanes;
@@ -37,12 +52,6 @@ static K_INLINE k_u32 k_group_most(struct k_thread *k, k_u32 x, k_i32 lanes) {
 
 static K_INLINE k_u32 k_to_e4m3_pair(k_f32 x, k_f32 y) {
     return (k_u32)k_to_e4m3_by_bits(x) | (k_u32)k_to_e4m3_by_bits(y) << 8;
-}
-
-static K_INLINE void k_store_cast(struct k_peer at, const k_u32 *four) {
-    if (at.address) {
-        memcpy((void *)at.address, four, K_CAST_CHANNELS);
-    }
 }
 
 #endif

@@ -201,31 +201,45 @@ static K_INLINE void ll_put_id(const struct k_ll_dispatch_args *a, k_i64 row, k_
     }
 }
 
-/* Compact: the row is written once. */
+/* Compact: the row is written once, at the place that the first of this rank's selections says; and beside
+ * it, by the warp that notes, which of this rank's experts it is for. */
 static K_FN k_bool ll_find_compact(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                    const struct ll_call *c, const struct ll_shape *s,
-                                   k_i32 source, k_i32 j, struct ll_places *to) {
-    const k_i64 at = ll_compact_row(k, a, c, source, j);
-    for (k_i32 i = k->lane; at >= 0 && i < s->topk; i += K_LANES) {
-        to->at[i] = i == 0 ? (k_i32)at : K_LL_NOWHERE;
-        to->expert[i] = 0;
-        to->weight[i] = 1.0f;
+                                   k_i32 source, const k_u8 *side, k_bool notes,
+                                   struct ll_places *to) {
+    k_i64 at = -1;
+    k_u32 j = 0;
+    k_bool found = 0;
+    for (k_i32 base = 0; base < s->topk; base += K_LANES) {
+        const k_i32 i = base + k->lane < s->topk ? base + k->lane : -1;
+        struct k_16 w = {K_LL_NONE, 0, 0, 0};
+        if (!ll_take_selection(k, c, side, i, source, &w)) {
+            return 0;
+        }
+        const k_u64 here = k_ballot(k, i >= 0 && (k_i32)w.x >= 0);
+        if (here && !found) {
+            j = k_from(k, w.y, k_lowest(here));
+            found = 1;
+        }
+    }
+    at = ll_any_gone(k) ? 0 : ll_compact_row(k, a, c, source, (k_i32)j);
+    for (k_i32 base = 0; at >= 0 && base < s->topk; base += K_LANES) {
+        const k_i32 i = base + k->lane;
+        if (i < s->topk) {
+            to->at[i] = i == 0 ? (k_i32)at : K_LL_NOWHERE;
+            to->expert[i] = 0;
+            to->weight[i] = 1.0f;
+        }
+        struct k_16 w = {0, 0, 0, 0};
+        if (notes && i < s->topk && k_take16(side + 16 * i, c->tag, &w)) {
+            ll_put_id(a, at, i, (k_i32)w.x);
+            if (a->recv_weights.data) {
+                *(k_u32 *)k_at(&a->recv_weights, at, i) = (k_i32)w.x >= 0 ? w.z : 0;
+            }
+        }
     }
     k_syncwarp(k);
     return at >= 0;
-}
-
-/* And beside it, by one warp, which of this rank's experts it is for. */
-static K_FN void ll_put_experts(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                const struct ll_shape *s, const k_u32 *side, k_i64 row) {
-    for (k_i32 i = k->lane; i < s->topk; i += K_LANES) {
-        const k_i32 e = (k_i32)side[K_SIDE_IDS + i];
-        ll_put_id(a, row, i, e);
-        if (a->recv_weights.data) {
-            *(k_u32 *)k_at(&a->recv_weights, row, i) =
-                e >= 0 ? side[K_SIDE_WEIGHTS(s->topk) + i] : 0;
-        }
-    }
 }
 
 /* Adds to `at` the counts of local expert e (-1: none) by lower sources, several at once as long as all
@@ -254,14 +268,17 @@ static K_FN k_i32 ll_add_lower(struct k_thread *k, const struct k_ll_dispatch_ar
 /* The counts of lower sources are awaited, lane by lane each for its selection's expert. */
 static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                   const struct ll_call *c, const struct ll_shape *s,
-                                  k_i32 source, const k_u32 *side, struct ll_places *to) {
-    const k_bool weights = (s->signature & K_LL_SIG_WEIGHTS) != 0;
+                                  k_i32 source, const k_u8 *side, struct ll_places *to) {
     const k_i32 most = ll_expert_rows(a);
     for (k_i32 base = 0; base < s->topk; base += K_LANES) {
         const k_i32 i = base + k->lane;
-        const k_i32 e = i < s->topk ? (k_i32)side[K_SIDE_IDS + i] : -1;
+        struct k_16 w = {K_LL_NONE, 0, 0, 0};
+        if (!ll_take_selection(k, c, side, i < s->topk ? i : -1, source, &w)) {
+            return 0;
+        }
+        const k_i32 e = (k_i32)w.x;
         k_bool here = e >= 0 && e < a->g.num_local;
-        k_u32 at = here ? side[K_SIDE_INDICES(s->topk) + i] : 0;
+        k_u32 at = here ? w.y : 0;
         here = here && at < (k_u32)a->ll.max_tokens;
         k_i32 lower = ll_add_lower(k, a, c, source, here ? e : -1, &at);
         for (; lower < source; lower++) {
@@ -275,7 +292,7 @@ static K_FN k_bool ll_find_places(struct k_thread *k, const struct k_ll_dispatch
         if (i < s->topk) {
             to->at[i] = here ? e * most + (k_i32)at : e < 0 ? K_LL_NOWHERE : K_LL_TOO_MANY;
             to->expert[i] = e;
-            to->weight[i] = weights ? k_float(side[K_SIDE_WEIGHTS(s->topk) + i]) : 1.0f;
+            to->weight[i] = k_float(w.z);
         }
     }
     k_syncwarp(k);
@@ -320,113 +337,116 @@ static K_INLINE void ll_put_scale(const struct k_ll_dispatch_args *a, k_i32 byte
     }
 }
 
-/* The row's scales: a column of the output for each, or for each four exponents. */
-static K_FN void ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                const struct ll_shape *s, const k_u32 *scales,
-                                const struct ll_places *to, k_u64 mask) {
+/* The row's scales, of which each word is awaited: a column of the output for each, or for each four
+ * exponents. */
+static K_FN k_bool ll_take_scales(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                  const struct ll_call *c, const struct ll_shape *s,
+                                  k_i32 source, const k_u64 *words, const struct ll_places *to,
+                                  k_u64 mask) {
     const k_bool cast = (s->signature & K_LL_SIG_CAST) != 0;
     const k_i32 most = ll_expert_rows(a), bytes = cast ? 4 : a->scale_bytes;
     const k_i32 all = ll_num_scales(a, s), columns = a->packed_scales ? (all + 3) / 4 : all;
-    for (k_i32 w = k->warp * K_LANES + k->lane; w < columns; w += k->num_warps * K_LANES) {
-        k_u32 word = 0;
-        if (a->packed_scales) {
-            for (k_i32 b = 0; b < 4 && w * 4 + b < all; b++) {
-                word |= (scales[w * 4 + b] >> 23 & 0xffu) << (8 * b);
-            }
-        } else {
-            word = scales[w * bytes / 4] >> (8 * (w * bytes % 4));
+    k_bool ok = 1;
+    for (k_i32 base = 0; ok && base < columns; base += K_LANES) {
+        const k_i32 w = base + k->lane, first = a->packed_scales ? 4 * w : w * bytes / 4;
+        const k_i32 num = w >= columns ? 0 : a->packed_scales ? k_min(4, all - first) : 1;
+        k_u32 value[4];
+        ok = k_await_most(k, 4, words + first, 1, num, c->tag, source, K_PHASE_ROWS, value);
+        if (!ok || k->mask.is_gone) {
+            continue;
         }
-        for (k_u64 left = mask; left; left &= left - 1) {
+        k_u32 word = value[0] >> (8 * (w * bytes % 4));
+        if (a->packed_scales) {
+            word = 0;
+            K_UNROLL for (k_i32 b = 0; b < 4; b++) {
+                word |= b < num ? (value[b] >> 23 & 0xffu) << (8 * b) : 0;
+            }
+        }
+        for (k_u64 left = num ? mask : 0; left; left &= left - 1) {
             const k_i32 i = k_lowest(left), e = to->expert[i];
             ll_put_scale(a, bytes, (k_i64)e * columns + w, to->at[i] - e * most, word);
         }
     }
-}
-
-/* Waits for slice `slice` of a row whose words begin at `words`, and for all that is needed with it: the
- * sidecar is the first slice's. Sets `there` to whether the token comes here at all. */
-static K_FN k_bool ll_await_slice(struct k_thread *k, const struct ll_call *c,
-                                  const k_u64 *words, k_i32 source, k_i32 slice, k_bool all,
-                                  k_bool *there) {
-    k_u32 slices = 0, value = 0;
-    k_bool ok =
-        k_await(k, k->lane == 0 ? words + slice : 0, c->tag, source, K_PHASE_ROWS, &slices);
-    slices = k_from(k, slices, 0);
-    *there = slices != 0;
-    if (ok && *there && slice > 0) {
-        ok = k_await(k, k->lane == 0 ? words : 0, c->tag, source, K_PHASE_ROWS, &value);
-    }
-    for (k_i32 i = 1; ok && all && i < (k_i32)slices; i++) {
-        ok = k_await(k, k->lane == 0 ? words + i : 0, c->tag, source, K_PHASE_ROWS, &value);
-    }
     return ok;
 }
 
-/*
- * All warps of a block: slice `slice` of a source's token t. Scales come in words of up to four groups, and
- * slices end at any group, so the first slice's block takes all scales, when all slices are here.
- */
-static K_FN k_bool ll_take_slice(struct k_thread *k, const struct k_ll_dispatch_args *a,
+/* The row's batches from `first` on, every step-th, to each place in `mask`. */
+static K_FN k_bool ll_take_row(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                               const struct ll_call *c, k_i32 source, const k_u8 *row,
+                               k_i32 bytes, k_i32 first, k_i32 step, const struct ll_places *to,
+                               k_u64 mask) {
+    for (k_i32 b = first; b * K_LL_BATCH_BYTES < bytes; b += step) {
+        K_ROLLED for (k_i32 j = k->lane * K_LL_RUN; j < K_LL_JOBS; j += K_LANES * K_LL_RUN) {
+            struct ll_pieces p;
+            if (!ll_take_pieces(k, c, row, bytes, b, j, source, &p)) {
+                return 0;
+            }
+            if (k->mask.is_gone) {
+                continue;
+            }
+            for (k_u64 left = mask; left; left &= left - 1) {
+                ll_store_pieces(k_row(&a->recv_x, to->at[k_lowest(left)]), bytes, b, j, &p);
+            }
+        }
+    }
+    return 1;
+}
+
+/* One warp: part `part` of `parts` of a source's token t. Who has the first notes what combine needs, and who
+ * has the last takes the scales. Of a source that is gone meanwhile ll_wipe takes back what came. */
+static K_FN k_bool ll_take_token(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                  const struct ll_call *c, const struct ll_shape *s,
-                                 k_i32 source, k_i32 t, k_i32 slice, k_i32 slices) {
-    const struct k_group *g = &a->g;
-    const k_bool cast = (s->signature & K_LL_SIG_CAST) != 0;
-    const k_bool notes = slice == 0 && k->warp == k->num_warps - 1;
-    const k_u64 *words = ll_own_words(g, c, &a->ll.map.arrived, source) + (k_i64)t * slices;
-    const k_u8 *row =
-        k_own(g, ll_part(g, c, &a->ll.map.rows, source) + (k_u64)t * (k_u64)s->wire_bytes);
-    const k_u32 *side = (const k_u32 *)(row + s->side_at);
-    struct ll_places *to = (struct ll_places *)ll_stage(k);
-    k_bool there = 0;
+                                 k_i32 source, k_i32 t, k_i32 part, k_i32 parts) {
+    const k_bool notes = part == 0;
+    const k_u8 *side = k_own(&a->g, ll_part(&a->g, c, &a->ll.map.rows, source) +
+                                        (k_u64)t * (k_u64)s->wire_bytes);
+    struct ll_places *to = (struct ll_places *)ll_own_stage(k);
+    struct k_16 w;
     k->mask.is_gone = 0;
-    if (!ll_await_slice(k, c, words, source, slice, slice == 0 && cast, &there)) {
+    if (!ll_take_selection(k, c, side, 0, source, &w)) {
         return 0;
     }
     if (ll_any_gone(k)) {
-        return 1; /* ll_wipe does the rest */
+        return 1;
     }
-    if (!there) {
+    if (w.x == K_LL_NONE) {
         if (notes) {
             ll_note_row(k, a, s, source, t, 0);
         }
         return 1;
     }
-    const struct ll_span part = ll_cut(a->row_bytes, 2 * K_LL_GROUP, slices, slice);
-    const k_i32 shrink = cast ? 2 : 1, each = 16 * K_AHEAD * K_LANES * k->num_warps;
-    const struct ll_span wire = {part.from / shrink, part.end / shrink};
-    struct ll_pieces pieces;
-    ll_load_pieces(k, (k_u64)row, wire, 0, 0, &pieces);
-    if (!(ll_compact(a)
-              ? ll_find_compact(k, a, c, s, source, (k_i32)side[K_SIDE_INDICES(s->topk)], to)
-              : ll_find_places(k, a, c, s, source, side, to))) {
+    if (!(ll_compact(a) ? ll_find_compact(k, a, c, s, source, side, notes, to)
+                        : ll_find_places(k, a, c, s, source, side, to))) {
         return 0;
     }
-    const k_u64 mask = ll_mask_of(k, to->at, s->topk, 0);
-    for (k_i32 i = 0; a->recv_x.data && mask && i * each < wire.end - wire.from; i++) {
-        for (k_u64 left = mask; left; left &= left - 1) {
-            const k_u64 at = k_row(&a->recv_x, to->at[k_lowest(left)]);
-            ll_store_pieces(k, k_peer_own(at), wire, i, &pieces);
-        }
-        ll_load_pieces(k, (k_u64)row, wire, 0, i + 1, &pieces);
+    if (ll_any_gone(k)) {
+        return 1;
     }
     if (notes) {
         ll_note_row(k, a, s, source, t, to);
-        if (ll_compact(a)) {
-            ll_put_experts(k, a, s, side, to->at[0]);
-        }
     }
-    if (slice == 0 && a->recv_scales.data) {
-        ll_take_scales(k, a, s, side + s->side_words, to, mask);
+    const k_u64 mask = ll_mask_of(k, to->at, s->topk, 0);
+    const k_i32 bytes = a->row_bytes / (s->signature & K_LL_SIG_CAST ? 2 : 1);
+    k_bool ok = !a->recv_x.data ||
+                ll_take_row(k, a, c, source, side + s->row_at, bytes, part, parts, to, mask);
+    if (ok && part == parts - 1 && a->recv_scales.data) {
+        ok = ll_take_scales(k, a, c, s, source, (const k_u64 *)(side + s->scales_at), to, mask);
     }
     k_syncwarp(k); /* the stage can be used again */
-    return 1;
+    return ok;
 }
 
-/* The tokens of all sources, one list that is dealt to the blocks; it begins with the next rank's. */
+/* In how many parts warps share out each of `rows` rows, at most a batch to each. */
+static K_INLINE k_i32 ll_row_parts(const struct k_thread *k, k_i32 rows, k_i32 batches) {
+    return k_max(k_min(k_stride(k, k->num_blocks) / k_max(rows, 1), batches), 1);
+}
+
+/* The tokens of all sources, one list that is dealt to the warps; it begins with the next rank's. */
 static K_FN k_bool ll_take_rows(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                 const struct ll_call *c, const struct ll_shape *s) {
     const struct k_group *g = &a->g;
-    k_i32 before = 0, unit = k->block;
+    const k_i32 batches = ll_num_batches(a->row_bytes / (s->signature & K_LL_SIG_CAST ? 2 : 1));
+    k_i32 before = 0, unit = k->block + k->warp * k->num_blocks;
     for (k_i32 base = 0; base < g->num_ranks; base += K_LANES) {
         const k_i32 mine = base + k->lane, of = (g->rank + 1 + mine) % g->num_ranks;
         const k_bool any = mine < g->num_ranks;
@@ -442,10 +462,11 @@ static K_FN k_bool ll_take_rows(struct k_thread *k, const struct k_ll_dispatch_a
         for (k_i32 i = 0; i < K_LANES && base + i < g->num_ranks; i++) {
             const k_i32 source = (g->rank + 1 + base + i) % g->num_ranks;
             const k_i32 tokens = (k_i32)k_from(k, num_tokens, i);
-            const k_i32 slices = ll_slices(tokens), units = tokens * slices;
-            for (; unit < before + units; unit += k->num_blocks) {
+            const k_i32 parts = ll_row_parts(k, tokens * g->num_ranks, batches);
+            const k_i32 units = tokens * parts;
+            for (; unit < before + units; unit += k_stride(k, k->num_blocks)) {
                 const k_i32 u = unit - before;
-                if (!ll_take_slice(k, a, c, s, source, u / slices, u % slices, slices)) {
+                if (!ll_take_token(k, a, c, s, source, u / parts, u % parts, parts)) {
                     return 0;
                 }
             }

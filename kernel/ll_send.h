@@ -7,13 +7,12 @@
 #ifndef KERNEL_LL_SEND_H
 #define KERNEL_LL_SEND_H
 
-#include "kernel/ll.h"
+#include "kernel/ll_row.h"
 
 /* The shape of a call, which a receiving kernel finds in the handle. */
 struct ll_shape {
     k_i32 topk, tokens;
-    k_i32 side_at, side_words; /* of a sidecar, without scales */
-    k_i32 wire_bytes;
+    k_i32 scales_at, row_at, wire_bytes; /* in a row on the wire */
     k_u32 signature, types;
     struct ll_header header;
 };
@@ -26,9 +25,9 @@ static K_INLINE void ll_shape_of(const struct k_ll_dispatch_args *a, const struc
     s->signature =
         c->sends ? a->signature | ((k_u32)a->topk << K_LL_SIG_TOPK_SHIFT) : head->signature;
     s->types = c->sends ? a->types : head->types;
-    s->side_at = c->sends ? a->side_at : head->side_at;
+    s->scales_at = 16 * s->topk;
+    s->row_at = c->sends ? a->row_at : head->row_at;
     s->wire_bytes = c->sends ? a->ll.wire_bytes : head->wire_bytes;
-    s->side_words = K_SIDE_SCALES(s->topk, s->signature & K_LL_SIG_WEIGHTS);
     s->header.compared[0] = s->signature;
     s->header.compared[1] = s->types;
     s->header.compared[2] = (k_u32)a->row_bytes;
@@ -52,76 +51,97 @@ struct ll_dests {
     k_i32 rank[K_MAX_TOPK];  /* of selection k, or -1 */
     k_i32 local[K_MAX_TOPK]; /* its expert there; -1 also where that rank is left out */
     k_i32 first[K_MAX_TOPK]; /* the rank, at that selection of it which has the row; or -1 */
+    k_u32 index[K_MAX_TOPK]; /* of a sidecar */
 };
 _Static_assert(sizeof(struct ll_dests) <= K_SCRATCH_BYTES(1), "a warp's scratch holds it");
 
-/* Behind it is a list of this rank's selections: expert, or -1. */
-static K_INLINE k_i32 *ll_entries(struct k_thread *k) {
-    return (k_i32 *)((k_u8 *)k_shared(k) + sizeof(struct ll_dests));
+/* Behind that each warp has a stage for what it receives; and behind these are sums by expert. */
+static K_INLINE void *ll_own_stage(struct k_thread *k) {
+    return (k_u8 *)k_shared(k) + sizeof(struct ll_dests) +
+           (k_u64)k->warp * (k_u64)K_LL_STAGE_BYTES;
 }
 
-/* Tokens whose selections the list holds at once. */
-static K_INLINE k_i32 ll_most_listed(struct k_thread *k, const struct k_ll_dispatch_args *a) {
-    const k_i32 bytes = (k_i32)k_shared_bytes(k), least = k->num_warps * a->g.scratch_bytes;
-    return (k_max(bytes, least) - (k_i32)sizeof(struct ll_dests)) / 4 / a->topk;
+struct ll_sums {
+    k_u32 *
+        sum; /* of experts `first` to `end`: how many selections there are in what was counted */
+    k_i32 most, first, end;
+    k_i32 counted; /* tokens; -1: none since `first` was set */
+};
+
+/* Of the first experts that there is room for, mostly all. */
+static K_INLINE struct ll_sums ll_no_sums(struct k_thread *k,
+                                          const struct k_ll_dispatch_args *a) {
+    const k_i32 at = (k_i32)sizeof(struct ll_dests) + k->num_warps * K_LL_STAGE_BYTES;
+    const k_i32 least = k->num_warps * (a->g.scratch_bytes + K_LL_STAGE_BYTES);
+    const k_i32 most = (k_max((k_i32)k_shared_bytes(k), least) - at) / 4;
+    const struct ll_sums s = {(k_u32 *)((k_u8 *)k_shared(k) + at), most, 0,
+                              k_min(most, a->g.num_experts), -1};
+    return s;
 }
 
-/* Entries `at`, `at` + step, ... of num, which are ids `first` and on. A function of its own, of values: what
- * it would read of the kernel's arguments is not in constant memory here. */
-static K_COLD void ll_list_ids(k_u64 ids, k_i32 id_bytes, k_i32 num_experts, k_i32 first,
-                               k_i32 *entry, k_i32 at, k_i32 num, k_i32 step) {
-    for (; at < num; at += K_LL_IDS * step) {
+/* Goes on to the next experts, after the last of them to the first: false. */
+static K_INLINE k_bool ll_next_sums(const struct k_ll_dispatch_args *a, struct ll_sums *s) {
+    const k_bool more = s->end < a->g.num_experts;
+    if (more || s->first > 0) {
+        s->first = more ? s->end : 0;
+        s->end = k_min(s->first + s->most, a->g.num_experts);
+        s->counted = -1;
+    }
+    return more;
+}
+
+/* Adds ids number `at`, `at` + step, ... before `end`. A function of its own, of values: what it would read of
+ * the kernel's arguments is not in constant memory here. */
+static K_COLD void ll_add_ids(k_u64 ids, k_i32 id_bytes, k_i32 first, k_i32 num, k_u32 *sum,
+                              k_i32 at, k_i32 end, k_i32 step) {
+    for (; at < end; at += K_LL_IDS * step) {
         k_i64 id[K_LL_IDS];
         if (id_bytes == 8) { /* past the end the last again: loads without conditions overlap */
             K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-                id[i] = ((const k_i64 *)ids)[first + k_min(at + i * step, num - 1)];
+                id[i] = ((const k_i64 *)ids)[k_min(at + i * step, end - 1)];
             }
         } else {
             K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-                id[i] = ((const k_i32 *)ids)[first + k_min(at + i * step, num - 1)];
+                id[i] = ((const k_i32 *)ids)[k_min(at + i * step, end - 1)];
             }
         }
         K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-            if (at + i * step < num) {
-                entry[at + i * step] = id[i] >= 0 && id[i] < num_experts ? (k_i32)id[i] : -1;
+            if (at + i * step < end && id[i] >= first && id[i] < first + num) {
+                k_tally(sum + (id[i] - first));
             }
         }
     }
 }
 
-/* All warps of a block list tokens `from` to `end`. */
-static K_INLINE void ll_list(struct k_thread *k, const struct k_ll_dispatch_args *a, k_i32 from,
-                             k_i32 end) {
-    ll_list_ids(a->ids.data, a->id_bytes, a->g.num_experts, from * a->topk, ll_entries(k),
-                k->warp * K_LANES + k->lane, (end - from) * a->topk, k->num_warps * K_LANES);
-}
-
-/* How many of the first `num` entries are expert `id`; the warp together. */
-static K_FN k_u32 ll_count_ids(struct k_thread *k, k_i32 num, k_i32 id) {
-    const k_i32 *entry = ll_entries(k);
-    k_u32 n = 0;
-    for (k_i32 base = k->lane; base < num; base += K_LL_IDS * K_LANES) {
-        k_i32 other[K_LL_IDS];
-        K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-            other[i] = entry[k_min(base + i * K_LANES, num - 1)];
+/* All warps of a block: the sums become those of all tokens before `end`, which is no less than before. */
+static K_FN void ll_count_until(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                k_i32 end, struct ll_sums *s) {
+    const k_i32 lane = k->warp * K_LANES + k->lane, lanes = k->num_warps * K_LANES;
+    k_barrier(k, 1); /* nobody reads them any more */
+    if (s->counted < 0) {
+        for (k_i32 e = lane; e < s->end - s->first; e += lanes) {
+            s->sum[e] = 0;
         }
-        K_UNROLL for (k_i32 i = 0; i < K_LL_IDS; i++) {
-            n += (k_u32)(other[i] == id) & (k_u32)(base + i * K_LANES < num);
-        }
+        k_barrier(k, 1);
+        s->counted = 0;
     }
-    return k_sum(k, n);
+    ll_add_ids(a->ids.data, a->id_bytes, s->first, s->end - s->first, s->sum,
+               s->counted * a->topk + lane, end * a->topk, lanes);
+    s->counted = end;
+    k_barrier(k, 1);
 }
 
-/* How many of the first `num` tokens of a list go to rank p: what compact output needs. */
-static K_COLD k_u32 ll_count_goes(const k_i32 *entry, k_i32 topk, k_i32 num, k_i32 lane,
-                                  const k_i32 *expert_rank, k_i32 p) {
+/* How many of the first `num` tokens go to rank p, by one warp: what compact output needs. */
+static K_COLD k_u32 ll_count_goes(k_u64 ids, k_i32 id_bytes, k_i32 num_experts, k_i32 topk,
+                                  k_i32 num, k_i32 lane, const k_i32 *expert_rank, k_i32 p) {
     struct k_thread k = {0};
     k_u32 n = 0;
     K_ROLLED for (k_i32 t = lane; t < num; t += K_LANES) {
         k_bool goes = 0;
-        K_ROLLED for (k_i32 i = 0; i < topk; i++) {
-            const k_i32 id = entry[t * topk + i];
-            goes = goes || (id >= 0 && expert_rank[id] == p);
+        K_ROLLED for (k_i32 i = t * topk; i < (t + 1) * topk; i++) {
+            const k_i64 id =
+                id_bytes == 8 ? ((const k_i64 *)ids)[i] : (k_i64)((const k_i32 *)ids)[i];
+            goes = goes || (id >= 0 && id < num_experts && expert_rank[id] == p);
         }
         n += goes;
     }
@@ -130,59 +150,48 @@ static K_COLD k_u32 ll_count_goes(const k_i32 *entry, k_i32 topk, k_i32 num, k_i
 
 static K_INLINE k_u32 ll_count_tokens(struct k_thread *k, const struct k_ll_dispatch_args *a,
                                       k_i32 num, k_i32 p) {
-    return ll_count_goes(ll_entries(k), a->topk, num, k->lane, a->g.expert_rank, p);
+    return ll_count_goes(a->ids.data, a->id_bytes, a->g.num_experts, a->topk, num, k->lane,
+                         a->g.expert_rank, p);
 }
 
 /* ---- counts --------------------------------------------------------------------------------- */
 
-static K_INLINE void ll_post_count(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                   const struct ll_call *c, const struct ll_shape *s, k_i32 e,
-                                   k_i32 p, k_u32 count) {
-    const struct k_group *g = &a->g;
-    const struct k_peer at = k_peer_at(g, p, ll_part(g, c, &a->ll.map.counts, g->rank));
-    if (e < 0) {
-        ll_post_header(k, c, at, &s->header, (k_u32)s->tokens, count);
-    } else if (k->lane == 0) {
-        k_post(k_peer_plus(at, 8ull * (k_u64)(K_LL_HEADER + g->expert_local[e])),
-               K_WORD(c->tag, count));
-    }
-}
-
-/* The warps of the rank share out headers (item p < R) and counts (item R + e), from the grid's end, as
- * few tokens leave blocks there without a row. `listed`: all tokens are in the list already. */
+/* Headers to all ranks, by warps from the grid's end, and counts by lanes of the last blocks, as few tokens
+ * leave blocks there without a row. */
 static K_FN k_bool ll_send_counts(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                  const struct ll_call *c, const struct ll_shape *s,
-                                  k_bool listed) {
+                                  const struct ll_call *c, const struct ll_shape *s) {
     const struct k_group *g = &a->g;
+    const k_i32 lanes = k->num_warps * K_LANES, first = (k->num_blocks - 1 - k->block) * lanes;
     const k_bool compact = (a->signature & K_LL_SIG_COMPACT) != 0;
-    const k_i32 items = g->num_ranks + g->num_experts, most = ll_most_listed(k, a);
+    const k_u32 most = (k_u32)a->ll.max_tokens; /* rows of an expert are for so many */
     k_bool ok = 1;
-    for (k_i32 first = ll_last_first(k) - k->warp; first < items;
-         first += k_stride(k, k->num_blocks)) {
-        const k_i32 i = first + k->warp, e = i - g->num_ranks;
-        const k_i32 p = i >= items ? -1
-                        : e < 0    ? (g->rank + i) % g->num_ranks
-                                   : g->expert_rank[e];
-        k_u32 count = 0;
-        for (k_i32 from = 0; from < s->tokens; from += most) {
-            const k_i32 num = k_min(most, s->tokens - from);
-            if (!listed) {
-                k_barrier(k, 1);
-                ll_list(k, a, from, from + num);
-                k_barrier(k, 1);
-            }
-            if (e >= 0) {
-                count += ll_count_ids(k, num * a->topk, e);
-            } else if (compact) {
-                count += ll_count_tokens(k, a, num, p);
-            }
-        }
-        ok = ok && ll_await_one_free(k, c, p);
-        if (ok && p >= 0 && !k->mask.is_gone) {
-            const k_u32 most = (k_u32)a->ll.max_tokens; /* rows of an expert are for so many */
-            ll_post_count(k, a, c, s, e, p, e >= 0 && !compact && count > most ? most : count);
+    for (k_i32 i = ll_last_first(k); ok && i < g->num_ranks; i += k_stride(k, k->num_blocks)) {
+        const k_i32 p = (g->rank + i) % g->num_ranks;
+        const k_u32 rows = compact ? ll_count_tokens(k, a, s->tokens, p) : 0;
+        ok = ll_await_one_free(k, c, p);
+        if (ok && !k->mask.is_gone) {
+            ll_post_header(k, c, k_peer_at(g, p, ll_part(g, c, &a->ll.map.counts, g->rank)),
+                           &s->header, (k_u32)s->tokens, rows);
         }
     }
+    if (first >= g->num_experts) {
+        return ok;
+    }
+    struct ll_sums sums = ll_no_sums(k, a);
+    do {
+        ll_count_until(k, a, s->tokens, &sums);
+        for (k_i32 base = first; ok && base < g->num_experts; base += lanes * k->num_blocks) {
+            const k_i32 e = base + k->warp * K_LANES + k->lane;
+            const k_i32 p = e >= sums.first && e < sums.end ? g->expert_rank[e] : -1;
+            ok = ll_await_one_free(k, c, p);
+            if (ok && p >= 0 && !k->mask.is_gone) {
+                const k_u64 at = ll_part(g, c, &a->ll.map.counts, g->rank);
+                const k_u32 n = sums.sum[e - sums.first];
+                k_post(k_peer_at(g, p, at + 8ull * (k_u64)(K_LL_HEADER + g->expert_local[e])),
+                       K_WORD(c->tag, !compact && n > most ? most : n));
+            }
+        }
+    } while (ll_next_sums(a, &sums));
     return ok;
 }
 
@@ -244,73 +253,6 @@ static K_INLINE k_u32 ll_scales_word(const struct k_ll_dispatch_args *a, k_i32 t
     return word;
 }
 
-/* The sidecar of token t, without indices and scales of a cast, to each rank that it goes to: warps take
- * turns. A rank is told of its own experts only. */
-static K_FN void ll_send_side(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                              const struct ll_call *c, const struct ll_shape *s, k_i32 t,
-                              const struct ll_dests *d) {
-    const k_i32 topk = a->topk;
-    const k_i32 scales = (K_LL_NUM_SCALES(a->types) * a->scale_bytes + 3) / 4;
-    for (k_i32 i = k->warp; i < topk; i += k->num_warps) {
-        const k_i32 p = d->first[i];
-        if (p < 0) {
-            continue;
-        }
-        const struct k_peer side = k_peer_plus(ll_row_at(a, c, p, t), (k_u64)a->side_at);
-        for (k_i32 j = k->lane; j < topk; j += K_LANES) {
-            const struct k_peer at = k_peer_plus(side, 4ull * (k_u64)j);
-            k_store_u32(k_peer_plus(at, 4 * K_SIDE_IDS),
-                        (k_u32)(d->rank[j] == p ? d->local[j] : -1));
-            if (a->weights.data) {
-                k_store_u32(k_peer_plus(at, 4ull * (k_u64)K_SIDE_WEIGHTS(topk)),
-                            *(const k_u32 *)k_at(&a->weights, t, j));
-            }
-        }
-        for (k_i32 w = k->lane; w < scales; w += K_LANES) {
-            k_store_u32(k_peer_plus(side, 4ull * (k_u64)(s->side_words + w)),
-                        ll_scales_word(a, t, 4 * w));
-        }
-    }
-}
-
-/*
- * The indices of token t's selections, to the rank of each: how many of the same expert are before it. Of
- * compact output one for each rank: how many tokens before it go there, in the place of the first. Warps
- * take selections in turn; a block lists as many tokens at once as it can.
- */
-static K_FN void ll_send_indices(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                 const struct ll_call *c, k_i32 t, k_bool listed,
-                                 const struct ll_dests *d) {
-    const k_bool compact = (a->signature & K_LL_SIG_COMPACT) != 0;
-    const k_i32 most = ll_most_listed(k, a), topk = a->topk;
-    for (k_i32 first = 0; first < topk; first += k->num_warps) {
-        const k_i32 i = first + k->warp, p = i >= topk         ? -1
-                                             : compact         ? d->first[i]
-                                             : d->local[i] < 0 ? -1
-                                                               : d->rank[i];
-        k_u32 index = 0;
-        for (k_i32 from = 0; from <= t; from += most) {
-            const k_i32 num = k_min(most, t - from); /* whole tokens before t */
-            if (!listed) {
-                k_barrier(k, 1);
-                ll_list(k, a, from, k_min(from + most, t + 1));
-                k_barrier(k, 1);
-            }
-            if (p >= 0 && compact) {
-                index += ll_count_tokens(k, a, num, p);
-            } else if (p >= 0) {
-                index +=
-                    ll_count_ids(k, num * topk + (num < most ? i : 0), ll_id(a, t * topk + i));
-            }
-        }
-        const k_u64 word = (k_u64)K_SIDE_INDICES(topk) + (k_u64)(compact ? 0 : i);
-        if (p >= 0 && k->lane == 0) {
-            k_store_u32(k_peer_plus(ll_row_at(a, c, p, t), (k_u64)a->side_at + 4 * word),
-                        index);
-        }
-    }
-}
-
 /* What combine needs of token t: its selections, and where it went, ranks ascending, then -1. */
 static K_FN void ll_note_dests(struct k_thread *k, const struct k_ll_dispatch_args *a, k_i32 t,
                                const struct ll_dests *d, k_u64 mask) {
@@ -337,47 +279,78 @@ static K_FN void ll_note_dests(struct k_thread *k, const struct k_ll_dispatch_ar
     }
 }
 
-/*
- * What a lane sends of a slice: pieces of 16 bytes, K_AHEAD at a time, which are on their way while it is
- * counted where they go. Cast, K_LL_PIECES of them are of one group.
- */
-struct ll_pieces {
-    struct k_16 v[K_AHEAD];
-};
-#define K_LL_PIECES (K_CAST_CHANNELS / 8)
-
-/* Where piece i of batch `batch` is in the row of x; at part.end or behind it: nowhere. */
-static K_INLINE k_i32 ll_piece_at(const struct k_thread *k, struct ll_span part, k_bool cast,
-                                  k_i32 batch, k_i32 i) {
-    const k_i32 lane = k->warp * K_LANES + k->lane, lanes = k->num_warps * K_LANES;
-    if (!cast) {
-        return part.from + 16 * (lane + (batch * K_AHEAD + i) * lanes);
-    }
-    const k_i32 round = batch * (K_AHEAD / K_LL_PIECES) + i / K_LL_PIECES;
-    const k_i32 group = lane / K_CASTERS + round * (lanes / K_CASTERS);
-    return part.from + 2 * K_LL_GROUP * group +
-           16 * (lane % K_CASTERS * K_LL_PIECES + i % K_LL_PIECES);
-}
-
-static K_INLINE void ll_load_pieces(const struct k_thread *k, k_u64 x, struct ll_span part,
-                                    k_bool cast, k_i32 batch, struct ll_pieces *p) {
-    K_UNROLL for (k_i32 i = 0; i < K_AHEAD; i++) {
-        const k_i32 at = ll_piece_at(k, part, cast, batch, i);
-        const struct k_16 none = {0, 0, 0, 0};
-        p->v[i] = at < part.end ? k_load16((const void *)(x + (k_u64)at)) : none;
-    }
-}
-
-/* A batch of pieces as they are, to the row that begins at `to`. */
-static K_INLINE void ll_store_pieces(const struct k_thread *k, struct k_peer to,
-                                     struct ll_span part, k_i32 batch,
-                                     const struct ll_pieces *p) {
-    K_UNROLL for (k_i32 i = 0; i < K_AHEAD; i++) {
-        const k_i32 at = ll_piece_at(k, part, 0, batch, i);
-        if (at < part.end) {
-            k_store16_to(k_peer_plus(to, (k_u64)at), p->v[i]);
+/* The ranks that token t does not go to are told so; by one warp. */
+static K_FN k_bool ll_post_none(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                const struct ll_call *c, k_i32 t, const struct ll_dests *d) {
+    k_bool ok = 1;
+    for (k_i32 base = 0; ok && base < a->g.num_ranks; base += K_LANES) {
+        k_i32 p = base + k->lane < a->g.num_ranks ? base + k->lane : -1;
+        K_ROLLED for (k_i32 i = 0; i < a->topk; i++) {
+            p = d->rank[i] == p ? -1 : p;
+        }
+        ok = ll_await_one_free(k, c, p);
+        if (ok && p >= 0 && !k->mask.is_gone) {
+            const struct k_16 packet = {K_LL_NONE, 0, 0, c->tag};
+            k_post16(ll_row_at(a, c, p, t), packet);
         }
     }
+    return ok;
+}
+
+/*
+ * The index of each selection of token t, by all warps of a block: how many of the same expert are before it.
+ * Of compact output how many tokens before it go to a rank, in the rank's first selection.
+ */
+static K_FN void ll_find_indices(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                 k_i32 t, struct ll_dests *d, struct ll_sums *sums) {
+    const k_i32 lane = k->warp * K_LANES + k->lane, lanes = k->num_warps * K_LANES;
+    if (a->signature & K_LL_SIG_COMPACT) {
+        for (k_i32 i = k->warp; i < a->topk; i += k->num_warps) {
+            const k_u32 n = d->first[i] >= 0 ? ll_count_tokens(k, a, t, d->first[i]) : 0;
+            if (k->lane == 0) {
+                d->index[i] = n;
+            }
+        }
+        return;
+    }
+    do {
+        ll_count_until(k, a, t, sums);
+        for (k_i32 i = lane; i < a->topk; i += lanes) {
+            const k_i32 id = ll_id(a, t * a->topk + i);
+            k_u32 n = id >= sums->first && id < sums->end ? sums->sum[id - sums->first] : 0;
+            K_ROLLED for (k_i32 j = 0; j < i; j++) {
+                n += d->rank[j] == d->rank[i] && d->local[j] == d->local[i];
+            }
+            if (id >= sums->first && id < sums->end) {
+                d->index[i] = n;
+            }
+        }
+    } while (ll_next_sums(a, sums));
+}
+
+/* The sidecar of token t, by all warps of a block: to each rank that it goes to, where it only knows its own
+ * experts. */
+static K_FN k_bool ll_send_sidecar(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                   const struct ll_call *c, k_i32 t, struct ll_dests *d,
+                                   struct ll_sums *sums) {
+    const k_i32 topk = a->topk;
+    ll_find_indices(k, a, t, d, sums);
+    k_barrier(k, 1);
+    for (k_i32 n = k->warp * K_LANES + k->lane; n < topk * topk; n += k->num_warps * K_LANES) {
+        const k_i32 i = n % topk, p = d->first[n / topk];
+        if (p >= 0) {
+            const k_bool own = d->rank[i] == p && d->local[i] >= 0;
+            const struct k_16 packet = {
+                (k_u32)(own ? d->local[i] : -1), own ? d->index[i] : 0,
+                a->weights.data ? *(const k_u32 *)k_at(&a->weights, t, i) : k_bits(1.0f),
+                c->tag};
+            k_post16(k_peer_plus(ll_row_at(a, c, p, t), 16ull * (k_u64)i), packet);
+        }
+    }
+    if (k->warp == k->num_warps - 1) {
+        ll_note_dests(k, a, t, d, ll_mask_of(k, d->first, topk, 0));
+    }
+    return k->warp != 0 || ll_post_none(k, a, c, t, d);
 }
 
 /* The scale by which channels are multiplied, and the one that undoes it. */
@@ -399,7 +372,7 @@ static K_INLINE k_f32 ll_cast(struct k_thread *k, const struct k_16 *x, k_bool p
                               k_u32 *out) {
     k_f32 v[K_CAST_CHANNELS], inverse = 0.0f;
     k_u32 most = 0; /* bits of a magnitude: those of larger ones are larger */
-    K_UNROLL for (k_i32 i = 0; i < K_LL_PIECES; i++) {
+    K_UNROLL for (k_i32 i = 0; i < (2 * K_LL_RUN); i++) {
         const k_u32 u[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
         K_UNROLL for (k_i32 j = 0; j < 4; j++) {
             v[8 * i + 2 * j] = k_from_bf16((k_u16)(u[j] & 0xffffu));
@@ -419,98 +392,112 @@ static K_INLINE k_f32 ll_cast(struct k_thread *k, const struct k_16 *x, k_bool p
     return inverse;
 }
 
-/* Whole groups, and their scales. */
-static K_INLINE void ll_send_cast(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                  const struct ll_call *c, const struct ll_shape *s, k_i32 t,
-                                  struct ll_span part, k_i32 batch, const struct ll_pieces *p,
-                                  const struct ll_dests *d, k_u64 mask) {
+/* What a lane loads of a batch: of rows that are cast twice the bytes, in the order of channels. */
+struct ll_input {
+    struct k_16 v[6 * K_LL_RUN];
+};
+
+static K_INLINE void ll_load_input(const struct k_ll_dispatch_args *a, k_i32 t, k_i32 batch,
+                                   k_i32 j, struct ll_input *in) {
+    const k_u64 x = k_row(&a->x, t);
+    const struct k_16 none = {0, 0, 0, 0};
+    if (a->signature & K_LL_SIG_CAST) {
+        K_UNROLL for (k_i32 i = 0; i < 6 * K_LL_RUN; i++) {
+            const k_i32 at = 2 * ll_piece_at(batch, j, i / 2) + 16 * (i % 2);
+            in->v[i] = at < a->row_bytes ? k_load16((const void *)(x + (k_u64)at)) : none;
+        }
+    } else {
+        K_UNROLL for (k_i32 i = 0; i < 3 * K_LL_RUN; i++) {
+            const k_i32 at = ll_piece_at(batch, j, i);
+            in->v[i] = at < a->row_bytes ? k_load16((const void *)(x + (k_u64)at)) : none;
+        }
+    }
+}
+
+/* The input as it travels; scales of a cast go to every rank from here. */
+static K_INLINE void ll_make_pieces(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                    const struct ll_call *c, const struct ll_shape *s, k_i32 t,
+                                    k_i32 batch, k_i32 j, const struct ll_dests *d, k_u64 mask,
+                                    const struct ll_input *in, struct ll_pieces *out) {
     const k_bool power_of_2 = (a->signature & K_LL_SIG_POWER_OF_2) != 0;
-    K_UNROLL for (k_i32 i = 0; i < K_AHEAD; i += K_LL_PIECES) {
-        const k_i32 at = ll_piece_at(k, part, 1, batch, i), channel = at / 2;
-        k_u32 out[K_CAST_CHANNELS / 4];
-        const k_f32 inverse = ll_cast(k, p->v + i, power_of_2, out);
-        const k_u64 scale_at =
-            (k_u64)a->side_at + 4ull * (k_u64)(s->side_words + channel / K_LL_GROUP);
-        for (k_u64 left = at < part.end ? mask : 0; left; left &= left - 1) {
-            const struct k_peer to = ll_row_at(a, c, d->first[k_lowest(left)], t);
-            k_store_cast(k_peer_plus(to, (k_u64)channel), out);
-            if (k->lane % K_CASTERS == 0) {
-                k_store_u32(k_peer_plus(to, scale_at), k_bits(inverse));
+    if (!(a->signature & K_LL_SIG_CAST)) {
+        K_UNROLL for (k_i32 i = 0; i < 3 * K_LL_RUN; i++) {
+            out->v[i] = in->v[i];
+        }
+        return;
+    }
+    K_UNROLL for (k_i32 r = 0; r < 3; r++) {
+        k_u32 four[K_CAST_CHANNELS / 4];
+        const k_f32 inverse = ll_cast(k, in->v + 2 * K_LL_RUN * r, power_of_2, four);
+        K_UNROLL for (k_i32 n = 0; n < K_LL_RUN; n++) {
+            const struct k_16 o = {four[4 * n], four[4 * n + 1], four[4 * n + 2],
+                                   four[4 * n + 3]};
+            out->v[r * K_LL_RUN + n] = o;
+        }
+        const k_i32 channel = ll_piece_at(batch, j, r * K_LL_RUN);
+        const k_u64 at = (k_u64)s->scales_at + 8ull * (k_u64)(channel / K_LL_GROUP);
+        const k_bool tells = 2 * channel < a->row_bytes && k->lane % K_CASTERS == 0;
+        for (k_u64 left = tells ? mask : 0; left; left &= left - 1) {
+            k_post(k_peer_plus(ll_row_at(a, c, d->first[k_lowest(left)], t), at),
+                   K_WORD(c->tag, k_bits(inverse)));
+        }
+    }
+}
+
+/* Scales that come with a row, by all warps of a block. */
+static K_FN void ll_send_scales(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                                const struct ll_call *c, const struct ll_shape *s, k_i32 t,
+                                const struct ll_dests *d) {
+    const k_i32 words = (K_LL_NUM_SCALES(a->types) * a->scale_bytes + 3) / 4;
+    for (k_i32 w = k->warp * K_LANES + k->lane; w < words; w += k->num_warps * K_LANES) {
+        const k_u64 word = K_WORD(c->tag, ll_scales_word(a, t, 4 * w));
+        const k_u64 at = (k_u64)s->scales_at + 8ull * (k_u64)w;
+        for (k_i32 i = 0; i < a->topk; i++) {
+            if (d->first[i] >= 0) {
+                k_post(k_peer_plus(ll_row_at(a, c, d->first[i], t), at), word);
             }
         }
     }
 }
 
-/* A unit of work: slice `slice` of token t. */
-struct ll_slice {
-    k_i32 t, slice, slices;
-    struct ll_span part;
+/*
+ * Units of work of blocks. Where there are blocks enough, sidecars and rows are units of their own, as it
+ * takes a while to count where rows go, and rows are shared out among blocks until each warp has a batch;
+ * sidecars come first. Else a unit is a token, all of it.
+ */
+struct ll_units {
+    k_i32 num, tokens;
+    k_i32 parts; /* of a row; 0: units are whole tokens */
 };
 
-static K_INLINE struct ll_slice ll_slice_of(const struct k_ll_dispatch_args *a, k_i32 unit,
-                                            k_i32 slices) {
-    struct ll_slice u = {unit / slices, unit % slices, slices, {0, 0}};
-    u.part = ll_cut(a->row_bytes, 2 * K_LL_GROUP, slices, u.slice);
+static K_INLINE struct ll_units ll_units_of(const struct k_thread *k, k_i32 tokens,
+                                            k_i32 batches) {
+    const k_i32 most = (batches + k->num_warps - 1) / k->num_warps;
+    const k_i32 room = tokens > 0 ? k_max(k->num_blocks / tokens - 1, 0) : 0;
+    const struct ll_units u = {tokens * (1 + k_min(most, room)), tokens, k_min(most, room)};
     return u;
 }
 
-/* One warp tells every rank of a slice: that it is there, or that the token does not go there. */
-static K_FN k_bool ll_publish_slice(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                    const struct ll_call *c, const struct ll_slice *u,
-                                    const struct ll_dests *d, k_u64 mask) {
-    const struct k_group *g = &a->g;
-    const k_u64 at = ll_part(g, c, &a->ll.map.arrived, g->rank) +
-                     8ull * ((k_u64)u->t * (k_u64)u->slices + (k_u64)u->slice);
-    for (k_i32 i = k->lane; i < a->topk; i += K_LANES) {
-        if (mask >> i & 1) {
-            k_publish(k_peer_at(g, d->first[i], at), K_WORD(c->tag, u->slices));
-        }
-    }
-    k_bool ok = 1;
-    for (k_i32 base = 0; ok && base < g->num_ranks; base += K_LANES) {
-        k_i32 p = base + k->lane < g->num_ranks ? base + k->lane : -1;
-        K_ROLLED for (k_i32 i = 0; i < a->topk; i++) {
-            p = d->rank[i] == p ? -1 : p;
-        }
-        ok = ll_await_one_free(k, c, p);
-        if (ok && p >= 0 && !k->mask.is_gone) {
-            k_post(k_peer_at(g, p, at), K_WORD(c->tag, 0));
-        }
-    }
-    return ok;
-}
-
-/* By all warps of a block, to every rank that the token goes to. `pieces`: the first batch. */
-static K_FN k_bool ll_send_slice(struct k_thread *k, const struct k_ll_dispatch_args *a,
-                                 const struct ll_call *c, const struct ll_shape *s,
-                                 const struct ll_slice *u, k_bool listed,
-                                 struct ll_pieces *pieces) {
-    struct ll_dests *d = (struct ll_dests *)k_shared(k);
-    const k_bool cast = (a->signature & K_LL_SIG_CAST) != 0;
-    const k_i32 each = 16 * K_AHEAD * K_LANES * k->num_warps; /* bytes of a batch */
+/* The row of token t, from batch `first` on every step-th; by each warp of a block. `in`: of the first. */
+static K_FN void ll_send_row(struct k_thread *k, const struct k_ll_dispatch_args *a,
+                             const struct ll_call *c, const struct ll_shape *s, k_i32 t,
+                             k_i32 first, k_i32 step, const struct ll_dests *d,
+                             struct ll_input *in) {
+    const k_i32 bytes = a->row_bytes / (a->signature & K_LL_SIG_CAST ? 2 : 1);
     const k_u64 mask = ll_mask_of(k, d->first, a->topk, 0);
-    for (k_i32 i = 0; i * each < u->part.end - u->part.from; i++) {
-        struct ll_pieces next;
-        ll_load_pieces(k, k_row(&a->x, u->t), u->part, cast, i + 1, &next);
-        if (cast) {
-            ll_send_cast(k, a, c, s, u->t, u->part, i, pieces, d, mask);
-        } else {
+    for (k_i32 b = first; b * K_LL_BATCH_BYTES < bytes; b += step) {
+        K_ROLLED for (k_i32 j = k->lane * K_LL_RUN; j < K_LL_JOBS; j += K_LANES * K_LL_RUN) {
+            struct ll_pieces out;
+            if (b != first || j >= K_LANES * K_LL_RUN) {
+                ll_load_input(a, t, b, j, in);
+            }
+            ll_make_pieces(k, a, c, s, t, b, j, d, mask, in, &out);
             for (k_u64 left = mask; left; left &= left - 1) {
-                ll_store_pieces(k, ll_row_at(a, c, d->first[k_lowest(left)], u->t), u->part, i,
-                                pieces);
+                const struct k_peer to = ll_row_at(a, c, d->first[k_lowest(left)], t);
+                ll_post_pieces(k_peer_plus(to, (k_u64)s->row_at), bytes, b, j, &out, c->tag);
             }
         }
-        *pieces = next;
     }
-    if (u->slice == 0) {
-        ll_send_side(k, a, c, s, u->t, d);
-        ll_send_indices(k, a, c, u->t, listed, d);
-    }
-    k_barrier(k, 1); /* the slice is stored, by all warps */
-    if (u->slice == 0 && k->warp == k->num_warps - 1) {
-        ll_note_dests(k, a, u->t, d, mask);
-    }
-    return k->warp != 0 || ll_publish_slice(k, a, c, u, d, mask);
 }
 
 static K_INLINE void ll_write_head(struct k_thread *k, const struct k_ll_dispatch_args *a,
@@ -525,7 +512,7 @@ static K_INLINE void ll_write_head(struct k_thread *k, const struct k_ll_dispatc
         h->max_tokens = a->ll.max_tokens;
         h->signature = s->signature;
         h->row_bytes = a->row_bytes;
-        h->side_at = a->side_at;
+        h->row_at = a->row_at;
         h->wire_bytes = a->ll.wire_bytes;
         h->types = a->types;
         h->experts = a->g.experts;
@@ -534,33 +521,42 @@ static K_INLINE void ll_write_head(struct k_thread *k, const struct k_ll_dispatc
 
 static K_FN k_bool ll_send(struct k_thread *k, const struct k_ll_dispatch_args *a,
                            const struct ll_call *c, const struct ll_shape *s) {
-    const k_i32 slices = ll_slices(s->tokens), units = s->tokens * slices;
-    const k_bool listed = s->tokens <= ll_most_listed(k, a);
+    const k_bool cast = (a->signature & K_LL_SIG_CAST) != 0;
+    const struct ll_units all =
+        ll_units_of(k, s->tokens, ll_num_batches(a->row_bytes / (cast ? 2 : 1)));
+    const k_i32 parts = k_max(all.parts, 1);
     struct ll_dests *d = (struct ll_dests *)k_shared(k);
+    struct ll_sums sums = ll_no_sums(k, a);
     k_bool ok = 1;
-    K_ROLLED for (k_i32 i = k->block; i == k->block || i < units; i += k->num_blocks) {
-        const struct ll_slice u = ll_slice_of(a, i, slices);
-        struct ll_pieces pieces;
+    K_ROLLED for (k_i32 i = k->block; i == k->block || i < all.num; i += k->num_blocks) {
+        const k_bool side = i < s->tokens, row = i < all.num && (!side || all.parts == 0);
+        const k_i32 n = i - s->tokens, t = side ? i : n / parts;
+        const k_i32 first = (side ? 0 : n % parts) * k->num_warps + k->warp;
+        struct ll_input in;
         if (i != k->block) {
-            k_barrier(k, 1); /* of the last slice nobody reads where it went any more */
+            k_barrier(k, 1); /* of the last unit nobody reads where it went any more */
         }
-        if (i < units) { /* on its way while it is looked up where it goes */
-            ll_load_pieces(k, k_row(&a->x, u.t), u.part, (a->signature & K_LL_SIG_CAST) != 0, 0,
-                           &pieces);
-            ok = ok && (k->warp != 0 || ll_find_dests(k, a, c, u.t, d));
+        if (row) { /* on its way while it is looked up where it goes */
+            ll_load_input(a, t, first, k->lane * K_LL_RUN, &in);
+        }
+        if (i < all.num) {
+            ok = ok && (k->warp != 0 || ll_find_dests(k, a, c, t, d));
         }
         if (i == k->block) {
-            if (listed) {
-                ll_list(k, a, 0, s->tokens);
-            }
             ll_write_head(k, a, c, s);
             ok = k_barrier(k, ok && ll_await_block_free(k, c, 0));
-            ok = ok && ll_send_counts(k, a, c, s, listed);
+            ok = ok && ll_send_counts(k, a, c, s);
         }
         if (!k_barrier(k, ok)) {
             return 0;
         }
-        ok = i >= units || ll_send_slice(k, a, c, s, &u, listed, &pieces);
+        if (row) {
+            ll_send_row(k, a, c, s, t, first, parts * k->num_warps, d, &in);
+        }
+        if (side) {
+            ll_send_scales(k, a, c, s, t, d);
+            ok = ll_send_sidecar(k, a, c, t, d, &sums);
+        }
     }
     return ok;
 }

@@ -348,7 +348,7 @@ static int back(int rank, void *ctx) {
     await(s, 7, 1);
     if (rank == 2) {
         const struct ep_tensor *x = k.run.dispatch.x;
-        rig_trap((uint8_t *)x->data + x->shape[0] / 2 * x->stride[0] * 2 + 4096, stop,
+        rig_trap((uint8_t *)x->data + (x->shape[0] - 1) * x->stride[0] * 2 + 4096, stop,
                  &stopped);
         /* All that the others have sent to it is there. */
         world_is(&k.w, ll_dispatch(&k.run, CALL_BOTH, NULL), EP_OK, "dispatch when woken");

@@ -286,13 +286,13 @@ static void set_dispatch(struct epi_op *op, const struct epi_call *c,
         k->scale_bytes = (int)ep_dtype_bytes((ep_dtype)scales->dtype);
     }
     const struct epi_ll_wire wire = epi_plan_ll_wire(
-        cast ? hidden : k->row_bytes, topk, a->topk_weights != NULL,
+        cast ? hidden : k->row_bytes, topk,
         cast ? hidden / K_LL_GROUP * 4 : K_LL_NUM_SCALES(k->types) * k->scale_bytes);
     k->signature = (a->topk_weights ? K_LL_SIG_WEIGHTS : 0) | (cast ? K_LL_SIG_CAST : 0) |
                    (a->flags & EP_LL_SCALES_POWER_OF_2 ? K_LL_SIG_POWER_OF_2 : 0) |
                    (a->flags & EP_LL_COMPACT ? K_LL_SIG_COMPACT : 0);
     k->ll.wire_bytes = wire.bytes;
-    k->side_at = wire.side_at;
+    k->row_at = wire.row_at;
     if (part & K_LL_SEND) {
         k->tokens = (k_i32)c->dim[EPI_DIM_T];
         k->id_bytes = a->topk_ids->dtype == EP_I64 ? 8 : 4;

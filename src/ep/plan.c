@@ -198,9 +198,10 @@ struct region {
     int64_t used;      /* of these with the maxima; 0: all */
 };
 
-struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, int scale_bytes) {
-    const int side = K_SIDE_BYTES(K_SIDE_SCALES(topk, weights), scale_bytes);
-    struct epi_ll_wire w = {row_bytes, (int)align_up(row_bytes + side, K_LL_GROUP)};
+struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, int scale_bytes) {
+    const int row_at = (int)align_up(16 * topk + 8 * ((scale_bytes + 3) / 4), K_LL_GROUP);
+    const int batches = (row_bytes + K_LL_BATCH_BYTES - 1) / K_LL_BATCH_BYTES;
+    struct epi_ll_wire w = {row_at, row_at + batches * K_LL_BATCH_WIRE};
     return w;
 }
 
@@ -230,14 +231,12 @@ static void set_ll_parts(const struct ep_group_config *c, struct epi_plan *p) {
     const int row = c->max_row_bytes, topk = c->max_topk;
     const uint64_t tokens = (uint64_t)c->ll_max_tokens;
     m->counts.stride = (uint64_t)(K_LL_HEADER + p->max_local) * 8;
-    m->arrived.stride = (tokens < K_LL_CUT_BELOW ? K_LL_CUT_BELOW : tokens) * 8;
     m->header.stride = K_LL_HEADER * 8;
     const uint64_t answers = c->flags & EP_GROUP_LL_EXACT ? tokens * (uint64_t)topk : tokens;
     m->answered.stride = answers * K_LL_MOST_SLICES * 8;
     m->weights.stride = tokens * (uint64_t)topk * 8;
     /* Rows that are cast are shorter, also with the scales of the cast. */
-    m->rows.stride =
-        tokens * (uint64_t)epi_plan_ll_wire(row, topk, true, c->max_scale_bytes).bytes;
+    m->rows.stride = tokens * (uint64_t)epi_plan_ll_wire(row, topk, c->max_scale_bytes).bytes;
     m->answers.stride = answers * (uint64_t)epi_plan_ll_answer_bytes(row);
 }
 
@@ -279,7 +278,6 @@ static void lay_out(const struct ep_group_config *c, struct epi_plan *p,
         {VIEWS, &m->expanded, &m->expanded_slot_bytes, most->expanded * row,
          info->max_expanded_rows * row},
         {LOW_LATENCY, &ll->counts.at, NULL, ll_parts * (int64_t)ll->counts.stride, 0},
-        {LOW_LATENCY, &ll->arrived.at, NULL, ll_parts * (int64_t)ll->arrived.stride, 0},
         {LOW_LATENCY, &ll->header.at, NULL, ll_parts * (int64_t)ll->header.stride, 0},
         {LOW_LATENCY, &ll->answered.at, NULL, ll_parts * (int64_t)ll->answered.stride, 0},
         {LOW_LATENCY, &ll->weights.at, NULL, ll_parts * (int64_t)ll->weights.stride, 0},

@@ -96,9 +96,9 @@ void epi_plan_channels(const struct epi_plan *plan, int tokens, struct k_channel
 /* A row of a low-latency dispatch on the wire, as it travels: where its sidecar begins, and from one
  * to the next. */
 struct epi_ll_wire {
-    int side_at, bytes;
+    int row_at, bytes;
 };
-struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, bool weights, int scale_bytes);
+struct epi_ll_wire epi_plan_ll_wire(int row_bytes, int topk, int scale_bytes);
 /* The same of an answer. */
 int epi_plan_ll_answer_bytes(int row_bytes);
 
