@@ -99,11 +99,10 @@ struct k_ll_region {
     (2048 + 32)       /* behind the scratch of each warp: a block in LogFMT, its metadata */
 #define K_LL_WARPS 4  /* of a block on a GPU, at most */
 #define K_LL_BLOCKS 3 /* that share an SM, at most: so many have registers enough */
-#define K_LL_SHARED_BYTES                                                                      \
-    28672                     /* of a block, at least: the selections of 512 tokens, and more */
-#define K_LL_MOST_SLICES 8    /* of an answer */
-#define K_LL_CUT_BELOW 128    /* tokens: answers of so many or more are not cut */
-#define K_LL_BATCH_BYTES 1536 /* of a row, which travel as K_LL_BATCH_WIRE: kernel/ll_row.h */
+#define K_LL_SHARED_BYTES 28672 /* of a block, at least: sums of 4,800 experts, and more */
+#define K_LL_MOST_SLICES 8      /* of an answer */
+#define K_LL_CUT_BELOW 128      /* tokens: answers of so many or more are not cut */
+#define K_LL_BATCH_BYTES 1536   /* of a row, which travel as K_LL_BATCH_WIRE: kernel/ll_row.h */
 #define K_LL_BATCH_WIRE 2048
 #define K_LL_NONE 0xfffffffeu /* in place of an expert: the token does not come */
 

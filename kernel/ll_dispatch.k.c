@@ -4,9 +4,8 @@
  * to their experts' rows. One kernel does either half or both; docs/decisions/0010 has the protocol.
  *
  *   counts   to every rank a header and how many selections each of its experts has here
- *   send     a block for each token, or for a slice of one: the row and its sidecar to each rank it
- *            goes to, then a word for it
- *   receive  a block for each row, or slice, of each source: to the row of every expert of this rank
+ *   send     tokens' sidecars and rows to each rank that they go to, as packets (ll_row.h)
+ *   receive  each row, or part of one, of each source: to the row of every expert of this rank
  */
 #include "kernel/ll_receive.h"
 #include "kernel/ll_send.h"

@@ -2,7 +2,7 @@
 /*
  * The send half of a low-latency dispatch. Function bodies for ll_dispatch.k.c. A token's row has a place
  * of its own at every rank, so it is on its way as soon as it is known where it goes. Which row of an
- * expert it becomes every block counts for itself: a pass over the ids before it.
+ * expert it becomes every block counts for itself, in sums by expert of the ids before it.
  */
 #ifndef KERNEL_LL_SEND_H
 #define KERNEL_LL_SEND_H
@@ -35,7 +35,7 @@ static K_INLINE void ll_shape_of(const struct k_ll_dispatch_args *a, const struc
     s->header.compared[4] = (k_u32)a->ll.max_tokens;
 }
 
-#define K_LL_IDS 8 /* ids, or entries, that a lane has under way at once */
+#define K_LL_IDS 8 /* that a lane has under way at once */
 
 /* Selection number i (t * K + k) of this rank: an expert, or -1. */
 static K_INLINE k_i32 ll_id(const struct k_ll_dispatch_args *a, k_i32 i) {

@@ -56,6 +56,8 @@ start holds three_ranks_one_is_paused ll.pml -DRANKS=3 -DOPS=1 -DMORE=1 -DPAUSES
 start holds three_ranks ll.pml -DRANKS=3 -DOPS=3 -DMORE=0 -DHALVES_ONLY
 start holds two_ranks ll.pml -DRANKS=2 -DOPS=5 -DMORE=0
 start holds two_ranks_one_is_paused ll.pml -DRANKS=2 -DOPS=2 -DMORE=1 -DPAUSES=1
+start holds packets ll.pml -DRANKS=2 -DOPS=5 -DMORE=0 -DPACKETS
+start holds packets_one_is_paused ll.pml -DRANKS=2 -DOPS=2 -DMORE=1 -DPAUSES=1 -DPACKETS
 start holds weights ll.pml -DRANKS=2 -DOPS=4 -DMORE=0 -DWEIGHTS
 start holds weights_one_is_paused ll.pml -DRANKS=2 -DOPS=2 -DMORE=1 -DPAUSES=1 -DWEIGHTS
 start holds verdict ll_verdict.pml
@@ -65,6 +67,7 @@ if [ -n "$SOAK" ]; then
     start holds two_pauses ll.pml -DRANKS=2 -DOPS=2 -DMORE=2 -DPAUSES=2
 fi
 start is_caught no_consumed_word ll.pml -DNO_CONSUMED -DOPS=3 -DMORE=0
+start is_caught packets_without_consumed_word ll.pml -DPACKETS -DNO_CONSUMED -DOPS=3 -DMORE=0
 start is_caught wrong_parity ll.pml -DWRONG_PARITY -DOPS=3 -DMORE=0
 start is_caught word_before_row ll.pml -DWORD_FIRST -DOPS=1 -DMORE=0
 start is_caught two_writers_of_a_place ll.pml -DTWO_WRITERS -DOPS=1 -DMORE=0

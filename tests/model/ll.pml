@@ -6,7 +6,8 @@
  *
  * Each rank is a process that runs its kernels one after the other: sends, receives in any order, or
  * both in one. What blocks of a kernel do at the same time is one sequence here, which only waits
- * more. A row is two cells and a word, so that half a row can be seen. A rank can be paused anywhere
+ * more. A row is two cells and a word, so that half a row can be seen; or (PACKETS) each cell says itself
+ * that it is there. A rank can be paused anywhere
  * and woken later, once; whoever waits for it may then run into the deadline and mask it.
  *
  * Checked: assertions (a row that is taken is the row of its number and whole; after un-masking the
@@ -16,6 +17,7 @@
  *   OPS      sends of each rank before the barrier
  *   MORE     sends behind it
  *   PAUSES   1: a rank may be paused, and masked; 0: none
+ *   PACKETS  a dispatch; else a combine
  *   WEIGHTS  a send waits for words (weights) that the others' sends of its number bring
  *   WHO      the rank that may be; else any
  */
@@ -168,11 +170,23 @@ inline receive_half(me, p, n) {
     :: atomic { p == me && RUNS(me) -> assert(word[WORD(me, me, n)] == n);
            assert(head[PLACE(me, me, n)] == ROW(n, me) && tail[PLACE(me, me, n)] == ROW(n, me));
            p++ }
+#ifdef PACKETS /* the tail's first: they come in any order */
+    :: atomic { p < RANKS && RUNS(me) && p != me && !IS_MASKED(me, p) &&
+                tail[PLACE(me, p, n)] == ROW(n, p) };
+       if
+       :: atomic { RUNS(me) && head[PLACE(me, p, n)] == ROW(n, p) -> p++ }
+       :: atomic { RUNS(me) && head[PLACE(me, p, n)] != ROW(n, p) && MAY_EXPIRE(me, p) ->
+              set_mask(me, p); p++ }
+       fi
+    :: atomic { p < RANKS && RUNS(me) && p != me && !IS_MASKED(me, p) &&
+                tail[PLACE(me, p, n)] != ROW(n, p) && MAY_EXPIRE(me, p) -> set_mask(me, p); p++ }
+#else
     :: atomic { p < RANKS && RUNS(me) && p != me && !IS_MASKED(me, p) &&
                 word[WORD(me, p, n)] == n -> assert(head[PLACE(me, p, n)] == ROW(n, p)) };
        atomic { RUNS(me); assert(tail[PLACE(me, p, n)] == ROW(n, p)); p++ }
     :: atomic { p < RANKS && RUNS(me) && p != me && !IS_MASKED(me, p) &&
                 word[WORD(me, p, n)] != n && MAY_EXPIRE(me, p) -> set_mask(me, p); p++ }
+#endif
     :: atomic { p == RANKS && RUNS(me) -> received[me * 2 + SLOT(n)]++; p = 0; break }
     od
 }
