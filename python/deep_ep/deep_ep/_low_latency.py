@@ -167,7 +167,7 @@ class LowLatency:
             group, shape, "ll_dispatch", arrays, more, async_finish, return_recv_hook)
         source.libep_routing = ranges.libep_routing = Routing(group, None, shape.tokens, shape.rows,
                                                               memory)
-        return recv_x, count, (source, ranges, num_max_dispatch_tokens_per_rank, x.size(1),
+        return recv_x, count, (source, ranges, num_max_dispatch_tokens_per_rank, shape.flat[1],
                                num_experts), event, hook
 
     def _dispatch_shape(self, key, x, topk_idx):
