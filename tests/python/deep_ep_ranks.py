@@ -173,8 +173,8 @@ class Batch:
 
 @contextlib.contextmanager
 def impatient():
-    """Groups made in here wait for a rank for one second."""
-    with unittest.mock.patch.dict(os.environ, EP_TIMEOUT_MS="1000"):
+    """Groups made in here wait for a rank for four seconds."""
+    with unittest.mock.patch.dict(os.environ, EP_TIMEOUT_MS="4000"):
         yield
 
 
