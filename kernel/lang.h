@@ -359,8 +359,10 @@ static K_INLINE k_bool k_spin_masked(struct k_thread *k, struct k_spinner *s, k_
 static K_FN k_bool k_spin(struct k_thread *k, struct k_spinner *s, k_i32 peer, k_i32 phase) {
     struct k_ctl *ctl = k->g->ctl;
     const k_bool due = k_pause(s); /* time is looked at every now and then only */
-    /* And on a GPU whatever is not awaited, as each read is a trip to memory. */
-    if ((due || K_LANES == 1) && k_load(&ctl->abort) != 0) {
+    /* And in low-latency mode on a GPU whatever is not awaited, as each read is a trip to memory. In
+     * throughput mode that trip keeps hundreds of warps from asking all the time for the same words. */
+    if ((due || K_LANES == 1 || k->kind < (k_i32)K_OP_LL_DISPATCH) &&
+        k_load(&ctl->abort) != 0) {
         return 0;
     }
     if (!due) {
