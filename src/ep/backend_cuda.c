@@ -204,7 +204,10 @@ static struct epi_shape cuda_shape(const ep_group *g, int asked, const struct ep
     struct epi_shape out = {all < most ? all : most, 0, s.stages, s.stage_bytes};
     const int half = (out.workers + 1) / 2;
     out.send_blocks = half < sms.send ? half : sms.send;
-    if (row > 0 && row < out.stage_bytes) { /* short rows: more of them under way */
+    if (load->answers && (load->expanded || row > s.stage_bytes)) {
+        out.stages = 2; /* larger ones: each is for a part of every term of a sum */
+        out.stage_bytes = s.stages * s.stage_bytes / 2;
+    } else if (row > 0 && row < out.stage_bytes) { /* short rows: more of them under way */
         const int fit = s.stages * s.stage_bytes / row;
         out.stage_bytes = row;
         out.stages = fit < s.most_stages ? fit : s.most_stages;
