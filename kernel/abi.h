@@ -223,14 +223,13 @@ struct k_board {
 #define K_END_NEED 2u /* rows did not fit the memory for them (k_counts.need); none was sent */
 #define K_END_OVER 3u /* more came than this rank's outputs hold (k_counts.over) */
 
-/* What the warps of a rank take in turn; k_ctl.taken holds the next number of each. A dispatch has
- * two of them, a combine two others. */
+/* What the warps of a rank take in turn; k_ctl.taken holds the next number of each. */
 enum k_taken {
     K_TAKEN_PARTS = 0,    /* dispatch: parts of channels that are received */
     K_TAKEN_CHANNELS = 1, /* dispatch: channels that are sent */
-    K_TAKEN_ANSWERS = 0,  /* combine: (owner, channel) whose answers are sent; parts of sums */
-    K_TAKEN_TOKENS = 1,   /* combine: tokens that are summed, or slices of their rows */
-    K_NUM_TAKEN = 2
+    K_TAKEN_ANSWERS = 2,  /* combine: (owner, channel) whose answers are sent; parts of sums */
+    K_TAKEN_TOKENS = 3,   /* combine: tokens that are summed, or slices of their rows */
+    K_NUM_TAKEN = 4
 };
 
 /* Control block of a rank: lives in its own memory, read and written by its own kernels. */
@@ -243,7 +242,7 @@ struct k_ctl {
     k_u64 sent;        /* {epoch | 1}: the kernel that only sends has left */
     k_u64 how_ended;   /* {epoch | K_END_...} of an operation that did not end well */
     k_u64 fault_claim; /* 0, then 1 */
-    k_u64 taken[K_NUM_TAKEN]; /* set to 0 before go or go_recv */
+    k_u64 taken[K_NUM_TAKEN]; /* set to 0 before go or go_recv; of answers, when all are made */
     k_i64 timeout_ns;
     k_i64 late_ns; /* a wait that lasts longer is worth a line in the log */
     k_u64 wait_ns;

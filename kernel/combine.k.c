@@ -63,7 +63,6 @@ static K_FN k_bool combine_control(struct k_thread *k, const struct k_combine_ar
     }
     ok = k_barrier(k, ok);
     if (ok && k->warp == 0 && k->lane == 0) {
-        k_store(&g->ctl->taken[K_TAKEN_ANSWERS], 0);
         k_store(&g->ctl->taken[K_TAKEN_TOKENS], 0);
         k_publish_local(&g->ctl->go, K_WORD(k->epoch, a->h.counts->need ? K_GO_NEED : K_GO));
     }
@@ -87,22 +86,12 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
     if (sends && away && !sums) {
         send_plain(k, a, &m, spread_first(k, 0, senders), k_stride(k, senders), &go);
     }
-    if (!may_send(k, &go)) {
-        k_mover_end(k, &m);
-        if (go == K_GO_NEED) {
-            k_fail_op(k, K_END_NEED);
-        }
-        return go == K_GO_NEED;
-    }
-    if (sends && !sums && !(away && both)) {
+    if (sends && !sums && !(away && both) && may_send(k, &go)) {
         const k_i32 from = both ? senders : 0;
         send_own(k, a, k_first(k, from), k_stride(k, k->num_blocks - from));
     }
-    if (sends && k_first(k, 0) == 0) {
-        count_sent_answers(k, a);
-    }
     const k_bool far = K_HAS_FAR(a) && sends;
-    k_bool ok = 1;
+    k_bool ok = !far || may_send(k, &go);
     struct sum_feed f = {0};
     if (far && sums) { /* what it owes goes before all that nodes wait for */
         f.answers = 1;
@@ -111,7 +100,7 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
         if (k->lane == 0) {
             warp_sum_notes(k)->feed = f;
         }
-        ok = sum_rows(k, a, &m, k_stride(k, k->num_blocks));
+        ok = ok && sum_rows(k, a, &m, k_stride(k, k->num_blocks), &go);
     }
     if (ok && far && away) {
         ok = far_combine(k, a, &m, spread_first(k, 0, senders), k_stride(k, senders));
@@ -120,12 +109,21 @@ static K_FN k_bool combine_run(struct k_thread *k, const struct k_combine_args *
     f.tokens = receives;
     f.eager = both && !away;
     f.token = K_NOBODY;
+    f.early = f.answers && !a->h.counts->need;
     k_syncwarp(k); /* the scratch was used for sending */
     if (k->lane == 0) {
         warp_sum_notes(k)->feed = f;
     }
-    ok = ok && sum_rows(k, a, &m, k_stride(k, k->num_blocks));
+    k_syncwarp(k);
+    ok = ok && sum_rows(k, a, &m, k_stride(k, k->num_blocks), &go);
+    if (ok && sends && k_first(k, 0) == 0) {
+        count_sent_answers(k, a);
+    }
     k_mover_end(k, &m);
+    if (go == K_GO_NEED) {
+        k_fail_op(k, K_END_NEED);
+        ok = 1;
+    }
     return ok;
 }
 
@@ -140,6 +138,9 @@ K_KERNEL(throughput, combine, k_combine_args) {
         k_fail_op(k, K_END_FAULT);
     }
     if (k_is_last_out(k, receives)) {
+        if (k->lane == 0 && (a->flags & K_DO_SEND)) { /* the next takes before `go` */
+            k_store(&a->g.ctl->taken[K_TAKEN_ANSWERS], 0);
+        }
         await_sender(k, a->flags);
         k_finish_kernel(k, receives);
         tell_sent(k, receives);

@@ -29,6 +29,7 @@ struct sum {
 struct sum_feed {
     k_u8 answers, tokens; /* there may be more to take from the rank's counters */
     k_u8 eager;           /* tokens that can be summed come before answers */
+    k_u8 early;           /* `go` is not here: no more than answers are begun */
     k_u32 row, end;       /* the answers taken that are not begun */
     k_i32 rows;           /* that were taken at once */
     k_i32 owner, channel;
@@ -95,8 +96,9 @@ static K_INLINE struct cut cut_row(const struct k_combine_args *a, k_i32 num) {
 static K_INLINE struct slices slices_of(const struct k_combine_args *a, k_i32 warps) {
     const k_i32 last = k_min(a->row_bytes / K_LEAST_SLICE_BYTES, K_LAST_SLICES);
     const k_i32 few = k_min(a->tokens > 0 ? warps / a->tokens : 1, K_MOST_SLICES);
-    const k_i32 answers = reads_own_in_place(a) ? 0 : (k_i32)a->h.recv_base[a->g.num_ranks];
-    const k_i32 each = answers > 0 ? K_ANSWERS_EACH * warps / answers : 1;
+    const k_i32 answers =
+        k_max(reads_own_in_place(a) ? 1 : (k_i32)a->h.recv_base[a->g.num_ranks], 1);
+    const k_i32 each = k_max(K_ANSWERS_EACH * warps / answers, k_min(3 * warps / answers, 2));
     struct slices s;
     s.whole = k_max(a->tokens - warps, 0);
     s.token = cut_row(a, k_max(few, last));
@@ -143,14 +145,15 @@ static K_INLINE k_i32 answer_terms(struct k_thread *k, const struct k_combine_ar
         } else if (!wide && j == 0) {
             from = (k_i32)row;
         }
-        k_u32 all = 0;
-        const k_i32 at = num + (k_i32)k_scan(k, from >= 0, &all);
+        from = from < a->x_rows ? from : -1; /* as before `go` all of it may be of a fault */
+        const k_u32 all = k_ballot(k, from >= 0);
+        const k_i32 at = num + k_count(all & k_below(k));
         if (from >= 0) {
             terms[at].row = (const void *)(x_row(a, (k_u32)from) + (k_u64)begin);
             terms[at].weight =
                 a->weights.data ? *(const k_f32 *)k_row(&a->weights, from) : 1.0f;
         }
-        num += (k_i32)all;
+        num += k_count(all);
     }
     return num;
 }
@@ -279,6 +282,9 @@ static K_INLINE k_bool take_answers(struct k_thread *k, const struct k_combine_a
         f->owner = (g->rank + 1 + i % g->num_ranks) % g->num_ranks;
         f->channel = i / g->num_ranks;
         channel_rows(g, &a->h, f->owner, f->channel, &first, &end);
+        if (end < first || end > g->max_recv_rows) {
+            end = first; /* tables of a fault, read before `go`: it does not take place */
+        }
         f->row = first + (end - first) * part / (k_u32)parts;
         f->end = first + (end - first) * (part + 1) / (k_u32)parts;
         f->rows = (k_i32)(f->end - f->row);
@@ -305,11 +311,16 @@ static K_INLINE k_bool take_token(struct k_thread *k, const struct k_combine_arg
 static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
                              const struct slices *cut, k_bool wait, struct sum_feed *f,
                              struct sum *s, struct k_term *terms) {
-    const k_bool first = f->eager && f->row == f->end && take_token(k, a, cut, f) &&
+    const k_bool early = f->early;
+    f->early = 0;
+    const k_bool first = f->eager && !early && f->row == f->end && take_token(k, a, cut, f) &&
                          is_answerable(k, a, cut, f, 0, s, terms);
     if (!first && take_answers(k, a, &cut->answer, f)) {
         begin_answer(k, a, &cut->answer, f, s, terms);
         return K_NEXT_READY;
+    }
+    if (early) {
+        return K_NEXT_LATER;
     }
     if (!first && !take_token(k, a, cut, f)) {
         return K_NEXT_NONE;
@@ -424,22 +435,60 @@ static K_INLINE k_i32 gather_part(struct k_thread *k, const struct k_combine_arg
     return bytes;
 }
 
+/* The answer that was begun before `go` gets its place. */
+static K_INLINE void place_begun(struct k_thread *k, const struct k_combine_args *a) {
+    struct sum_notes *n = warp_sum_notes(k);
+    struct sum *s = &n->sum[0];
+    if (k->lane == 0) {
+        s->to =
+            k_peer_plus(answer_place(a, s->owner, (k_u32)s->item), (k_u64)n->feed.answers_from);
+    }
+    k_syncwarp(k);
+}
+
+/* Parts that were gathered will not be summed: none may be on its way when the warp leaves. */
+static K_INLINE void drop_parts(struct k_thread *k, const struct k_combine_args *a,
+                                struct k_mover *m, k_i32 stage, k_i32 ahead) {
+    for (; is_staged(a) && ahead > 0; ahead--) {
+        k_mover_wait(k, m, stage);
+        stage = next_stage(stage, a->stages);
+    }
+}
+
 /*
  * Sums rows until there are none. Parts are gathered as far ahead as there are stages, also of the
  * row after the one that is being summed. Rows whose terms may not fit a stage are summed by plain
- * loads, one after the other.
+ * loads, one after the other. *go is as for may_send: the first answers are gathered before that.
  */
 static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
-                            struct k_mover *m, k_i32 warps) {
+                            struct k_mover *m, k_i32 warps, k_u32 *go) {
     const struct slices cut = slices_of(a, warps);
     const k_bool staged = is_staged(a);
-    k_i32 in = 0, gathered = 0, in_bytes = 0; /* of row `in` */
-    k_i32 out = 0, summed = 0, out_bytes = 0; /* of row `out`: `in`, or the one before */
+    k_i32 in = 1, gathered = 0, in_bytes = 0; /* of row `in` */
+    k_i32 out = 1, summed = 0, out_bytes = 0; /* of row `out`: `in`, or the one before */
     k_i32 next = K_NEXT_READY, ahead = 0, load = 0, read = 0;
+    k_bool placed = 0;
     k_mover_retire(k, m, 0);
     while (next != K_NEXT_NONE || ahead > 0) {
-        if (gathered == in_bytes && next != K_NEXT_NONE &&
-            (ahead == 0 || (in == out && staged))) {
+        const k_bool wants = gathered == in_bytes && next != K_NEXT_NONE &&
+                             (ahead == 0 || (in == out && staged));
+        if (gathered < in_bytes && ahead < a->stages) {
+            gathered += gather_part(k, a, m, in, gathered, load);
+            load = next_stage(load, a->stages);
+            ahead++;
+            continue;
+        }
+        if (!placed && !warp_sum_notes(k)->feed.early) {
+            if (!may_send(k, go)) {
+                drop_parts(k, a, m, read, ahead);
+                return 0;
+            }
+            if (ahead > 0) {
+                place_begun(k, a);
+            }
+            placed = 1;
+        }
+        if (wants) {
             const k_i32 set = staged ? 1 - in : 0;
             next = next_sum(k, a, &cut, ahead == 0, set);
             if (next == K_NEXT_FAILED) {
@@ -454,13 +503,10 @@ static K_FN k_bool sum_rows(struct k_thread *k, const struct k_combine_args *a,
                     out_bytes = in_bytes;
                     summed = 0;
                 }
+                continue;
             }
         }
-        if (gathered < in_bytes && ahead < a->stages) {
-            gathered += gather_part(k, a, m, in, gathered, load);
-            load = next_stage(load, a->stages);
-            ahead++;
-        } else if (ahead > 0) {
+        if (ahead > 0) {
             summed += sum_part(k, a, m, out, summed, read);
             read = next_stage(read, a->stages);
             ahead--;

@@ -85,8 +85,7 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
     while (l->num <= i + 1 && l->at < l->end) {
         const k_i32 t = l->at + k->lane;
         const k_i32 dests = t < l->end ? dests_to_serve(a, l->whom, t) : 0;
-        k_u32 total = 0;
-        const k_u32 before = k_scan(k, dests > 0, &total);
+        const k_u32 all = k_ballot(k, dests > 0), before = (k_u32)k_count(all & k_below(k));
         if (dests > 0) {
             struct send_token *to = &l->s->listed[((k_u32)l->num + before) % K_LISTED_TOKENS];
             to->token = t;
@@ -94,7 +93,7 @@ static K_INLINE void list_beyond(struct k_thread *k, const struct k_dispatch_arg
             to->dests = dests;
         }
         k_syncwarp(k);
-        l->num += (k_i32)total;
+        l->num += k_count(all);
         l->at += K_LANES;
     }
 }
