@@ -64,6 +64,18 @@ static void opaque(uint64_t seed) {
     }
 }
 
+/* So short that a cast saves nothing, and its scales come on top. */
+static void short_rows(uint64_t seed) {
+    struct ll_step s;
+    ll_init(&s, 3, seed);
+    s.c.hidden = 128;
+    s.c.num_experts = 12;
+    s.c.topk = 8;
+    s.c.tokens = TOKENS_MAX;
+    s.flags = EP_LL_FP8;
+    ll_case(&s, false, "rows of 128 channels, cast");
+}
+
 /* The cast of every bf16. */
 static void values(uint64_t seed) {
     for (int i = 0; i < 2; i++) {
@@ -219,6 +231,7 @@ int main(void) {
     tap_deadline(120);
     forms(seed);
     opaque(seed + 50);
+    short_rows(seed);
     values(seed + 60);
     logfmt(seed + 80);
     log_values(seed + 90);

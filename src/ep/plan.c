@@ -235,8 +235,10 @@ static void set_ll_parts(const struct ep_group_config *c, struct epi_plan *p) {
     const uint64_t answers = c->flags & EP_GROUP_LL_EXACT ? tokens * (uint64_t)topk : tokens;
     m->answered.stride = answers * K_LL_MOST_SLICES * 8;
     m->weights.stride = tokens * (uint64_t)topk * 8;
-    /* Rows that are cast are shorter, also with the scales of the cast. */
-    m->rows.stride = tokens * (uint64_t)epi_plan_ll_wire(row, topk, c->max_scale_bytes).bytes;
+    /* A row that is cast is shorter, but short ones have as many batches, and have scales. */
+    const int plain = epi_plan_ll_wire(row, topk, c->max_scale_bytes).bytes;
+    const int cast = epi_plan_ll_wire(row / 2, topk, row / 2 / K_LL_GROUP * 4).bytes;
+    m->rows.stride = tokens * (uint64_t)(plain > cast ? plain : cast);
     m->answers.stride = answers * (uint64_t)epi_plan_ll_answer_bytes(row);
 }
 
