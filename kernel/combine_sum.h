@@ -159,13 +159,15 @@ static K_INLINE k_i32 answer_terms(struct k_thread *k, const struct k_combine_ar
 }
 
 static K_INLINE void begin_answer(struct k_thread *k, const struct k_combine_args *a,
-                                  const struct cut *cut, struct sum_feed *f, struct sum *s,
-                                  struct k_term *terms) {
+                                  const struct cut *cut, k_bool early, struct sum_feed *f,
+                                  struct sum *s, struct k_term *terms) {
     const k_i32 from = f->answers_from;
     s->owner = f->owner;
     s->channel = f->channel;
     s->item = (k_i32)f->row;
-    s->to = k_peer_plus(answer_place(a, f->owner, f->row), (k_u64)from);
+    if (!early) { /* before `go` nobody has said where answers go: place_begun */
+        s->to = k_peer_plus(answer_place(a, f->owner, f->row), (k_u64)from);
+    }
     s->bytes = slice_bytes(a, cut, from);
     s->num = answer_terms(k, a, f->row, from, terms);
     f->row++;
@@ -316,7 +318,7 @@ static K_FN k_i32 choose_sum(struct k_thread *k, const struct k_combine_args *a,
     const k_bool first = f->eager && !early && f->row == f->end && take_token(k, a, cut, f) &&
                          is_answerable(k, a, cut, f, 0, s, terms);
     if (!first && take_answers(k, a, &cut->answer, f)) {
-        begin_answer(k, a, &cut->answer, f, s, terms);
+        begin_answer(k, a, &cut->answer, early, f, s, terms);
         return K_NEXT_READY;
     }
     if (early) {
