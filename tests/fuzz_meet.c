@@ -143,12 +143,9 @@ static void shake_as_peer(struct other *o, struct epi_conn *conn, int from) {
     must(believed == o->s.knows_key);
     if (o->s.claims) {
         const uint8_t how = fuzz_next(&o->data), rank = fuzz_next(&o->data);
-        const struct epi_claim c = {epi_meet_version() + (how & 1),
-                                    (uint32_t)o->s.num_ranks + (how >> 1 & 1),
-                                    rank,
-                                    how & 4 ? EP_ERR_ARG : EP_OK,
-                                    how & 8 ? epi_this_process() : how,
-                                    how & 16 ? 1 : epi_this_host()};
+        const struct epi_claim c = {
+            epi_meet_version() + (how & 1), (uint32_t)o->s.num_ranks + (how >> 1 & 1), rank,
+            how & 4 ? EP_ERR_ARG : EP_OK, how & 8 ? epi_this_process() : how};
         epi_shake_claim(&s, conn, &c, how & 4 ? "max_topk is 100\x1b[2J" : "");
         take(o, conn, from);
     }
