@@ -109,7 +109,7 @@ if [ -n "$missing" ]; then
 else
     daemons=
     # shellcheck disable=SC2086
-    trap 'kill $daemons 2>/dev/null; wait; rm -rf "$tmp"' EXIT
+    trap '{ kill $daemons; sleep 1; kill -9 $daemons; wait $daemons; } 2>/dev/null; rm -rf "$tmp"' EXIT
     slurm_daemons
     if slurm_works; then
         try Slurm srun -n 2
