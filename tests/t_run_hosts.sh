@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# class: timed
+# class: timed, long
 # `ep run --hosts`: ranks on two hosts, which are network namespaces: what they find, who knows the key,
 # whose failure ends whom, and that nothing is left on either when `ep run` is gone; and by a real sshd,
 # where there is one. Needs root. TAP.
