@@ -34,7 +34,8 @@ try() { # try NAME LAUNCHER...
     ok "$name: a shell in between is no matter"
     # shellcheck disable=SC2086
     RANK=0 WORLD_SIZE=1 JOB=D timeout $limit "$@" $rank >"$tmp/d" 2>&1
-    [ $? != 0 ] && [ "$(grep -c 'RANK=0 and WORLD_SIZE=1 say' "$tmp/d")" = 2 ] ||
+    # a launcher may end the second for the first
+    [ $? != 0 ] && grep -q 'RANK=0 and WORLD_SIZE=1 say' "$tmp/d" ||
         { sed 's/^/# /' "$tmp/d"; false; }
     ok "$name: the RANK of a pod is not believed in silence"
 }

@@ -123,8 +123,11 @@ void epi_group_told(ep_group *g, uint64_t word) {
 }
 
 uint64_t epi_group_raised(const ep_group *g) {
-    const k_u64 own = read_word(&own_board(g)->abort);
-    return K_ABORT_STATUS(own) == K_ERR_PEER && K_ABORT_KIND(own) == 0 ? 0 : own;
+    const struct k_board *b = own_board(g);
+    const k_u64 own = read_word(&b->abort), told = read_word(&b->told);
+    /* Also what its node has told it, as rank 0 may leave before the others of it have. */
+    const k_u64 w = own != 0 ? own : told;
+    return is_goodbye(w) || (K_ABORT_STATUS(w) == K_ERR_PEER && K_ABORT_KIND(w) == 0) ? 0 : w;
 }
 
 bool epi_group_is_gone(const ep_group *g, int rank) {

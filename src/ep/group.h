@@ -193,7 +193,7 @@ void epi_group_leave(ep_group *g, uint64_t last);
 void epi_group_open_board(ep_group *g);
 /* A rank of another node has said this to all. */
 void epi_group_told(ep_group *g, uint64_t word);
-/* What this rank's kernels, or a call of it, have raised and others have to know; 0: nothing. */
+/* What this rank, or its node, has raised and other nodes have to know; 0: nothing. */
 uint64_t epi_group_raised(const ep_group *g);
 /* Whether a rank has died, or left from another node. */
 bool epi_group_is_gone(const ep_group *g, int rank);
