@@ -100,6 +100,13 @@ static K_INLINE k_bool far_has_slot(struct k_thread *k, const struct k_far *f, k
              far_passed(k, f, f->net.arrived, partner, K_PUT_CREDIT, lane, before)));
 }
 
+/* Whether the stream's next packet is here, and can be given back. */
+static K_INLINE k_bool far_has_packet(struct k_thread *k, const struct k_far *f, k_i32 partner,
+                                      k_i32 lane, k_u32 n) {
+    return far_passed(k, f, f->net.arrived, partner, K_PUT_PACKET, lane, n) &&
+           far_has_slot(k, f, partner, K_PUT_CREDIT, lane, n);
+}
+
 /* The warp has settled `bytes` bytes of number n: they go to the partner. */
 static K_INLINE void far_put(struct k_thread *k, const struct k_far *f, k_i32 partner,
                              k_u32 kind, k_i32 lane, k_u32 n, k_u64 bytes) {
@@ -149,6 +156,18 @@ static K_INLINE struct packing packing_of(const struct k_far *f, k_i32 wide, k_i
 
 static K_INLINE k_u32 *entry_at(k_u32 *packet, k_i32 wide, k_i32 row) {
     return packet + K_FAR_HEAD + wide + row * (K_FAR_ENTRY + wide);
+}
+
+/* A packet of this operation begins with it (abi_far.h). */
+static K_INLINE void write_head(struct k_thread *k, k_u32 *packet, k_i32 rows, k_bool last,
+                                k_i32 from, k_i32 bytes, k_i32 place) {
+    if (k->lane == 0) {
+        packet[K_FAR_ROWS] = (k_u32)rows;
+        packet[K_FAR_LAST] = last;
+        packet[K_FAR_FROM] = (k_u32)from;
+        packet[K_FAR_BYTES] = (k_u32)bytes;
+        packet[K_FAR_PLACE] = (k_u32)place;
+    }
 }
 
 /* `bytes` bytes, a multiple of 16, to a place for each lane, by way of the mover's stages. */

@@ -98,8 +98,8 @@ static K_INLINE void sum_record(struct k_thread *k, const struct k_combine_args 
 }
 
 /* The next packet of answers to source number i. */
-static K_FN k_i32 answer_packet(struct k_thread *k, const struct k_combine_args *a,
-                                struct k_mover *m, k_i32 i, k_i32 lane, struct far_blame *why) {
+static K_FN k_i32 answer_packet(struct k_thread *k, const struct k_combine_args *a, k_i32 i,
+                                k_i32 lane, struct far_blame *why) {
     const struct k_far *f = a->far;
     const k_i32 partner = f->from_source[i], each = K_FAR_ENTRY + node_ranks(f, f->own);
     const struct packing p = packing_of(f, 0, a->row_bytes + weights_bytes(a));
@@ -108,7 +108,6 @@ static K_FN k_i32 answer_packet(struct k_thread *k, const struct k_combine_args 
     const k_u32 *entries =
         list + 2 * f->map.most_sources * f->map.lanes + (k_i64)i * f->map.most_tokens * each;
     struct k_stream *stream = far_stream(f, partner, lane, K_STREAM_OUT), s = *stream;
-    (void)m;
     if (s.epoch == k->epoch) {
         return K_FAR_OVER;
     }
@@ -141,13 +140,7 @@ static K_FN k_i32 answer_packet(struct k_thread *k, const struct k_combine_args 
     const k_bool whole = s.part + bytes == p.record || rows == 0;
     const k_bool last = whole && s.at + rows == s.end;
     k_u8 *to = (k_u8 *)packet + table_bytes(0, rows);
-    if (k->lane == 0) {
-        packet[K_FAR_ROWS] = (k_u32)rows;
-        packet[K_FAR_LAST] = last;
-        packet[K_FAR_FROM] = (k_u32)s.part;
-        packet[K_FAR_BYTES] = (k_u32)bytes;
-        packet[K_FAR_PLACE] = (k_u32)s.at;
-    }
+    write_head(k, packet, rows, last, s.part, bytes, s.at);
     for (k_i32 j = 0; j < rows; j++) {
         const k_u32 *e = entries + (k_i64)(s.at + j) * each;
         if (k->lane == 0) {
@@ -188,8 +181,7 @@ static K_FN k_i32 take_in_packet(struct k_thread *k, const struct k_combine_args
     }
     why->rank = f->partner[partner].rank;
     why->phase = K_PHASE_ANSWERS;
-    if (!far_passed(k, f, f->net.arrived, partner, K_PUT_PACKET, lane, s.next) ||
-        !far_has_slot(k, f, partner, K_PUT_CREDIT, lane, s.next)) {
+    if (!far_has_packet(k, f, partner, lane, s.next)) {
         return K_FAR_WAITS;
     }
     k_u32 *packet =
@@ -248,7 +240,7 @@ static K_FN k_bool far_combine(struct k_thread *k, const struct k_combine_args *
                 continue;
             }
             const k_i32 look = i < in ? take_in_packet(k, a, m, at / lanes, at % lanes, &mine)
-                                      : answer_packet(k, a, m, at / lanes, at % lanes, &mine);
+                                      : answer_packet(k, a, at / lanes, at % lanes, &mine);
             moved = moved || look == K_FAR_MOVED;
             if (look != K_FAR_OVER) {
                 why = over ? mine : why;

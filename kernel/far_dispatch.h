@@ -231,13 +231,7 @@ static K_FN k_i32 send_packet(struct k_thread *k, const struct k_dispatch_args *
         more++;
     }
     const k_bool last = whole && more == s.end;
-    if (k->lane == 0) {
-        packet[K_FAR_ROWS] = (k_u32)rows;
-        packet[K_FAR_LAST] = last;
-        packet[K_FAR_FROM] = (k_u32)s.part;
-        packet[K_FAR_BYTES] = (k_u32)bytes;
-        packet[K_FAR_PLACE] = (k_u32)s.place;
-    }
+    write_head(k, packet, rows, last, s.part, bytes, s.place);
     for (k_i32 l = k->lane; l < ranks; l += K_LANES) {
         packet[K_FAR_HEAD + l] = a->h.remote_base[f->ranks[f->first[d] + l]];
     }
@@ -355,8 +349,7 @@ static K_FN k_i32 forward_packet(struct k_thread *k, const struct k_dispatch_arg
     }
     why->rank = source;
     why->phase = K_PHASE_ROWS;
-    if (!far_passed(k, f, f->net.arrived, partner, K_PUT_PACKET, lane, s.next) ||
-        !far_has_slot(k, f, partner, K_PUT_CREDIT, lane, s.next)) {
+    if (!far_has_packet(k, f, partner, lane, s.next)) {
         return K_FAR_WAITS;
     }
     k_u32 *packet =

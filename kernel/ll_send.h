@@ -466,7 +466,7 @@ static K_FN void ll_send_scales(struct k_thread *k, const struct k_ll_dispatch_a
  * sidecars come first. Else a unit is a token, all of it.
  */
 struct ll_units {
-    k_i32 num, tokens;
+    k_i32 num;
     k_i32 parts; /* of a row; 0: units are whole tokens */
 };
 
@@ -474,7 +474,7 @@ static K_INLINE struct ll_units ll_units_of(const struct k_thread *k, k_i32 toke
                                             k_i32 batches) {
     const k_i32 most = (batches + k->num_warps - 1) / k->num_warps;
     const k_i32 room = tokens > 0 ? k_max(k->num_blocks / tokens - 1, 0) : 0;
-    const struct ll_units u = {tokens * (1 + k_min(most, room)), tokens, k_min(most, room)};
+    const struct ll_units u = {tokens * (1 + k_min(most, room)), k_min(most, room)};
     return u;
 }
 
